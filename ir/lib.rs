@@ -1,0 +1,17 @@
+//! ONNX models in memory: reading, editing, checking and writing them, and their text form.
+//!
+//! Everything about the file format stays in [`onnx`]; the rest of the program sees [`Model`] and [`Graph`].
+
+mod graph;
+mod mapping;
+mod model;
+mod tensor;
+mod types;
+
+pub use graph::{
+    Attribute, AttributeValue, Cycle, Graph, Initializer, Node, NodeId, Origin, Placement, Port, Scope, ScopeId,
+    ShardedDim, Sharding, Use, Value, ValueId,
+};
+pub use model::{DeviceConfiguration, Function, Model, imported};
+pub use tensor::{Metadata, SparseTensor, Tensor, TensorError, element_count};
+pub use types::{DataType, Dim, Shape, Type, TypeKind};

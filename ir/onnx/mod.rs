@@ -1,0 +1,1 @@
+//! The ONNX file format: protobuf messages, reading and writing.

@@ -1,0 +1,362 @@
+//! Constant tensors: typed, shaped, zero-copy.
+
+use crate::{
+    DataType,
+    mapping::{Buffer, Mapping},
+};
+use bytes::Bytes;
+use half::{bf16, f16};
+use std::{fmt, sync::Arc};
+
+/// Key and value pairs that travel with a model, graph, node, value or tensor.
+pub type Metadata = Vec<(String, String)>;
+
+/// Why bytes and a shape do not make a tensor.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TensorError {
+    /// The product of the dimensions does not fit in memory addresses.
+    #[error("its dimensions {dims:?} overflow")]
+    Overflow {
+        /// The stated dimensions.
+        dims: Vec<i64>,
+    },
+    /// A dimension is below zero.
+    #[error("its dimensions {dims:?} hold a negative size")]
+    Negative {
+        /// The stated dimensions.
+        dims: Vec<i64>,
+    },
+    /// The data has another length than type and shape say.
+    #[error("its shape {dims:?} of {dtype} needs {expected} {unit}, found {found}")]
+    Length {
+        /// The stated dimensions.
+        dims: Vec<usize>,
+        /// The element type.
+        dtype: DataType,
+        /// What type and shape need.
+        expected: usize,
+        /// What is there.
+        found: usize,
+        /// `bytes` or `elements`.
+        unit: &'static str,
+    },
+}
+
+#[derive(Clone)]
+enum Data {
+    Bytes(Buffer),
+    Strings(Arc<[Bytes]>),
+}
+
+/// A constant tensor. Cloning shares the data.
+///
+/// Elements are little-endian and packed (two int4 or four int2 to a byte, low bits first), as in ONNX `raw_data`.
+#[derive(Clone)]
+pub struct Tensor {
+    dtype: DataType,
+    dims: Vec<usize>,
+    data: Data,
+    /// Documentation kept for the file.
+    pub doc: String,
+    /// Metadata kept for the file.
+    pub metadata: Metadata,
+    /// Whether the file stored (and will store) the elements in the typed fields rather than as raw bytes.
+    pub(crate) typed: bool,
+}
+
+/// The number of elements of a shape; `None` if it overflows.
+pub fn element_count(dims: &[usize]) -> Option<usize> {
+    // A zero anywhere makes the tensor empty, whatever the other sizes are.
+    if dims.contains(&0) {
+        return Some(0);
+    }
+    dims.iter().try_fold(1usize, |product, &dim| product.checked_mul(dim))
+}
+
+impl Tensor {
+    /// A tensor over packed little-endian bytes. Fails unless `bytes` has exactly the length that type and shape need.
+    pub fn new(dtype: DataType, dims: Vec<usize>, bytes: impl Into<Bytes>) -> Result<Tensor, TensorError> {
+        Tensor::mapped(dtype, dims, bytes.into(), None)
+    }
+
+    pub(crate) fn mapped(
+        dtype: DataType,
+        dims: Vec<usize>,
+        bytes: Bytes,
+        mapping: Option<&Arc<Mapping>>,
+    ) -> Result<Tensor, TensorError> {
+        let overflow = || TensorError::Overflow { dims: dims.iter().map(|&d| d as i64).collect() };
+        let count = element_count(&dims).ok_or_else(overflow)?;
+        let expected = dtype.byte_len(count).ok_or_else(overflow)?;
+        if bytes.len() != expected {
+            return Err(TensorError::Length { dims, dtype, expected, found: bytes.len(), unit: "bytes" });
+        }
+        let data = Data::Bytes(Buffer::new(bytes, mapping));
+        Ok(Tensor { dtype, dims, data, doc: String::new(), metadata: Vec::new(), typed: false })
+    }
+
+    /// A tensor of strings. Fails unless there are as many strings as the shape has elements.
+    pub fn strings(dims: Vec<usize>, strings: Vec<Bytes>) -> Result<Tensor, TensorError> {
+        let overflow = || TensorError::Overflow { dims: dims.iter().map(|&d| d as i64).collect() };
+        let expected = element_count(&dims).ok_or_else(overflow)?;
+        let found = strings.len();
+        if found != expected {
+            return Err(TensorError::Length { dims, dtype: DataType::String, expected, found, unit: "elements" });
+        }
+        let data = Data::Strings(strings.into());
+        Ok(Tensor { dtype: DataType::String, dims, data, doc: String::new(), metadata: Vec::new(), typed: true })
+    }
+
+    fn of<const N: usize>(dtype: DataType, dims: &[usize], elements: impl Iterator<Item = [u8; N]>) -> Tensor {
+        let bytes: Vec<u8> = elements.flatten().collect();
+        Tensor::new(dtype, dims.to_vec(), bytes).expect("the caller gives as many elements as the shape has")
+    }
+
+    /// A float32 tensor. Panics if `values` has another length than `dims` say.
+    pub fn from_f32s(dims: &[usize], values: &[f32]) -> Tensor {
+        Tensor::of(DataType::Float, dims, values.iter().map(|v| v.to_le_bytes()))
+    }
+
+    /// An int64 tensor. Panics if `values` has another length than `dims` say.
+    pub fn from_i64s(dims: &[usize], values: &[i64]) -> Tensor {
+        Tensor::of(DataType::Int64, dims, values.iter().map(|v| v.to_le_bytes()))
+    }
+
+    /// A one-axis int64 tensor, as the shape inputs of many operators want it.
+    pub fn int64s(values: &[i64]) -> Tensor {
+        Tensor::from_i64s(&[values.len()], values)
+    }
+
+    /// A boolean tensor. Panics if `values` has another length than `dims` say.
+    pub fn from_bools(dims: &[usize], values: &[bool]) -> Tensor {
+        Tensor::of(DataType::Bool, dims, values.iter().map(|&v| [v as u8]))
+    }
+
+    /// Numbers rounded to `dtype`, which is a float of 16 bits or more, an integer of 8 bits or more, or bool; `None`
+    /// for other types. Integers wrap as casts do. Panics if `values` has another length than `dims` say.
+    pub fn from_f64s(dtype: DataType, dims: &[usize], values: &[f64]) -> Option<Tensor> {
+        let v = values.iter();
+        Some(match dtype {
+            DataType::Float => Tensor::of(dtype, dims, v.map(|&x| (x as f32).to_le_bytes())),
+            DataType::Double => Tensor::of(dtype, dims, v.map(|x| x.to_le_bytes())),
+            DataType::Float16 => Tensor::of(dtype, dims, v.map(|&x| f16::from_f64(x).to_le_bytes())),
+            DataType::Bfloat16 => Tensor::of(dtype, dims, v.map(|&x| bf16::from_f64(x).to_le_bytes())),
+            DataType::Int64 => Tensor::of(dtype, dims, v.map(|&x| (x as i64).to_le_bytes())),
+            DataType::Int32 => Tensor::of(dtype, dims, v.map(|&x| (x as i32).to_le_bytes())),
+            DataType::Int16 => Tensor::of(dtype, dims, v.map(|&x| (x as i16).to_le_bytes())),
+            DataType::Int8 => Tensor::of(dtype, dims, v.map(|&x| (x as i8).to_le_bytes())),
+            DataType::Uint64 => Tensor::of(dtype, dims, v.map(|&x| (x as u64).to_le_bytes())),
+            DataType::Uint32 => Tensor::of(dtype, dims, v.map(|&x| (x as u32).to_le_bytes())),
+            DataType::Uint16 => Tensor::of(dtype, dims, v.map(|&x| (x as u16).to_le_bytes())),
+            DataType::Uint8 => Tensor::of(dtype, dims, v.map(|&x| (x as u8).to_le_bytes())),
+            DataType::Bool => Tensor::of(dtype, dims, v.map(|&x| [(x != 0.0) as u8])),
+            _ => return None,
+        })
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DataType {
+        self.dtype
+    }
+
+    /// The sizes of the axes.
+    pub fn dims(&self) -> &[usize] {
+        &self.dims
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        element_count(&self.dims).expect("checked when the tensor was made")
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The packed bytes; empty for strings (see [`Tensor::string_data`]).
+    pub fn bytes(&self) -> &[u8] {
+        match &self.data {
+            Data::Bytes(buffer) => buffer.as_slice(),
+            Data::Strings(_) => &[],
+        }
+    }
+
+    /// The packed bytes, shared; empty for strings.
+    pub fn shared_bytes(&self) -> Bytes {
+        match &self.data {
+            Data::Bytes(buffer) => buffer.bytes().clone(),
+            Data::Strings(_) => Bytes::new(),
+        }
+    }
+
+    /// The strings, if this is a tensor of strings.
+    pub fn string_data(&self) -> Option<&[Bytes]> {
+        match &self.data {
+            Data::Bytes(_) => None,
+            Data::Strings(strings) => Some(strings),
+        }
+    }
+
+    /// Bytes of data; for strings the sum of their lengths.
+    pub fn byte_len(&self) -> usize {
+        match &self.data {
+            Data::Bytes(buffer) => buffer.as_slice().len(),
+            Data::Strings(strings) => strings.iter().map(Bytes::len).sum(),
+        }
+    }
+
+    /// Lets go of the memory pages behind the data if it is borrowed from a mapped file. It stays readable.
+    pub fn release(&self) {
+        if let Data::Bytes(buffer) = &self.data {
+            buffer.release();
+        }
+    }
+
+    /// The same elements in another shape. Fails unless the number of elements is the same.
+    pub fn reshaped(&self, dims: Vec<usize>) -> Result<Tensor, TensorError> {
+        let overflow = || TensorError::Overflow { dims: dims.iter().map(|&d| d as i64).collect() };
+        let expected = element_count(&dims).ok_or_else(overflow)?;
+        if expected != self.len() {
+            return Err(TensorError::Length { dims, dtype: self.dtype, expected, found: self.len(), unit: "elements" });
+        }
+        Ok(Tensor { dims, ..self.clone() })
+    }
+
+    /// Whole numbers of any width and booleans as int64; `None` for other types and for uint64 beyond its range.
+    pub fn to_i64s(&self) -> Option<Vec<i64>> {
+        fn map<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> i64) -> Vec<i64> {
+            bytes.as_chunks::<N>().0.iter().map(|&chunk| read(chunk)).collect()
+        }
+        let bytes = self.bytes();
+        Some(match self.dtype {
+            DataType::Int64 => map(bytes, i64::from_le_bytes),
+            DataType::Int32 => map(bytes, |b| i32::from_le_bytes(b).into()),
+            DataType::Int16 => map(bytes, |b| i16::from_le_bytes(b).into()),
+            DataType::Int8 => map(bytes, |b| i8::from_le_bytes(b).into()),
+            DataType::Uint64 => {
+                let all: Option<Vec<i64>> =
+                    bytes.as_chunks::<8>().0.iter().map(|&b| u64::from_le_bytes(b).try_into().ok()).collect();
+                return all;
+            }
+            DataType::Uint32 => map(bytes, |b| u32::from_le_bytes(b).into()),
+            DataType::Uint16 => map(bytes, |b| u16::from_le_bytes(b).into()),
+            DataType::Uint8 | DataType::Bool => map(bytes, |[b]: [u8; 1]| b.into()),
+            DataType::Uint4 => self.unpacked(4).map(i64::from).collect(),
+            DataType::Int4 => self.unpacked(4).map(|b| i64::from((b << 4) as i8 >> 4)).collect(),
+            DataType::Uint2 => self.unpacked(2).map(i64::from).collect(),
+            DataType::Int2 => self.unpacked(2).map(|b| i64::from((b << 6) as i8 >> 6)).collect(),
+            _ => return None,
+        })
+    }
+
+    /// Real numbers, whole numbers and booleans as float64; `None` for strings and complex numbers.
+    pub fn to_f64s(&self) -> Option<Vec<f64>> {
+        fn map<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f64) -> Vec<f64> {
+            bytes.as_chunks::<N>().0.iter().map(|&chunk| read(chunk)).collect()
+        }
+        let bytes = self.bytes();
+        Some(match self.dtype {
+            DataType::Float => map(bytes, |b| f32::from_le_bytes(b).into()),
+            DataType::Double => map(bytes, f64::from_le_bytes),
+            DataType::Float16 => map(bytes, |b| f16::from_le_bytes(b).into()),
+            DataType::Bfloat16 => map(bytes, |b| bf16::from_le_bytes(b).into()),
+            DataType::Uint64 => map(bytes, |b| u64::from_le_bytes(b) as f64),
+            DataType::Float8E4M3FN => map(bytes, |[b]| small_float(b, 4, 3, 7, Special::NanAllOnes)),
+            DataType::Float8E4M3FNUZ => map(bytes, |[b]| small_float(b, 4, 3, 8, Special::NanNegativeZero)),
+            DataType::Float8E5M2 => map(bytes, |[b]| small_float(b, 5, 2, 15, Special::Ieee)),
+            DataType::Float8E5M2FNUZ => map(bytes, |[b]| small_float(b, 5, 2, 16, Special::NanNegativeZero)),
+            DataType::Float8E8M0 => map(bytes, |[b]| if b == 255 { f64::NAN } else { 2f64.powi(i32::from(b) - 127) }),
+            DataType::Float4E2M1 => self.unpacked(4).map(|b| small_float(b, 2, 1, 1, Special::None)).collect(),
+            DataType::Float6E2M3 => self.unpacked(6).map(|b| small_float(b, 2, 3, 1, Special::None)).collect(),
+            DataType::Float6E3M2 => self.unpacked(6).map(|b| small_float(b, 3, 2, 3, Special::None)).collect(),
+            DataType::String | DataType::Complex64 | DataType::Complex128 => return None,
+            _ => self.to_i64s()?.into_iter().map(|v| v as f64).collect(),
+        })
+    }
+
+    /// The float32 elements; `None` for other types.
+    pub fn to_f32s(&self) -> Option<Vec<f32>> {
+        (self.dtype == DataType::Float)
+            .then(|| self.bytes().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect())
+    }
+
+    /// The only element as float64, if there is exactly one.
+    pub fn scalar_f64(&self) -> Option<f64> {
+        if self.len() == 1 { self.to_f64s()?.first().copied() } else { None }
+    }
+
+    /// The only element as int64, if there is exactly one.
+    pub fn scalar_i64(&self) -> Option<i64> {
+        if self.len() == 1 { self.to_i64s()?.first().copied() } else { None }
+    }
+
+    /// Elements of `bits` bits each, low bits first.
+    fn unpacked(&self, bits: usize) -> impl Iterator<Item = u8> {
+        let bytes = self.bytes();
+        (0..self.len()).map(move |index| {
+            let at = index * bits;
+            let pair = u16::from(bytes[at / 8]) | bytes.get(at / 8 + 1).map_or(0, |&b| u16::from(b) << 8);
+            ((pair >> (at % 8)) & ((1 << bits) - 1)) as u8
+        })
+    }
+
+    /// Whether both hold the same elements, bit by bit, in the same shape and type.
+    pub fn same_bits(&self, other: &Tensor) -> bool {
+        self.dtype == other.dtype
+            && self.dims == other.dims
+            && match (&self.data, &other.data) {
+                (Data::Bytes(a), Data::Bytes(b)) => a.as_slice() == b.as_slice(),
+                (Data::Strings(a), Data::Strings(b)) => a == b,
+                _ => false,
+            }
+    }
+}
+
+/// Which codes of a small float are not numbers.
+#[derive(Clone, Copy)]
+enum Special {
+    None,
+    Ieee,
+    NanAllOnes,
+    NanNegativeZero,
+}
+
+/// Decodes a float of `1 + exponent + mantissa` bits.
+fn small_float(code: u8, exponent: u32, mantissa: u32, bias: i32, special: Special) -> f64 {
+    let sign_bit = 1u8 << (exponent + mantissa);
+    let sign = if code & sign_bit != 0 { -1.0 } else { 1.0 };
+    let body = code & (sign_bit - 1);
+    let (e, m) = (i32::from(body >> mantissa), body & ((1 << mantissa) - 1));
+    match special {
+        Special::NanNegativeZero if code == sign_bit => return f64::NAN,
+        Special::NanAllOnes if body == sign_bit - 1 => return f64::NAN,
+        Special::Ieee if e == (1 << exponent) - 1 => return if m == 0 { sign * f64::INFINITY } else { f64::NAN },
+        _ => {}
+    }
+    let fraction = f64::from(m) / f64::from(1 << mantissa);
+    sign * if e == 0 { fraction * 2f64.powi(1 - bias) } else { (1.0 + fraction) * 2f64.powi(e - bias) }
+}
+
+impl PartialEq for Tensor {
+    fn eq(&self, other: &Tensor) -> bool {
+        self.same_bits(other) && self.doc == other.doc && self.metadata == other.metadata
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor({}{:?}, {} bytes)", self.dtype, self.dims, self.byte_len())
+    }
+}
+
+/// A constant sparse tensor in coordinate form.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SparseTensor {
+    /// The entries that are not the default, `[n]`.
+    pub values: Tensor,
+    /// Where they are: `[n]` linear or `[n, ndim]` indices, int64.
+    pub indices: Tensor,
+    /// The shape of the dense tensor.
+    pub dims: Vec<usize>,
+}

@@ -1,0 +1,2 @@
+//! The `optimize` program.
+fn main() {}
