@@ -2,9 +2,12 @@
 //!
 //! Everything about the file format stays in [`onnx`]; the rest of the program sees [`Model`] and [`Graph`].
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 mod graph;
 mod mapping;
 mod model;
+mod onnx;
 mod tensor;
 mod types;
 
@@ -13,5 +16,6 @@ pub use graph::{
     ShardedDim, Sharding, Use, Value, ValueId,
 };
 pub use model::{DeviceConfiguration, Function, Model, imported};
+pub use onnx::{External, ExternalError, Loaded, ReadError, Staged, WriteError, WriteOptions, Written, remove_staged};
 pub use tensor::{Metadata, SparseTensor, Tensor, TensorError, element_count};
 pub use types::{DataType, Dim, Shape, Type, TypeKind};

@@ -91,4 +91,11 @@ impl Buffer {
             mapping.release(&self.bytes);
         }
     }
+
+    /// Lets go of the pages behind a part of these bytes.
+    pub(crate) fn release_part(&self, part: &[u8]) {
+        if let Some(mapping) = &self.mapping {
+            mapping.release(part);
+        }
+    }
 }

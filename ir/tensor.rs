@@ -213,6 +213,18 @@ impl Tensor {
         }
     }
 
+    /// The same tensor, to be stored as raw bytes whatever the file did before.
+    pub(crate) fn as_raw(&self) -> Tensor {
+        Tensor { typed: self.string_data().is_some(), ..self.clone() }
+    }
+
+    /// Lets go of the memory pages behind a part of [`Tensor::bytes`], as [`Tensor::release`] does.
+    pub(crate) fn release_part(&self, part: &[u8]) {
+        if let Data::Bytes(buffer) = &self.data {
+            buffer.release_part(part);
+        }
+    }
+
     /// The same elements in another shape. Fails unless the number of elements is the same.
     pub fn reshaped(&self, dims: Vec<usize>) -> Result<Tensor, TensorError> {
         let overflow = || TensorError::Overflow { dims: dims.iter().map(|&d| d as i64).collect() };

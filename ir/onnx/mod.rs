@@ -1,1 +1,15 @@
-//! The ONNX file format: protobuf messages, reading and writing.
+//! The ONNX file format: protobuf messages, reading and writing. Nothing outside this folder sees a message.
+
+mod convert;
+mod external;
+mod proto;
+mod read;
+mod scan;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+pub use external::ExternalError;
+pub use read::{Loaded, ReadError};
+pub use write::{External, Staged, WriteError, WriteOptions, Written, remove_staged};

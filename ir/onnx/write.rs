@@ -1,0 +1,562 @@
+//! From a [`Model`] to an ONNX file: weights are streamed, results appear whole.
+
+use super::{
+    convert::{self, entries, imports, text, type_proto},
+    proto,
+};
+use crate::{Attribute, AttributeValue, Function, Graph, Initializer, Model, NodeId, ScopeId, Tensor, ValueId};
+use prost::Message;
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+/// Files above this go to external data: protobuf ends at 2 GiB.
+const LARGEST_INLINE: u64 = 1_900_000_000;
+/// Tensors of at least this many bytes move to the external file.
+const SMALLEST_EXTERNAL: usize = 1024;
+/// Tensors of at least this many bytes start on a page, so that runtimes can map them; smaller ones on a cache line.
+const PAGE_ALIGNED: usize = 1 << 20;
+/// Bytes written before the pages they came from are let go.
+const CHUNK: usize = 8 << 20;
+
+/// Where weights are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum External {
+    /// In the model file, or beside it when the model file would exceed 1.9 GB.
+    #[default]
+    Auto,
+    /// Beside the model file.
+    Always,
+}
+
+/// How a model is written.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct WriteOptions {
+    /// Where weights are written.
+    pub external: External,
+}
+
+/// Why a model could not be written.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // The messages say what the fields are.
+pub enum WriteError {
+    #[error("cannot write `{path}`: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("the model without its weights takes {bytes} bytes; a model file ends at 2 GiB")]
+    TooLarge { bytes: u64 },
+}
+
+/// What was written.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// Bytes of the model file.
+    pub file_bytes: u64,
+    /// Bytes of the external data file; 0 if there is none.
+    pub data_bytes: u64,
+}
+
+impl Model {
+    /// Writes the model to `path`, and its weights to `path` with `.data` appended where they are external. Both files
+    /// appear whole or not at all; files that were there are replaced.
+    pub fn write(&self, path: &Path, options: &WriteOptions) -> Result<Written, WriteError> {
+        self.stage(path, options)?.commit()
+    }
+
+    /// The encoded model with every weight inline.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut buffer = Vec::new();
+        let plan = Plan::new(self, None);
+        plan.write_model(&mut buffer).expect("writing to memory does not fail");
+        buffer
+    }
+
+    /// Writes the model to a folder beside `path`, to be looked at and then put in place by [`Staged::commit`].
+    pub fn stage(&self, path: &Path, options: &WriteOptions) -> Result<Staged, WriteError> {
+        let failed = |source| WriteError::Io { path: path.to_owned(), source };
+        let name = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?.to_owned();
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let folder = tempfile::Builder::new().prefix(".optimize-").tempdir_in(parent).map_err(failed)?;
+        staging().push(folder.path().to_owned());
+        let mut data_name = name.clone();
+        data_name.push(".data");
+        let inline = Plan::new(self, None);
+        let large = inline.total() > LARGEST_INLINE;
+        let plan = if large || options.external == External::Always {
+            Plan::new(self, Some(data_name.to_string_lossy().into_owned()))
+        } else {
+            inline
+        };
+        if plan.total() >= 1 << 31 {
+            return Err(WriteError::TooLarge { bytes: plan.total() });
+        }
+        let mut staged = Staged {
+            model: folder.path().join(&name),
+            data: None,
+            target: path.to_owned(),
+            target_data: path.with_file_name(&data_name),
+            written: Written { file_bytes: plan.total(), data_bytes: 0 },
+            folder,
+        };
+        if plan.data_name.is_some() && plan.data_bytes > 0 {
+            let data = staged.folder.path().join(&data_name);
+            create(&data, |out| plan.write_data(out)).map_err(failed)?;
+            staged.written.data_bytes = plan.data_bytes;
+            staged.data = Some(data);
+        }
+        create(&staged.model, |out| plan.write_model(out)).map_err(failed)?;
+        Ok(staged)
+    }
+}
+
+fn create(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    write(&mut out)?;
+    out.flush()
+}
+
+/// Folders of results that are not yet in place, for [`remove_staged`].
+static STAGING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn staging() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
+    STAGING.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Removes every result that is not yet in place: for a program about to be interrupted.
+pub fn remove_staged() {
+    for folder in staging().drain(..) {
+        // The program is ending; a folder that cannot be removed is only litter.
+        let _ = fs::remove_dir_all(folder);
+    }
+}
+
+/// A written model that is not yet in its place. Dropping it removes it.
+#[derive(Debug)]
+pub struct Staged {
+    folder: tempfile::TempDir,
+    model: PathBuf,
+    data: Option<PathBuf>,
+    target: PathBuf,
+    target_data: PathBuf,
+    written: Written,
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        staging().retain(|folder| folder != self.folder.path());
+    }
+}
+
+impl Staged {
+    /// Where the model file is now; it can be loaded from there.
+    pub fn path(&self) -> &Path {
+        &self.model
+    }
+
+    /// Sizes.
+    pub fn written(&self) -> &Written {
+        &self.written
+    }
+
+    /// Puts model and data file in place, together: if the second cannot follow, the first is taken back.
+    pub fn commit(self) -> Result<Written, WriteError> {
+        let failed = |path: &Path, source| WriteError::Io { path: path.to_owned(), source };
+        let Some(data) = &self.data else {
+            fs::rename(&self.model, &self.target).map_err(|e| failed(&self.target, e))?;
+            return Ok(self.written.clone());
+        };
+        let kept = self.folder.path().join("replaced.data");
+        let replaced = match fs::rename(&self.target_data, &kept) {
+            Ok(()) => true,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+            Err(e) => return Err(failed(&self.target_data, e)),
+        };
+        let take_back = || {
+            if replaced { fs::rename(&kept, &self.target_data) } else { fs::remove_file(&self.target_data) }
+        };
+        let placed = fs::rename(data, &self.target_data).map_err(|e| failed(&self.target_data, e));
+        let placed = placed.and_then(|()| fs::rename(&self.model, &self.target).map_err(|e| failed(&self.target, e)));
+        if let Err(error) = placed {
+            take_back().map_err(|e| failed(&self.target_data, e))?;
+            return Err(error);
+        }
+        Ok(self.written.clone())
+    }
+}
+
+/// Everything known before the first byte is written: messages, lengths, places in the data file.
+struct Plan<'a> {
+    model: &'a Model,
+    /// Fields of the model before the graph.
+    head: Vec<u8>,
+    /// Fields of the graph before the initializers.
+    graph_head: Vec<u8>,
+    initializers: Vec<Stored<'a>>,
+    /// Fields of the graph after the initializers.
+    graph_tail: Vec<u8>,
+    /// Fields of the model after the graph.
+    tail: Vec<u8>,
+    data_name: Option<String>,
+    data_bytes: u64,
+}
+
+struct Stored<'a> {
+    header: proto::TensorProto,
+    tensor: &'a Tensor,
+    /// Offset in the data file; `None` for data in the message itself.
+    offset: Option<u64>,
+}
+
+impl Stored<'_> {
+    fn inline_data(&self) -> bool {
+        self.offset.is_none() && convert::is_raw(self.tensor)
+    }
+
+    /// Length of the encoded message.
+    fn len(&self) -> usize {
+        let data = if self.inline_data() {
+            let bytes = self.tensor.byte_len();
+            1 + varint_len(bytes as u64) + bytes
+        } else {
+            0
+        };
+        self.header.encoded_len() + data
+    }
+}
+
+fn varint_len(value: u64) -> usize {
+    prost::encoding::encoded_len_varint(value)
+}
+
+fn write_key(out: &mut impl Write, field: u32, length: usize) -> io::Result<()> {
+    let mut buffer = Vec::with_capacity(20);
+    prost::encoding::encode_varint(u64::from(field) << 3 | 2, &mut buffer);
+    prost::encoding::encode_varint(length as u64, &mut buffer);
+    out.write_all(&buffer)
+}
+
+/// Length of key and length prefix of a message field.
+fn key_len(field: u32, length: usize) -> usize {
+    varint_len(u64::from(field) << 3 | 2) + varint_len(length as u64)
+}
+
+const MODEL_GRAPH: u32 = 7;
+const GRAPH_INITIALIZER: u32 = 5;
+const TENSOR_RAW_DATA: u32 = 9;
+
+impl<'a> Plan<'a> {
+    fn new(model: &'a Model, data_name: Option<String>) -> Plan<'a> {
+        let graph = &model.graph;
+        let mut initializers = Vec::new();
+        let mut data_bytes = 0u64;
+        let scope = graph.scope(ScopeId::MAIN);
+        let defaults = scope.inputs().iter().copied();
+        for value in defaults.chain(graph.initializers(ScopeId::MAIN)) {
+            let Some(Initializer::Dense(tensor)) = graph.value(value).initializer() else { continue };
+            let mut header = convert::tensor_header(&graph.value(value).name, tensor);
+            let mut offset = None;
+            if let Some(location) = data_name.as_ref().filter(|_| tensor.bytes().len() >= SMALLEST_EXTERNAL) {
+                let length = tensor.byte_len();
+                let alignment = if length >= PAGE_ALIGNED { 4096 } else { 64 };
+                let start = data_bytes.next_multiple_of(alignment);
+                data_bytes = start + length as u64;
+                header = convert::tensor_header(&graph.value(value).name, &tensor.as_raw());
+                header.data_location = Some(1);
+                header.external_data = entries(&[
+                    ("location".to_owned(), location.clone()),
+                    ("offset".to_owned(), start.to_string()),
+                    ("length".to_owned(), length.to_string()),
+                ]);
+                offset = Some(start);
+            }
+            initializers.push(Stored { header, tensor, offset });
+        }
+        let whole = scope_proto(graph, ScopeId::MAIN);
+        let graph_head = proto::GraphProto { node: whole.node, name: whole.name, ..Default::default() }.encode_to_vec();
+        let graph_tail = proto::GraphProto { node: Vec::new(), name: None, initializer: Vec::new(), ..whole };
+        let head = proto::ModelProto {
+            ir_version: Some(model.ir_version),
+            producer_name: text(&model.producer_name),
+            producer_version: text(&model.producer_version),
+            domain: text(&model.domain),
+            model_version: model.model_version,
+            doc_string: text(&model.doc),
+            ..Default::default()
+        };
+        let training = model.training.iter().map(|t| {
+            proto::TrainingInfoProto::decode(t.clone()).expect("encoded by the reader from a decoded message")
+        });
+        let tail = proto::ModelProto {
+            opset_import: imports(&model.opsets),
+            metadata_props: entries(&model.metadata),
+            training_info: training.collect(),
+            functions: model.functions.iter().map(function_proto).collect(),
+            configuration: model.configurations.iter().map(convert::configuration_proto).collect(),
+            ..Default::default()
+        };
+        Plan {
+            model,
+            head: head.encode_to_vec(),
+            graph_head,
+            initializers,
+            graph_tail: graph_tail.encode_to_vec(),
+            tail: tail.encode_to_vec(),
+            data_name,
+            data_bytes,
+        }
+    }
+
+    fn graph_len(&self) -> usize {
+        let initializers = self.initializers.iter().map(|s| key_len(GRAPH_INITIALIZER, s.len()) + s.len());
+        self.graph_head.len() + initializers.sum::<usize>() + self.graph_tail.len()
+    }
+
+    /// Bytes of the model file.
+    fn total(&self) -> u64 {
+        let graph = self.graph_len();
+        (self.head.len() + key_len(MODEL_GRAPH, graph) + graph + self.tail.len()) as u64
+    }
+
+    fn write_model(&self, out: &mut impl Write) -> io::Result<()> {
+        debug_assert!(self.model.graph.main().owner().is_none());
+        out.write_all(&self.head)?;
+        write_key(out, MODEL_GRAPH, self.graph_len())?;
+        out.write_all(&self.graph_head)?;
+        for stored in &self.initializers {
+            write_key(out, GRAPH_INITIALIZER, stored.len())?;
+            out.write_all(&stored.header.encode_to_vec())?;
+            if stored.inline_data() {
+                write_key(out, TENSOR_RAW_DATA, stored.tensor.byte_len())?;
+                write_data(stored.tensor, out)?;
+            }
+        }
+        out.write_all(&self.graph_tail)?;
+        out.write_all(&self.tail)
+    }
+
+    fn write_data(&self, out: &mut impl Write) -> io::Result<()> {
+        let mut at = 0;
+        for stored in &self.initializers {
+            let Some(offset) = stored.offset else { continue };
+            let gap = usize::try_from(offset - at).expect("gaps are smaller than a page");
+            out.write_all(&vec![0; gap])?;
+            write_data(stored.tensor, out)?;
+            at = offset + stored.tensor.byte_len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the bytes of `tensor`, letting mapped pages go as it proceeds.
+fn write_data(tensor: &Tensor, out: &mut impl Write) -> io::Result<()> {
+    for part in tensor.bytes().chunks(CHUNK) {
+        out.write_all(part)?;
+        tensor.release_part(part);
+    }
+    Ok(())
+}
+
+fn name_of(graph: &Graph, value: ValueId) -> String {
+    graph.value(value).name.clone()
+}
+
+fn value_info(graph: &Graph, value: ValueId) -> proto::ValueInfoProto {
+    let value = graph.value(value);
+    proto::ValueInfoProto {
+        name: Some(value.name.clone()),
+        r#type: value.ty.as_ref().map(|t| Box::new(type_proto(t))),
+        doc_string: text(&value.doc),
+        metadata_props: entries(&value.metadata),
+    }
+}
+
+/// A scope as a message. The main graph's dense initializers are left out: the plan streams them.
+fn scope_proto(graph: &Graph, scope: ScopeId) -> proto::GraphProto {
+    let here = graph.scope(scope);
+    let info = |&value: &ValueId| value_info(graph, value);
+    let mut file = proto::GraphProto {
+        name: text(&here.name),
+        doc_string: text(&here.doc),
+        metadata_props: entries(&here.metadata),
+        input: here.inputs().iter().map(info).collect(),
+        output: here.outputs().iter().map(info).collect(),
+        ..Default::default()
+    };
+    let mut annotated: Vec<ValueId> = here.inputs().to_vec();
+    let constants: Vec<ValueId> = graph.initializers(scope).collect();
+    for &value in here.inputs().iter().chain(&constants) {
+        let name = &graph.value(value).name;
+        match graph.value(value).initializer() {
+            Some(Initializer::Sparse(sparse)) => file.sparse_initializer.push(convert::sparse_proto(name, sparse)),
+            Some(Initializer::Dense(tensor)) if scope != ScopeId::MAIN => {
+                file.initializer.push(convert::tensor_proto(name, tensor));
+            }
+            _ => {}
+        }
+    }
+    annotated.extend(&constants);
+    let described = |value: ValueId| {
+        let v = graph.value(value);
+        v.ty.is_some() && !here.outputs().contains(&value)
+    };
+    file.value_info.extend(constants.iter().filter(|&&v| described(v)).map(info));
+    for id in graph.nodes(scope) {
+        file.node.push(node_proto(graph, id));
+        for value in graph.node(id).outputs().iter().flatten() {
+            annotated.push(*value);
+            if described(*value) {
+                file.value_info.push(value_info(graph, *value));
+            }
+        }
+    }
+    for value in annotated {
+        let parameters = graph.value(value).quantization();
+        if !parameters.is_empty() {
+            let names: Vec<(String, String)> =
+                parameters.iter().map(|(k, v)| (k.clone(), name_of(graph, *v))).collect();
+            file.quantization_annotation.push(proto::TensorAnnotation {
+                tensor_name: Some(name_of(graph, value)),
+                quant_parameter_tensor_names: entries(&names),
+            });
+        }
+    }
+    file
+}
+
+fn node_proto(graph: &Graph, id: NodeId) -> proto::NodeProto {
+    let node = graph.node(id);
+    let names = |values: &[Option<ValueId>]| -> Vec<String> {
+        values.iter().map(|v| v.map(|v| name_of(graph, v)).unwrap_or_default()).collect()
+    };
+    let (input, output) = (names(node.inputs()), names(node.outputs()));
+    proto::NodeProto {
+        name: text(&node.name),
+        op_type: Some(node.op_type.clone()),
+        domain: text(&node.domain),
+        overload: text(&node.overload),
+        attribute: node.attributes.iter().map(|a| attribute_proto(graph, a)).collect(),
+        doc_string: text(&node.doc),
+        metadata_props: entries(&node.metadata),
+        device_configurations: node.placements.iter().map(|p| convert::placement_proto(p, &input, &output)).collect(),
+        input,
+        output,
+    }
+}
+
+fn attribute_proto(graph: &Graph, attribute: &Attribute) -> proto::AttributeProto {
+    let mut file = proto::AttributeProto {
+        name: Some(attribute.name.clone()),
+        doc_string: text(&attribute.doc),
+        ..Default::default()
+    };
+    let kind = match &attribute.value {
+        AttributeValue::Float(v) => {
+            file.f = Some(*v);
+            1
+        }
+        AttributeValue::Int(v) => {
+            file.i = Some(*v);
+            2
+        }
+        AttributeValue::String(v) => {
+            file.s = Some(v.clone());
+            3
+        }
+        AttributeValue::Tensor(v) => {
+            file.t = Some(Box::new(convert::tensor_proto("", v)));
+            4
+        }
+        AttributeValue::Graph(scope) => {
+            file.g = Some(Box::new(scope_proto(graph, *scope)));
+            5
+        }
+        AttributeValue::Floats(v) => {
+            file.floats = v.clone();
+            6
+        }
+        AttributeValue::Ints(v) => {
+            file.ints = v.clone();
+            7
+        }
+        AttributeValue::Strings(v) => {
+            file.strings = v.clone();
+            8
+        }
+        AttributeValue::Tensors(v) => {
+            file.tensors = v.iter().map(|t| convert::tensor_proto("", t)).collect();
+            9
+        }
+        AttributeValue::Graphs(scopes) => {
+            file.graphs = scopes.iter().map(|&s| scope_proto(graph, s)).collect();
+            10
+        }
+        AttributeValue::SparseTensor(v) => {
+            file.sparse_tensor = Some(Box::new(convert::sparse_proto("", v)));
+            11
+        }
+        AttributeValue::SparseTensors(v) => {
+            file.sparse_tensors = v.iter().map(|s| convert::sparse_proto("", s)).collect();
+            12
+        }
+        AttributeValue::Type(v) => {
+            file.tp = Some(Box::new(type_proto(v)));
+            13
+        }
+        AttributeValue::Types(v) => {
+            file.type_protos = v.iter().map(type_proto).collect();
+            14
+        }
+        AttributeValue::Reference { name, kind } => {
+            file.ref_attr_name = Some(name.clone());
+            *kind
+        }
+    };
+    file.r#type = Some(kind);
+    file
+}
+
+fn function_proto(function: &Function) -> proto::FunctionProto {
+    let body = scope_proto(&function.graph, ScopeId::MAIN);
+    let main = function.graph.main();
+    let names = |values: &[ValueId]| values.iter().map(|&v| name_of(&function.graph, v)).collect();
+    // Constants that passes put into a body become nodes: a function has no initializers.
+    let constants = function.graph.initializers(ScopeId::MAIN).filter_map(|value| {
+        let Some(Initializer::Dense(tensor)) = function.graph.value(value).initializer() else { return None };
+        let value_attribute = Attribute::new("value", tensor.clone());
+        Some(proto::NodeProto {
+            output: vec![name_of(&function.graph, value)],
+            op_type: Some("Constant".to_owned()),
+            attribute: vec![attribute_proto(&function.graph, &value_attribute)],
+            ..Default::default()
+        })
+    });
+    let mut node: Vec<proto::NodeProto> = constants.collect();
+    node.extend(body.node);
+    let typed_ends = main.inputs().iter().chain(main.outputs()).filter(|&&v| function.graph.value(v).ty.is_some());
+    let mut value_info: BTreeMap<String, proto::ValueInfoProto> = BTreeMap::new();
+    for &value in typed_ends {
+        value_info.insert(name_of(&function.graph, value), self::value_info(&function.graph, value));
+    }
+    let mut value_info: Vec<proto::ValueInfoProto> = value_info.into_values().collect();
+    value_info.extend(body.value_info);
+    proto::FunctionProto {
+        name: Some(function.name.clone()),
+        input: names(main.inputs()),
+        output: names(main.outputs()),
+        attribute: function.attributes.clone(),
+        attribute_proto: function.defaults.iter().map(|a| attribute_proto(&function.graph, a)).collect(),
+        node,
+        doc_string: text(&function.doc),
+        opset_import: imports(&function.opsets),
+        domain: text(&function.domain),
+        overload: text(&function.overload),
+        value_info,
+        metadata_props: entries(&function.metadata),
+    }
+}
