@@ -21,6 +21,10 @@ pub struct NodeId(u32);
 pub struct ScopeId(u32);
 
 impl ValueId {
+    pub(crate) fn from_index(index: usize) -> ValueId {
+        ValueId(index as u32)
+    }
+
     /// A dense index below [`Graph::value_bound`], for side tables.
     pub fn index(self) -> usize {
         self.0 as usize

@@ -8,6 +8,8 @@ mod graph;
 mod mapping;
 mod model;
 mod onnx;
+mod patch;
+mod pattern;
 mod tensor;
 mod types;
 
@@ -17,5 +19,7 @@ pub use graph::{
 };
 pub use model::{DeviceConfiguration, Function, Model, imported};
 pub use onnx::{External, ExternalError, Loaded, ReadError, Staged, WriteError, WriteOptions, Written, remove_staged};
+pub use patch::Patch;
+pub use pattern::{Bindings, Pattern};
 pub use tensor::{Metadata, SparseTensor, Tensor, TensorError, element_count};
 pub use types::{DataType, Dim, Shape, Type, TypeKind};
