@@ -1,1 +1,15 @@
-//! Part of onnx-lathe.
+//! The catalogue of passes, and the driver that carries out rewrite rules.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod driver;
+pub mod exact;
+mod pass;
+mod rule;
+#[cfg(test)]
+mod testing;
+
+pub use driver::rewrite;
+pub use exact::PASSES;
+pub use pass::{Change, Context, Error, Info, Kind, Opt, Outcome, Pass, Quantity, Target};
+pub use rule::{Match, Refusal, Replacement, Rule, rule};

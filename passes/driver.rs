@@ -1,0 +1,203 @@
+//! The one place that edits graphs for rules.
+
+use crate::{
+    Context, Error, Outcome,
+    rule::{Match, Refusal, Replacement, Rule},
+};
+use lathe_analysis::Facts;
+use lathe_ir::{Function, Graph, Model, NodeId, Patch, Use, ValueId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Rewrites per node of the graph after which the driver stops: rules that undo each other would go on for ever.
+const REWRITES_PER_NODE: usize = 8;
+
+/// Applies rules everywhere in a model, local functions included, until none acts any more.
+pub fn rewrite(model: &mut Model, cx: &Context, rules: &[Rule]) -> Result<Outcome, Error> {
+    let mut outcome = Outcome::default();
+    let functions = std::mem::take(&mut model.functions);
+    let result = rewrite_graph(&mut model.graph, &model.opsets, &functions, cx, rules, &mut outcome);
+    model.functions = functions;
+    result?;
+    for index in 0..model.functions.len() {
+        // A body may call other functions, whose bodies are as they were; only its own graph changes.
+        let mut graph = std::mem::take(&mut model.functions[index].graph);
+        let opsets = model.functions[index].opsets.clone();
+        let result = rewrite_graph(&mut graph, &opsets, &model.functions, cx, rules, &mut outcome);
+        model.functions[index].graph = graph;
+        result?;
+    }
+    Ok(outcome)
+}
+
+fn rewrite_graph(
+    graph: &mut Graph,
+    opsets: &[(String, i64)],
+    functions: &[Function],
+    cx: &Context,
+    rules: &[Rule],
+    outcome: &mut Outcome,
+) -> Result<(), Error> {
+    let mut by_root: BTreeMap<&str, Vec<&Rule>> = BTreeMap::new();
+    for rule in rules {
+        let mut ops: Vec<&str> = rule.pattern.roots().iter().map(|(_, op)| op.as_str()).collect();
+        ops.dedup();
+        for op in ops {
+            by_root.entry(op).or_default().push(rule);
+        }
+    }
+    let wanted = |graph: &Graph, id: NodeId| by_root.contains_key(graph.node(id).op_type.as_str());
+    let first: Vec<NodeId> = graph.all_nodes().into_iter().filter(|&id| wanted(graph, id)).collect();
+    if first.is_empty() {
+        return Ok(());
+    }
+    graph.sort()?;
+    let facts = Facts::of(graph, opsets, functions);
+    let mut driver = Driver { graph, opsets, functions, cx, facts, outcome, refused: BTreeSet::new() };
+    let budget = driver.graph.node_bound().saturating_mul(REWRITES_PER_NODE) + 64;
+    let mut queued: BTreeSet<NodeId> = first.iter().copied().collect();
+    let mut queue: VecDeque<NodeId> = first.into();
+    let mut rewrites = 0;
+    while let Some(id) = queue.pop_front() {
+        queued.remove(&id);
+        let Some(node) = driver.graph.get(id) else { continue };
+        let Some(rules) = by_root.get(node.op_type.as_str()) else { continue };
+        for rule in rules {
+            let Some(touched) = driver.try_rule(rule, id) else { continue };
+            rewrites += 1;
+            if rewrites > budget {
+                driver.outcome.refuse("the rules went on without end and were stopped", rule.name);
+                return Ok(driver.graph.sort()?);
+            }
+            for near in touched {
+                let live = driver.graph.get(near).is_some_and(|n| by_root.contains_key(n.op_type.as_str()));
+                if live && queued.insert(near) {
+                    queue.push_back(near);
+                }
+            }
+            break;
+        }
+    }
+    driver.graph.sort()?;
+    Ok(())
+}
+
+struct Driver<'a> {
+    graph: &'a mut Graph,
+    opsets: &'a [(String, i64)],
+    functions: &'a [Function],
+    cx: &'a Context<'a>,
+    facts: Facts,
+    outcome: &'a mut Outcome,
+    /// Places whose refusal is already counted.
+    refused: BTreeSet<(NodeId, &'static str)>,
+}
+
+impl Driver<'_> {
+    /// Tries one rule at one node. Returns the nodes worth another look if it acted.
+    fn try_rule(&mut self, rule: &Rule, id: NodeId) -> Option<Vec<NodeId>> {
+        let bindings = rule.pattern.find(self.graph, id)?;
+        let mut patch = Patch::new(self.graph);
+        let nodes = bindings.nodes().to_vec();
+        let place = Match {
+            graph: self.graph,
+            facts: &self.facts,
+            opsets: self.opsets,
+            functions: self.functions,
+            cx: self.cx,
+            bindings,
+        };
+        let result = (rule.action)(&place, &mut patch).and_then(|replacement| {
+            if !rule.shares {
+                self.require_private(&nodes)?;
+            }
+            self.require_complete(id, &replacement)?;
+            Ok(replacement)
+        });
+        match result {
+            Ok(replacement) => Some(self.carry_out(rule, id, &nodes, patch, replacement)),
+            Err(Refusal(reason)) => {
+                if self.refused.insert((id, rule.name)) {
+                    self.outcome.refuse(format!("{}: {reason}", rule.name), self.graph.describe(id));
+                }
+                None
+            }
+        }
+    }
+
+    /// Inner values of a match must be used inside it only.
+    fn require_private(&self, nodes: &[NodeId]) -> Result<(), Refusal> {
+        for &inner in &nodes[1..] {
+            for &value in self.graph.node(inner).outputs().iter().flatten() {
+                for place in self.graph.value(value).uses() {
+                    match place {
+                        Use::Node(user, _) if nodes.contains(user) => {}
+                        Use::Output(..) => return Err("an inner value is a graph output".into()),
+                        _ => return Err("an inner value has other uses".into()),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every used output of the root needs something that takes its place.
+    fn require_complete(&self, root: NodeId, replacement: &Replacement) -> Result<(), Refusal> {
+        for (index, value) in self.graph.node(root).outputs().iter().enumerate() {
+            let Some(value) = value else { continue };
+            let used = !self.graph.value(*value).uses().is_empty();
+            if used && !replacement.0.iter().any(|(i, _)| *i == index) {
+                return Err("another output of the node is used".into());
+            }
+        }
+        Ok(())
+    }
+
+    fn carry_out(
+        &mut self,
+        rule: &Rule,
+        root: NodeId,
+        nodes: &[NodeId],
+        patch: Patch,
+        replacement: Replacement,
+    ) -> Vec<NodeId> {
+        let place = self.graph.describe(root);
+        let scope = self.graph.node(root).scope();
+        let outputs: Vec<Option<ValueId>> = self.graph.node(root).outputs().to_vec();
+        let base = outputs.iter().flatten().next().map(|&v| self.graph.value(v).name.clone()).unwrap_or_default();
+        let label = self.graph.node(root).name.clone();
+        let made: BTreeSet<ValueId> = replacement.0.iter().map(|r| r.1).filter(|&v| patch.makes(v)).collect();
+        let mut touched: Vec<NodeId> = Vec::new();
+        for &id in nodes {
+            touched.extend(self.graph.node(id).inputs().iter().flatten().filter_map(|&v| self.graph.producer(v)));
+        }
+        let added = self.graph.apply(patch, scope, &base);
+        for (index, &id) in added.iter().enumerate() {
+            if self.graph.node(id).name.is_empty() && !label.is_empty() {
+                let last = index + 1 == added.len();
+                self.graph.node_mut(id).name = if last { label.clone() } else { format!("{label}_{index}") };
+            }
+            self.facts.update(self.graph, self.opsets, self.functions, id);
+        }
+        touched.extend(&added);
+        for (index, new) in replacement.0 {
+            let Some(old) = outputs.get(index).copied().flatten() else { continue };
+            let users = self.graph.value(old).uses().iter().filter_map(|u| match u {
+                Use::Node(node, _) => Some(*node),
+                _ => None,
+            });
+            touched.extend(users);
+            self.facts.inherit(new, old);
+            self.graph.replace_uses(old, new);
+            // A value made here takes over the name of the one it replaces, so that names stay what users know.
+            let old_name = self.graph.value(old).name.clone();
+            if made.contains(&new) && !self.graph.is_output(new) && !self.graph.is_output(old) {
+                let spare = self.graph.fresh_name(&old_name);
+                self.graph.rename(old, spare);
+                self.graph.rename(new, old_name);
+            }
+        }
+        self.graph.remove_unused(nodes.to_vec());
+        self.outcome.change(rule.name, place);
+        touched
+    }
+}

@@ -1,0 +1,46 @@
+//! Removes nodes that hand their input on unchanged.
+
+use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity, Rule, pat, rewrite, rule};
+use lathe_ir::Model;
+
+/// See [`INFO`].
+pub struct DropIdentities;
+
+static INFO: Info = Info {
+    name: "drop-identities",
+    summary: "removes Identity nodes, and Dropout nodes that are inactive in inference",
+    doc: "An Identity node, and a Dropout node outside training mode whose mask is unused, hand their input on \
+          unchanged. Their users read the input instead. Declines where only a copy can give a graph input, a \
+          constant or a second output its own output name, and where a subgraph would return a value of an outer graph.",
+    options: &[],
+    kind: Kind::Identical,
+    lowers: &[Quantity::Nodes],
+    source: None,
+};
+
+impl Pass for DropIdentities {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+        rewrite(model, cx, &rules())
+    }
+}
+
+fn rules() -> Vec<Rule> {
+    vec![
+        rule("drop-identity", pat!(Identity(x)), |m, _| {
+            m.require_replaceable("output", "x")?;
+            Ok(m.value("x"))
+        }),
+        rule("drop-dropout", pat!(node: Dropout(x, ..)), |m, _| {
+            let training = m.node("node").input(2);
+            let off = training.is_none_or(|v| m.known_bool(v) == Some(false));
+            m.require(off, "the node may be in training mode")?;
+            m.require(m.opset() >= 7, "before opset 7 a flag decides between training and inference")?;
+            m.require_replaceable("output", "x")?;
+            Ok(m.value("x"))
+        }),
+    ]
+}

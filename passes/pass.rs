@@ -1,0 +1,177 @@
+//! What a pass is, what it may know, and what it reports.
+
+use lathe_analysis::Evaluate;
+use lathe_ir::Model;
+use std::collections::BTreeMap;
+
+/// A quantity that a pass claims to lower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantity {
+    /// Nodes of the graph.
+    Nodes,
+    /// Stored parameters.
+    Parameters,
+    /// Floating-point operations.
+    Flops,
+    /// The largest sum of live activations.
+    PeakMemory,
+    /// Sampler steps.
+    Steps,
+}
+
+/// The claim of a pass about error.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Kind {
+    /// Exact: every output keeps its bits.
+    Identical,
+    /// Exact: the same function over the reals, rounded differently.
+    Equivalent {
+        /// The largest relative L2 difference of an output in float32.
+        rtol: f32,
+    },
+    /// An approximation, accepted only within the user's budget.
+    Lossy,
+}
+
+impl Kind {
+    /// How reports call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Identical => "identical",
+            Kind::Equivalent { .. } => "equivalent",
+            Kind::Lossy => "lossy",
+        }
+    }
+}
+
+/// An option of a pass, set with `--set PASS.OPTION=VALUE`.
+#[derive(Debug, Clone, Copy)]
+pub struct Opt {
+    /// Its name.
+    pub name: &'static str,
+    /// What values it takes: `bytes`, `count`, `true or false`.
+    pub unit: &'static str,
+    /// The value it has when it is not set.
+    pub default: &'static str,
+    /// What it does, one line.
+    pub doc: &'static str,
+}
+
+/// A pass as a user meets it: in the help, the tables and the report.
+#[derive(Debug)]
+pub struct Info {
+    /// Verb and object: `fold-constants`; the file is `fold_constants.rs`.
+    pub name: &'static str,
+    /// One line without a full stop.
+    pub summary: &'static str,
+    /// One paragraph: what changes, what it needs, when it declines.
+    pub doc: &'static str,
+    /// What can be set.
+    pub options: &'static [Opt],
+    /// The claim about error.
+    pub kind: Kind,
+    /// The claim about savings.
+    pub lowers: &'static [Quantity],
+    /// The paper or specification.
+    pub source: Option<&'static str>,
+}
+
+/// Which operators a result may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Target {
+    /// Standard operators only.
+    #[default]
+    Portable,
+    /// Operators of ONNX Runtime's `com.microsoft` domain too.
+    Ort,
+}
+
+/// What a pass may know besides the model.
+#[derive(Default)]
+pub struct Context<'a> {
+    /// Which operators may be used.
+    pub target: Target,
+    /// Bytes by which folding may enlarge the model, over the whole run.
+    pub max_growth: u64,
+    /// Runs models, if anything can.
+    pub evaluator: Option<&'a dyn Evaluate>,
+    /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
+    pub settings: BTreeMap<String, String>,
+}
+
+/// A setting that is not what its option takes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The value of an option cannot be read.
+    #[error("`{option}` is set to `{value}`, expected {expected}")]
+    Setting {
+        /// `PASS.OPTION`.
+        option: String,
+        /// What was given.
+        value: String,
+        /// What it takes.
+        expected: &'static str,
+    },
+    /// The nodes of a graph need one another.
+    #[error(transparent)]
+    Cycle(#[from] lathe_ir::Cycle),
+}
+
+impl Context<'_> {
+    /// The value of an option of a pass: as set, else its default.
+    pub fn setting<T: std::str::FromStr>(&self, pass: &Info, option: &str) -> Result<T, Error> {
+        let opt = pass.options.iter().find(|o| o.name == option).expect("a pass reads the options it declares");
+        let key = format!("{}.{option}", pass.name);
+        let value = self.settings.get(&key).map_or(opt.default, String::as_str);
+        value.parse().map_err(|_| Error::Setting { option: key, value: value.to_owned(), expected: opt.unit })
+    }
+}
+
+/// One edit that a pass made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// The rule or step: `compose-transposes`.
+    pub what: String,
+    /// Where, as `Graph::describe` names it.
+    pub place: String,
+}
+
+/// What a pass did and what it could not do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// The edits. A pass that lists none left the model as it was.
+    pub changes: Vec<Change>,
+    /// Reasons for what was not done, with how often each came up and the first place.
+    pub refusals: BTreeMap<String, (usize, String)>,
+}
+
+impl Outcome {
+    /// Records an edit.
+    pub fn change(&mut self, what: impl Into<String>, place: impl Into<String>) {
+        self.changes.push(Change { what: what.into(), place: place.into() });
+    }
+
+    /// Records something that was not done.
+    pub fn refuse(&mut self, reason: impl Into<String>, place: impl Into<String>) {
+        let entry = self.refusals.entry(reason.into()).or_insert_with(|| (0, place.into()));
+        entry.0 += 1;
+    }
+
+    /// Adds what another run of the same pass did.
+    pub fn merge(&mut self, other: Outcome) {
+        self.changes.extend(other.changes);
+        for (reason, (count, place)) in other.refusals {
+            let entry = self.refusals.entry(reason).or_insert_with(|| (0, place));
+            entry.0 += count;
+        }
+    }
+}
+
+/// A pass: one idea, one file.
+pub trait Pass: Sync {
+    /// The pass as a user meets it.
+    fn info(&self) -> &'static Info;
+
+    /// Rewrites `model`, or leaves it as it was and says why.
+    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error>;
+}

@@ -1,0 +1,242 @@
+//! Rewrite rules: a pattern, a short function, and what it can ask about the place it matched.
+
+use crate::Context;
+use lathe_analysis::{DimExpr, Facts};
+use lathe_ir::{Bindings, DataType, Function, Graph, Node, NodeId, Patch, Pattern, ScopeId, Tensor, Use, ValueId};
+
+/// Why a rule does not act on a place that its pattern matched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal(pub String);
+
+impl From<&str> for Refusal {
+    fn from(reason: &str) -> Refusal {
+        Refusal(reason.to_owned())
+    }
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Refusal {
+        Refusal(reason)
+    }
+}
+
+/// What takes the place of the root node's outputs, by output index.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replacement(pub Vec<(usize, ValueId)>);
+
+impl From<ValueId> for Replacement {
+    fn from(value: ValueId) -> Replacement {
+        Replacement(vec![(0, value)])
+    }
+}
+
+impl From<Vec<ValueId>> for Replacement {
+    fn from(values: Vec<ValueId>) -> Replacement {
+        Replacement(values.into_iter().enumerate().collect())
+    }
+}
+
+type Action = Box<dyn Fn(&Match, &mut Patch) -> Result<Replacement, Refusal> + Send + Sync>;
+
+/// A local rewrite: where a pattern matches, a function builds what takes its place.
+pub struct Rule {
+    pub(crate) name: &'static str,
+    pub(crate) pattern: Pattern,
+    pub(crate) action: Action,
+    pub(crate) shares: bool,
+}
+
+/// A rule named `name` that acts where `pattern` matches.
+pub fn rule<R: Into<Replacement>>(
+    name: &'static str,
+    pattern: Pattern,
+    action: impl Fn(&Match, &mut Patch) -> Result<R, Refusal> + Send + Sync + 'static,
+) -> Rule {
+    let action: Action = Box::new(move |m, g| action(m, g).map(Into::into));
+    Rule { name, pattern, action, shares: false }
+}
+
+impl Rule {
+    /// The rule also acts where inner values of the pattern have other uses; those keep the old nodes.
+    pub fn sharing(mut self) -> Rule {
+        self.shares = true;
+        self
+    }
+}
+
+/// A pattern, written as ONNX text: see [`Pattern`].
+#[macro_export]
+macro_rules! pat {
+    ($($text:tt)*) => { lathe_ir::Pattern::parse(stringify!($($text)*)) };
+}
+
+/// One place where a pattern matched, with everything known about it.
+pub struct Match<'a> {
+    pub(crate) graph: &'a Graph,
+    pub(crate) facts: &'a Facts,
+    pub(crate) opsets: &'a [(String, i64)],
+    pub(crate) functions: &'a [Function],
+    pub(crate) cx: &'a Context<'a>,
+    pub(crate) bindings: Bindings,
+}
+
+impl<'a> Match<'a> {
+    /// Refuses with `reason` unless `holds`.
+    pub fn require(&self, holds: bool, reason: &str) -> Result<(), Refusal> {
+        if holds { Ok(()) } else { Err(reason.into()) }
+    }
+
+    /// The graph around the place.
+    pub fn graph(&self) -> &'a Graph {
+        self.graph
+    }
+
+    /// Types, shapes and contents.
+    pub fn facts(&self) -> &'a Facts {
+        self.facts
+    }
+
+    /// Target, settings and engine.
+    pub fn context(&self) -> &'a Context<'a> {
+        self.cx
+    }
+
+    /// The model's local functions.
+    pub fn functions(&self) -> &'a [Function] {
+        self.functions
+    }
+
+    /// The version of the standard operator set here.
+    pub fn opset(&self) -> i64 {
+        lathe_ir::imported(self.opsets, "").unwrap_or(0)
+    }
+
+    /// The value that `name` is bound to; `output` is the root's first output. Panics if the pattern has no such name.
+    pub fn value(&self, name: &str) -> ValueId {
+        if name == "output" {
+            return self.graph.node(self.root()).output(0).expect("patterns match nodes whose first output is used");
+        }
+        self.bindings.value(name).expect("the rule asks for names of its own pattern")
+    }
+
+    /// The matched root.
+    pub fn root(&self) -> NodeId {
+        self.bindings.nodes()[0]
+    }
+
+    /// The scope the match lies in.
+    pub fn scope(&self) -> ScopeId {
+        self.graph.node(self.root()).scope()
+    }
+
+    /// The node with this label. Panics if the pattern has no such label or the node is absent.
+    pub fn node(&self, label: &str) -> &'a Node {
+        self.find_node(label).expect("the rule asks for labels of its own pattern")
+    }
+
+    /// The node with this label; `None` where an optional one is absent.
+    pub fn find_node(&self, label: &str) -> Option<&'a Node> {
+        self.bindings.node(label).map(|id| self.graph.node(id))
+    }
+
+    /// The id of the node with this label.
+    pub fn id(&self, label: &str) -> NodeId {
+        self.bindings.node(label).expect("the rule asks for labels of its own pattern")
+    }
+
+    /// The constant behind a name.
+    pub fn tensor(&self, name: &str) -> Result<&'a Tensor, Refusal> {
+        let value = self.value(name);
+        self.graph.constant(value).ok_or_else(|| Refusal(format!("`{name}` is not a constant")))
+    }
+
+    /// The constant behind a name, as whole numbers: an initializer, or one whose contents follow from shapes.
+    pub fn int64s(&self, name: &str) -> Result<Vec<i64>, Refusal> {
+        let value = self.value(name);
+        self.known_int64s(value).ok_or_else(|| Refusal(format!("`{name}` is not a known integer tensor")))
+    }
+
+    /// The whole numbers in a value, if they are known.
+    pub fn known_int64s(&self, value: ValueId) -> Option<Vec<i64>> {
+        match self.graph.constant(value) {
+            Some(tensor) => tensor.to_i64s(),
+            None => self.facts.contents(value)?.known(),
+        }
+    }
+
+    /// Whether a name is a constant whose every element has exactly the bits of `number` (so −0 is not 0).
+    pub fn filled_with(&self, name: &str, number: f64) -> bool {
+        let Some(tensor) = self.graph.constant(self.value(name)) else { return false };
+        // Large tensors are weights: they are not read through for this.
+        tensor.len() <= 1 << 16
+            && tensor.to_f64s().is_some_and(|all| all.iter().all(|x| x.to_bits() == number.to_bits()))
+    }
+
+    /// Whether two values provably have the same shape.
+    pub fn same_shape(&self, a: &str, b: &str) -> bool {
+        self.facts.same_shape(self.value(a), self.value(b))
+    }
+
+    /// The shape of a name.
+    pub fn shape(&self, name: &str) -> Result<&'a [DimExpr], Refusal> {
+        self.facts.shape(self.value(name)).ok_or_else(|| Refusal(format!("the shape of `{name}` is unknown")))
+    }
+
+    /// The number of axes of a name.
+    pub fn ndim(&self, name: &str) -> Result<usize, Refusal> {
+        self.facts.ndim(self.value(name)).ok_or_else(|| Refusal(format!("the number of axes of `{name}` is unknown")))
+    }
+
+    /// The element type of a name.
+    pub fn elem(&self, name: &str) -> Result<DataType, Refusal> {
+        self.facts.elem(self.value(name)).ok_or_else(|| Refusal(format!("the element type of `{name}` is unknown")))
+    }
+
+    /// The permutation of the `Transpose` with this label; axes are reversed where none is given.
+    pub fn perm(&self, label: &str) -> Result<Vec<usize>, Refusal> {
+        let node = self.node(label);
+        match node.ints("perm") {
+            Some(perm) => Ok(perm.iter().map(|&axis| axis as usize).collect()),
+            None => {
+                let input = node.input(0).ok_or("the Transpose has no input")?;
+                let ndim = self.facts.ndim(input).ok_or("the number of axes is unknown")?;
+                Ok((0..ndim).rev().collect())
+            }
+        }
+    }
+
+    /// The boolean in a one-element constant, if it is known.
+    pub fn known_bool(&self, value: ValueId) -> Option<bool> {
+        self.known_int64s(value).filter(|all| all.len() == 1).map(|all| all[0] != 0)
+    }
+
+    /// Requires that everything that uses `old` can use the existing value `new` without a copy between them: a graph
+    /// output needs a name of its own, and a subgraph returns only what it computes.
+    pub fn require_replaceable(&self, old: &str, new: &str) -> Result<(), Refusal> {
+        let (old, new) = (self.value(old), self.value(new));
+        let outputs = self.graph.value(old).uses().iter().filter_map(|u| match u {
+            Use::Output(scope, _) => Some(*scope),
+            _ => None,
+        });
+        let producer_scope = self.graph.producer(new).map(|p| self.graph.node(p).scope());
+        let mut count = 0;
+        for scope in outputs {
+            count += 1;
+            self.require(producer_scope == Some(scope), "an output needs a node of its own graph that produces it")?;
+            if scope == ScopeId::MAIN {
+                let free = count == 1 && !self.graph.is_output(new);
+                self.require(free, "two outputs would be one value")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// An axis counted from the front.
+    pub fn axis(&self, axis: i64, ndim: usize) -> Result<usize, Refusal> {
+        let from_front = if axis < 0 { axis + ndim as i64 } else { axis };
+        match usize::try_from(from_front) {
+            Ok(found) if found < ndim => Ok(found),
+            _ => Err(Refusal(format!("axis {axis} is outside {ndim} axes"))),
+        }
+    }
+}
