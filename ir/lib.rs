@@ -13,6 +13,8 @@ mod pattern;
 mod tensor;
 mod types;
 
+pub mod text;
+
 pub use graph::{
     Attribute, AttributeValue, Cycle, Graph, Initializer, Node, NodeId, Origin, Placement, Port, Scope, ScopeId,
     ShardedDim, Sharding, Use, Value, ValueId,
