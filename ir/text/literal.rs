@@ -98,6 +98,7 @@ impl Scanner<'_> {
 
     /// The data of a tensor whose type was read; `name` is for messages and may be empty.
     pub fn initializer(&mut self, ty: &Type, name: &str) -> Parsed<Initializer> {
+        self.skip();
         let (TypeKind::Tensor { elem, shape } | TypeKind::SparseTensor { elem, shape }) = &ty.kind else {
             return self.error("only tensors can be written out");
         };
@@ -164,7 +165,8 @@ impl Scanner<'_> {
         let expected = element_count(&dims).and_then(|elements| elements.checked_mul(1 + usize::from(complex)));
         if expected != Some(count) {
             let expected = expected.map_or("too many".to_owned(), |expected| expected.to_string());
-            return self.error_at(start, format!("the shape {whose} needs {expected} numbers or strings, found {count}"));
+            return self
+                .error_at(start, format!("the shape {whose} needs {expected} numbers or strings, found {count}"));
         }
         let tensor = match dtype {
             DataType::String => Tensor::strings(dims, strings),

@@ -3,9 +3,7 @@
 use super::{
     is_special_float,
     scan::{Number, Parsed, Scanner},
-    tree::{
-        Header, RawAttribute, RawAttributeValue, RawFunction, RawGraph, RawModel, RawName, RawNode, RawValue,
-    },
+    tree::{Header, RawAttribute, RawAttributeValue, RawFunction, RawGraph, RawModel, RawName, RawNode, RawValue},
 };
 use crate::{AttributeValue, Initializer, SparseTensor, Tensor, Type, TypeKind};
 use bytes::Bytes;
@@ -275,9 +273,7 @@ impl<'a> Scanner<'a> {
         }
         let single = self.single()?;
         let value = match single {
-            Single::Reference(name) => {
-                AttributeValue::Reference { name, kind: stated.unwrap_or_default() as i32 }
-            }
+            Single::Reference(name) => AttributeValue::Reference { name, kind: stated.unwrap_or_default() as i32 },
             single => {
                 let stated = stated_name.unwrap_or(single.kind());
                 match (stated, single) {

@@ -135,8 +135,11 @@ impl Printer<'_> {
         self.display(model.ir_version);
         self.push(",\n    opset_import: ");
         self.opsets(&model.opsets);
-        let strings =
-            [("producer_name", &model.producer_name), ("producer_version", &model.producer_version), ("domain", &model.domain)];
+        let strings = [
+            ("producer_name", &model.producer_name),
+            ("producer_version", &model.producer_version),
+            ("domain", &model.domain),
+        ];
         for (key, value) in strings {
             self.header_string(key, value);
         }
@@ -290,7 +293,11 @@ impl Printer<'_> {
             self.push(".");
         }
         // Inside a domain, an operator may have any name; alone, its name may also be that of a type.
-        if is_type_word(&node.op_type) { self.push(&node.op_type) } else { self.name(&node.op_type) };
+        if is_type_word(&node.op_type) {
+            self.push(&node.op_type)
+        } else {
+            self.name(&node.op_type)
+        };
         if !node.overload.is_empty() {
             self.push(":");
             self.name(&node.overload);
@@ -317,7 +324,11 @@ impl Printer<'_> {
             part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
                 && part.bytes().next().is_some_and(|b| !b.is_ascii_digit())
         };
-        if domain.split('.').all(identifier) { self.push(domain) } else { self.quoted(domain) };
+        if domain.split('.').all(identifier) {
+            self.push(domain)
+        } else {
+            self.quoted(domain)
+        };
     }
 
     fn type_comment(&mut self, graph: &Graph, outputs: &[Option<ValueId>]) {
@@ -418,7 +429,9 @@ impl Printer<'_> {
                     self.dotted(domain);
                     self.push(",");
                 }
-                self.dotted(name);
+                if !name.is_empty() {
+                    self.dotted(name);
+                }
                 self.push(")");
             }
             TypeKind::Unstated => self.push("?"),
