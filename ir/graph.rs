@@ -6,7 +6,10 @@
 
 use crate::{DataType, Metadata, SparseTensor, Tensor, Type};
 use bytes::Bytes;
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 /// A value of a graph, in whichever scope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -453,12 +456,25 @@ pub struct Graph {
     scopes: Vec<Scope>,
     names: HashMap<String, u32>,
     fresh: HashMap<String, u32>,
+    revision: u64,
 }
+
+/// The last revision handed out; never the same twice, so that equal revisions mean equal graphs.
+static REVISION: AtomicU64 = AtomicU64::new(1);
 
 impl Graph {
     /// An empty main graph.
     pub fn new(name: impl Into<String>) -> Graph {
         Graph { scopes: vec![Scope { name: name.into(), ..Scope::default() }], ..Graph::default() }
+    }
+
+    fn touch(&mut self) {
+        self.revision = REVISION.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Changes with every edit (sorting is none). Graphs of equal revision are equal: one is a clone of the other.
+    pub fn revision(&self) -> u64 {
+        self.revision
     }
 
     // Reading.
@@ -490,6 +506,7 @@ impl Graph {
 
     /// Attributes, name and documentation of a node, to edit. Inputs and outputs change through the graph.
     pub fn node_mut(&mut self, id: NodeId) -> &mut Node {
+        self.touch();
         self.nodes[id.index()].as_mut().expect("the node was removed")
     }
 
@@ -500,6 +517,7 @@ impl Graph {
 
     /// Type, documentation and metadata of a value, to edit. Names change through [`Graph::rename`].
     pub fn value_mut(&mut self, id: ValueId) -> &mut Value {
+        self.touch();
         &mut self.values[id.index()]
     }
 
@@ -669,6 +687,7 @@ impl Graph {
 
     /// A new value with exactly this name, not yet produced by anything.
     pub fn add_value(&mut self, name: impl Into<String>, ty: Option<Type>) -> ValueId {
+        self.touch();
         let name = name.into();
         self.count_name(&name);
         self.values.push(Value {
@@ -686,6 +705,7 @@ impl Graph {
 
     /// Makes an unproduced value the last input of `scope`.
     pub fn add_input(&mut self, scope: ScopeId, value: ValueId) {
+        self.touch();
         debug_assert_eq!(self.value(value).origin, Origin::None, "the value already has an origin");
         self.values[value.index()].origin = Origin::Input(scope);
         self.scopes[scope.index()].inputs.push(value);
@@ -693,6 +713,7 @@ impl Graph {
 
     /// Removes input `index` of `scope`, which must have no uses.
     pub fn remove_input(&mut self, scope: ScopeId, index: usize) {
+        self.touch();
         let value = self.scopes[scope.index()].inputs.remove(index);
         debug_assert!(self.value(value).uses.is_empty(), "the input is still used");
         self.forget_value(value);
@@ -700,6 +721,7 @@ impl Graph {
 
     /// Makes a value the last output of `scope`.
     pub fn add_output(&mut self, scope: ScopeId, value: ValueId) {
+        self.touch();
         let index = self.scopes[scope.index()].outputs.len();
         self.scopes[scope.index()].outputs.push(value);
         self.values[value.index()].uses.insert(Use::Output(scope, index));
@@ -707,6 +729,7 @@ impl Graph {
 
     /// Replaces output `index` of `scope`; the old value keeps its name.
     pub fn set_output(&mut self, scope: ScopeId, index: usize, value: ValueId) {
+        self.touch();
         let old = std::mem::replace(&mut self.scopes[scope.index()].outputs[index], value);
         self.values[old.index()].uses.remove(&Use::Output(scope, index));
         self.values[value.index()].uses.insert(Use::Output(scope, index));
@@ -733,6 +756,7 @@ impl Graph {
 
     /// Makes an unproduced value an initializer of `scope`.
     pub fn make_initializer(&mut self, scope: ScopeId, value: ValueId, initializer: Initializer) {
+        self.touch();
         debug_assert_eq!(self.value(value).origin, Origin::None, "the value already has an origin");
         self.values[value.index()].origin = Origin::Initializer(scope);
         self.values[value.index()].initializer = Some(initializer);
@@ -741,18 +765,21 @@ impl Graph {
 
     /// Gives a graph input a default, or takes it away.
     pub fn set_default(&mut self, input: ValueId, default: Option<Initializer>) {
+        self.touch();
         debug_assert!(matches!(self.value(input).origin, Origin::Input(_)), "only inputs have defaults");
         self.values[input.index()].initializer = default;
     }
 
     /// Replaces the tensor of an initializer.
     pub fn set_initializer(&mut self, value: ValueId, initializer: Initializer) {
+        self.touch();
         debug_assert!(matches!(self.value(value).origin, Origin::Initializer(_)), "the value is no initializer");
         self.values[value.index()].initializer = Some(initializer);
     }
 
     /// Turns a main-graph input that has a default into a constant: callers can no longer override it.
     pub fn freeze_input(&mut self, scope: ScopeId, index: usize) {
+        self.touch();
         let value = self.scopes[scope.index()].inputs[index];
         debug_assert!(self.value(value).initializer.is_some(), "the input has no default");
         self.scopes[scope.index()].inputs.remove(index);
@@ -762,6 +789,7 @@ impl Graph {
 
     /// Annotates a value with quantization parameters.
     pub fn set_quantization(&mut self, value: ValueId, parameters: Vec<(String, ValueId)>) {
+        self.touch();
         for (_, old) in std::mem::take(&mut self.values[value.index()].quantization) {
             self.values[old.index()].uses.remove(&Use::Annotation(value));
         }
@@ -785,6 +813,7 @@ impl Graph {
         inputs: Vec<Option<ValueId>>,
         outputs: Vec<Option<ValueId>>,
     ) -> NodeId {
+        self.touch();
         let id = NodeId(self.nodes.len() as u32);
         for (index, value) in inputs.iter().enumerate() {
             if let Some(value) = value {
@@ -818,6 +847,7 @@ impl Graph {
 
     /// Changes input `index` of a node; missing inputs before it are left out.
     pub fn set_input(&mut self, id: NodeId, index: usize, value: Option<ValueId>) {
+        self.touch();
         let node = self.nodes[id.index()].as_mut().expect("the node was removed");
         if node.inputs.len() <= index {
             node.inputs.resize(index + 1, None);
@@ -844,6 +874,7 @@ impl Graph {
 
     /// Stops asking for output `index` of a node; the value must have no uses.
     pub fn drop_output(&mut self, id: NodeId, index: usize) {
+        self.touch();
         let node = self.nodes[id.index()].as_mut().expect("the node was removed");
         let Some(value) = node.outputs.get_mut(index).and_then(Option::take) else { return };
         while node.outputs.last() == Some(&None) {
@@ -919,6 +950,7 @@ impl Graph {
 
     /// Removes a node with its subgraphs. Its outputs must have no uses.
     pub fn remove_node(&mut self, id: NodeId) {
+        self.touch();
         let node = self.nodes[id.index()].take().expect("the node was removed before");
         for (index, value) in node.inputs.iter().enumerate() {
             if let Some(value) = value {
@@ -967,6 +999,7 @@ impl Graph {
     }
 
     fn forget_value(&mut self, id: ValueId) {
+        self.touch();
         self.set_quantization(id, Vec::new());
         let value = &mut self.values[id.index()];
         value.origin = Origin::None;
@@ -978,12 +1011,14 @@ impl Graph {
 
     /// Moves a node (with its subgraphs) to the end of another scope, which must see the values it reads.
     pub fn move_node(&mut self, id: NodeId, scope: ScopeId) {
+        self.touch();
         self.node_mut(id).scope = Some(scope);
         self.scopes[scope.index()].nodes.push(id);
     }
 
     /// Moves an initializer to another scope, which must contain all of its uses.
     pub fn move_initializer(&mut self, value: ValueId, scope: ScopeId) {
+        self.touch();
         self.values[value.index()].origin = Origin::Initializer(scope);
         self.scopes[scope.index()].initializers.push(value);
     }

@@ -50,9 +50,7 @@ fn rewrite_graph(
     if first.is_empty() {
         return Ok(());
     }
-    graph.sort()?;
-    let facts = Facts::of(graph, opsets, functions);
-    let mut driver = Driver { graph, opsets, functions, cx, facts, outcome, refused: BTreeSet::new() };
+    let mut driver = Driver { graph, opsets, functions, cx, facts: None, outcome, refused: BTreeSet::new() };
     let budget = driver.graph.node_bound().saturating_mul(REWRITES_PER_NODE) + 64;
     let mut queued: BTreeSet<NodeId> = first.iter().copied().collect();
     let mut queue: VecDeque<NodeId> = first.into();
@@ -66,7 +64,7 @@ fn rewrite_graph(
             rewrites += 1;
             if rewrites > budget {
                 driver.outcome.refuse("the rules went on without end and were stopped", rule.name);
-                return Ok(driver.graph.sort()?);
+                return driver.finish(rewrites);
             }
             for near in touched {
                 let live = driver.graph.get(near).is_some_and(|n| by_root.contains_key(n.op_type.as_str()));
@@ -77,8 +75,7 @@ fn rewrite_graph(
             break;
         }
     }
-    driver.graph.sort()?;
-    Ok(())
+    driver.finish(rewrites)
 }
 
 struct Driver<'a> {
@@ -86,21 +83,35 @@ struct Driver<'a> {
     opsets: &'a [(String, i64)],
     functions: &'a [Function],
     cx: &'a Context<'a>,
-    facts: Facts,
+    /// Inferred at the first match.
+    facts: Option<Facts>,
     outcome: &'a mut Outcome,
     /// Places whose refusal is already counted.
     refused: BTreeSet<(NodeId, &'static str)>,
 }
 
 impl Driver<'_> {
+    /// Hands the facts back, and puts the nodes in order if any were added.
+    fn finish(self, rewrites: usize) -> Result<(), Error> {
+        if rewrites > 0 {
+            self.graph.sort()?;
+        }
+        if let Some(facts) = self.facts {
+            self.cx.facts.keep(self.graph, facts);
+        }
+        Ok(())
+    }
+
     /// Tries one rule at one node. Returns the nodes worth another look if it acted.
     fn try_rule(&mut self, rule: &Rule, id: NodeId) -> Option<Vec<NodeId>> {
         let bindings = rule.pattern.find(self.graph, id)?;
+        let (cx, opsets, functions) = (self.cx, self.opsets, self.functions);
+        let facts = self.facts.get_or_insert_with(|| cx.facts.take(self.graph, opsets, functions));
         let mut patch = Patch::new(self.graph);
         let nodes = bindings.nodes().to_vec();
         let place = Match {
             graph: self.graph,
-            facts: &self.facts,
+            facts,
             opsets: self.opsets,
             functions: self.functions,
             cx: self.cx,
@@ -171,12 +182,13 @@ impl Driver<'_> {
             touched.extend(self.graph.node(id).inputs().iter().flatten().filter_map(|&v| self.graph.producer(v)));
         }
         let added = self.graph.apply(patch, scope, &base);
+        let facts = self.facts.as_mut().expect("a rule acts only on a place with facts");
         for (index, &id) in added.iter().enumerate() {
             if self.graph.node(id).name.is_empty() && !label.is_empty() {
                 let last = index + 1 == added.len();
                 self.graph.node_mut(id).name = if last { label.clone() } else { format!("{label}_{index}") };
             }
-            self.facts.update(self.graph, self.opsets, self.functions, id);
+            facts.update(self.graph, self.opsets, self.functions, id);
         }
         touched.extend(&added);
         for (index, new) in replacement.0 {
@@ -186,7 +198,7 @@ impl Driver<'_> {
                 _ => None,
             });
             touched.extend(users);
-            self.facts.inherit(new, old);
+            facts.inherit(new, old);
             self.graph.replace_uses(old, new);
             // A value made here takes over the name of the one it replaces, so that names stay what users know.
             let old_name = self.graph.value(old).name.clone();

@@ -1,8 +1,8 @@
 //! What a pass is, what it may know, and what it reports.
 
-use lathe_analysis::Evaluate;
-use lathe_ir::Model;
-use std::collections::BTreeMap;
+use lathe_analysis::{Evaluate, Facts};
+use lathe_ir::{Function, Graph, Model};
+use std::{cell::RefCell, collections::BTreeMap};
 
 /// A quantity that a pass claims to lower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +97,35 @@ pub struct Context<'a> {
     pub evaluator: Option<&'a dyn Evaluate>,
     /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
     pub settings: BTreeMap<String, String>,
+    /// Facts of graphs that have not changed since they were inferred.
+    pub facts: FactsCache,
+}
+
+/// Facts by graph revision: inference is the dearest part of most passes, and most passes change nothing.
+#[derive(Default)]
+pub struct FactsCache {
+    known: RefCell<Vec<(u64, Facts)>>,
+}
+
+impl FactsCache {
+    /// How many graphs' facts are kept: the main graph and the local functions being worked on.
+    const KEPT: usize = 4;
+
+    /// The facts of `graph` as it is now.
+    pub fn take(&self, graph: &Graph, opsets: &[(String, i64)], functions: &[Function]) -> Facts {
+        let mut known = self.known.borrow_mut();
+        match known.iter().position(|(revision, _)| *revision == graph.revision()) {
+            Some(index) => known.remove(index).1,
+            None => Facts::of(graph, opsets, functions),
+        }
+    }
+
+    /// Keeps facts that hold for `graph` as it is now.
+    pub fn keep(&self, graph: &Graph, facts: Facts) {
+        let mut known = self.known.borrow_mut();
+        known.truncate(Self::KEPT - 1);
+        known.insert(0, (graph.revision(), facts));
+    }
 }
 
 /// A setting that is not what its option takes.
