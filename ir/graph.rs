@@ -1037,7 +1037,8 @@ impl Graph {
         Ok(())
     }
 
-    fn sorted(&self, scope: ScopeId) -> Result<Vec<NodeId>, Cycle> {
+    /// The nodes of one scope in the order that [`Graph::sort`] would give them.
+    pub fn sorted(&self, scope: ScopeId) -> Result<Vec<NodeId>, Cycle> {
         const WAITING: u8 = 1;
         const DONE: u8 = 2;
         let roots: Vec<NodeId> = self.nodes(scope).collect();

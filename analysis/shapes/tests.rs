@@ -1,0 +1,1 @@
+//! Small graphs and what is inferred about them.
