@@ -1,1 +1,25 @@
-//! Part of onnx-lathe.
+//! Running models: ONNX Runtime or the embedded engine, in this process or in a child; inputs, comparison, discovery.
+//!
+//! Nothing here changes a model, reads the environment or prints.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod compare;
+mod datum;
+mod engine;
+mod inputs;
+mod library;
+mod ort_engine;
+mod random;
+mod roles;
+#[cfg(test)]
+mod testing;
+mod verify;
+
+pub use compare::{Claim, Comparison, OutputError, compare, default_rtol};
+pub use datum::Datum;
+pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source};
+pub use inputs::{InputError, InputSpec, Sizes, Style, generate, required_inputs, sizes_to_try};
+pub use library::{Discovery, Found, Place, Search, Tried};
+pub use ort_engine::OrtEngine;
+pub use random::Random;
+pub use verify::{Inputs, Report, Sample, Verdict, VerifyError, verify};

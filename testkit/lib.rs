@@ -1,1 +1,59 @@
-//! Part of onnx-lathe.
+//! For tests only: running two models side by side, seeded inputs, random small graphs.
+//!
+//! Unlike the rest of the program this crate reads `ORT_DYLIB_PATH` itself, and panics when ONNX Runtime is missing.
+
+use lathe_analysis::Evaluate;
+use lathe_ir::Model;
+use lathe_runtime::{Engine, InProcess, InputSpec, Inputs, LoadOptions, OrtEngine, Search, Source, Verdict, verify};
+use std::{
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
+
+pub use lathe_runtime::Claim;
+
+static ENGINE: LazyLock<&OrtEngine> = LazyLock::new(|| {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let search = Search {
+        variable: std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from),
+        environments: vec![workspace.join(".venv")],
+        pythons: vec![PathBuf::from("python3")],
+        system_dirs: Search::usual_system_dirs(),
+        ..Search::default()
+    };
+    match OrtEngine::start(&search) {
+        Ok(engine) => engine,
+        Err(error) => panic!("the tests need ONNX Runtime, which `./test` installs: {error}"),
+    }
+});
+
+static EVALUATOR: LazyLock<InProcess<'static>> = LazyLock::new(|| InProcess::new(engine()));
+
+/// The ONNX Runtime of this process.
+pub fn engine() -> &'static OrtEngine {
+    *ENGINE
+}
+
+/// Runs models for passes under test.
+pub fn evaluator() -> &'static (dyn Evaluate + Sync) {
+    &*EVALUATOR
+}
+
+/// Runs both models on seeded inputs and checks the candidate against `claim`; the error says what differs.
+///
+/// Both run with ONNX Runtime's own optimizations off, at two sizes of every symbolic dimension. Under
+/// [`Claim::Identical`] the inputs also hold negative zeros, infinities, NaN and denormals.
+pub fn equivalent(reference: &Model, candidate: &Model, claim: Claim, seed: u64) -> Result<(), String> {
+    let verdict = verdict(reference, candidate, claim, seed)?;
+    if verdict.holds() { Ok(()) } else { Err(verdict.describe()) }
+}
+
+/// What comes of running both models on seeded inputs.
+pub fn verdict(reference: &Model, candidate: &Model, claim: Claim, seed: u64) -> Result<Verdict, String> {
+    let (expected, found) = (reference.to_bytes(), candidate.to_bytes());
+    let inputs = Inputs::Random(InputSpec { seed, shapes: Vec::new() });
+    let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+    let engine: &dyn Engine = engine();
+    verify(engine, reference, Source::Bytes(&expected), Source::Bytes(&found), &inputs, claim, &options)
+        .map_err(|e| e.to_string())
+}

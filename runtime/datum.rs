@@ -1,0 +1,57 @@
+//! What a model hands back: tensors, and what ONNX builds from them.
+
+use lathe_ir::Tensor;
+
+/// One value at run time.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Datum {
+    /// A tensor.
+    Tensor(Tensor),
+    /// A sequence; its members may be tensors or maps.
+    Sequence(Vec<Datum>),
+    /// A map: its keys and, in the same order, its values, both with one axis.
+    Map {
+        /// Integers or strings, sorted.
+        keys: Tensor,
+        /// One value per key.
+        values: Tensor,
+    },
+    /// An optional value that is absent.
+    None,
+}
+
+impl Datum {
+    /// The tensor, if this is one.
+    pub fn tensor(&self) -> Option<&Tensor> {
+        match self {
+            Datum::Tensor(tensor) => Some(tensor),
+            _ => None,
+        }
+    }
+
+    /// What it is, for messages: `float[2, 3]`, `a sequence of 3`.
+    pub fn describe(&self) -> String {
+        match self {
+            Datum::Tensor(tensor) => format!("{}{:?}", tensor.dtype(), tensor.dims()),
+            Datum::Sequence(members) => format!("a sequence of {}", members.len()),
+            Datum::Map { keys, .. } => format!("a map of {}", keys.len()),
+            Datum::None => "nothing".to_owned(),
+        }
+    }
+
+    /// Bytes of all data inside.
+    pub fn byte_len(&self) -> usize {
+        match self {
+            Datum::Tensor(tensor) => tensor.byte_len(),
+            Datum::Sequence(members) => members.iter().map(Datum::byte_len).sum(),
+            Datum::Map { keys, values } => keys.byte_len() + values.byte_len(),
+            Datum::None => 0,
+        }
+    }
+}
+
+impl From<Tensor> for Datum {
+    fn from(tensor: Tensor) -> Datum {
+        Datum::Tensor(tensor)
+    }
+}

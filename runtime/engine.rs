@@ -1,0 +1,160 @@
+//! What the rest of the program knows about an engine: it loads a model and runs it on named tensors.
+
+use crate::Datum;
+use lathe_analysis::{Evaluate, EvaluateError};
+use lathe_ir::{Model, Tensor};
+use std::path::{Path, PathBuf};
+
+/// Where a model comes from.
+#[derive(Debug, Clone, Copy)]
+pub enum Source<'a> {
+    /// A serialized model with everything inline.
+    Bytes(&'a [u8]),
+    /// A file, whose external data lies beside it.
+    Path(&'a Path),
+}
+
+/// How a model is loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Whether the engine may rewrite the graph for speed. Off for every comparison: a rewrite of the runtime would
+    /// hide or invent differences.
+    pub optimize: bool,
+    /// Threads inside one operator; 0 leaves the choice to the engine.
+    pub threads: usize,
+    /// The execution provider: `cpu`, `cuda`.
+    pub provider: String,
+    /// Which of the provider's devices.
+    pub device: i32,
+    /// Whether idle threads spin: faster when timing, a waste otherwise.
+    pub spin: bool,
+}
+
+impl Default for LoadOptions {
+    fn default() -> LoadOptions {
+        LoadOptions { optimize: false, threads: 0, provider: "cpu".to_owned(), device: 0, spin: false }
+    }
+}
+
+/// Why a model could not be loaded or run.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RuntimeError {
+    /// There is nothing to run models with.
+    #[error("no usable ONNX Runtime was found; tried {}", .tried.join("; "))]
+    NoLibrary {
+        /// Every place that was looked at and what was there.
+        tried: Vec<String>,
+    },
+    /// The library that was asked for cannot be used.
+    #[error("cannot load ONNX Runtime from `{}`: {message}", .path.display())]
+    Library {
+        /// The library.
+        path: PathBuf,
+        /// What went wrong.
+        message: String,
+    },
+    /// The execution provider that was asked for is not there.
+    #[error("{engine} has no execution provider `{provider}`; it has {available}")]
+    Provider {
+        /// The engine.
+        engine: String,
+        /// What was asked for.
+        provider: String,
+        /// What there is.
+        available: String,
+    },
+    /// The engine does not accept the model.
+    #[error("{engine} refuses the model: {message}")]
+    Load {
+        /// The engine.
+        engine: String,
+        /// What it says.
+        message: String,
+    },
+    /// The engine failed on these inputs.
+    #[error("{engine} fails {}: {message}", .node.as_ref().map_or("to run the model".to_owned(), |n| format!("at node {n}")))]
+    Run {
+        /// The engine.
+        engine: String,
+        /// The node that failed, if the engine names it: "`layer1` (Gather)".
+        node: Option<String>,
+        /// What it says.
+        message: String,
+    },
+    /// A value that this program cannot hand to the engine or take from it.
+    #[error("{value} cannot be passed to or from {engine}: {message}")]
+    Value {
+        /// Which value.
+        value: String,
+        /// The engine.
+        engine: String,
+        /// Why.
+        message: String,
+    },
+    /// The child process ended, took too long or used too much memory.
+    #[error("{0}")]
+    Child(String),
+}
+
+impl From<RuntimeError> for EvaluateError {
+    fn from(error: RuntimeError) -> EvaluateError {
+        EvaluateError { message: error.to_string() }
+    }
+}
+
+/// A model that is ready to run.
+pub trait Session {
+    /// Runs on named inputs and returns the outputs in the model's order. Inputs with a default may be left out.
+    fn run(&mut self, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Datum)>, RuntimeError>;
+}
+
+/// Something that loads models.
+pub trait Engine: Send + Sync {
+    /// Prepares a model for running.
+    fn load(&self, source: Source<'_>, options: &LoadOptions) -> Result<Box<dyn Session>, RuntimeError>;
+
+    /// Its name with its version: `ONNX Runtime 1.32.0`.
+    fn name(&self) -> String;
+
+    /// The execution providers it can be asked for: `cpu`, `cuda`.
+    fn providers(&self) -> Vec<String>;
+}
+
+/// Runs models in this process, with the engine's own optimizations off.
+pub struct InProcess<'a> {
+    engine: &'a dyn Engine,
+    options: LoadOptions,
+}
+
+impl<'a> InProcess<'a> {
+    /// Runs on one thread: the models that passes ask about are small, and starting a thread pool costs more.
+    pub fn new(engine: &'a dyn Engine) -> InProcess<'a> {
+        InProcess { engine, options: LoadOptions { threads: 1, ..LoadOptions::default() } }
+    }
+}
+
+impl Evaluate for InProcess<'_> {
+    fn run(&self, model: &Model, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, EvaluateError> {
+        let bytes = model.to_bytes();
+        let mut session = self.engine.load(Source::Bytes(&bytes), &self.options)?;
+        let outputs = session.run(inputs)?;
+        tensors(outputs, &self.engine.name()).map_err(EvaluateError::from)
+    }
+
+    fn name(&self) -> String {
+        self.engine.name()
+    }
+}
+
+/// The outputs as tensors. Fails if one of them is something else.
+pub(crate) fn tensors(outputs: Vec<(String, Datum)>, engine: &str) -> Result<Vec<(String, Tensor)>, RuntimeError> {
+    let tensor = |(name, datum): (String, Datum)| match datum {
+        Datum::Tensor(tensor) => Ok((name, tensor)),
+        other => Err(RuntimeError::Value {
+            value: format!("output `{name}`"),
+            engine: engine.to_owned(),
+            message: format!("it is {}, not a tensor", other.describe()),
+        }),
+    };
+    outputs.into_iter().map(tensor).collect()
+}

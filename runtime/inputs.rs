@@ -1,0 +1,553 @@
+//! Seeded random inputs that a model accepts: of the stated types and shapes, with one size per dimension name, indices
+//! inside the tables they index, and masks that look like masks.
+
+use crate::{
+    Random,
+    roles::{self, Role},
+};
+use bytes::Bytes;
+use lathe_ir::{DataType, Dim, Graph, Model, Shape, Tensor, TypeKind, ValueId, element_count};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// No input is made larger than this many elements: past it a size was guessed wrong.
+const LARGEST: usize = 1 << 28;
+
+/// Why no inputs can be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InputError {
+    /// The input is not a tensor.
+    #[error("input `{input}` is {found}, and only tensors can be made up; give data for it")]
+    NotATensor {
+        /// The input.
+        input: String,
+        /// What the model says it is.
+        found: &'static str,
+    },
+    /// Values of this type cannot be made.
+    #[error("input `{input}` has elements of type {dtype}, which cannot be made up; give data for it")]
+    Type {
+        /// The input.
+        input: String,
+        /// Its element type.
+        dtype: DataType,
+    },
+    /// The input would not fit in memory.
+    #[error("input `{input}` of shape {dims:?} is too large to be made up; give its shape or data for it")]
+    TooLarge {
+        /// The input.
+        input: String,
+        /// Its shape.
+        dims: Vec<usize>,
+    },
+    /// A stated shape contradicts the model.
+    #[error("input `{input}` is given the shape {given:?}, but the model says {expected}")]
+    Shape {
+        /// The input.
+        input: String,
+        /// The user's shape.
+        given: Vec<usize>,
+        /// The model's.
+        expected: String,
+    },
+    /// A stated shape is for an input that is not there.
+    #[error("the model has no input `{input}`; it has {available}")]
+    NoSuchInput {
+        /// The name given.
+        input: String,
+        /// The names there are.
+        available: String,
+    },
+}
+
+/// What the user says about inputs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InputSpec {
+    /// The seed of all values.
+    pub seed: u64,
+    /// Shapes by input name, as `--input-shape` gives them.
+    pub shapes: Vec<(String, Vec<usize>)>,
+}
+
+/// Which values floats and whole numbers take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Style {
+    /// Floats around zero, whole numbers of both signs.
+    Usual,
+    /// Floats between 0.1 and 1, whole numbers 0 and 1: for models that take logarithms or hide an index.
+    Tame,
+    /// As [`Style::Usual`], with negative zeros, infinities, NaN, denormals and very large floats among them.
+    Special,
+}
+
+/// A size for every symbolic dimension.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sizes {
+    named: BTreeMap<String, usize>,
+    /// Sizes of dimensions that have no name: the first axis, and the others.
+    first: usize,
+    rest: usize,
+    style: Style,
+}
+
+impl Sizes {
+    /// The same sizes with values of another style.
+    pub fn with_style(&self, style: Style) -> Sizes {
+        Sizes { style, ..self.clone() }
+    }
+
+    /// The style of the values.
+    pub fn style(&self) -> Style {
+        self.style
+    }
+
+    /// For messages: `batch = 1, sequence = 8`; empty when the model leaves nothing open.
+    pub fn describe(&self) -> String {
+        let named = self.named.iter().map(|(name, size)| match name.strip_prefix('?') {
+            Some(at) => format!("axis {} = {size}", at.replace('/', " of ")),
+            None => format!("{name} = {size}"),
+        });
+        named.collect::<Vec<_>>().join(", ")
+    }
+
+    fn of(&self, key: &str) -> Option<usize> {
+        self.named.get(key).copied()
+    }
+}
+
+/// The inputs that must be given: those without a default.
+pub fn required_inputs(graph: &Graph) -> impl Iterator<Item = ValueId> + '_ {
+    graph.main().inputs().iter().copied().filter(|&v| graph.value(v).initializer().is_none())
+}
+
+/// How a dimension is called: its symbol, or its place in shapes of this rank. Unnamed dimensions at the same place are
+/// taken to be equal, which they are in most exports (`[?, ?]` ids beside a `[?, ?]` mask).
+fn key(dim: &Dim, axis: usize, ndim: usize) -> Option<String> {
+    match dim {
+        Dim::Known(size) if *size >= 0 => None,
+        Dim::Symbol(name) if !name.is_empty() => Some(name.clone()),
+        _ => Some(format!("?{axis}/{ndim}")),
+    }
+}
+
+/// What a dimension stands for, guessed from its name and place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Batch,
+    Sequence,
+    Past,
+    Image,
+    Other,
+}
+
+fn kind(name: &str, axis: usize, image: bool) -> Kind {
+    let lower = name.to_ascii_lowercase();
+    let has = |words: &[&str]| words.iter().any(|w| lower.contains(w));
+    if has(&["batch"]) || ["n", "b", "bs"].contains(&lower.as_str()) {
+        Kind::Batch
+    } else if has(&["past", "cache"]) {
+        Kind::Past
+    } else if has(&["height", "width"]) || ["h", "w"].contains(&lower.as_str()) {
+        Kind::Image
+    } else if has(&["seq", "len", "time", "token", "frame"]) {
+        Kind::Sequence
+    } else if axis == 0 {
+        Kind::Batch
+    } else if image {
+        Kind::Image
+    } else {
+        Kind::Other
+    }
+}
+
+/// Sizes to run a model with, in the order in which they should be tried.
+///
+/// The first two differ in every symbolic dimension, one of them with batch 1. The others give all open dimensions the
+/// same size, for models whose dimensions are related in ways their names do not say.
+pub fn sizes_to_try(model: &Model, spec: &InputSpec) -> Vec<Sizes> {
+    let graph = &model.graph;
+    let mut open: BTreeMap<String, Kind> = BTreeMap::new();
+    let mut fixed: BTreeMap<String, usize> = BTreeMap::new();
+    for value in required_inputs(graph) {
+        let value = graph.value(value);
+        let Some(shape) = value.ty.as_ref().and_then(|t| t.shape()) else { continue };
+        let given = spec.shapes.iter().find(|(name, _)| *name == value.name).map(|(_, dims)| dims);
+        for (axis, dim) in shape.dims.iter().enumerate() {
+            let Some(key) = key(dim, axis, shape.dims.len()) else { continue };
+            if let Some(&size) = given.and_then(|dims| dims.get(axis)) {
+                fixed.insert(key.clone(), size);
+            }
+            let kind = kind(&key, axis, is_image(shape) && axis >= 1);
+            let known = open.entry(key).or_insert(kind);
+            if *known == Kind::Other {
+                *known = kind;
+            }
+        }
+    }
+    let assign = |size: &dyn Fn(Kind) -> usize, first: usize, rest: usize, style: Style| {
+        let mut named: BTreeMap<String, usize> = open.iter().map(|(k, &kind)| (k.clone(), size(kind))).collect();
+        named.extend(fixed.clone());
+        settle_sums(&mut named, &fixed);
+        Sizes { named, first, rest, style }
+    };
+    let usual = |which: usize| {
+        move |kind: Kind| match kind {
+            Kind::Batch => [1, 3][which],
+            Kind::Sequence => [8, 5][which],
+            Kind::Past => [4, 7][which],
+            Kind::Image => [64, 96][which],
+            Kind::Other => [4, 6][which],
+        }
+    };
+    let mut all = vec![assign(&usual(0), 1, 4, Style::Usual), assign(&usual(1), 3, 6, Style::Usual)];
+    all.push(assign(&usual(0), 1, 4, Style::Tame));
+    for size in [1, 2, 8, 16, 32, 64, 128, 224, 256, 384, 512, 640, 1024] {
+        let one_batch = move |kind: Kind| if kind == Kind::Batch { 1 } else { size };
+        all.push(assign(&one_batch, 1, size, Style::Usual));
+        if size <= 32 {
+            all.push(assign(&|_| size, size, size, Style::Usual));
+        }
+    }
+    let mut distinct: Vec<Sizes> = Vec::new();
+    for sizes in all {
+        if !distinct.contains(&sizes) {
+            distinct.push(sizes);
+        }
+    }
+    // A model that leaves no size open needs no further sizes, only other values.
+    if open.keys().all(|k| fixed.contains_key(k)) && !has_unranked(graph) {
+        distinct.retain(|s| s.style == Style::Tame || *s == distinct_first(&open, &fixed));
+    }
+    distinct
+}
+
+fn distinct_first(open: &BTreeMap<String, Kind>, fixed: &BTreeMap<String, usize>) -> Sizes {
+    let named = open.keys().filter_map(|k| Some((k.clone(), *fixed.get(k)?))).collect();
+    Sizes { named, first: 1, rest: 4, style: Style::Usual }
+}
+
+fn has_unranked(graph: &Graph) -> bool {
+    required_inputs(graph).any(|v| graph.value(v).ty.as_ref().is_none_or(|t| t.shape().is_none()))
+}
+
+/// Gives dimensions that are named as sums (`past_sequence_length + sequence_length`), and totals beside a past, the
+/// size that their names promise.
+fn settle_sums(named: &mut BTreeMap<String, usize>, fixed: &BTreeMap<String, usize>) {
+    let keys: Vec<String> = named.keys().filter(|k| !fixed.contains_key(*k)).cloned().collect();
+    let past = |name: &str| name.to_ascii_lowercase().contains("past");
+    let total = |name: &str| name.to_ascii_lowercase().contains("total");
+    for key in keys {
+        let terms: Vec<&str> = key.split('+').map(str::trim).collect();
+        let sum = if terms.len() > 1 {
+            terms.iter().map(|t| t.parse().ok().or_else(|| named.get(*t).copied())).sum::<Option<usize>>()
+        } else if total(&key) {
+            let sequence =
+                named.iter().find(|(k, _)| kind(k, 1, false) == Kind::Sequence && !total(k) && !k.contains('+'));
+            let before = named.iter().find(|(k, _)| past(k) && !k.contains('+'));
+            before.zip(sequence).map(|(a, b)| a.1 + b.1)
+        } else {
+            None
+        };
+        if let Some(sum) = sum {
+            named.insert(key, sum);
+        }
+    }
+}
+
+/// Whether a shape looks like images: four axes, one of them holding 1, 3 or 4 channels.
+fn is_image(shape: &Shape) -> bool {
+    let channels = |axis: usize| matches!(shape.dims.get(axis), Some(Dim::Known(1 | 3 | 4)));
+    shape.dims.len() == 4 && (channels(1) || channels(3))
+}
+
+/// One set of inputs for a model.
+pub fn generate(model: &Model, spec: &InputSpec, sizes: &Sizes) -> Result<Vec<(String, Tensor)>, InputError> {
+    let graph = &model.graph;
+    check_names(graph, spec)?;
+    required_inputs(graph)
+        .map(|value| Ok((graph.value(value).name.clone(), make(graph, value, spec, sizes)?)))
+        .collect()
+}
+
+fn check_names(graph: &Graph, spec: &InputSpec) -> Result<(), InputError> {
+    let names: Vec<&str> = graph.main().inputs().iter().map(|&v| graph.value(v).name.as_str()).collect();
+    match spec.shapes.iter().find(|(name, _)| !names.contains(&name.as_str())) {
+        None => Ok(()),
+        Some((input, _)) => {
+            let available = names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
+            Err(InputError::NoSuchInput { input: input.clone(), available })
+        }
+    }
+}
+
+fn make(graph: &Graph, id: ValueId, spec: &InputSpec, sizes: &Sizes) -> Result<Tensor, InputError> {
+    let value = graph.value(id);
+    let input = value.name.clone();
+    let not_a_tensor = |found| InputError::NotATensor { input: input.clone(), found };
+    let (elem, shape) = match value.ty.as_ref().map(|t| &t.kind) {
+        Some(TypeKind::Tensor { elem, shape }) => (*elem, shape.as_ref()),
+        Some(TypeKind::SparseTensor { .. }) => return Err(not_a_tensor("a sparse tensor")),
+        Some(TypeKind::Sequence(_)) => return Err(not_a_tensor("a sequence")),
+        Some(TypeKind::Optional(_)) => return Err(not_a_tensor("an optional value")),
+        Some(TypeKind::Map { .. }) => return Err(not_a_tensor("a map")),
+        Some(TypeKind::Opaque { .. } | TypeKind::Unstated) | None => return Err(not_a_tensor("of no stated type")),
+    };
+    let dtype = elem.ok_or_else(|| not_a_tensor("a tensor of no stated type"))?;
+    let dims = shape_for(graph, id, shape, spec, sizes)?;
+    let count = element_count(&dims).filter(|&n| n <= LARGEST);
+    let count = count.ok_or_else(|| InputError::TooLarge { input: input.clone(), dims: dims.clone() })?;
+    let mut random = Random::named(spec.seed, &input);
+    if dtype == DataType::String {
+        let strings = (0..count).map(|_| word(&mut random)).collect();
+        return Ok(Tensor::strings(dims, strings).expect("one string per element was made"));
+    }
+    let size_of = |shape: &Shape, axis: usize| -> Option<usize> {
+        let dim = shape.dims.get(axis)?;
+        match dim.known() {
+            Some(size) => usize::try_from(size).ok(),
+            None => sizes.of(&key(dim, axis, shape.dims.len())?),
+        }
+    };
+    let role = roles::role_of(graph, id, &size_of);
+    let name = input.to_ascii_lowercase();
+    let row = dims.last().copied().unwrap_or(1).max(1);
+    let image = shape.is_some_and(is_image) || name.contains("image") || name.contains("pixel");
+    let longest = sizes.named.iter().filter(|(k, _)| kind(k, 1, false) == Kind::Sequence).map(|(_, &s)| s).max();
+    let mut values: Vec<f64> = Vec::with_capacity(count);
+    let recipe = Recipe { role, style: sizes.style, image, row, longest, float: dtype.is_float() };
+    while values.len() < count {
+        recipe.fill_row(&name, dtype, &mut random, &mut values);
+    }
+    values.truncate(count);
+    Tensor::from_f64s(dtype, &dims, &values).ok_or(InputError::Type { input, dtype })
+}
+
+/// How the values of one input are chosen.
+struct Recipe {
+    role: Role,
+    style: Style,
+    image: bool,
+    row: usize,
+    longest: Option<usize>,
+    float: bool,
+}
+
+impl Recipe {
+    /// Appends the values of one row along the last axis.
+    fn fill_row(&self, name: &str, dtype: DataType, random: &mut Random, out: &mut Vec<f64>) {
+        let has = |words: &[&str]| words.iter().any(|w| name.contains(w));
+        if has(&["mask"]) && (dtype.is_integer() || dtype == DataType::Bool) {
+            // Padding on the right, and never all of the row.
+            let kept = self.row - random.index(self.row.div_ceil(2));
+            out.extend((0..self.row).map(|i| f64::from(u8::from(i < kept))));
+            return;
+        }
+        if dtype == DataType::Bool {
+            out.extend((0..self.row).map(|_| random.below(2) as f64));
+            return;
+        }
+        if has(&["position"]) && dtype.is_integer() {
+            let bound = if let Role::Index { bound } = self.role { bound.max(1) } else { usize::MAX };
+            out.extend((0..self.row).map(|i| (i % bound) as f64));
+            return;
+        }
+        if dtype.is_integer() && (has(&["length", "lens"]) || name.ends_with("_len")) {
+            let most = self.longest.unwrap_or(3).max(1) as i64;
+            out.extend((0..self.row).map(|_| random.between(1, most) as f64));
+            return;
+        }
+        for _ in 0..self.row {
+            out.push(if self.float { self.float_value(random) } else { self.whole(name, dtype, random) });
+        }
+    }
+
+    fn whole(&self, name: &str, dtype: DataType, random: &mut Random) -> f64 {
+        let signed = matches!(dtype, DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::Int64);
+        match self.role {
+            Role::Index { bound } => {
+                let most = if self.style == Style::Tame { bound.min(2) } else { bound };
+                let most = if name.contains("token_type") || name.contains("segment") { most.min(2) } else { most };
+                random.index(most) as f64
+            }
+            Role::Size => random.between(1, if self.style == Style::Tame { 1 } else { 3 }) as f64,
+            Role::Divisor => random.between(1, 9) as f64,
+            Role::Plain if self.style == Style::Tame => random.below(2) as f64,
+            Role::Plain if matches!(dtype, DataType::Uint8) && self.image => random.below(256) as f64,
+            Role::Plain => random.between(if signed { -9 } else { 0 }, 9) as f64,
+        }
+    }
+
+    fn float_value(&self, random: &mut Random) -> f64 {
+        const SPECIAL: &[f64] = &[
+            // Thrice, because so many rewrites lose it.
+            -0.0,
+            -0.0,
+            -0.0,
+            0.0,
+            f64::INFINITY,
+            f64::NEG_INFINITY,
+            f64::NAN,
+            1e-40,
+            -1e-42,
+            6e-8,
+            3e38,
+            -65504.0,
+            1.0,
+            -1.0,
+        ];
+        match self.role {
+            Role::Index { bound } => random.index(bound) as f64,
+            Role::Size | Role::Divisor => random.between(1, 3) as f64,
+            Role::Plain => match self.style {
+                Style::Special if random.one_in(2) => SPECIAL[random.index(SPECIAL.len())],
+                Style::Tame => 0.1 + 0.9 * random.uniform(),
+                _ if self.image => random.uniform(),
+                _ => random.normal(),
+            },
+        }
+    }
+}
+
+fn word(random: &mut Random) -> Bytes {
+    const WORDS: &[&str] = &["a", "lathe", "Turning", "12", "", "two words", "naïve", "3.5"];
+    Bytes::from_static(WORDS[random.index(WORDS.len())].as_bytes())
+}
+
+/// The shape of one input under `sizes`.
+fn shape_for(
+    graph: &Graph,
+    id: ValueId,
+    shape: Option<&Shape>,
+    spec: &InputSpec,
+    sizes: &Sizes,
+) -> Result<Vec<usize>, InputError> {
+    let input = &graph.value(id).name;
+    let pinned = roles::pinned(graph, id, shape.map(|s| s.dims.len()));
+    let pin =
+        |axis: usize| pinned.as_ref().and_then(|p| p.sizes.iter().find(|(a, _)| *a == axis)).map(|(_, size)| *size);
+    if let Some((_, given)) = spec.shapes.iter().find(|(name, _)| name == input) {
+        let fits = |shape: &Shape| {
+            let pairs = || shape.dims.iter().zip(given);
+            shape.dims.len() == given.len()
+                && pairs().all(|(dim, &size)| dim.known().is_none_or(|known| known < 0 || known as usize == size))
+        };
+        if shape.is_none_or(fits) {
+            return Ok(given.clone());
+        }
+        let expected = shape.map(|s| s.dims.iter().map(ToString::to_string).collect::<Vec<_>>().join(","));
+        let expected = format!("[{}]", expected.unwrap_or_default());
+        return Err(InputError::Shape { input: input.clone(), given: given.clone(), expected });
+    }
+    let Some(shape) = shape else {
+        let ndim = pinned.as_ref().map_or(2, |p| p.ndim);
+        let spatial = |axis: usize| if ndim > 2 && axis >= 2 { sizes.rest.max(16) } else { sizes.rest };
+        return Ok((0..ndim).map(|a| pin(a).unwrap_or(if a == 0 { sizes.first } else { spatial(a) })).collect());
+    };
+    let ndim = shape.dims.len();
+    let size = |(axis, dim): (usize, &Dim)| match key(dim, axis, ndim) {
+        None => dim.known().and_then(|size| usize::try_from(size).ok()).unwrap_or(0),
+        Some(key) => match (dim, pin(axis)) {
+            // A named dimension has one size everywhere; only an unnamed one can follow the constant it meets.
+            (Dim::Symbol(_), _) | (_, None) => sizes.of(&key).unwrap_or(sizes.rest),
+            (_, Some(size)) => size,
+        },
+    };
+    Ok(shape.dims.iter().enumerate().map(size).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Build;
+    use lathe_ir::{Node, Type};
+
+    fn make(model: &Model, which: usize) -> Vec<(String, Tensor)> {
+        let spec = InputSpec::default();
+        generate(model, &spec, &sizes_to_try(model, &spec)[which]).unwrap()
+    }
+
+    fn ids_model() -> Model {
+        let mut build = Build::new();
+        let ids = build.input("input_ids", DataType::Int64, &["batch", "sequence"]);
+        build.input("attention_mask", DataType::Int64, &["batch", "past_sequence_length + sequence"]);
+        build.input("past_key", DataType::Float, &["batch", "2", "past_sequence_length", "4"]);
+        let table = build.constant("table", Tensor::from_f32s(&[5, 1], &[0.0; 5]));
+        let flat = build.constant("flat", Tensor::int64s(&[-1]));
+        let rows = build.node(Node::new("Reshape"), &[ids, flat], "rows");
+        let y = build.node(Node::new("Gather"), &[table, rows], "y");
+        build.output(y, Type::unshaped(DataType::Float)).model()
+    }
+
+    #[test]
+    fn ids_stay_inside_their_table() {
+        let inputs = make(&ids_model(), 0);
+        let ids = inputs[0].1.to_i64s().unwrap();
+        assert!(ids.iter().all(|id| (0..5).contains(id)) && ids.iter().any(|&id| id > 1), "{ids:?}");
+    }
+
+    #[test]
+    fn one_name_has_one_size_and_sums_add_up() {
+        let dims = |which: usize| make(&ids_model(), which).iter().map(|(_, t)| t.dims().to_vec()).collect::<Vec<_>>();
+        assert_eq!(dims(0), [vec![1, 8], vec![1, 12], vec![1, 2, 4, 4]]);
+        assert_eq!(dims(1), [vec![3, 5], vec![3, 12], vec![3, 2, 7, 4]]);
+    }
+
+    #[test]
+    fn masks_are_padded_on_the_right() {
+        let mask = make(&ids_model(), 1)[1].1.to_i64s().unwrap();
+        for row in mask.chunks(12) {
+            assert_eq!(row[0], 1);
+            assert!(row.is_sorted_by(|a, b| a >= b) && row.iter().all(|&m| m == 0 || m == 1), "{row:?}");
+        }
+    }
+
+    #[test]
+    fn an_axis_that_meets_a_weight_takes_its_size() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["?", "?"]);
+        let w = build.constant("w", Tensor::from_f32s(&[7, 2], &[0.0; 14]));
+        let y = build.node(Node::new("MatMul"), &[x, w], "y");
+        let model = build.output(y, Type::unshaped(DataType::Float)).model();
+        assert_eq!(make(&model, 0)[0].1.dims(), [1, 7]);
+    }
+
+    #[test]
+    fn whole_numbers_that_divide_are_not_zero() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Int64, &["64"]);
+        let d = build.input("d", DataType::Int64, &["64"]);
+        let y = build.node(Node::new("Div"), &[x, d], "y");
+        let model = build.output(y, Type::unshaped(DataType::Int64)).model();
+        assert!(make(&model, 0)[1].1.to_i64s().unwrap().iter().all(|&d| d > 0));
+    }
+
+    #[test]
+    fn stated_shapes_win_and_are_checked() {
+        let model = ids_model();
+        let spec = |name: &str, dims: &[usize]| InputSpec { seed: 0, shapes: vec![(name.into(), dims.to_vec())] };
+        let given = spec("input_ids", &[2, 9]);
+        let inputs = generate(&model, &given, &sizes_to_try(&model, &given)[0]).unwrap();
+        assert_eq!((inputs[0].1.dims(), inputs[2].1.dims()), (&[2, 9][..], &[2, 2, 4, 4][..]));
+        let wrong = spec("past_key", &[1, 3, 4, 4]);
+        let error = generate(&model, &wrong, &sizes_to_try(&model, &wrong)[0]).unwrap_err().to_string();
+        assert!(error.contains("is given the shape [1, 3, 4, 4], but the model says [batch,2,"), "{error}");
+        let unknown = spec("ids", &[1]);
+        let error = generate(&model, &unknown, &sizes_to_try(&model, &unknown)[0]).unwrap_err().to_string();
+        assert!(error.starts_with("the model has no input `ids`; it has `input_ids`"), "{error}");
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_inputs() {
+        assert_eq!(make(&ids_model(), 0), make(&ids_model(), 0));
+    }
+
+    #[test]
+    fn a_model_without_open_sizes_is_tried_once_per_style() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["2", "3"]);
+        let y = build.node(Node::new("Relu"), &[x], "y");
+        let model = build.output(y, Type::unshaped(DataType::Float)).model();
+        let styles: Vec<Style> = sizes_to_try(&model, &InputSpec::default()).iter().map(Sizes::style).collect();
+        assert_eq!(styles, [Style::Usual, Style::Tame]);
+    }
+}

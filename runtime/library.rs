@@ -1,0 +1,225 @@
+//! Where ONNX Runtime may be installed, and in which order the places are tried.
+
+use crate::RuntimeError;
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// The places to look at. Whoever calls reads the environment; nothing here does.
+#[derive(Debug, Clone, Default)]
+pub struct Search {
+    /// The user's `--ort`: a library or the folder it lies in. Nothing else is tried when it is set.
+    pub explicit: Option<PathBuf>,
+    /// The value of `ORT_DYLIB_PATH`. Nothing after it is tried when it is set.
+    pub variable: Option<PathBuf>,
+    /// The folder of the running executable.
+    pub executable_dir: Option<PathBuf>,
+    /// Where `doctor --install` puts the library.
+    pub data_dir: Option<PathBuf>,
+    /// Virtual environments whose `site-packages` are looked at: `.venv`.
+    pub environments: Vec<PathBuf>,
+    /// Python interpreters that are asked where `onnxruntime` is installed.
+    pub pythons: Vec<PathBuf>,
+    /// Folders of the system's libraries.
+    pub system_dirs: Vec<PathBuf>,
+}
+
+/// Which place a library was found in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)] // The variants are the fields of `Search`.
+pub enum Place {
+    Explicit,
+    Variable,
+    Executable,
+    DataDir,
+    Python,
+    System,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Place::Explicit => "`--ort`",
+            Place::Variable => "`ORT_DYLIB_PATH`",
+            Place::Executable => "the folder of the executable",
+            Place::DataDir => "the data folder",
+            Place::Python => "an installed Python package",
+            Place::System => "the system's libraries",
+        })
+    }
+}
+
+/// A library that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The library itself.
+    pub path: PathBuf,
+    /// Where it was found.
+    pub place: Place,
+}
+
+/// One place that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tried {
+    /// The kind of place.
+    pub place: Place,
+    /// The folder, file or interpreter; empty if there was none to look at.
+    pub at: PathBuf,
+    /// What was there.
+    pub outcome: String,
+}
+
+impl fmt::Display for Tried {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.at.as_os_str().is_empty() {
+            return write!(f, "{} ({})", self.place, self.outcome);
+        }
+        write!(f, "{} at {} ({})", self.place, self.at.display(), self.outcome)
+    }
+}
+
+/// What a search came to.
+#[derive(Debug, Clone, Default)]
+pub struct Discovery {
+    /// The library, if there is a usable one.
+    pub found: Option<Found>,
+    /// Every place that was looked at, in order.
+    pub tried: Vec<Tried>,
+}
+
+impl Search {
+    /// The usual folders of system libraries on this platform.
+    pub fn usual_system_dirs() -> Vec<PathBuf> {
+        let dirs: &[&str] = if cfg!(target_os = "linux") {
+            &[
+                "/usr/local/lib",
+                "/usr/local/lib64",
+                "/usr/lib",
+                "/usr/lib64",
+                "/usr/lib/x86_64-linux-gnu",
+                "/usr/lib/aarch64-linux-gnu",
+                "/opt/onnxruntime/lib",
+            ]
+        } else if cfg!(target_os = "macos") {
+            &["/opt/homebrew/lib", "/usr/local/lib"]
+        } else {
+            &[]
+        };
+        dirs.iter().map(PathBuf::from).collect()
+    }
+
+    /// Looks at the places in order and returns the first library that `usable` accepts.
+    ///
+    /// Fails when a library that was asked for by name cannot be used: falling back would hide a mistake.
+    pub fn find(&self, usable: &mut dyn FnMut(&Path) -> Result<(), String>) -> Result<Discovery, RuntimeError> {
+        let mut discovery = Discovery::default();
+        for (place, given) in [(Place::Explicit, &self.explicit), (Place::Variable, &self.variable)] {
+            let Some(given) = given else { continue };
+            let failed = |message: String| RuntimeError::Library { path: given.clone(), message };
+            let path = if given.is_dir() { library_in(given) } else { given.is_file().then(|| given.clone()) };
+            let path = path.ok_or_else(|| failed("there is no such library".to_owned()))?;
+            usable(&path).map_err(failed)?;
+            discovery.tried.push(Tried { place, at: given.clone(), outcome: "used".to_owned() });
+            discovery.found = Some(Found { path, place });
+            return Ok(discovery);
+        }
+        let beside = self.executable_dir.iter().flat_map(|dir| [dir.clone(), dir.join("lib"), dir.join("../lib")]);
+        let beside: Vec<PathBuf> = beside.collect();
+        let data: Vec<PathBuf> = self.data_dir.iter().cloned().collect();
+        if discovery.look(Place::Executable, &beside, usable) || discovery.look(Place::DataDir, &data, usable) {
+            return Ok(discovery);
+        }
+        for environment in &self.environments {
+            if discovery.look(Place::Python, &packages_of(environment), usable) {
+                return Ok(discovery);
+            }
+        }
+        for python in &self.pythons {
+            match ask_python(python) {
+                Ok(folder) if discovery.look(Place::Python, std::slice::from_ref(&folder), usable) => {
+                    return Ok(discovery);
+                }
+                Ok(_) => {}
+                Err(outcome) => discovery.tried.push(Tried { place: Place::Python, at: python.clone(), outcome }),
+            }
+        }
+        discovery.look(Place::System, &self.system_dirs, usable);
+        Ok(discovery)
+    }
+}
+
+impl Discovery {
+    /// Whether one of `folders` holds a usable library; notes what was seen.
+    fn look(&mut self, place: Place, folders: &[PathBuf], usable: &mut dyn FnMut(&Path) -> Result<(), String>) -> bool {
+        if folders.is_empty() {
+            self.tried.push(Tried { place, at: PathBuf::new(), outcome: "none known".to_owned() });
+        }
+        for folder in folders {
+            let Some(path) = library_in(folder) else {
+                let outcome = "no library there".to_owned();
+                self.tried.push(Tried { place, at: folder.clone(), outcome });
+                continue;
+            };
+            match usable(&path) {
+                Ok(()) => {
+                    self.tried.push(Tried { place, at: path.clone(), outcome: "used".to_owned() });
+                    self.found = Some(Found { path, place });
+                    return true;
+                }
+                Err(outcome) => self.tried.push(Tried { place, at: path, outcome }),
+            }
+        }
+        false
+    }
+}
+
+/// The ONNX Runtime library in a folder; the newest if there are several.
+fn library_in(folder: &Path) -> Option<PathBuf> {
+    let is_library = |name: &str| {
+        if cfg!(target_os = "windows") {
+            name.eq_ignore_ascii_case("onnxruntime.dll")
+        } else if cfg!(target_os = "macos") {
+            name.starts_with("libonnxruntime.") && name.ends_with(".dylib")
+        } else {
+            name == "libonnxruntime.so" || name.starts_with("libonnxruntime.so.")
+        }
+    };
+    let version = |name: &str| -> Vec<u64> { name.split('.').filter_map(|part| part.parse().ok()).collect() };
+    let names = fs::read_dir(folder).ok()?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let newest = names.filter(|name| is_library(name)).max_by_key(|name| (version(name), name.clone()))?;
+    let path = folder.join(newest);
+    path.is_file().then_some(path)
+}
+
+/// The folders in which the packages of a virtual environment keep the library.
+fn packages_of(environment: &Path) -> Vec<PathBuf> {
+    let capi = |site: PathBuf| site.join("onnxruntime").join("capi");
+    let mut folders = vec![capi(environment.join("Lib").join("site-packages"))];
+    for entry in fs::read_dir(environment.join("lib")).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("python") {
+            folders.push(capi(entry.path().join("site-packages")));
+        }
+    }
+    folders.retain(|folder| folder.is_dir());
+    folders.sort();
+    folders
+}
+
+/// Where a Python interpreter has `onnxruntime`, found without importing it.
+fn ask_python(python: &Path) -> Result<PathBuf, String> {
+    // The current folder is taken off the path first: a folder of that name there is not an installed package.
+    const SCRIPT: &str = "import sys\n\
+        sys.path = [p for p in sys.path if p not in ('', '.')]\n\
+        import importlib.util\n\
+        spec = importlib.util.find_spec('onnxruntime')\n\
+        print((list(spec.submodule_search_locations or []) or [''])[0] if spec else '')";
+    let output = Command::new(python).args(["-c", SCRIPT]).stdin(Stdio::null()).stderr(Stdio::null()).output();
+    let output = output.map_err(|e| format!("cannot be run: {e}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.trim() {
+        "" => Err("has no package `onnxruntime`".to_owned()),
+        package => Ok(Path::new(package).join("capi")),
+    }
+}

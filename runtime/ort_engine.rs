@@ -1,0 +1,504 @@
+//! ONNX Runtime: the only module that mentions `ort`.
+
+use crate::{
+    Datum, RuntimeError,
+    engine::{Engine, LoadOptions, Session, Source},
+    library::{Found, Search},
+};
+use bytes::Bytes;
+use half::{bf16, f16};
+use lathe_ir::{DataType, Tensor};
+use ort::{
+    environment::Environment,
+    ep::ExecutionProvider,
+    logging::LogLevel,
+    session::{
+        SessionInputValue,
+        builder::{GraphOptimizationLevel, SessionBuilder},
+    },
+    value::{DynMapValueType, DynSequenceValueType, DynValue, TensorElementType, Value, ValueType},
+};
+use std::{
+    borrow::Cow,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
+
+/// ONNX Runtime, loaded into this process. A process can load it once.
+#[derive(Debug)]
+pub struct OrtEngine {
+    environment: Environment,
+    found: Found,
+    version: String,
+}
+
+static ENGINE: OnceLock<OrtEngine> = OnceLock::new();
+static LOADING: Mutex<()> = Mutex::new(());
+
+impl OrtEngine {
+    /// The ONNX Runtime of this process; the first call finds and loads it, later ones return what is loaded.
+    pub fn start(search: &Search) -> Result<&'static OrtEngine, RuntimeError> {
+        let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(engine) = ENGINE.get() {
+            return Ok(engine);
+        }
+        let mut environment = None;
+        let discovery = search.find(&mut |path| {
+            environment = Some(load(path)?);
+            Ok(())
+        })?;
+        let tried = discovery.tried.iter().map(ToString::to_string).collect();
+        let (Some(environment), Some(found)) = (environment, discovery.found) else {
+            return Err(RuntimeError::NoLibrary { tried });
+        };
+        let version = version_in(ort::info()).or_else(|| version_in(&found.path.to_string_lossy()));
+        let version = version.unwrap_or_else(|| "of unknown version".to_owned());
+        Ok(ENGINE.get_or_init(|| OrtEngine { environment, found, version }))
+    }
+
+    /// The library and how it was found.
+    pub fn found(&self) -> &Found {
+        &self.found
+    }
+
+    /// The version of the library: `1.32.0`.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// The devices the library sees, one line each: `CPUExecutionProvider: Intel CPU`.
+    pub fn devices(&self) -> Vec<String> {
+        let describe = |device: ort::device::Device<'_>| {
+            let hardware = device.hardware_device();
+            let vendor = hardware.vendor().unwrap_or_default();
+            format!("{}: {vendor} {:?}", device.ep().unwrap_or("unknown"), hardware.ty())
+        };
+        self.environment.devices().map(describe).collect()
+    }
+
+    // The binding's own error hands the builder back, whatever its size.
+    #[allow(clippy::result_large_err)]
+    fn builder(&self, options: &LoadOptions) -> Result<SessionBuilder, RuntimeError> {
+        let refused = |message: String| RuntimeError::Load { engine: self.name(), message };
+        let level = if options.optimize { GraphOptimizationLevel::All } else { GraphOptimizationLevel::Disable };
+        let builder = ort::session::Session::builder(&self.environment).map_err(|e| refused(sentence(e.message())))?;
+        let configured = builder
+            .with_optimization_level(level)
+            .and_then(|b| b.with_intra_threads(options.threads))
+            .and_then(|b| b.with_intra_op_spinning(options.spin))
+            .and_then(|b| b.with_log_level(LogLevel::Fatal));
+        let builder = configured.map_err(|e| refused(sentence(e.message())))?;
+        if !self.providers().contains(&options.provider) {
+            return Err(RuntimeError::Provider {
+                engine: self.name(),
+                provider: options.provider.clone(),
+                available: self.providers().join(", "),
+            });
+        }
+        if options.provider == "cpu" {
+            return Ok(builder);
+        }
+        let message = format!("this build cannot hand a session to the provider `{}`", options.provider);
+        Err(refused(message))
+    }
+}
+
+/// Loads the library at `path` and creates the process's environment.
+fn load(path: &Path) -> Result<Environment, String> {
+    // A library that lacks the expected entry points makes the binding panic rather than fail.
+    let started = catch_unwind(|| {
+        let builder = ort::init_from(path).map_err(|e| sentence(&e.to_string()))?;
+        // Whatever matters comes back as an error; the runtime's own log would only be printed a second time.
+        let environment = builder.with_name("lathe").with_telemetry(false).with_logger(Arc::new(|_, _, _, _, _| {}));
+        let environment = environment.build().map_err(|e| sentence(e.message()))?;
+        environment.set_log_level(LogLevel::Fatal);
+        Ok(environment)
+    });
+    started.unwrap_or_else(|_| Err("it is not an ONNX Runtime this program understands".to_owned()))
+}
+
+impl Engine for OrtEngine {
+    fn load(&self, source: Source<'_>, options: &LoadOptions) -> Result<Box<dyn Session>, RuntimeError> {
+        let mut builder = self.builder(options)?;
+        // The binding panics on input and output types it does not know (opaque ones, for instance).
+        let committed = catch_unwind(AssertUnwindSafe(|| match source {
+            Source::Bytes(bytes) => builder.commit_from_memory(bytes),
+            Source::Path(path) => builder.commit_from_file(path),
+        }));
+        let message = match committed {
+            Ok(Ok(session)) => return Ok(Box::new(OrtSession { session, engine: self.name() })),
+            Ok(Err(error)) => sentence(error.message()),
+            Err(_) => "an input or output has a type that cannot be passed to it".to_owned(),
+        };
+        Err(RuntimeError::Load { engine: self.name(), message })
+    }
+
+    fn name(&self) -> String {
+        format!("ONNX Runtime {}", self.version)
+    }
+
+    fn providers(&self) -> Vec<String> {
+        let known = PROVIDERS.iter().filter(|(_, _, available)| available());
+        known.map(|(short, _, _)| (*short).to_owned()).collect()
+    }
+}
+
+/// Asks the loaded library whether it was built with a provider: name on the command line, ONNX Runtime's name, answer.
+type Known = (&'static str, &'static str, fn() -> bool);
+
+macro_rules! providers {
+    ($($short:literal => $marker:ident $name:literal),+ $(,)?) => {
+        $(
+            struct $marker;
+            impl ExecutionProvider for $marker {
+                const NAME: &'static str = $name;
+                fn register(&self, _: &mut SessionBuilder) -> ort::Result<()> {
+                    Err(ort::Error::new("this provider is only asked about"))
+                }
+            }
+        )+
+        const PROVIDERS: &[Known] = &[$(($short, $name, || $marker::is_available().unwrap_or(false))),+];
+    };
+}
+
+providers! {
+    "cpu" => Cpu "CPUExecutionProvider",
+    "cuda" => Cuda "CUDAExecutionProvider",
+    "tensorrt" => TensorRt "TensorrtExecutionProvider",
+    "webgpu" => WebGpu "WebGpuExecutionProvider",
+    "openvino" => OpenVino "OpenVINOExecutionProvider",
+    "coreml" => CoreMl "CoreMLExecutionProvider",
+    "directml" => DirectMl "DmlExecutionProvider",
+    "migraphx" => MiGraphX "MIGraphXExecutionProvider",
+    "rocm" => Rocm "ROCMExecutionProvider",
+    "qnn" => Qnn "QNNExecutionProvider",
+    "xnnpack" => Xnnpack "XnnpackExecutionProvider",
+    "onednn" => OneDnn "DnnlExecutionProvider",
+}
+
+struct OrtSession {
+    session: ort::session::Session,
+    engine: String,
+}
+
+impl Session for OrtSession {
+    fn run(&mut self, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Datum)>, RuntimeError> {
+        let value =
+            |value: String, message: String| RuntimeError::Value { value, engine: self.engine.clone(), message };
+        let mut feeds: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::with_capacity(inputs.len());
+        for (name, tensor) in inputs {
+            let fed = to_ort(tensor).map_err(|message| value(format!("input `{name}`"), message))?;
+            feeds.push((Cow::Borrowed(name.as_str()), fed.into()));
+        }
+        // The binding panics on an output that is an absent optional.
+        let ran = catch_unwind(AssertUnwindSafe(|| self.session.run(feeds)));
+        let outputs = match ran {
+            Ok(Ok(outputs)) => outputs,
+            Ok(Err(error)) => {
+                let (node, message) = failed_node(&sentence(error.message()));
+                return Err(RuntimeError::Run { engine: self.engine.clone(), node, message });
+            }
+            Err(_) => {
+                let message = "an output is of a type that cannot be taken from it".to_owned();
+                return Err(RuntimeError::Run { engine: self.engine.clone(), node: None, message });
+            }
+        };
+        let mut found = Vec::with_capacity(outputs.len());
+        for (name, output) in outputs {
+            let datum = from_ort(output).map_err(|message| value(format!("output `{name}`"), message))?;
+            found.push((name.to_owned(), datum));
+        }
+        Ok(found)
+    }
+}
+
+/// The elements of a tensor as a vector of `$ty`, as ONNX Runtime wants them.
+macro_rules! elements {
+    ($ty:ty, $tensor:expr) => {
+        $tensor
+            .bytes()
+            .as_chunks::<{ size_of::<$ty>() }>()
+            .0
+            .iter()
+            .map(|&b| <$ty>::from_le_bytes(b))
+            .collect::<Vec<$ty>>()
+    };
+}
+
+fn to_ort(tensor: &Tensor) -> Result<DynValue, String> {
+    let dims: Vec<i64> =
+        tensor.dims().iter().map(|&d| i64::try_from(d).map_err(|e| e.to_string())).collect::<Result<_, _>>()?;
+    macro_rules! numbers {
+        ($ty:ty) => {
+            ort::value::Tensor::from_array((dims, elements!($ty, tensor))).map(|t| t.into_dyn())
+        };
+    }
+    let made = match tensor.dtype() {
+        DataType::Float => numbers!(f32),
+        DataType::Double => numbers!(f64),
+        DataType::Float16 => numbers!(f16),
+        DataType::Bfloat16 => numbers!(bf16),
+        DataType::Int8 => numbers!(i8),
+        DataType::Int16 => numbers!(i16),
+        DataType::Int32 => numbers!(i32),
+        DataType::Int64 => numbers!(i64),
+        DataType::Uint8 => numbers!(u8),
+        DataType::Uint16 => numbers!(u16),
+        DataType::Uint32 => numbers!(u32),
+        DataType::Uint64 => numbers!(u64),
+        DataType::Bool => {
+            let flags: Vec<bool> = tensor.bytes().iter().map(|&b| b != 0).collect();
+            ort::value::Tensor::from_array((dims, flags)).map(|t| t.into_dyn())
+        }
+        DataType::String => {
+            let strings = tensor.string_data().unwrap_or_default();
+            let text = |s: &Bytes| String::from_utf8(s.to_vec()).map_err(|_| "a string is not UTF-8".to_owned());
+            let strings: Vec<String> = strings.iter().map(text).collect::<Result<_, _>>()?;
+            ort::value::Tensor::from_string_array((dims, strings.as_slice())).map(|t| t.into_dyn())
+        }
+        other => return Err(format!("elements of type {other} are not supported by the binding")),
+    };
+    made.map_err(|e| sentence(e.message()))
+}
+
+fn from_ort(value: DynValue) -> Result<Datum, String> {
+    match value.dtype() {
+        ValueType::Tensor { .. } => tensor_from_ort(&value).map(Datum::Tensor),
+        ValueType::Sequence(_) => {
+            let sequence: Value<DynSequenceValueType> = value.downcast().map_err(|e| sentence(e.message()))?;
+            let members = sequence.try_extract_sequence::<ort::value::DynValueTypeMarker>();
+            let members = members.map_err(|e| sentence(e.message()))?;
+            Ok(Datum::Sequence(members.into_iter().map(from_ort).collect::<Result<_, _>>()?))
+        }
+        ValueType::Map { .. } => map_from_ort(value),
+        // An optional output that is present shows the type of what it holds.
+        ValueType::Optional(_) => Ok(Datum::None),
+    }
+}
+
+fn tensor_from_ort(value: &DynValue) -> Result<Tensor, String> {
+    let ValueType::Tensor { ty, shape, .. } = value.dtype() else {
+        return Err("it is not a tensor".to_owned());
+    };
+    let dims: Vec<usize> =
+        shape.iter().map(|&d| usize::try_from(d).map_err(|e| e.to_string())).collect::<Result<_, _>>()?;
+    macro_rules! numbers {
+        ($ty:ty, $dtype:ident) => {{
+            let (_, elements) = value.try_extract_tensor::<$ty>().map_err(|e| sentence(e.message()))?;
+            let mut bytes = Vec::with_capacity(size_of_val(elements));
+            for element in elements {
+                bytes.extend_from_slice(&element.to_le_bytes());
+            }
+            Tensor::new(DataType::$dtype, dims, bytes)
+        }};
+    }
+    let made = match ty {
+        TensorElementType::Float32 => numbers!(f32, Float),
+        TensorElementType::Float64 => numbers!(f64, Double),
+        TensorElementType::Float16 => numbers!(f16, Float16),
+        TensorElementType::Bfloat16 => numbers!(bf16, Bfloat16),
+        TensorElementType::Int8 => numbers!(i8, Int8),
+        TensorElementType::Int16 => numbers!(i16, Int16),
+        TensorElementType::Int32 => numbers!(i32, Int32),
+        TensorElementType::Int64 => numbers!(i64, Int64),
+        TensorElementType::Uint8 => numbers!(u8, Uint8),
+        TensorElementType::Uint16 => numbers!(u16, Uint16),
+        TensorElementType::Uint32 => numbers!(u32, Uint32),
+        TensorElementType::Uint64 => numbers!(u64, Uint64),
+        TensorElementType::Bool => {
+            let (_, flags) = value.try_extract_tensor::<bool>().map_err(|e| sentence(e.message()))?;
+            let bytes: Vec<u8> = flags.iter().map(|&f| u8::from(f)).collect();
+            Tensor::new(DataType::Bool, dims, bytes)
+        }
+        // Asking an empty tensor for its strings is an error in ONNX Runtime.
+        TensorElementType::String if dims.contains(&0) => Tensor::strings(dims, Vec::new()),
+        TensorElementType::String => {
+            let (_, strings) = value.try_extract_strings().map_err(|e| sentence(e.message()))?;
+            Tensor::strings(dims, strings.into_iter().map(Bytes::from).collect())
+        }
+        other => return Err(format!("elements of type {other} are not supported by the binding")),
+    };
+    made.map_err(|e| e.to_string())
+}
+
+fn map_from_ort(value: DynValue) -> Result<Datum, String> {
+    use TensorElementType::{Float32, Float64, Int64, String as Text};
+    let map: Value<DynMapValueType> = value.downcast().map_err(|e| sentence(e.message()))?;
+    let ValueType::Map { key, value } = map.dtype() else {
+        return Err("it is not a map".to_owned());
+    };
+    macro_rules! entries {
+        ($key:ty, $value:ty, $dtype:ident, $keys:expr) => {{
+            let mut entries = map.try_extract_key_values::<$key, $value>().map_err(|e| sentence(e.message()))?;
+            entries.sort_by(|a, b| a.0.cmp(&b.0));
+            let (keys, values): (Vec<$key>, Vec<$value>) = entries.into_iter().unzip();
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            ($keys(keys), Tensor::new(DataType::$dtype, vec![values.len()], bytes))
+        }};
+    }
+    let ints = |keys: Vec<i64>| Ok(Tensor::int64s(&keys));
+    let texts = |keys: Vec<String>| Tensor::strings(vec![keys.len()], keys.into_iter().map(Bytes::from).collect());
+    let (keys, values) = match (key, value) {
+        (Int64, Float32) => entries!(i64, f32, Float, ints),
+        (Int64, Float64) => entries!(i64, f64, Double, ints),
+        (Int64, Int64) => entries!(i64, i64, Int64, ints),
+        (Text, Float32) => entries!(String, f32, Float, texts),
+        (Text, Float64) => entries!(String, f64, Double, texts),
+        (Text, Int64) => entries!(String, i64, Int64, texts),
+        _ => return Err(format!("maps from {key} to {value} are not supported by the binding")),
+    };
+    Ok(Datum::Map { keys: keys.map_err(|e| e.to_string())?, values: values.map_err(|e| e.to_string())? })
+}
+
+/// One line out of what ONNX Runtime says.
+fn sentence(message: &str) -> String {
+    let mut text = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    while text.ends_with('.') {
+        text.pop();
+    }
+    text
+}
+
+/// Separates the node that ONNX Runtime blames from the rest of its message.
+fn failed_node(message: &str) -> (Option<String>, String) {
+    let split = || {
+        let (_, after) = message.split_once("while running ")?;
+        let (op, after) = after.split_once(" node. Name:'")?;
+        let (name, after) = after.split_once("' Status Message: ")?;
+        Some((format!("`{name}` ({op})"), after.to_owned()))
+    };
+    match split() {
+        Some((node, rest)) => (Some(node), rest),
+        None => (None, message.to_owned()),
+    }
+}
+
+/// The first `1.32.0` in a text.
+fn version_in(text: &str) -> Option<String> {
+    let mut words = text.split(|c: char| !c.is_ascii_digit() && c != '.');
+    let version = |word: &str| {
+        let parts: Vec<&str> = word.split('.').filter(|p| !p.is_empty()).collect();
+        (parts.len() >= 2 && parts[0] == "1").then(|| parts.join("."))
+    };
+    words.find_map(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Build, engine, unary};
+    use lathe_ir::{Node, Type, TypeKind};
+
+    fn run(model: &lathe_ir::Model, inputs: &[(&str, Tensor)]) -> Result<Vec<(String, Datum)>, RuntimeError> {
+        let inputs: Vec<(String, Tensor)> = inputs.iter().map(|(n, t)| ((*n).to_owned(), t.clone())).collect();
+        let bytes = model.to_bytes();
+        engine().load(Source::Bytes(&bytes), &LoadOptions { threads: 1, ..LoadOptions::default() })?.run(&inputs)
+    }
+
+    #[test]
+    fn knows_its_version_and_providers() {
+        assert!(engine().version().starts_with("1."), "{}", engine().version());
+        assert!(engine().providers().contains(&"cpu".to_owned()));
+    }
+
+    #[test]
+    fn passes_every_element_type_through() {
+        use DataType::*;
+        for dtype in [Float, Double, Float16, Bfloat16, Int8, Int16, Int32, Int64, Uint8, Uint16, Uint32, Uint64, Bool]
+        {
+            let mut build = Build::new();
+            let x = build.input("x", dtype, &["n"]);
+            let y = build.node(Node::new("Identity"), &[x], "y");
+            let model = build.output(y, Type::unshaped(dtype)).model();
+            let tensor = Tensor::from_f64s(dtype, &[3], &[0.0, 1.0, 5.0]).unwrap();
+            assert_eq!(run(&model, &[("x", tensor.clone())]).unwrap()[0].1, Datum::Tensor(tensor), "{dtype}");
+            let empty = Tensor::from_f64s(dtype, &[0], &[]).unwrap();
+            assert_eq!(run(&model, &[("x", empty.clone())]).unwrap()[0].1, Datum::Tensor(empty), "{dtype}");
+        }
+    }
+
+    #[test]
+    fn passes_strings_through() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::String, &["n"]);
+        let y = build.node(Node::new("Identity"), &[x], "y");
+        let model = build.output(y, Type::unshaped(DataType::String)).model();
+        let text = Tensor::strings(vec![3], vec!["a".into(), "".into(), "ü b".into()]).unwrap();
+        assert_eq!(run(&model, &[("x", text.clone())]).unwrap()[0].1, Datum::Tensor(text));
+        let empty = Tensor::strings(vec![0], vec![]).unwrap();
+        assert_eq!(run(&model, &[("x", empty.clone())]).unwrap()[0].1, Datum::Tensor(empty));
+    }
+
+    #[test]
+    fn takes_sequences_apart() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["4"]);
+        let y = build.node(Node::new("SplitToSequence").with("keepdims", 1), &[x], "y");
+        let ty: Type = TypeKind::Sequence(Box::new(Type::unshaped(DataType::Float))).into();
+        let model = build.output(y, ty).model();
+        let outputs = run(&model, &[("x", Tensor::from_f32s(&[4], &[1.0, 2.0, 3.0, 4.0]))]).unwrap();
+        let member = |v: f32| Datum::Tensor(Tensor::from_f32s(&[1], &[v]));
+        assert_eq!(outputs[0].1, Datum::Sequence(vec![member(1.0), member(2.0), member(3.0), member(4.0)]));
+    }
+
+    #[test]
+    fn takes_maps_apart() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["1", "2"]);
+        let node = Node::new("ZipMap").in_domain("ai.onnx.ml").with("classlabels_int64s", vec![7, 3]);
+        let y = build.node(node, &[x], "y");
+        let map = TypeKind::Map { key: DataType::Int64, value: Box::new(Type::unshaped(DataType::Float)) };
+        let mut model = build.output(y, TypeKind::Sequence(Box::new(map.into())).into()).model();
+        model.import("ai.onnx.ml", 3);
+        let outputs = run(&model, &[("x", Tensor::from_f32s(&[1, 2], &[0.25, 0.75]))]).unwrap();
+        let map = Datum::Map { keys: Tensor::int64s(&[3, 7]), values: Tensor::from_f32s(&[2], &[0.75, 0.25]) };
+        assert_eq!(outputs[0].1, Datum::Sequence(vec![map]));
+    }
+
+    #[test]
+    fn names_the_node_that_fails() {
+        let mut build = Build::new();
+        let table = build.constant("table", Tensor::from_f32s(&[2], &[1.0, 2.0]));
+        let x = build.input("x", DataType::Int64, &["n"]);
+        let mut node = Node::new("Gather");
+        node.name = "lookup".into();
+        let y = build.node(node, &[table, x], "y");
+        let model = build.output(y, Type::unshaped(DataType::Float)).model();
+        let error = run(&model, &[("x", Tensor::int64s(&[5]))]).unwrap_err();
+        let RuntimeError::Run { node, message, .. } = &error else { panic!("{error}") };
+        assert_eq!(node.as_deref(), Some("`lookup` (Gather)"));
+        assert!(message.contains("out of data bounds"), "{message}");
+    }
+
+    #[test]
+    fn a_broken_model_is_an_error() {
+        let error = run(&unary(Node::new("NoSuchOperator")), &[]).unwrap_err();
+        assert!(error.to_string().contains("refuses the model"), "{error}");
+        let options = LoadOptions::default();
+        assert!(engine().load(Source::Bytes(b"not a model"), &options).is_err());
+        assert!(engine().load(Source::Path(Path::new("missing.onnx")), &options).is_err());
+    }
+
+    #[test]
+    fn a_missing_input_and_a_wrong_type_are_errors() {
+        let model = unary(Node::new("Relu"));
+        assert!(run(&model, &[]).is_err());
+        assert!(run(&model, &[("x", Tensor::int64s(&[1]))]).is_err());
+    }
+
+    #[test]
+    fn an_unavailable_provider_is_an_error() {
+        let bytes = unary(Node::new("Relu")).to_bytes();
+        let options = LoadOptions { provider: "abacus".into(), ..LoadOptions::default() };
+        let error = engine().load(Source::Bytes(&bytes), &options).err().unwrap();
+        assert!(error.to_string().contains("has no execution provider `abacus`; it has cpu"), "{error}");
+    }
+
+    #[test]
+    fn finds_the_version_in_what_the_library_says() {
+        assert_eq!(version_in("ORT Build Info: git-branch=rel-1.32.0, git-commit-id=1a"), Some("1.32.0".into()));
+        assert_eq!(version_in("lib/libonnxruntime.so.1.22.1"), Some("1.22.1".into()));
+        assert_eq!(version_in("nothing"), None);
+    }
+}

@@ -1,0 +1,307 @@
+//! Whether a candidate still computes what its reference does: both are run on the same inputs and compared.
+
+use crate::{
+    Claim, Comparison, Datum, Engine, InputError, LoadOptions, RuntimeError, Session, Source, compare,
+    inputs::{InputSpec, Sizes, Style, generate, sizes_to_try},
+};
+use lathe_ir::{Model, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// The inputs of one run.
+pub type Sample = Vec<(String, Tensor)>;
+
+/// What to run both models on.
+#[derive(Debug, Clone)]
+pub enum Inputs {
+    /// Random inputs, made for the reference.
+    Random(InputSpec),
+    /// These.
+    Given(Vec<Sample>),
+}
+
+/// What a comparison of two models came to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// Both ran, and this is how far apart they are; the claim holds if there are no failures.
+    Compared(Report),
+    /// The reference disagrees with itself, so nothing can be said about the candidate.
+    Nondeterministic {
+        /// How two runs of the reference differ.
+        failures: Vec<String>,
+    },
+    /// The runtime does not run the reference, so nothing can be said about the candidate.
+    ReferenceRefused {
+        /// What it says.
+        message: String,
+        /// Every assignment of sizes that was tried.
+        tried: Vec<String>,
+    },
+    /// The runtime runs the reference but not the candidate.
+    CandidateRefused {
+        /// What it says.
+        message: String,
+        /// The sizes of the run that failed; empty if the candidate could not even be loaded.
+        sizes: String,
+    },
+}
+
+/// A comparison with what it was made on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The errors and failures.
+    pub comparison: Comparison,
+    /// How many sets of inputs were run.
+    pub samples: usize,
+    /// The sizes of symbolic dimensions in each run, where there are any.
+    pub sizes: Vec<String>,
+    /// Who ran the models.
+    pub engine: String,
+}
+
+impl Verdict {
+    /// Whether both models ran and the claim holds.
+    pub fn holds(&self) -> bool {
+        matches!(self, Verdict::Compared(report) if report.comparison.failures.is_empty())
+    }
+
+    /// One sentence.
+    pub fn describe(&self) -> String {
+        match self {
+            Verdict::Compared(report) if report.comparison.failures.is_empty() => {
+                format!("equal within the claim on {} samples", report.samples)
+            }
+            Verdict::Compared(report) => {
+                let sizes: Vec<&str> = report.sizes.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
+                let at = if sizes.is_empty() { String::new() } else { format!(" (run at {})", sizes.join("; ")) };
+                format!("the outputs differ: {}{at}", report.comparison.failures.join("; "))
+            }
+            Verdict::Nondeterministic { failures } => {
+                format!("the model disagrees with itself from run to run: {}", failures.join("; "))
+            }
+            Verdict::ReferenceRefused { message, tried } => {
+                let tried: Vec<&str> = tried.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
+                let at = if tried.is_empty() { String::new() } else { format!(" (tried {})", tried.join("; ")) };
+                format!("the original cannot be run: {message}{at}")
+            }
+            Verdict::CandidateRefused { message, sizes } => {
+                let at = if sizes.is_empty() { String::new() } else { format!(" (at {sizes})") };
+                format!("the original runs but the result does not: {message}{at}")
+            }
+        }
+    }
+}
+
+/// Why two models could not be compared at all.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyError {
+    /// No inputs can be made.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// The engine cannot be used; a model it refuses is a [`Verdict`] instead.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+}
+
+/// What was learnt about the reference: inputs it accepts, with the outputs it gives.
+struct Ran {
+    inputs: Sample,
+    outputs: Vec<(String, Datum)>,
+    sizes: String,
+}
+
+/// Runs `reference` (twice) and `candidate` on the same inputs, with the engine's optimizations off, and compares.
+///
+/// `model` is the reference as read; random inputs are made from it. Under [`Claim::Identical`] random inputs include
+/// special floats.
+pub fn verify(
+    engine: &dyn Engine,
+    model: &Model,
+    reference: Source<'_>,
+    candidate: Source<'_>,
+    inputs: &Inputs,
+    claim: Claim,
+    options: &LoadOptions,
+) -> Result<Verdict, VerifyError> {
+    let options = LoadOptions { optimize: false, ..options.clone() };
+    let mut session = match engine.load(reference, &options) {
+        Ok(session) => session,
+        Err(RuntimeError::Load { message, .. }) => {
+            return Ok(Verdict::ReferenceRefused { message, tried: Vec::new() });
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let runs = match inputs {
+        Inputs::Given(samples) => run_given(session.as_mut(), samples),
+        Inputs::Random(spec) => run_random(session.as_mut(), model, spec, claim)?,
+    };
+    let runs = match runs {
+        Ok(runs) => runs,
+        Err(verdict) => return Ok(verdict),
+    };
+    for ran in &runs {
+        // A second run may fail where the first did not; that too is a model that disagrees with itself.
+        let failures = match session.run(&ran.inputs) {
+            Ok(again) => compare(&ran.outputs, &again, Claim::Identical).failures,
+            Err(error) => vec![error.to_string()],
+        };
+        if !failures.is_empty() {
+            return Ok(Verdict::Nondeterministic { failures });
+        }
+    }
+    drop(session);
+    let mut session = match engine.load(candidate, &options) {
+        Ok(session) => session,
+        Err(RuntimeError::Load { message, .. }) => {
+            return Ok(Verdict::CandidateRefused { message, sizes: String::new() });
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut report = Report { engine: engine.name(), ..Report::default() };
+    for ran in runs {
+        let outputs = match session.run(&ran.inputs) {
+            Ok(outputs) => outputs,
+            Err(error) => return Ok(Verdict::CandidateRefused { message: error.to_string(), sizes: ran.sizes }),
+        };
+        report.comparison.merge(compare(&ran.outputs, &outputs, claim));
+        report.samples += 1;
+        report.sizes.push(ran.sizes);
+    }
+    Ok(Verdict::Compared(report))
+}
+
+fn run_given(session: &mut dyn Session, samples: &[Sample]) -> Result<Vec<Ran>, Verdict> {
+    let mut runs = Vec::with_capacity(samples.len());
+    for sample in samples {
+        match session.run(sample) {
+            Ok(outputs) => runs.push(Ran { inputs: sample.clone(), outputs, sizes: String::new() }),
+            Err(error) => return Err(Verdict::ReferenceRefused { message: error.to_string(), tried: Vec::new() }),
+        }
+    }
+    Ok(runs)
+}
+
+/// Finds sizes the reference accepts and runs it on two of them, with special values besides if `claim` asks for it.
+fn run_random(
+    session: &mut dyn Session,
+    model: &Model,
+    spec: &InputSpec,
+    claim: Claim,
+) -> Result<Result<Vec<Ran>, Verdict>, InputError> {
+    /// Two sizes show a dimension that was baked in; more only take longer.
+    const WANTED: usize = 2;
+    let mut runs: Vec<Ran> = Vec::new();
+    let mut accepted: Option<Sizes> = None;
+    let mut tried = Vec::new();
+    let mut first_error = None;
+    for sizes in sizes_to_try(model, spec) {
+        if runs.len() >= WANTED {
+            break;
+        }
+        let inputs = match generate(model, spec, &sizes) {
+            Ok(inputs) => inputs,
+            // Other sizes may be small enough.
+            Err(InputError::TooLarge { .. }) if !runs.is_empty() => continue,
+            Err(error) => return Err(error),
+        };
+        tried.push(sizes.describe());
+        match session.run(&inputs) {
+            Ok(outputs) => {
+                runs.push(Ran { inputs, outputs, sizes: sizes.describe() });
+                accepted = Some(sizes);
+            }
+            Err(error) => _ = first_error.get_or_insert(error.to_string()),
+        }
+    }
+    let Some(sizes) = accepted else {
+        tried.dedup();
+        let message = first_error.unwrap_or_else(|| "no inputs could be made for it".to_owned());
+        return Ok(Err(Verdict::ReferenceRefused { message, tried }));
+    };
+    if claim == Claim::Identical {
+        let elements: usize = runs.iter().flat_map(|r| &r.inputs).map(|(_, t)| t.len()).sum();
+        // Small inputs hold few elements, so more of them are needed to meet every special value.
+        let more = (256 / elements.max(1)).clamp(1, 8) as u64;
+        for round in 0..more {
+            let spec = InputSpec { seed: spec.seed.wrapping_add(round), ..spec.clone() };
+            let inputs = generate(model, &spec, &sizes.with_style(Style::Special))?;
+            // A model need not accept infinities; what it accepts, it must keep.
+            if let Ok(outputs) = session.run(&inputs) {
+                runs.push(Ran { inputs, outputs, sizes: sizes.describe() });
+            }
+        }
+    }
+    Ok(Ok(runs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Build, engine, unary};
+    use lathe_ir::{DataType, Node, Type};
+
+    fn check(reference: &Model, candidate: &Model, claim: Claim) -> Verdict {
+        let (a, b) = (reference.to_bytes(), candidate.to_bytes());
+        let inputs = Inputs::Random(InputSpec { seed: 1, shapes: Vec::new() });
+        let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+        verify(engine(), reference, Source::Bytes(&a), Source::Bytes(&b), &inputs, claim, &options).unwrap()
+    }
+
+    fn plus(value: f32) -> Model {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["n", "3"]);
+        let c = build.constant("c", Tensor::from_f32s(&[], &[value]));
+        let y = build.node(Node::new("Add"), &[x, c], "y");
+        build.output(y, Type::unshaped(DataType::Float)).model()
+    }
+
+    #[test]
+    fn a_model_is_itself() {
+        let Verdict::Compared(report) = check(&plus(1.0), &plus(1.0), Claim::Identical) else { panic!() };
+        assert_eq!((report.samples, report.comparison.failures.len()), (10, 0));
+        assert_eq!(report.sizes[..3], ["n = 1", "n = 3", "n = 3"]);
+    }
+
+    #[test]
+    fn adding_zero_is_equivalent_but_not_identical() {
+        let identity = unary(Node::new("Identity"));
+        assert!(check(&identity, &plus(0.0), Claim::Equivalent { rtol: None }).holds());
+        assert!(!check(&identity, &plus(0.0), Claim::Identical).holds());
+        assert!(check(&identity, &plus(-0.0), Claim::Identical).holds());
+    }
+
+    #[test]
+    fn a_different_function_is_noticed() {
+        let verdict = check(&plus(1.0), &plus(1.001), Claim::Equivalent { rtol: None });
+        assert!(verdict.describe().contains("the relative L2 error is"), "{}", verdict.describe());
+    }
+
+    #[test]
+    fn a_random_model_is_nondeterministic() {
+        let noise = || {
+            let mut build = Build::new();
+            let x = build.input("x", DataType::Float, &["n", "3"]);
+            let noise = build.node(Node::new("RandomNormalLike"), &[x], "noise");
+            let y = build.node(Node::new("Add"), &[x, noise], "y");
+            build.output(y, Type::unshaped(DataType::Float)).model()
+        };
+        assert!(matches!(check(&noise(), &noise(), Claim::Identical), Verdict::Nondeterministic { .. }));
+    }
+
+    #[test]
+    fn refusals_say_whose_they_are() {
+        let broken = unary(Node::new("NoSuchOperator"));
+        assert!(matches!(check(&broken, &plus(1.0), Claim::Identical), Verdict::ReferenceRefused { .. }));
+        assert!(matches!(check(&plus(1.0), &broken, Claim::Identical), Verdict::CandidateRefused { .. }));
+    }
+
+    #[test]
+    fn sizes_are_searched_until_the_model_accepts_them() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["n", "m"]);
+        let shape = build.constant("shape", Tensor::int64s(&[4, 32]));
+        let y = build.node(Node::new("Reshape"), &[x, shape], "y");
+        let model = build.output(y, Type::unshaped(DataType::Float)).model();
+        let Verdict::Compared(report) = check(&model, &model, Claim::Identical) else { panic!() };
+        assert_eq!(report.sizes[0], "m = 128, n = 1");
+    }
+}
