@@ -120,6 +120,21 @@ impl Facts {
         *self = engine.facts;
     }
 
+    /// Learns that `new` has taken the place of `old`, so that what is known about `old` holds for it.
+    ///
+    /// Sizes keep the form they have for `old`: the facts of its users are stated in the same symbols.
+    pub fn inherit(&mut self, new: ValueId, old: ValueId) {
+        let merged = match (self.fact(new).clone(), self.fact(old).clone()) {
+            (fact, Fact::Unknown) => fact,
+            (Fact::Unknown, fact) => fact,
+            (Fact::Tensor { elem, shape, contents }, Fact::Tensor { elem: e, shape: s, contents: c }) => {
+                Fact::Tensor { elem: e.or(elem), shape: s.or(shape), contents: contents.or(c) }
+            }
+            (fact, _) => fact,
+        };
+        self.set(new, merged);
+    }
+
     fn fact(&self, value: ValueId) -> &Fact {
         self.facts.get(value.index()).unwrap_or(&Fact::Unknown)
     }

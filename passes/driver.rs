@@ -198,7 +198,9 @@ impl Driver<'_> {
                 _ => None,
             });
             touched.extend(users);
-            facts.inherit(new, old);
+            if made.contains(&new) || facts.shape(new).is_none() {
+                facts.inherit(new, old);
+            }
             self.graph.replace_uses(old, new);
             // A value made here takes over the name of the one it replaces, so that names stay what users know.
             let old_name = self.graph.value(old).name.clone();
