@@ -2,10 +2,14 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod cost;
 mod dim;
 mod evaluate;
+mod liveness;
 mod shapes;
 
+pub use cost::{Bindings, Cost, OperatorCost};
 pub use dim::{DimExpr, Symbol};
 pub use evaluate::{Evaluate, EvaluateError};
+pub use liveness::{Liveness, dead_nodes, unused_initializers};
 pub use shapes::{Contents, Facts};

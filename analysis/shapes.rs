@@ -35,8 +35,8 @@ mod tests;
 
 use crate::dim::{DimExpr, Symbol};
 use lathe_ir::{
-    Attribute, DataType, Dim, Function, Graph, Initializer, Model, NodeId, Origin, ScopeId, Shape, Tensor, Type,
-    TypeKind, ValueId, element_count,
+    Attribute, AttributeValue, DataType, Dim, Function, Graph, Initializer, Model, Node, NodeId, Origin, ScopeId,
+    Shape, Tensor, Type, TypeKind, ValueId, element_count,
 };
 use node::{Cx, Out, ValueType};
 use std::{cell::Cell, collections::HashMap, sync::Arc};
@@ -135,6 +135,25 @@ impl Facts {
         self.set(new, merged);
     }
 
+    /// The body of the local function that a node calls, with what is known about its values in this call.
+    pub(crate) fn of_call<'f>(
+        &self,
+        graph: &'f Graph,
+        functions: &'f [Function],
+        node: NodeId,
+        depth: usize,
+    ) -> Option<(&'f Graph, Facts)> {
+        if functions.is_empty() || depth >= MAX_CALL_DEPTH {
+            return None;
+        }
+        let shared = Shared::new(functions);
+        let function = shared.called(graph.node(node))?;
+        let call = Cx { node: graph.node(node), graph, facts: self, opset: 0, bindings: &[] };
+        let mut inner = Engine::called(function, &call, &shared, depth + 1)?;
+        inner.run_scope(ScopeId::MAIN);
+        Some((&function.graph, inner.facts))
+    }
+
     fn fact(&self, value: ValueId) -> &Fact {
         self.facts.get(value.index()).unwrap_or(&Fact::Unknown)
     }
@@ -193,6 +212,19 @@ impl Facts {
         }
     }
 
+    /// What is known about a value, as an output that another value can take over.
+    fn out_of(&self, value: ValueId) -> Out {
+        match self.fact(value) {
+            Fact::Unknown => Out::unknown(),
+            Fact::Tensor { elem, shape, contents } => {
+                let dims = shape.as_ref().map(|dims| dims.iter().cloned().map(Some).collect());
+                let contents = contents.as_ref().map(|c| c.elements.clone());
+                Out { ty: ValueType::Tensor { elem: *elem, dims }, contents }
+            }
+            Fact::Other(ty) => Out { ty: (**ty).clone(), contents: None },
+        }
+    }
+
     fn set(&mut self, value: ValueId, fact: Fact) {
         if self.facts.len() <= value.index() {
             self.facts.resize(value.index() + 1, Fact::Unknown);
@@ -225,6 +257,17 @@ impl<'a> Shared<'a> {
     }
 }
 
+impl<'a> Shared<'a> {
+    /// The local function that a node calls.
+    fn called(&self, node: &Node) -> Option<&'a Function> {
+        if self.functions.is_empty() {
+            return None;
+        }
+        let key = (standard_domain(&node.domain), node.op_type.as_str(), node.overload.as_str());
+        self.functions.get(&key).copied()
+    }
+}
+
 fn standard_domain(domain: &str) -> &str {
     if domain == "ai.onnx" { "" } else { domain }
 }
@@ -243,6 +286,38 @@ struct Engine<'a> {
 }
 
 impl<'a> Engine<'a> {
+    /// A walk over the body of a function that knows the inputs and attributes of a call.
+    fn called(function: &'a Function, call: &Cx, shared: &'a Shared<'a>, depth: usize) -> Option<Engine<'a>> {
+        let space = shared.next_space.get();
+        shared.next_space.set(space.checked_add(1)?);
+        let mut inner = Engine::new(&function.graph, &function.opsets, shared);
+        inner.space = space;
+        inner.depth = depth;
+        let given = call.node.attributes.iter().filter_map(|a| {
+            let value = match call.attribute(&a.name) {
+                Ok(value) => value?.clone(),
+                // Stays a reference, which the body then finds unknown.
+                Err(node::Unbound) => a.value.clone(),
+            };
+            Some(Attribute { name: a.name.clone(), value, doc: String::new() })
+        });
+        inner.bindings = given.collect();
+        for default in &function.defaults {
+            // An attribute that was passed on but has no value must not turn into the default.
+            if call.node.attribute(&default.name).is_none() {
+                inner.bindings.push(default.clone());
+            }
+        }
+        // A graph attribute belongs to the caller's arena and means nothing inside.
+        let graph = |a: &Attribute| matches!(a.value, AttributeValue::Graph(_) | AttributeValue::Graphs(_));
+        inner.bindings.retain(|a| !graph(a));
+        for (index, &value) in function.graph.main().inputs().iter().enumerate() {
+            let out = call.node.input(index).map_or_else(Out::unknown, |v| call.facts.out_of(v));
+            inner.store(value, out);
+        }
+        Some(inner)
+    }
+
     fn new(graph: &'a Graph, opsets: &'a [(String, i64)], shared: &'a Shared<'a>) -> Engine<'a> {
         let facts = Facts { facts: vec![Fact::Unknown; graph.value_bound()] };
         Engine { graph, opsets, shared, space: 0, bindings: Vec::new(), depth: 0, facts }
@@ -332,60 +407,18 @@ impl<'a> Engine<'a> {
 
     /// Infers a call of a local function through its body. `None` if the node calls no local function.
     fn call(&mut self, id: NodeId) -> Option<Vec<Out>> {
-        let node = self.graph.node(id);
-        let key = (standard_domain(&node.domain), node.op_type.as_str(), node.overload.as_str());
-        let function: &Function = self.shared.functions.get(&key)?;
+        let function = self.shared.called(self.graph.node(id))?;
         if self.depth >= MAX_CALL_DEPTH {
             return Some(Vec::new());
         }
-        let space = self.shared.next_space.get();
-        self.shared.next_space.set(space.checked_add(1)?);
-        let mut inner = Engine::new(&function.graph, &function.opsets, self.shared);
-        inner.space = space;
-        inner.depth = self.depth + 1;
-        let cx = self.cx(id);
-        let given = node.attributes.iter().filter_map(|a| {
-            let value = match cx.attribute(&a.name) {
-                Ok(value) => value?.clone(),
-                // Stays a reference, which the body then finds unknown.
-                Err(node::Unbound) => a.value.clone(),
-            };
-            Some(Attribute { name: a.name.clone(), value, doc: String::new() })
-        });
-        inner.bindings = given.collect();
-        for default in &function.defaults {
-            // An attribute that was passed on but has no value must not turn into the default.
-            if node.attribute(&default.name).is_none() {
-                inner.bindings.push(default.clone());
-            }
-        }
-        // A graph attribute belongs to the caller's arena and means nothing inside.
-        inner
-            .bindings
-            .retain(|a| !matches!(a.value, lathe_ir::AttributeValue::Graph(_) | lathe_ir::AttributeValue::Graphs(_)));
-        for (index, &value) in function.graph.main().inputs().iter().enumerate() {
-            let out = node.input(index).map_or_else(Out::unknown, |v| self.out_of(v));
-            inner.store(value, out);
-        }
+        let mut inner = Engine::called(function, &self.cx(id), self.shared, self.depth + 1)?;
         inner.run_scope(ScopeId::MAIN);
+        let space = inner.space;
         let own = |symbol: &Symbol| match symbol {
             Symbol::Named(_) => true,
             Symbol::Size { space: s, .. } | Symbol::Element { space: s, .. } => *s != space,
         };
-        Some(function.graph.main().outputs().iter().map(|&v| inner.out_of(v).keeping(&own)).collect())
-    }
-
-    /// What is known about a value, as an output that another value can take over.
-    fn out_of(&self, value: ValueId) -> Out {
-        match self.facts.fact(value) {
-            Fact::Unknown => Out::unknown(),
-            Fact::Tensor { elem, shape, contents } => {
-                let dims = shape.as_ref().map(|dims| dims.iter().cloned().map(Some).collect());
-                let contents = contents.as_ref().map(|c| c.elements.clone());
-                Out { ty: ValueType::Tensor { elem: *elem, dims }, contents }
-            }
-            Fact::Other(ty) => Out { ty: (**ty).clone(), contents: None },
-        }
+        Some(function.graph.main().outputs().iter().map(|&v| inner.facts.out_of(v).keeping(&own)).collect())
     }
 
     /// Makes what was inferred a fact: gaps are filled from the stated type, then unknown sizes get symbols.

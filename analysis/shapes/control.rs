@@ -56,7 +56,7 @@ fn outputs(engine: &Engine, scope: ScopeId) -> Vec<Out> {
             *space != engine.space || graph.scope_of(*value).is_some_and(|home| !graph.is_within(home, scope))
         }
     };
-    graph.scope(scope).outputs().iter().map(|&v| engine.out_of(v).keeping(&outside)).collect()
+    graph.scope(scope).outputs().iter().map(|&v| engine.facts.out_of(v).keeping(&outside)).collect()
 }
 
 /// If: what both branches agree on, or one branch if the condition is known.
@@ -139,7 +139,7 @@ fn repeat(engine: &mut Engine, id: NodeId) -> Vec<Out> {
     let Some(scope) = node.subgraph("body") else { return Vec::new() };
     let (trips, condition) = (engine.cx(id).int_of(0), engine.cx(id).int_of(1));
     let carried: Vec<Out> =
-        (2..node.inputs().len()).map(|i| node.input(i).map_or_else(Out::unknown, |v| engine.out_of(v))).collect();
+        (2..node.inputs().len()).map(|i| node.input(i).map_or_else(Out::unknown, |v| engine.facts.out_of(v))).collect();
     let count = carried.len();
     let counter = Out::scalar(DataType::Int64).with_contents(Some(vec![None]));
     let keep_going = Out::scalar(DataType::Bool);
@@ -204,7 +204,7 @@ fn scan(engine: &mut Engine, id: NodeId) -> Vec<Out> {
         slices.push(Out::tensor(cx.elem(i), dims));
     }
     let carried: Vec<Out> =
-        (0..states).map(|i| node.input(i).map_or_else(Out::unknown, |v| engine.out_of(v))).collect();
+        (0..states).map(|i| node.input(i).map_or_else(Out::unknown, |v| engine.facts.out_of(v))).collect();
     let (mut outs, body) = settle(engine, scope, Vec::new(), carried, slices, 0);
     for (i, each) in body.iter().skip(states).enumerate() {
         outs.push(stacked(each, output_axes.get(i).copied().unwrap_or(0), length.clone()));
@@ -220,7 +220,7 @@ fn map(engine: &mut Engine, id: NodeId) -> Vec<Out> {
     for (index, value) in inputs.into_iter().enumerate() {
         let out = match engine.cx(id).ty(index) {
             ValueType::Sequence(element) => Out::of_type(&element),
-            _ => node.input(index).map_or_else(Out::unknown, |v| engine.out_of(v)),
+            _ => node.input(index).map_or_else(Out::unknown, |v| engine.facts.out_of(v)),
         };
         store_body_input(engine, value, out);
     }

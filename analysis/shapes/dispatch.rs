@@ -13,6 +13,7 @@ pub(super) fn infer(cx: &Cx) -> Option<Vec<Out>> {
         "" | "ai.onnx" => standard(cx),
         "com.microsoft" => contrib::infer(cx),
         "ai.onnx.ml" => ml::infer(cx),
+        "ai.onnx.preview.training" => Some(neural::optimizer(cx)),
         _ => None,
     }
 }
@@ -139,6 +140,8 @@ fn standard(cx: &Cx) -> Option<Vec<Out>> {
         "BatchNormalization" => neural::batch_norm(cx),
         "LayerNormalization" | "SimplifiedLayerNormalization" => return neural::layer_norm(cx),
         "Attention" => return neural::attention(cx),
+        "CausalConvWithState" => neural::causal_conv(cx),
+        "LinearAttention" => return neural::linear_attention(cx),
         "NegativeLogLikelihoodLoss" | "SoftmaxCrossEntropyLoss" => return neural::loss(cx),
         "AffineGrid" => neural::affine_grid(cx),
         "GridSample" => neural::grid_sample(cx),

@@ -64,6 +64,40 @@ pub(super) fn attention(cx: &Cx) -> Option<Vec<Out>> {
     Some(vec![Out::tensor(cx.elem(0), out), key, value, scores])
 }
 
+/// CausalConvWithState: the state holds the last `k - 1` steps.
+pub(super) fn causal_conv(cx: &Cx) -> Vec<Out> {
+    let state = vec![cx.dim(0, 0), cx.dim(0, 1), cx.dim(1, 2).and_then(|k| k.offset(-1))];
+    vec![Out::of_type(&cx.ty(0)), Out::tensor(cx.elem(0), Some(state))]
+}
+
+/// LinearAttention: heads are packed into the last axis of queries, keys and values.
+pub(super) fn linear_attention(cx: &Cx) -> Option<Vec<Out>> {
+    let heads = |name: &str| Some(cx.maybe_int(name)?.filter(|&h| h > 0));
+    let (q, kv) = (heads("q_num_heads")?, heads("kv_num_heads")?);
+    let each = |index: usize| cx.dim(index, 2).zip(kv).and_then(|(width, kv)| width.exact_div(&kv.into()));
+    let width = each(2).zip(q).and_then(|(size, q)| size.scaled(q));
+    let state = vec![cx.dim(0, 0), kv.map(DimExpr::from), each(1), each(2)];
+    let elem = if cx.has(3) { cx.elem(3) } else { None };
+    Some(vec![Out::tensor(cx.elem(0), Some(vec![cx.dim(0, 0), cx.dim(0, 1), width])), Out::tensor(elem, Some(state))])
+}
+
+/// Adagrad, Adam and Momentum: rate and count, then tensors, gradients and one or two kinds of state; the outputs are
+/// the tensors and the state.
+pub(super) fn optimizer(cx: &Cx) -> Vec<Out> {
+    let groups = match cx.node.op_type.as_str() {
+        "Adagrad" | "Momentum" => 3,
+        "Adam" => 4,
+        _ => return Vec::new(),
+    };
+    let given = cx.node.inputs().len().saturating_sub(2);
+    if given % groups != 0 {
+        return Vec::new();
+    }
+    let tensors = given / groups;
+    let place = |i: usize| if i < tensors { 2 + i } else { 2 + tensors + i };
+    (0..cx.node.outputs().len()).map(|i| Out::of_type(&cx.ty(place(i)))).collect()
+}
+
 /// SoftmaxCrossEntropyLoss and NegativeLogLikelihoodLoss; the second output is the log-probability.
 pub(super) fn loss(cx: &Cx) -> Option<Vec<Out>> {
     let dims = if cx.string("reduction", "mean")? == "none" { cx.dims(1) } else { Some(Vec::new()) };
