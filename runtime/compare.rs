@@ -17,6 +17,13 @@ pub enum Claim {
     },
 }
 
+impl From<Option<f32>> for Claim {
+    /// A bound is a claim of equivalence, no bound one of identity.
+    fn from(rtol: Option<f32>) -> Claim {
+        rtol.map_or(Claim::Identical, |rtol| Claim::Equivalent { rtol: Some(rtol.into()) })
+    }
+}
+
 /// The bound on the relative L2 error of an exact rewrite, by the output's element type.
 ///
 /// A chain of a hundred re-associated f32 operations stays well below 1e-4; f16 and bf16 round at 5e-4 and 4e-3, so

@@ -43,8 +43,8 @@ pub fn evaluator() -> &'static (dyn Evaluate + Sync) {
 ///
 /// Both run with ONNX Runtime's own optimizations off, at two sizes of every symbolic dimension. Under
 /// [`Claim::Identical`] the inputs also hold negative zeros, infinities, NaN and denormals.
-pub fn equivalent(reference: &Model, candidate: &Model, claim: Claim, seed: u64) -> Result<(), String> {
-    let verdict = verdict(reference, candidate, claim, seed)?;
+pub fn equivalent(reference: &Model, candidate: &Model, claim: impl Into<Claim>, seed: u64) -> Result<(), String> {
+    let verdict = verdict(reference, candidate, claim.into(), seed)?;
     if verdict.holds() { Ok(()) } else { Err(verdict.describe()) }
 }
 
