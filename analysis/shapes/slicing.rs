@@ -81,8 +81,17 @@ fn length(size: &DimExpr, start: Option<&DimExpr>, end: Option<&DimExpr>, step: 
         let whole = (start == -1 || start >= TO_THE_END) && end <= -TO_THE_END;
         return if whole { size.ceil_div(-step) } else { None };
     }
-    let (start, end) = (clamped(size, start?)?, clamped(size, end?)?);
-    let span = end.minus(&start)?.larger(&0.into())?;
+    let (start, end) = (start?, clamped(size, end?)?);
+    let span = if end == *size && start.is_nonnegative() {
+        // `n - min(s, n)`, in the form that stacked slices share.
+        size.minus(start)?.larger(&0.into())?
+    } else if let (true, Some(back)) =
+        (end == *size, start.as_known().and_then(i64::checked_neg).filter(|&back| back < TO_THE_END))
+    {
+        DimExpr::from(back).smaller(size)?
+    } else {
+        end.minus(&clamped(size, start)?)?.larger(&0.into())?
+    };
     span.ceil_div(step)
 }
 
