@@ -1,8 +1,9 @@
 //! What the rest of the program knows about an engine: it loads a model and runs it on named tensors.
 
-use crate::Datum;
+use crate::{Datum, frames::only_tensors};
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Where a model comes from.
@@ -15,7 +16,7 @@ pub enum Source<'a> {
 }
 
 /// How a model is loaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadOptions {
     /// Whether the engine may rewrite the graph for speed. Off for every comparison: a rewrite of the runtime would
     /// hide or invent differences.
@@ -138,23 +139,10 @@ impl Evaluate for InProcess<'_> {
         let bytes = model.to_bytes();
         let mut session = self.engine.load(Source::Bytes(&bytes), &self.options)?;
         let outputs = session.run(inputs)?;
-        tensors(outputs, &self.engine.name()).map_err(EvaluateError::from)
+        only_tensors(outputs).map_err(|message| EvaluateError { message })
     }
 
     fn name(&self) -> String {
         self.engine.name()
     }
-}
-
-/// The outputs as tensors. Fails if one of them is something else.
-pub(crate) fn tensors(outputs: Vec<(String, Datum)>, engine: &str) -> Result<Vec<(String, Tensor)>, RuntimeError> {
-    let tensor = |(name, datum): (String, Datum)| match datum {
-        Datum::Tensor(tensor) => Ok((name, tensor)),
-        other => Err(RuntimeError::Value {
-            value: format!("output `{name}`"),
-            engine: engine.to_owned(),
-            message: format!("it is {}, not a tensor", other.describe()),
-        }),
-    };
-    outputs.into_iter().map(tensor).collect()
 }

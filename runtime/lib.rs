@@ -3,18 +3,22 @@
 //! Nothing here changes a model, reads the environment or prints.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod child;
 mod compare;
 mod datum;
 mod engine;
+mod frames;
 mod inputs;
 mod library;
 mod ort_engine;
 mod random;
 mod roles;
+mod serve;
 #[cfg(test)]
 mod testing;
 mod verify;
 
+pub use child::{Child, Limits};
 pub use compare::{Claim, Comparison, OutputError, compare, default_rtol};
 pub use datum::Datum;
 pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source};
@@ -22,4 +26,5 @@ pub use inputs::{InputError, InputSpec, Sizes, Style, generate, required_inputs,
 pub use library::{Discovery, Found, Place, Search, Tried};
 pub use ort_engine::OrtEngine;
 pub use random::Random;
+pub use serve::serve;
 pub use verify::{Inputs, Report, Sample, Verdict, VerifyError, verify};

@@ -112,7 +112,8 @@ struct Ran {
 /// Runs `reference` (twice) and `candidate` on the same inputs, with the engine's optimizations off, and compares.
 ///
 /// `model` is the reference as read; random inputs are made from it. Under [`Claim::Identical`] random inputs include
-/// special floats.
+/// special floats. `stage` hears what is about to happen: `loading the original`.
+#[allow(clippy::too_many_arguments)] // Two models, what to run them on, what to hold them to, and how.
 pub fn verify(
     engine: &dyn Engine,
     model: &Model,
@@ -121,7 +122,9 @@ pub fn verify(
     inputs: &Inputs,
     claim: Claim,
     options: &LoadOptions,
+    stage: &mut dyn FnMut(&str),
 ) -> Result<Verdict, VerifyError> {
+    stage("loading the original");
     let options = LoadOptions { optimize: false, ..options.clone() };
     let mut session = match engine.load(reference, &options) {
         Ok(session) => session,
@@ -130,6 +133,7 @@ pub fn verify(
         }
         Err(error) => return Err(error.into()),
     };
+    stage("running the original");
     let runs = match inputs {
         Inputs::Given(samples) => run_given(session.as_mut(), samples),
         Inputs::Random(spec) => run_random(session.as_mut(), model, spec, claim)?,
@@ -149,6 +153,7 @@ pub fn verify(
         }
     }
     drop(session);
+    stage("loading the result");
     let mut session = match engine.load(candidate, &options) {
         Ok(session) => session,
         Err(RuntimeError::Load { message, .. }) => {
@@ -157,6 +162,7 @@ pub fn verify(
         Err(error) => return Err(error.into()),
     };
     let mut report = Report { engine: engine.name(), ..Report::default() };
+    stage("running the result");
     for ran in runs {
         let outputs = match session.run(&ran.inputs) {
             Ok(outputs) => outputs,
@@ -243,7 +249,8 @@ mod tests {
         let (a, b) = (reference.to_bytes(), candidate.to_bytes());
         let inputs = Inputs::Random(InputSpec { seed: 1, shapes: Vec::new() });
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
-        verify(engine(), reference, Source::Bytes(&a), Source::Bytes(&b), &inputs, claim, &options).unwrap()
+        verify(engine(), reference, Source::Bytes(&a), Source::Bytes(&b), &inputs, claim, &options, &mut |_| {})
+            .unwrap()
     }
 
     fn plus(value: f32) -> Model {

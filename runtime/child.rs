@@ -1,0 +1,325 @@
+//! The program's side: a worker process that may crash, hang or eat memory without taking the program with it.
+
+use crate::{
+    Claim, Inputs, LoadOptions, RuntimeError, Sample, Verdict,
+    frames::{self, Answer, InputHeads, Request},
+};
+use bytes::Bytes;
+use lathe_analysis::{Evaluate, EvaluateError};
+use lathe_ir::{Model, Tensor};
+use std::{
+    ffi::OsString,
+    io::{BufReader, Read},
+    path::{Path, PathBuf},
+    process::{self, ChildStdin, Command, ExitStatus, Stdio},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+/// How often the worker's age and memory are looked at.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How much of what the worker says on standard error is kept.
+const LAST_WORDS: usize = 4096;
+
+/// What one request may take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Time for one request.
+    pub timeout: Option<Duration>,
+    /// Resident memory of the worker, in bytes; watched on Linux only.
+    pub memory: Option<u64>,
+}
+
+/// A worker process that runs models. It is started when first needed and again after it died.
+pub struct Child {
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    limits: Limits,
+    worker: Mutex<Option<Worker>>,
+    name: Mutex<Option<String>>,
+}
+
+struct Worker {
+    process: process::Child,
+    requests: ChildStdin,
+    answers: Receiver<Result<(Answer, Bytes), String>>,
+    last_words: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Child {
+    /// A worker that `program` becomes when called with `arguments`: it must call [`crate::serve`].
+    pub fn new(program: impl Into<PathBuf>, arguments: Vec<OsString>, limits: Limits) -> Child {
+        let program = program.into();
+        Child { program, arguments, limits, worker: Mutex::new(None), name: Mutex::new(None) }
+    }
+
+    /// The engine's name and its execution providers.
+    pub fn hello(&self) -> Result<(String, Vec<String>), RuntimeError> {
+        match self.ask(&Request::Hello, &[])? {
+            (Answer::Hello { name, providers }, _) => Ok((name, providers)),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Runs a model that is already serialized.
+    pub fn evaluate(
+        &self,
+        model: &[u8],
+        inputs: &[(String, Tensor)],
+        options: &LoadOptions,
+    ) -> Result<Sample, RuntimeError> {
+        let (heads, data) = frames::pack(inputs);
+        let request = Request::Evaluate { model: model.len() as u64, inputs: heads, options: options.clone() };
+        let payload: Vec<&[u8]> = std::iter::once(model).chain(data.iter().map(|part| &part[..])).collect();
+        match self.ask(&request, &payload)? {
+            (Answer::Outputs(heads), mut payload) => frames::unpack(heads, &mut payload).map_err(RuntimeError::Child),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Compares two models on disk, with [`crate::verify`], entirely inside the worker.
+    pub fn verify(
+        &self,
+        reference: &Path,
+        candidate: &Path,
+        inputs: &Inputs,
+        claim: Claim,
+        options: &LoadOptions,
+    ) -> Result<Verdict, RuntimeError> {
+        let mut data = Vec::new();
+        let inputs = match inputs {
+            Inputs::Random(spec) => InputHeads::Random(spec.clone()),
+            Inputs::Given(samples) => {
+                let pack = |sample: &Sample| {
+                    let (heads, parts) = frames::pack(sample);
+                    data.extend(parts);
+                    heads
+                };
+                InputHeads::Given(samples.iter().map(pack).collect())
+            }
+        };
+        let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
+        let request = Request::Verify { reference, candidate, inputs, claim, options: options.clone() };
+        let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
+        match self.ask(&request, &payload)? {
+            (Answer::Verdict(verdict), _) => Ok(verdict),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Sends one request and waits for its answer. A worker that fails is gone afterwards; the next request starts anew.
+    fn ask(&self, request: &Request, payload: &[&[u8]]) -> Result<(Answer, Bytes), RuntimeError> {
+        let mut slot = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut worker = match slot.take() {
+            Some(worker) => worker,
+            None => self.start()?,
+        };
+        // A worker that died while being written to says more when it is waited for.
+        let _ = frames::write(&mut worker.requests, request, payload);
+        let answer = worker.wait(self.limits).map_err(RuntimeError::Child)?;
+        *slot = Some(worker);
+        match answer {
+            (Answer::Error(message), _) => Err(RuntimeError::Child(message)),
+            answer => Ok(answer),
+        }
+    }
+
+    fn start(&self) -> Result<Worker, RuntimeError> {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = command
+            .spawn()
+            .map_err(|e| RuntimeError::Child(format!("cannot start the worker `{}`: {e}", self.program.display())))?;
+        let requests = process.stdin.take().expect("standard input was asked for");
+        let mut output = BufReader::new(process.stdout.take().expect("standard output was asked for"));
+        let mut errors = process.stderr.take().expect("standard error was asked for");
+        let (sender, answers) = channel();
+        thread::spawn(move || {
+            loop {
+                let frame = match frames::read(&mut output) {
+                    Ok(Some(frame)) => Ok(frame),
+                    Ok(None) => return,
+                    Err(error) => Err(error.to_string()),
+                };
+                let last = frame.is_err();
+                if sender.send(frame).is_err() || last {
+                    return;
+                }
+            }
+        });
+        let last_words = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&last_words);
+        thread::spawn(move || {
+            let mut buffer = [0u8; 1024];
+            while let Ok(count @ 1..) = errors.read(&mut buffer) {
+                let mut words = heard.lock().unwrap_or_else(PoisonError::into_inner);
+                words.extend_from_slice(&buffer[..count]);
+                let excess = words.len().saturating_sub(LAST_WORDS);
+                words.drain(..excess);
+            }
+        });
+        Ok(Worker { process, requests, answers, last_words })
+    }
+}
+
+impl Evaluate for Child {
+    fn run(&self, model: &Model, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, EvaluateError> {
+        let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+        Ok(self.evaluate(&model.to_bytes(), inputs, &options)?)
+    }
+
+    fn name(&self) -> String {
+        let mut name = self.name.lock().unwrap_or_else(PoisonError::into_inner);
+        if name.is_none() {
+            *name = self.hello().ok().map(|(name, _)| name);
+        }
+        name.clone().unwrap_or_else(|| "no runtime".to_owned())
+    }
+}
+
+impl Worker {
+    fn wait(&mut self, limits: Limits) -> Result<(Answer, Bytes), String> {
+        let start = Instant::now();
+        let mut stage = "starting".to_owned();
+        loop {
+            match self.answers.recv_timeout(LOOK) {
+                Ok(Ok((Answer::Stage(what), _))) => stage = what,
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => return Err(self.obituary(&stage)),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Some(limit) = limits.timeout.filter(|&limit| start.elapsed() > limit) {
+                self.stop();
+                return Err(format!("the runtime was stopped: {stage} took longer than {} s", limit.as_secs_f32()));
+            }
+            if let (Some(limit), Some(used)) = (limits.memory, resident(self.process.id()))
+                && used > limit
+            {
+                self.stop();
+                let (used, limit) = (used >> 20, limit >> 20);
+                return Err(format!("the runtime was stopped: {stage} took {used} MiB, and {limit} MiB are allowed"));
+            }
+        }
+    }
+
+    fn stop(&mut self) {
+        // It may have ended by itself in the meantime.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+
+    /// Why the worker is gone.
+    fn obituary(&mut self, stage: &str) -> String {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let status = loop {
+            match self.process.try_wait() {
+                Ok(Some(status)) => break Some(status),
+                Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
+                _ => break None,
+            }
+        };
+        self.stop();
+        let how = status.map_or("sent something that is no message".to_owned(), ended);
+        let words = self.last_words.lock().unwrap_or_else(PoisonError::into_inner);
+        let words = String::from_utf8_lossy(&words);
+        let last = words.lines().map(str::trim).rfind(|line| !line.is_empty());
+        let said = last.map_or(String::new(), |line| format!("; its last words were \"{line}\""));
+        format!("the runtime {how} while {stage}{said}")
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn unexpected(answer: &Answer) -> RuntimeError {
+    RuntimeError::Child(format!("the worker answers another question: {answer:?}"))
+}
+
+/// "crashed (signal 11, SIGSEGV)" or "ended with code 3".
+fn ended(status: ExitStatus) -> String {
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::ExitStatusExt;
+        const NAMES: &[(i32, &str)] = &[
+            (4, "SIGILL: an instruction this processor does not have"),
+            (6, "SIGABRT: it gave up by itself"),
+            (7, "SIGBUS: a file changed while it was read, or memory ran out"),
+            (8, "SIGFPE: a division of whole numbers by zero"),
+            (9, "SIGKILL: the system stopped it, usually for want of memory"),
+            (11, "SIGSEGV: it touched memory that is not its own"),
+        ];
+        if let Some(signal) = status.signal() {
+            let name = NAMES.iter().find(|(number, _)| *number == signal).map(|(_, name)| *name);
+            return format!("crashed (signal {signal}{})", name.map(|n| format!(", {n}")).unwrap_or_default());
+        }
+    }
+    match status.code() {
+        Some(code) => format!("ended with code {code}"),
+        None => "ended".to_owned(),
+    }
+}
+
+/// The resident memory of a process in bytes, where the system tells.
+fn resident(id: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, limits: Limits) -> Child {
+        Child::new("/bin/sh", vec!["-c".into(), script.into()], limits)
+    }
+
+    #[test]
+    fn a_crash_names_its_signal_and_last_words() {
+        let child = shell("echo bad alloc >&2; kill -SEGV $$", Limits::default());
+        let error = child.hello().unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "the runtime crashed (signal 11, SIGSEGV: it touched memory that is not its own) while starting; \
+             its last words were \"bad alloc\""
+        );
+        // The next request starts another worker.
+        assert_eq!(child.hello().unwrap_err().to_string(), error);
+    }
+
+    #[test]
+    fn a_hang_is_ended() {
+        let limits = Limits { timeout: Some(Duration::from_millis(200)), memory: None };
+        let error = shell("exec sleep 60", limits).hello().unwrap_err().to_string();
+        assert_eq!(error, "the runtime was stopped: starting took longer than 0.2 s");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn memory_is_watched() {
+        let limits = Limits { timeout: Some(Duration::from_secs(20)), memory: Some(1) };
+        let error = shell("exec sleep 60", limits).hello().unwrap_err().to_string();
+        assert!(error.contains("MiB, and 0 MiB are allowed"), "{error}");
+    }
+
+    #[test]
+    fn a_library_that_prints_is_noticed() {
+        let error = shell("echo this is a long line that is no message; exec sleep 60", Limits::default());
+        let error = error.hello().unwrap_err().to_string();
+        assert!(error.starts_with("the runtime sent something that is no message"), "{error}");
+    }
+
+    #[test]
+    fn a_worker_that_is_not_there_is_an_error() {
+        let error = Child::new("no/such/program", Vec::new(), Limits::default()).hello().unwrap_err().to_string();
+        assert!(error.starts_with("cannot start the worker `no/such/program`"), "{error}");
+    }
+}

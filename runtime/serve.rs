@@ -1,0 +1,119 @@
+//! The worker's side: reads requests, runs models, writes answers, until the stream ends.
+
+use crate::{
+    Engine, Inputs, RuntimeError, Source,
+    frames::{self, Answer, InputHeads, Request},
+    verify,
+};
+use bytes::Bytes;
+use lathe_ir::Model;
+use std::io::{self, BufReader, Read, Write};
+
+/// Serves requests on standard input and output. What the hidden subcommand of the program calls.
+///
+/// An engine that could not be started is reported to every request.
+pub fn serve(engine: Result<&dyn Engine, RuntimeError>) -> io::Result<()> {
+    serve_on(engine, &mut BufReader::new(io::stdin().lock()), &mut io::stdout().lock())
+}
+
+fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, output: &mut dyn Write) -> io::Result<()> {
+    while let Some((request, payload)) = frames::read::<Request>(input)? {
+        let answered = match &engine {
+            Ok(engine) => answer(*engine, request, payload, output),
+            Err(error) => Err(error.to_string()),
+        };
+        match answered {
+            Ok((answer, parts)) => {
+                let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
+                frames::write(output, &answer, &parts)?;
+            }
+            Err(message) => frames::write(output, &Answer::Error(message), &[])?,
+        }
+    }
+    Ok(())
+}
+
+fn answer(
+    engine: &dyn Engine,
+    request: Request,
+    mut payload: Bytes,
+    output: &mut dyn Write,
+) -> Result<(Answer, Vec<Bytes>), String> {
+    // A stage that cannot be reported is a pipe that has closed; the answer will fail in the same way.
+    let mut stage = |what: &str| _ = frames::write(output, &Answer::Stage(what.to_owned()), &[]);
+    match request {
+        Request::Hello => Ok((Answer::Hello { name: engine.name(), providers: engine.providers() }, Vec::new())),
+        Request::Evaluate { model, inputs, options } => {
+            let length = usize::try_from(model).ok().filter(|&l| l <= payload.len());
+            let model = payload.split_to(length.ok_or("a message holds less data than it says")?);
+            let inputs = frames::unpack(inputs, &mut payload)?;
+            stage("loading the model");
+            let mut session = engine.load(Source::Bytes(&model), &options).map_err(|e| e.to_string())?;
+            stage("running the model");
+            let outputs = frames::only_tensors(session.run(&inputs).map_err(|e| e.to_string())?)?;
+            let (heads, parts) = frames::pack(&outputs);
+            Ok((Answer::Outputs(heads), parts))
+        }
+        Request::Verify { reference, candidate, inputs, claim, options } => {
+            let inputs = match inputs {
+                InputHeads::Random(spec) => Inputs::Random(spec),
+                InputHeads::Given(samples) => {
+                    let samples = samples.into_iter().map(|heads| frames::unpack(heads, &mut payload));
+                    Inputs::Given(samples.collect::<Result<_, _>>()?)
+                }
+            };
+            stage("reading the original");
+            let model = Model::read(&reference).map_err(|e| e.to_string())?.model;
+            let (a, b) = (Source::Path(&reference), Source::Path(&candidate));
+            let verdict = verify(engine, &model, a, b, &inputs, claim, &options, &mut stage);
+            Ok((Answer::Verdict(verdict.map_err(|e| e.to_string())?), Vec::new()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        LoadOptions,
+        testing::{engine, unary},
+    };
+    use lathe_ir::{Node, Tensor};
+
+    #[test]
+    fn answers_until_the_stream_ends() {
+        let model = unary(Node::new("Relu")).to_bytes();
+        let (inputs, parts) = frames::pack(&[("x".to_owned(), Tensor::from_f32s(&[1, 3], &[-1.0, 0.5, 2.0]))]);
+        let mut wire = Vec::new();
+        let options = LoadOptions::default();
+        let request = Request::Evaluate { model: model.len() as u64, inputs, options };
+        frames::write(&mut wire, &Request::Hello, &[]).unwrap();
+        frames::write(&mut wire, &request, &[&model, &parts[0]]).unwrap();
+        let mut answers = Vec::new();
+        serve_on(Ok(engine()), &mut &wire[..], &mut answers).unwrap();
+        let mut answers = &answers[..];
+        let mut seen = Vec::new();
+        while let Some((answer, mut payload)) = frames::read::<Answer>(&mut answers).unwrap() {
+            seen.push(match answer {
+                Answer::Hello { name, .. } => name[..12].to_owned(),
+                Answer::Stage(what) => what,
+                Answer::Outputs(heads) => {
+                    format!("{:?}", frames::unpack(heads, &mut payload).unwrap()[0].1.to_f32s().unwrap())
+                }
+                other => format!("{other:?}"),
+            });
+        }
+        assert_eq!(seen, ["ONNX Runtime", "loading the model", "running the model", "[0.0, 0.5, 2.0]"]);
+    }
+
+    #[test]
+    fn a_missing_engine_is_an_answer() {
+        let mut wire = Vec::new();
+        frames::write(&mut wire, &Request::Hello, &[]).unwrap();
+        let mut answers = Vec::new();
+        let missing = RuntimeError::NoLibrary { tried: vec!["nowhere".into()] };
+        serve_on(Err(missing), &mut &wire[..], &mut answers).unwrap();
+        let (answer, _) = frames::read::<Answer>(&mut &answers[..]).unwrap().unwrap();
+        assert!(matches!(answer, Answer::Error(message) if message.contains("tried nowhere")));
+    }
+}
