@@ -5,7 +5,7 @@ use crate::{
     rule::{Match, Refusal, Replacement, Rule},
 };
 use lathe_analysis::Facts;
-use lathe_ir::{Function, Graph, Model, NodeId, Patch, Use, ValueId};
+use lathe_ir::{Attribute, AttributeValue, Function, Graph, Model, NodeId, Patch, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Rewrites per node of the graph after which the driver stops: rules that undo each other would go on for ever.
@@ -78,6 +78,15 @@ fn rewrite_graph(
     driver.finish(rewrites)
 }
 
+/// In a local function, an attribute that the caller passes has no value that a rule could read.
+fn require_own_attributes(graph: &Graph, nodes: &[NodeId]) -> Result<(), Refusal> {
+    let passed = |a: &Attribute| matches!(a.value, AttributeValue::Reference { .. });
+    match nodes.iter().any(|&id| graph.node(id).attributes.iter().any(passed)) {
+        true => Err("an attribute depends on the caller of the function".into()),
+        false => Ok(()),
+    }
+}
+
 struct Driver<'a> {
     graph: &'a mut Graph,
     opsets: &'a [(String, i64)],
@@ -117,7 +126,8 @@ impl Driver<'_> {
             cx: self.cx,
             bindings,
         };
-        let result = (rule.action)(&place, &mut patch).and_then(|replacement| {
+        let result = require_own_attributes(self.graph, &nodes).and_then(|()| (rule.action)(&place, &mut patch));
+        let result = result.and_then(|replacement| {
             if !rule.shares {
                 self.require_private(&nodes)?;
             }
@@ -127,7 +137,7 @@ impl Driver<'_> {
         match result {
             Ok(replacement) => Some(self.carry_out(rule, id, &nodes, patch, replacement)),
             Err(Refusal(reason)) => {
-                if self.refused.insert((id, rule.name)) {
+                if !reason.is_empty() && self.refused.insert((id, rule.name)) {
                     self.outcome.refuse(format!("{}: {reason}", rule.name), self.graph.describe(id));
                 }
                 None

@@ -8,6 +8,18 @@ use lathe_ir::{Bindings, DataType, Function, Graph, Node, NodeId, Patch, Pattern
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal(pub String);
 
+impl Refusal {
+    /// The place is not what the rule looks for; nothing is reported.
+    pub fn no_match() -> Refusal {
+        Refusal(String::new())
+    }
+
+    /// Whether the place only looked like what the rule is for.
+    pub fn is_no_match(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 impl From<&str> for Refusal {
     fn from(reason: &str) -> Refusal {
         Refusal(reason.to_owned())
@@ -84,6 +96,11 @@ impl<'a> Match<'a> {
     /// Refuses with `reason` unless `holds`.
     pub fn require(&self, holds: bool, reason: &str) -> Result<(), Refusal> {
         if holds { Ok(()) } else { Err(reason.into()) }
+    }
+
+    /// Passes over the place without a word unless `holds`: for what the pattern could not say itself.
+    pub fn only_if(&self, holds: bool) -> Result<(), Refusal> {
+        if holds { Ok(()) } else { Err(Refusal::no_match()) }
     }
 
     /// The graph around the place.
@@ -213,7 +230,11 @@ impl<'a> Match<'a> {
     /// Requires that everything that uses `old` can use the existing value `new` without a copy between them: a graph
     /// output needs a name of its own, and a subgraph returns only what it computes.
     pub fn require_replaceable(&self, old: &str, new: &str) -> Result<(), Refusal> {
-        let (old, new) = (self.value(old), self.value(new));
+        self.require_free(self.value(old), self.value(new))
+    }
+
+    /// As [`Match::require_replaceable`], for values the pattern does not name.
+    pub fn require_free(&self, old: ValueId, new: ValueId) -> Result<(), Refusal> {
         let outputs = self.graph.value(old).uses().iter().filter_map(|u| match u {
             Use::Output(scope, _) => Some(*scope),
             _ => None,
