@@ -4,6 +4,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod check;
 mod graph;
 mod mapping;
 mod model;
@@ -15,6 +16,7 @@ mod types;
 
 pub mod text;
 
+pub use check::{CheckError, KNOWN_OPSETS};
 pub use graph::{
     Attribute, AttributeValue, Cycle, Graph, Initializer, Node, NodeId, Origin, Placement, Port, Scope, ScopeId,
     ShardedDim, Sharding, Use, Value, ValueId,

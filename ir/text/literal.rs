@@ -124,10 +124,10 @@ impl Scanner<'_> {
         let ty = self.ty()?;
         self.eat(b'=');
         // Looked at before reading on: sparse tensors do not nest.
-        if matches!(ty.kind, TypeKind::Tensor { .. }) {
-            if let Initializer::Dense(tensor) = self.initializer(&ty, "")? {
-                return Ok(tensor);
-            }
+        if matches!(ty.kind, TypeKind::Tensor { .. })
+            && let Initializer::Dense(tensor) = self.initializer(&ty, "")?
+        {
+            return Ok(tensor);
         }
         self.error_at(at, "expected a dense tensor")
     }

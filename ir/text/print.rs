@@ -60,6 +60,15 @@ pub fn print_with(model: &Model, options: &PrintOptions) -> String {
     printer.out
 }
 
+impl std::fmt::Display for Type {
+    /// The type as the text form writes it: `float[N,3]`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut printer = Printer { out: String::new(), options: &PrintOptions::default() };
+        printer.ty(self);
+        f.write_str(&printer.out)
+    }
+}
+
 struct Printer<'a> {
     out: String,
     options: &'a PrintOptions,
