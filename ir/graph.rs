@@ -35,6 +35,10 @@ impl ValueId {
 }
 
 impl NodeId {
+    pub(crate) fn from_index(index: usize) -> NodeId {
+        NodeId(index as u32)
+    }
+
     /// A dense index below [`Graph::node_bound`], for side tables.
     pub fn index(self) -> usize {
         self.0 as usize
@@ -465,7 +469,9 @@ static REVISION: AtomicU64 = AtomicU64::new(1);
 impl Graph {
     /// An empty main graph.
     pub fn new(name: impl Into<String>) -> Graph {
-        Graph { scopes: vec![Scope { name: name.into(), ..Scope::default() }], ..Graph::default() }
+        let mut graph = Graph { scopes: vec![Scope { name: name.into(), ..Scope::default() }], ..Graph::default() };
+        graph.touch();
+        graph
     }
 
     fn touch(&mut self) {
@@ -486,6 +492,7 @@ impl Graph {
 
     /// Name, documentation and metadata of a scope, to edit.
     pub fn scope_mut(&mut self, id: ScopeId) -> &mut Scope {
+        self.touch();
         &mut self.scopes[id.index()]
     }
 
@@ -529,6 +536,11 @@ impl Graph {
     /// Every node index is below this.
     pub fn node_bound(&self) -> usize {
         self.nodes.len()
+    }
+
+    /// Every scope index is below this.
+    pub fn scope_bound(&self) -> usize {
+        self.scopes.len()
     }
 
     /// The nodes of one scope, in order.
@@ -801,6 +813,7 @@ impl Graph {
 
     /// A new, empty scope; it becomes a subgraph when a node with it as an attribute is added.
     pub fn add_scope(&mut self, name: impl Into<String>) -> ScopeId {
+        self.touch();
         self.scopes.push(Scope { name: name.into(), ..Scope::default() });
         ScopeId(self.scopes.len() as u32 - 1)
     }
@@ -941,6 +954,7 @@ impl Graph {
 
     /// Gives a value exactly this name.
     pub fn rename(&mut self, value: ValueId, name: impl Into<String>) {
+        self.touch();
         let name = name.into();
         let old = std::mem::take(&mut self.values[value.index()].name);
         self.uncount_name(&old);
@@ -972,14 +986,14 @@ impl Graph {
             self.remove_output(scope, index);
         }
         let nodes: Vec<NodeId> = self.nodes(scope).collect();
+        // Every use goes before any value does: nodes nested further in may read what a node here produces.
         for &id in &nodes {
             self.set_inputs(id, Vec::new());
+            for inner in self.node(id).subgraphs() {
+                self.clear_scope(inner);
+            }
         }
         for id in nodes {
-            let inner = self.node(id).subgraphs();
-            for scope in inner {
-                self.clear_scope(scope);
-            }
             self.remove_node(id);
         }
         let mine = |v: &ValueId| matches!(self.values[v.index()].origin, Origin::Input(s) | Origin::Initializer(s) if s == scope);
@@ -1011,14 +1025,21 @@ impl Graph {
 
     /// Moves a node (with its subgraphs) to the end of another scope, which must see the values it reads.
     pub fn move_node(&mut self, id: NodeId, scope: ScopeId) {
-        self.touch();
+        let from = self.node(id).scope();
         self.node_mut(id).scope = Some(scope);
+        let left = &mut self.scopes[from.index()].nodes;
+        if let Some(at) = left.iter().position(|&n| n == id) {
+            left.remove(at);
+        }
         self.scopes[scope.index()].nodes.push(id);
     }
 
     /// Moves an initializer to another scope, which must contain all of its uses.
     pub fn move_initializer(&mut self, value: ValueId, scope: ScopeId) {
         self.touch();
+        if let Origin::Initializer(from) = self.value(value).origin {
+            self.scopes[from.index()].initializers.retain(|&v| v != value);
+        }
         self.values[value.index()].origin = Origin::Initializer(scope);
         self.scopes[scope.index()].initializers.push(value);
     }
