@@ -16,7 +16,7 @@ use std::{
         Arc, Mutex, PoisonError,
         mpsc::{Receiver, RecvTimeoutError, channel},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -49,6 +49,7 @@ struct Worker {
     requests: ChildStdin,
     answers: Receiver<Result<(Answer, Bytes), String>>,
     last_words: Arc<Mutex<Vec<u8>>>,
+    listener: JoinHandle<()>,
 }
 
 impl Child {
@@ -154,7 +155,7 @@ impl Child {
         });
         let last_words = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&last_words);
-        thread::spawn(move || {
+        let listener = thread::spawn(move || {
             let mut buffer = [0u8; 1024];
             while let Ok(count @ 1..) = errors.read(&mut buffer) {
                 let mut words = heard.lock().unwrap_or_else(PoisonError::into_inner);
@@ -163,7 +164,7 @@ impl Child {
                 words.drain(..excess);
             }
         });
-        Ok(Worker { process, requests, answers, last_words })
+        Ok(Worker { process, requests, answers, last_words, listener })
     }
 }
 
@@ -224,6 +225,10 @@ impl Worker {
             }
         };
         self.stop();
+        // Whoever inherited the pipe may keep it open, so this wait ends as well.
+        while !self.listener.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
         let how = status.map_or("sent something that is no message".to_owned(), ended);
         let words = self.last_words.lock().unwrap_or_else(PoisonError::into_inner);
         let words = String::from_utf8_lossy(&words);

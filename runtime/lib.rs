@@ -6,6 +6,7 @@
 mod child;
 mod compare;
 mod datum;
+mod doctor;
 mod engine;
 mod frames;
 mod inputs;
@@ -21,6 +22,7 @@ mod verify;
 pub use child::{Child, Limits};
 pub use compare::{Claim, Comparison, OutputError, compare, default_rtol};
 pub use datum::Datum;
+pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};
 pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source};
 pub use inputs::{InputError, InputSpec, Sizes, Style, generate, required_inputs, sizes_to_try};
 pub use library::{Discovery, Found, Place, Search, Tried};

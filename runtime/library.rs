@@ -223,3 +223,57 @@ fn ask_python(python: &Path) -> Result<PathBuf, String> {
         package => Ok(Path::new(package).join("capi")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder that is removed at the end.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str, files: &[&str]) -> Folder {
+            let path = std::env::temp_dir().join(format!("lathe-library-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            files.iter().for_each(|file| fs::write(path.join(file), "").unwrap());
+            Folder(path)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn places_are_tried_in_order_until_one_is_usable() {
+        let beside = Folder::new("beside", &["libonnxruntime.so.1.9.0", "libonnxruntime_providers_shared.so"]);
+        let data = Folder::new("data", &["libonnxruntime.so.1.9.0", "libonnxruntime.so.1.32.0"]);
+        let search = Search {
+            executable_dir: Some(beside.0.clone()),
+            data_dir: Some(data.0.clone()),
+            pythons: vec!["no-such-python".into()],
+            ..Search::default()
+        };
+        let mut accept = |path: &Path| if path.starts_with(&data.0) { Ok(()) } else { Err("too old".to_owned()) };
+        let found = search.find(&mut accept).unwrap().found.unwrap();
+        assert_eq!((found.path, found.place), (data.0.join("libonnxruntime.so.1.32.0"), Place::DataDir));
+        let nothing = search.find(&mut |_| Err("too old".to_owned())).unwrap();
+        assert!(nothing.found.is_none());
+        let lines: Vec<String> = nothing.tried.iter().map(ToString::to_string).collect();
+        assert!(lines[0].ends_with("libonnxruntime.so.1.9.0 (too old)"), "{lines:?}");
+        assert!(lines.iter().any(|l| l.contains("no-such-python (cannot be run")), "{lines:?}");
+        assert_eq!(lines.last().unwrap(), "the system's libraries (none known)");
+    }
+
+    #[test]
+    fn a_library_asked_for_by_name_must_be_there() {
+        let search = Search { explicit: Some("no/such/library.so".into()), ..Search::default() };
+        let error = search.find(&mut |_| Ok(())).unwrap_err().to_string();
+        assert_eq!(error, "cannot load ONNX Runtime from `no/such/library.so`: there is no such library");
+        let search = Search { variable: Some("no/such/library.so".into()), ..Search::default() };
+        assert!(search.find(&mut |_| Ok(())).is_err());
+    }
+}

@@ -31,6 +31,7 @@ pub struct OrtEngine {
     environment: Environment,
     found: Found,
     version: String,
+    tried: Vec<String>,
 }
 
 static ENGINE: OnceLock<OrtEngine> = OnceLock::new();
@@ -48,18 +49,23 @@ impl OrtEngine {
             environment = Some(load(path)?);
             Ok(())
         })?;
-        let tried = discovery.tried.iter().map(ToString::to_string).collect();
+        let tried: Vec<String> = discovery.tried.iter().map(ToString::to_string).collect();
         let (Some(environment), Some(found)) = (environment, discovery.found) else {
             return Err(RuntimeError::NoLibrary { tried });
         };
         let version = version_in(ort::info()).or_else(|| version_in(&found.path.to_string_lossy()));
         let version = version.unwrap_or_else(|| "of unknown version".to_owned());
-        Ok(ENGINE.get_or_init(|| OrtEngine { environment, found, version }))
+        Ok(ENGINE.get_or_init(|| OrtEngine { environment, found, version, tried }))
     }
 
     /// The library and how it was found.
     pub fn found(&self) -> &Found {
         &self.found
+    }
+
+    /// Every place that was looked at to find it, one line each.
+    pub fn tried(&self) -> &[String] {
+        &self.tried
     }
 
     /// The version of the library: `1.32.0`.

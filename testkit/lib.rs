@@ -2,6 +2,8 @@
 //!
 //! Unlike the rest of the program this crate reads `ORT_DYLIB_PATH` itself, and panics when ONNX Runtime is missing.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 use lathe_analysis::Evaluate;
 use lathe_ir::Model;
 use lathe_runtime::{Engine, InProcess, InputSpec, Inputs, LoadOptions, OrtEngine, Search, Source, Verdict, verify};
@@ -10,7 +12,10 @@ use std::{
     sync::LazyLock,
 };
 
+mod random;
+
 pub use lathe_runtime::Claim;
+pub use random::random_model;
 
 static ENGINE: LazyLock<&OrtEngine> = LazyLock::new(|| {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
