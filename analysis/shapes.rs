@@ -6,9 +6,10 @@
 //! for other values only fill gaps: an element type, a number of axes or a size that inference does not find. The names
 //! it gives to their dimensions are not believed, because exporters give equal names to different sizes.
 //!
-//! Sizes are symbolic and never negative. Three things are taken for granted, because a model that breaks them fails or
-//! has an empty result anyway: the model runs without error; a symbolic size in the target of a `Reshape` is that size
-//! (and not the 0 that means "copy"); and a single size passes through float32 arithmetic unrounded.
+//! Sizes are symbolic and never negative. Some things are taken for granted, because a model that breaks them fails or
+//! has an empty or undefined result anyway: the model runs without error; a symbolic size in the target of a `Reshape`
+//! is that size (and not the 0 that means "copy"); the window of a pooling fits into the padded data; a single size
+//! passes through float32 arithmetic unrounded; and sizes fit 31 bits.
 
 mod contents;
 mod contrib;

@@ -35,7 +35,7 @@ impl ValueType {
     fn from_stated(ty: &Type, names: bool) -> ValueType {
         let dim = |dim: &Dim| match dim {
             Dim::Known(size) => (*size >= 0).then(|| DimExpr::from(*size)),
-            Dim::Symbol(name) if names && !name.is_empty() => Some(DimExpr::named(name)),
+            Dim::Symbol(name) if names && is_name(name) => Some(DimExpr::named(name)),
             _ => None,
         };
         let dims = |shape: &Option<Shape>| shape.as_ref().map(|s| s.dims.iter().map(dim).collect());
@@ -124,6 +124,12 @@ impl ValueType {
             other => other,
         }
     }
+}
+
+/// Whether a dimension's name tells it from others. Some exporters write `?` or `None` for every size they do not know.
+fn is_name(name: &str) -> bool {
+    let word = name.starts_with(|c: char| c.is_alphabetic() || c == '_');
+    word && !["none", "unk", "unknown", "dynamic", "any"].iter().any(|n| name.eq_ignore_ascii_case(n))
 }
 
 /// What a rule says about one output.

@@ -109,6 +109,16 @@ fn broadcasts() {
 }
 
 #[test]
+fn placeholder_names_are_not_equal_sizes() {
+    let found = infer(17, r#"float["?","?"] x, float["-1",None] y"#, 2, "a = Relu (x) b = Relu (y)");
+    assert_eq!(found, ["float[?,?]", "float[?,?]"]);
+    let model = text::parse(r#"g (float["?","?"] x) => (float y) { y = Transpose (x) }"#).unwrap();
+    let facts = Facts::infer(&model);
+    let find = |name| model.graph.find_value(name).unwrap();
+    assert!(!facts.same_shape(find("x"), find("y")));
+}
+
+#[test]
 fn slices_without_guessing() {
     let all = "int64[1] zero = {0}, int64[1] one = {1}, int64[1] minus = {-1}, int64[1] two = {2},
         int64[1] far = {9223372036854775807}, int64[1] back = {-9223372036854775808}";
