@@ -118,14 +118,8 @@ impl Driver<'_> {
         let facts = self.facts.get_or_insert_with(|| cx.facts.take(self.graph, opsets, functions));
         let mut patch = Patch::new(self.graph);
         let nodes = bindings.nodes().to_vec();
-        let place = Match {
-            graph: self.graph,
-            facts,
-            opsets: self.opsets,
-            functions: self.functions,
-            cx: self.cx,
-            bindings,
-        };
+        let place =
+            Match { graph: self.graph, facts, opsets: self.opsets, functions: self.functions, cx: self.cx, bindings };
         let result = require_own_attributes(self.graph, &nodes).and_then(|()| (rule.action)(&place, &mut patch));
         let result = result.and_then(|replacement| {
             if !rule.shares {

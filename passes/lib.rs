@@ -4,6 +4,7 @@
 
 mod driver;
 pub mod exact;
+mod operands;
 mod pass;
 mod rule;
 #[cfg(test)]

@@ -1,0 +1,272 @@
+//! Composes nodes that only regroup axes, and makes their targets constants.
+
+use crate::{
+    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule,
+    operands::{int64s, sorted_axes, with_axes},
+    pat, rewrite, rule,
+};
+use lathe_analysis::DimExpr;
+use lathe_ir::{Model, Node, Patch, ValueId};
+
+/// See [`INFO`].
+pub struct SimplifyReshapes;
+
+static INFO: Info = Info {
+    name: "simplify-reshapes",
+    summary: "composes Reshape, Flatten, Squeeze and Unsqueeze, and makes their targets constants",
+    doc: "A target that is computed from shapes becomes a constant where every size is known, is the size of the same \
+          axis of the input (written 0) or is the only one left (written -1); the nodes that computed it go away. \
+          Reshape, Flatten, Squeeze and Unsqueeze directly after one another become one node. Declines where sizes \
+          are not related by the symbolic shapes, and where the value between two nodes has other uses.",
+    options: &[],
+    kind: Kind::Identical,
+    lowers: &[Quantity::Nodes],
+    source: None,
+};
+
+impl Pass for SimplifyReshapes {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+        rewrite(model, cx, &rules())
+    }
+}
+
+fn rules() -> Vec<Rule> {
+    vec![
+        rule("compose-unsqueezes", pat!(outer: Unsqueeze(inner: Unsqueeze(x, ..), ..)), compose_unsqueezes),
+        rule("compose-squeezes", pat!(outer: Squeeze(inner: Squeeze(x, ..), ..)), compose_squeezes),
+        rule(
+            "compose-reshapes",
+            pat!(outer: Reshape|Flatten|Squeeze|Unsqueeze(inner: Reshape|Flatten|Squeeze|Unsqueeze(x, ..), ..)),
+            |m, g| {
+                m.require(m.opset() >= 5, "before opset 5 the target of a Reshape is an attribute")?;
+                let to = target(m, m.value("x"), m.value("output"))?;
+                Ok(g.reshape(m.value("x"), &to))
+            },
+        ),
+        rule("reshape-to-constant", pat!(node: Reshape(x, shape)), |m, g| {
+            m.only_if(m.graph().constant(m.value("shape")).is_none())?;
+            let to = target(m, m.value("x"), m.value("output"))?;
+            Ok(g.reshape(m.value("x"), &to))
+        }),
+        rule("expand-to-constant", pat!(node: Expand(x, shape)), |m, g| {
+            m.only_if(m.graph().constant(m.value("shape")).is_none())?;
+            let to = expansion(m)?;
+            let shape = g.int64s("shape", &to);
+            Ok(g.node(Node::new("Expand"), &[m.value("x"), shape]))
+        }),
+    ]
+}
+
+/// The target that reshapes `x` into the shape of `result`: a known size, 0 for the size of the same axis of `x`, and
+/// -1 for at most one more.
+pub(super) fn target(m: &Match, x: ValueId, result: ValueId) -> Result<Vec<i64>, Refusal> {
+    let from = m.facts().shape(x);
+    let Some(to) = m.facts().shape(result) else {
+        return Err("the number of axes of the result is unknown".into());
+    };
+    let mut sizes = Vec::with_capacity(to.len());
+    let mut free = 0;
+    for (axis, size) in to.iter().enumerate() {
+        let same = from.and_then(|from| from.get(axis)) == Some(size);
+        sizes.push(match size.as_known() {
+            Some(0) if !same => return Err("a size is 0, which would copy one of the input".into()),
+            Some(known) => known,
+            None if same => 0,
+            None => {
+                free += 1;
+                -1
+            }
+        });
+    }
+    m.require(free <= 1, "more than one size is neither known nor the same as before")?;
+    // Nothing can be inferred beside a size of 0.
+    m.require(free == 0 || !sizes_hold_zero(to), "a size is inferred beside a size of 0")?;
+    Ok(sizes)
+}
+
+fn sizes_hold_zero(sizes: &[DimExpr]) -> bool {
+    sizes.iter().any(|size| size.as_known() == Some(0))
+}
+
+/// The target of an `Expand` in known sizes, where 1 keeps the size of the input.
+fn expansion(m: &Match) -> Result<Vec<i64>, Refusal> {
+    let (from, to) = (m.shape("x")?, m.shape("output")?);
+    let missing = to.len() - from.len().min(to.len());
+    let size = |(axis, size): (usize, &DimExpr)| {
+        let kept = axis >= missing && from[axis - missing] == *size;
+        match size.as_known() {
+            _ if kept => Ok(1),
+            Some(known) => Ok(known),
+            None => Err(Refusal::from("a size that is not known is expanded to")),
+        }
+    };
+    to.iter().enumerate().map(size).collect()
+}
+
+fn compose_unsqueezes(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
+    let inner = int64s(m, m.node("inner"), "axes", 1)?.ok_or("an Unsqueeze has no axes")?;
+    let outer = int64s(m, m.node("outer"), "axes", 1)?.ok_or("an Unsqueeze has no axes")?;
+    let given = m.facts().ndim(m.value("x"));
+    let from_front = inner.iter().chain(&outer).all(|&axis| axis >= 0);
+    // Only axes counted from the end need the number of axes; otherwise any number that is large enough will do.
+    let bound = || inner.iter().chain(&outer).max().map_or(0, |&axis| axis.clamp(0, 64) as usize + 1);
+    let ndim = match given {
+        Some(ndim) => ndim,
+        None if from_front => bound(),
+        None => return Err("the number of axes of `x` is unknown".into()),
+    };
+    let inner = sorted_axes(m, &inner, ndim + inner.len())?;
+    let outer = sorted_axes(m, &outer, ndim + inner.len() + outer.len())?;
+    let kept: Vec<usize> = (0..ndim + inner.len() + outer.len()).filter(|axis| !outer.contains(axis)).collect();
+    let mut axes: Vec<usize> = inner.iter().map(|&axis| kept[axis]).chain(outer).collect();
+    axes.sort_unstable();
+    Ok(with_axes(m, g, Node::new("Unsqueeze"), 13, m.value("x"), &axes))
+}
+
+fn compose_squeezes(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
+    let ndim = m.ndim("x")?;
+    let inner = int64s(m, m.node("inner"), "axes", 1)?.ok_or("a Squeeze states no axes")?;
+    let outer = int64s(m, m.node("outer"), "axes", 1)?.ok_or("a Squeeze states no axes")?;
+    let inner = sorted_axes(m, &inner, ndim)?;
+    let kept: Vec<usize> = (0..ndim).filter(|axis| !inner.contains(axis)).collect();
+    let outer = sorted_axes(m, &outer, kept.len())?;
+    let mut axes: Vec<usize> = outer.iter().map(|&axis| kept[axis]).chain(inner).collect();
+    axes.sort_unstable();
+    Ok(with_axes(m, g, Node::new("Squeeze"), 13, m.value("x"), &axes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check, check_refuses};
+
+    #[test]
+    fn splits_heads_with_a_constant_target() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[batch,seq,256] x) => (float[batch,seq,4,64] y)
+               <int64 zero = {0}, int64 one = {1}, int64[1] front = {0}, int64[1] h = {4}, int64[1] d = {64}> {
+                s = Shape (x)
+                b = Gather (s, zero)
+                n = Gather (s, one)
+                ub = Unsqueeze (b, front)
+                un = Unsqueeze (n, front)
+                to = Concat <axis = 0> (ub, un, h, d)
+                y = Reshape (x, to)
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, graph), @r#"
+        g (float[batch,"seq",256] x) => (float[batch,"seq",4,64] y) <
+            int64 zero = {0},
+            int64 one = {1},
+            int64[1] front = {0},
+            int64[1] h = {4},
+            int64[1] d = {64},
+            int64[4] y_shape = {0, 0, 4, 64}
+        > {
+            y = Reshape (x, y_shape)  # float[batch,"seq",4,64]
+        }
+        "#);
+    }
+
+    #[test]
+    fn composes_reshapes_around_an_unsqueeze() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[batch,6] x) => (float[batch,3,2] y) <int64[1] two = {2}, int64[3] to = {-1, 3, 2}> {
+                u = Unsqueeze (x, two)
+                y = Reshape (u, to)
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, graph), @"
+        g (float[batch,6] x) => (float[batch,3,2] y) <
+            int64[1] two = {2},
+            int64[3] to = {-1, 3, 2},
+            int64[3] y_shape = {0, 3, 2}
+        > {
+            y = Reshape (x, y_shape)  # float[batch,3,2]
+        }
+        ");
+    }
+
+    #[test]
+    fn composes_unsqueezes() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[a,b] x) => (float[1,a,1,b,1] y) <int64[1] inner = {1}, int64[2] outer = {0, -1}> {
+                u = Unsqueeze (x, inner)
+                y = Unsqueeze (u, outer)
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, graph), @"
+        g (float[a,b] x) => (float[1,a,1,b,1] y) <
+            int64[1] inner = {1},
+            int64[2] outer = {0, -1},
+            int64[3] y_axes = {0, 2, 4}
+        > {
+            y = Unsqueeze (x, y_axes)  # float[1,a,1,b,1]
+        }
+        ");
+    }
+
+    #[test]
+    fn composes_squeezes_as_opset_11_writes_them() {
+        let graph = "<ir_version: 7, opset_import: [\"\" : 11]>
+            g (float[1,a,1,b,1] x) => (float[a,b] y) {
+                u = Squeeze <axes = [0, -1]> (x)
+                y = Squeeze <axes = [1]> (u)
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, graph), @"
+        g (float[1,a,1,b,1] x) => (float[a,b] y) {
+            y = Squeeze <axes = [0, 2, 4]> (x)  # float[a,b]
+        }
+        ");
+    }
+
+    #[test]
+    fn keeps_a_target_with_two_new_sizes() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[a,b] x, float[b,a] like) => (float[b,a] y) {
+                to = Shape (like)
+                y = Reshape (x, to)
+            }";
+        check_refuses(&SimplifyReshapes, graph, "more than one size is neither known nor the same as before");
+    }
+
+    #[test]
+    fn keeps_a_value_that_is_an_output() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[2,6] x) => (float[12] u, float[3,4] y) <int64[1] flat = {12}, int64[2] to = {3, 4}> {
+                u = Reshape (x, flat)
+                y = Reshape (u, to)
+            }";
+        check_refuses(&SimplifyReshapes, graph, "an inner value is a graph output");
+    }
+
+    #[test]
+    fn makes_targets_constant_in_a_branch() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (bool c, float[batch,6] x) => (float[batch,2,3] y) <int64[2] tail = {2, 3}> {
+                y = If (c) <then_branch = yes () => (float[batch,2,3] p) {
+                    s = Shape <start = 0, end = 1> (x)
+                    to = Concat <axis = 0> (s, tail)
+                    p = Reshape (x, to)
+                }, else_branch = no () => (float[batch,2,3] q) <int64[3] to = {0, 2, 3}> {
+                    q = Reshape (x, to)
+                }>
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, graph), @"
+        g (bool c, float[batch,6] x) => (float[batch,2,3] y) <
+            int64[2] tail = {2, 3}
+        > {
+            y = If (c) <then_branch = yes () => (p_1) <
+                int64[3] p_shape = {0, 2, 3}
+            > {
+                p_1 = Reshape (x, p_shape)
+            }, else_branch = no () => (float[batch,2,3] q) <
+                int64[3] to = {0, 2, 3}
+            > {
+                q = Reshape (x, to)  # float[batch,2,3]
+            }>  # float[batch,2,3]
+        }
+        ");
+    }
+}
