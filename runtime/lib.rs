@@ -7,6 +7,8 @@ mod child;
 mod compare;
 mod datum;
 mod doctor;
+#[cfg(feature = "embedded")]
+mod embedded;
 mod engine;
 mod frames;
 mod inputs;
@@ -23,6 +25,8 @@ pub use child::{Child, Limits};
 pub use compare::{Claim, Comparison, OutputError, compare, default_rtol};
 pub use datum::Datum;
 pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};
+#[cfg(feature = "embedded")]
+pub use embedded::Embedded;
 pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source};
 pub use inputs::{InputError, InputSpec, Sizes, Style, generate, required_inputs, sizes_to_try};
 pub use library::{Discovery, Found, Place, Search, Tried};
