@@ -46,6 +46,10 @@ use std::{cell::Cell, collections::HashMap, sync::Arc};
 const MAX_CONTENTS: usize = 1024;
 /// Whole-number tensors up to this size get symbols for elements that are unknown.
 const MAX_SYMBOLIC_ELEMENTS: usize = 16;
+/// Shapes with more axes than this are unknown: `Gather` can double them node after node.
+const MAX_NDIM: usize = 256;
+/// Sequences and optional values nested deeper than this are unknown.
+const MAX_TYPE_DEPTH: usize = 16;
 /// How deeply calls of local functions may nest before their outputs count as unknown.
 const MAX_CALL_DEPTH: usize = 8;
 /// How many nodes inside called functions and repeated loop bodies are looked at in all.
@@ -442,11 +446,13 @@ impl<'a> Engine<'a> {
                     let valid = dim.filter(|d| d.range().1.is_none_or(|high| high >= 0));
                     valid.unwrap_or_else(|| Symbol::Size { space, value, axis: axis as u32 }.into())
                 };
+                let dims = dims.filter(|dims| dims.len() <= MAX_NDIM);
                 let shape: Option<Vec<DimExpr>> = dims.map(|dims| dims.into_iter().enumerate().map(size).collect());
                 let contents =
                     shape.as_deref().and_then(|shape| element_contents(shape, elem, out.contents, space, value));
                 Fact::Tensor { elem, shape, contents: contents.map(Arc::new) }
             }
+            other if other.depth() > MAX_TYPE_DEPTH => Fact::Unknown,
             other => Fact::Other(Box::new(other)),
         };
         self.facts.set(value, fact);

@@ -70,16 +70,13 @@ pub(super) fn broadcast(cx: &Cx, rule: impl Fn(&[&Element]) -> Element) -> Optio
     let none = None;
     let result = (0..total).map(|flat| {
         let position = unflatten(flat, &out);
-        let pick = |(elements, shape): (&&'_ [Element], &Vec<usize>)| -> usize {
-            let _ = elements;
+        let place = |shape: &[usize]| {
             let skip = ndim - shape.len();
-            shape
-                .iter()
-                .enumerate()
-                .fold(0, |at, (axis, &size)| at * size + if size == 1 { 0 } else { position[skip + axis] })
+            let at = shape.iter().enumerate().map(|(axis, &size)| if size == 1 { 0 } else { position[skip + axis] });
+            flatten(&at.collect::<Vec<_>>(), shape)
         };
         let operands: Vec<&Element> =
-            all.iter().zip(&shapes).map(|pair| pair.0.get(pick(pair)).unwrap_or(&none)).collect();
+            all.iter().zip(&shapes).map(|(elements, shape)| elements.get(place(shape)).unwrap_or(&none)).collect();
         rule(&operands)
     });
     Some(result.collect())
@@ -243,7 +240,7 @@ pub(super) fn cast(elements: &[Element], from: Option<DataType>, to: Option<Data
     let convert = |element: &Element| {
         let element = element.clone()?;
         if to == DataType::Bool {
-            return if element.differs(&0.into()) { bit(true) } else { bit(element.as_known()? != 0).filter(|_| true) };
+            return if element.differs(&0.into()) { bit(true) } else { bit(element.as_known()? != 0) };
         }
         fitting(Some(to), Some(element))
     };

@@ -37,7 +37,7 @@ pub(super) fn infer(cx: &Cx) -> Option<Vec<Out>> {
             outs.into_iter().map(|out| Out { contents: None, ..out }).collect()
         }
         "QLinearConcat" => return concat(cx),
-        "QLinearGlobalAveragePool" if cx.int("channels_last", 0)? == 0 => elementwise_pool(cx),
+        "QLinearGlobalAveragePool" if cx.int("channels_last", 0)? == 0 => convolution::global_pool(cx),
         "QLinearConv" if cx.int("channels_last", 0)? == 0 => return quantized::conv(cx),
         "DynamicQuantizeMatMul" => linear::matmul(cx, 0, 1, Some(DataType::Float)),
         "MatMulIntegerToFloat" => linear::matmul(cx, 0, 1, cx.elem(2)),
@@ -46,10 +46,6 @@ pub(super) fn infer(cx: &Cx) -> Option<Vec<Out>> {
         "CDist" => vec![Out::tensor(cx.elem(0), Some(vec![cx.dim(0, 0), cx.dim(1, 0)]))],
         _ => return None,
     })
-}
-
-fn elementwise_pool(cx: &Cx) -> Vec<Out> {
-    convolution::global_pool(cx)
 }
 
 /// The statistics outputs are rarely computed and left unknown; the last output is the sum before the norm.

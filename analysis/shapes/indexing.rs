@@ -21,7 +21,7 @@ fn gathered(cx: &Cx, axis: usize) -> Option<Vec<Element>> {
     let shape = sizes(cx, 0)?;
     let (outer, inner) = (element_count(&shape[..axis])?, element_count(&shape[axis + 1..])?);
     let total = outer.checked_mul(picks.len())?.checked_mul(inner)?;
-    if total > super::MAX_CONTENTS {
+    if total == 0 || total > super::MAX_CONTENTS {
         return None;
     }
     let mut all = Vec::with_capacity(total);

@@ -193,7 +193,7 @@ pub(super) fn concat(cx: &Cx) -> Option<Vec<Out>> {
 
 fn joined(cx: &Cx, axis: usize, dims: &Dims) -> Option<Vec<Element>> {
     let out: Vec<usize> = dims.iter().map(|d| usize::try_from(d.as_ref()?.as_known()?).ok()).collect::<Option<_>>()?;
-    let total = element_count(&out).filter(|&n| n <= super::MAX_CONTENTS)?;
+    let total = element_count(&out).filter(|&n| n > 0 && n <= super::MAX_CONTENTS)?;
     let count = cx.node.inputs().len();
     if !(0..count).any(|i| cx.contents(i).is_some()) {
         return None;

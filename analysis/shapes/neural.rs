@@ -90,7 +90,7 @@ pub(super) fn optimizer(cx: &Cx) -> Vec<Out> {
         _ => return Vec::new(),
     };
     let given = cx.node.inputs().len().saturating_sub(2);
-    if given % groups != 0 {
+    if !given.is_multiple_of(groups) {
         return Vec::new();
     }
     let tensors = given / groups;

@@ -72,6 +72,16 @@ impl ValueType {
         Some(kind.into())
     }
 
+    /// How many types are nested in one another.
+    pub(super) fn depth(&self) -> usize {
+        match self {
+            ValueType::Sequence(inner) | ValueType::Optional(inner) | ValueType::Map { value: inner, .. } => {
+                1 + inner.depth()
+            }
+            _ => 1,
+        }
+    }
+
     /// This type with gaps filled from another one that does not contradict it.
     pub(super) fn filled_from(self, other: ValueType) -> ValueType {
         match (self, other) {
@@ -256,10 +266,10 @@ impl<'a> Cx<'a> {
         }
     }
 
-    /// The number of elements of an input with one axis.
+    /// The number of elements of an input with one axis, if that can be a number of axes.
     pub(super) fn len_of(&self, index: usize) -> Option<usize> {
         match self.shape(index)? {
-            [len] => usize::try_from(len.as_known()?).ok(),
+            [len] => usize::try_from(len.as_known()?).ok().filter(|&len| len <= super::MAX_NDIM),
             _ => None,
         }
     }

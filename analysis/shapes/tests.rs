@@ -365,6 +365,29 @@ fn updates_facts_for_a_new_node() {
 }
 
 #[test]
+fn hostile_graphs_stay_small() {
+    let doubling = |op: &str| {
+        let mut model =
+            text::parse("g (int64[1,1] x, int64[1099511627776] s) => (float y) { y = Reshape (x, s) }").unwrap();
+        let mut last = model.graph.find_value("x").unwrap();
+        for _ in 0..2_000 {
+            let inputs = if op == "Optional" { vec![last] } else { vec![last, last] };
+            last = model.graph.append(ScopeId::MAIN, Node::new(op), &inputs, "v");
+        }
+        let facts = Facts::infer(&model);
+        (describe(&facts, last), facts.ty(last))
+    };
+    assert_eq!(doubling("Gather").0, "int64");
+    assert_eq!(doubling("Mul").0, "int64[1,1]");
+    _ = doubling("Optional");
+    assert_eq!(
+        infer(17, "float[1099511627776,0] x, int64[0] i", 1, "a = Gather <axis = 1> (x, i)"),
+        ["float[1099511627776,0]"]
+    );
+    assert_eq!(infer(17, "int64[1099511627776,0] x", 1, "a = Concat <axis = 1> (x, x)"), ["int64[1099511627776,0]"]);
+}
+
+#[test]
 fn a_long_chain_takes_linear_time() {
     let mut model = text::parse("g (float[n,4] x) => (float y) { y = Relu (x) }").unwrap();
     let mut last = model.graph.find_value("x").unwrap();
