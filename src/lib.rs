@@ -1,1 +1,21 @@
-//! Part of onnx-lathe.
+//! onnx-lathe: an ahead-of-time, training-free optimizer for ONNX models.
+//!
+//! This crate joins the parts: it reads a model, runs the passes, runs the result beside the original, writes it and
+//! reports what happened. [`optimize`] is the main job; [`cli`] is the program around it.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod cli;
+mod commands;
+mod failure;
+mod job;
+mod pipeline;
+mod recipe;
+mod report;
+mod runner;
+mod summary;
+
+pub use failure::Failure;
+pub use job::{Done, Options, optimize};
+pub use pipeline::{PassRecord, Selection};
+pub use report::Report;

@@ -1,2 +1,5 @@
 //! The `optimize` program.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    onnx_lathe::cli::main()
+}

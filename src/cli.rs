@@ -1,0 +1,262 @@
+//! The command line: what is asked for, and the exit code that answers.
+
+use crate::{Failure, commands, recipe, runner};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+use std::{
+    ffi::OsString,
+    io::Write,
+    path::PathBuf,
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+/// Ahead-of-time, training-free optimizer for ONNX models.
+#[derive(Debug, Parser)]
+#[command(
+    name = "optimize",
+    version,
+    args_conflicts_with_subcommands = true,
+    args_override_self = true,
+    after_help = "`optimize explain PASS` describes a pass and its options.\n\
+                  Exit codes: 0 written and verified, 1 error, 2 usage, 3 verification refused (nothing written)."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    optimize: OptimizeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// What a model is: inputs, nodes, parameters, FLOPs, operators.
+    Inspect(commands::inspect::InspectArgs),
+    /// Compare two models on the same inputs.
+    Verify(commands::verify::VerifyArgs),
+    /// List the passes.
+    Passes(commands::catalogue::PassesArgs),
+    /// Describe a pass: what it does, needs and declines, and its options.
+    Explain(commands::catalogue::ExplainArgs),
+    /// Print a model in the ONNX text form.
+    Dump(commands::dump::DumpArgs),
+    /// Show which runtime is used and what it offers; install one.
+    Doctor(commands::doctor::DoctorArgs),
+    /// Run models for a parent process.
+    #[command(name = runner::SERVE, hide = true)]
+    Serve,
+}
+
+/// Which operators a result may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum TargetArg {
+    /// Standard operators only.
+    Portable,
+    /// ONNX Runtime's `com.microsoft` operators too.
+    Ort,
+}
+
+/// Where weights go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum ExternalArg {
+    /// Beside the model where they are beside the input or exceed 1.9 GB.
+    Auto,
+    /// Beside the model.
+    Always,
+}
+
+/// The options of the main job; the long names are also the keys of a recipe.
+#[derive(Debug, Clone, Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct OptimizeArgs {
+    /// The model to optimize.
+    #[serde(skip)]
+    pub model: Option<PathBuf>,
+    /// The same as --output.
+    #[serde(skip)]
+    #[arg(value_name = "OUT", conflicts_with = "output")]
+    pub second: Option<PathBuf>,
+    /// Where the result goes.
+    #[serde(skip)]
+    #[arg(short, long, value_name = "OUT")]
+    pub output: Option<PathBuf>,
+    /// Let the result replace the model itself.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Run only these passes, comma-separated.
+    #[arg(long, value_delimiter = ',', value_name = "PASS,...")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub passes: Option<Vec<String>>,
+    /// Do not run these passes, comma-separated.
+    #[arg(long, value_delimiter = ',', value_name = "PASS,...")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub skip: Vec<String>,
+    /// Set an option of a pass.
+    #[arg(long = "set", value_name = "PASS.OPTION=VALUE")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub set: Vec<String>,
+    /// Which operators the result may use.
+    #[arg(long, value_enum, default_value = "portable")]
+    pub target: TargetArg,
+    /// Upgrade the model to this standard operator set first.
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub opset: Option<i64>,
+    /// Let folding enlarge the model by this much (512MB); larger folds are skipped and named.
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    pub max_growth: String,
+    /// Where weights go.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub external_data: ExternalArg,
+    /// Do everything but write.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Write the result without running it.
+    #[arg(long)]
+    pub no_verify: bool,
+    /// Run the model after every pass.
+    #[arg(long, conflicts_with = "no_verify")]
+    pub paranoid: bool,
+    /// Write a report: .json or .md. May be given several times.
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub report: Vec<PathBuf>,
+    /// Take options from this file; those on the command line win.
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub recipe: Option<PathBuf>,
+    /// Write the options of this run to a file.
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub save_recipe: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    #[serde(skip)]
+    pub talk: TalkArgs,
+}
+
+/// How models are run.
+#[derive(Debug, Clone, Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct RunArgs {
+    /// Shape of an input in runs; may be given several times.
+    #[arg(long, value_name = "NAME:1,3,224,224")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub input_shape: Vec<String>,
+    /// Execution provider.
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    pub ep: String,
+    /// Device of the execution provider.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub device: i32,
+    /// Threads of a run; 0 leaves it to the runtime.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// The ONNX Runtime library to use, or its folder.
+    #[arg(long, value_name = "PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ort: Option<PathBuf>,
+    /// Seed of random inputs.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Memory that runs may use (8GB).
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
+    /// Seconds that one run may take.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub timeout: u64,
+}
+
+/// How much is said.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub(crate) struct TalkArgs {
+    /// Say more: every pass and every refusal.
+    #[arg(short, long, conflicts_with = "quiet")]
+    pub verbose: bool,
+    /// Say only what went wrong.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// Runs the program on the arguments of this process.
+pub fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments.get(1).is_some_and(|a| a == runner::SERVE) {
+        return commands::serve(arguments.get(2).map(PathBuf::from));
+    }
+    stop_cleanly_on_interrupt();
+    silence_panics();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            say(&format!("error: {failure}"));
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn parse(arguments: &[OsString]) -> Cli {
+    let matches = Cli::command().get_matches_from(arguments);
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+}
+
+fn run(arguments: Vec<OsString>) -> Result<(), Failure> {
+    let mut cli = parse(&arguments);
+    match &cli.command {
+        Some(Command::Inspect(args)) => commands::inspect::run(args),
+        Some(Command::Verify(args)) => commands::verify::run(args),
+        Some(Command::Passes(args)) => commands::catalogue::passes(args),
+        Some(Command::Explain(args)) => commands::catalogue::explain(args),
+        Some(Command::Dump(args)) => commands::dump::run(args),
+        Some(Command::Doctor(args)) => commands::doctor::run(args),
+        Some(Command::Serve) => Err(Failure::Usage("only the program itself starts this command".to_owned())),
+        None => {
+            if let Some(path) = &cli.optimize.recipe {
+                cli = parse(&recipe::extend(&arguments, path)?);
+            }
+            commands::optimize::run(&cli.optimize, &arguments)
+        }
+    }
+}
+
+/// Data for standard output. A closed pipe ends the program quietly.
+#[allow(clippy::print_stdout)] // The one place that prints data.
+pub(crate) fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
+        lathe_ir::remove_staged();
+        std::process::exit(1);
+    }
+}
+
+/// Talk for standard error.
+#[allow(clippy::print_stderr)] // The one place that talks.
+pub(crate) fn say(text: &str) {
+    eprintln!("{text}");
+}
+
+/// A panic inside a pass is reported as a sentence by the pipeline; its trace would only hide that.
+fn silence_panics() {
+    if std::env::var_os("RUST_BACKTRACE").is_none() {
+        std::panic::set_hook(Box::new(|_| {}));
+    }
+}
+
+/// Ctrl-C removes what is not yet in place.
+fn stop_cleanly_on_interrupt() {
+    static STOPPING: AtomicBool = AtomicBool::new(false);
+    let stop = || {
+        if !STOPPING.swap(true, Ordering::SeqCst) {
+            lathe_ir::remove_staged();
+            say("\ninterrupted; nothing was written");
+            std::process::exit(130);
+        }
+    };
+    // Without the handler an interrupt still stops the program; only a temporary folder would stay.
+    let _ = ctrlc::set_handler(stop);
+}

@@ -1,0 +1,107 @@
+//! The main job from the command line.
+
+use super::{input_spec, load_options, size};
+use crate::{
+    Failure, Options, Report, Selection,
+    cli::{ExternalArg, OptimizeArgs, TargetArg, print, say},
+    recipe, summary,
+};
+use anyhow::{Context as _, anyhow};
+use lathe_ir::External;
+use lathe_passes::Target;
+use std::{collections::BTreeMap, ffi::OsString, path::Path, time::Duration};
+
+/// The kinds of report there are.
+#[derive(Clone, Copy)]
+enum ReportKind {
+    Json,
+    Markdown,
+}
+
+fn report_kind(path: &Path) -> Result<ReportKind, Failure> {
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("json") => Ok(ReportKind::Json),
+        Some("md") => Ok(ReportKind::Markdown),
+        _ => Err(Failure::Usage(format!("report `{}` ends neither in .json nor in .md", path.display()))),
+    }
+}
+
+pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failure> {
+    let options = options(args, command)?;
+    let mut reports = Vec::new();
+    for path in &args.report {
+        reports.push((path, report_kind(path)?));
+    }
+    if let Some(path) = &args.save_recipe {
+        recipe::save(args, path)?;
+    }
+    let done = crate::optimize(&options)?;
+    for warning in &done.report.warnings {
+        say(&format!("warning: {warning}"));
+    }
+    for (path, kind) in reports {
+        write_report(&done.report, path, kind)?;
+    }
+    if !args.talk.quiet {
+        print(&summary::text(&done.report, args.talk.verbose));
+    }
+    Ok(())
+}
+
+fn write_report(report: &Report, path: &Path, kind: ReportKind) -> Result<(), Failure> {
+    let text = match kind {
+        ReportKind::Json => report.to_json(),
+        ReportKind::Markdown => report.to_markdown(),
+    };
+    std::fs::write(path, text).with_context(|| format!("cannot write report `{}`", path.display()))?;
+    Ok(())
+}
+
+fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure> {
+    let model = args.model.clone().ok_or_else(|| {
+        Failure::Usage("no model is given; `optimize MODEL -o OUT` is the main job, --help shows the rest".to_owned())
+    })?;
+    let output = args.output.clone().or_else(|| args.second.clone());
+    if output.is_none() && !args.dry_run {
+        return Err(Failure::Usage("no output is given; -o OUT says where the result goes".to_owned()));
+    }
+    let mut settings = BTreeMap::new();
+    for setting in &args.set {
+        let wrong = || Failure::Usage(format!("`{setting}` is no setting, expected PASS.OPTION=VALUE"));
+        let (key, value) = setting.split_once('=').ok_or_else(wrong)?;
+        settings.insert(key.to_owned(), value.to_owned());
+    }
+    if let Some(folder) = output.as_deref().and_then(Path::parent).filter(|f| !f.as_os_str().is_empty())
+        && !folder.is_dir()
+    {
+        return Err(Failure::Error(anyhow!("the folder `{}` does not exist", folder.display())));
+    }
+    let inputs = input_spec(&args.run)?;
+    Ok(Options {
+        model,
+        output: output.filter(|_| !args.dry_run),
+        overwrite: args.overwrite,
+        selection: Selection { only: args.passes.clone(), skip: args.skip.iter().cloned().collect() },
+        settings,
+        target: match args.target {
+            TargetArg::Portable => Target::Portable,
+            TargetArg::Ort => Target::Ort,
+        },
+        opset: args.opset,
+        max_growth: size(&args.max_growth)?,
+        external: match args.external_data {
+            ExternalArg::Auto => External::Auto,
+            ExternalArg::Always => External::Always,
+        },
+        verify: !args.no_verify,
+        paranoid: args.paranoid,
+        detailed: !args.report.is_empty(),
+        shapes: inputs.shapes,
+        seed: args.run.seed,
+        ort: args.run.ort.clone(),
+        load: load_options(&args.run),
+        timeout: Duration::from_secs(args.run.timeout),
+        memory: args.run.memory.as_deref().map(size).transpose()?,
+        command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
+    })
+}

@@ -1,0 +1,476 @@
+//! The main job: read, simplify, prove, write, report.
+
+use crate::{
+    Failure, PassRecord, Report, Selection,
+    pipeline::{self, Broken, Run},
+    report::{self, OutputLine, PassLine, Refusal, Side, Verify},
+    runner::{Runner, RunnerOptions},
+};
+use anyhow::{Context as _, anyhow};
+use lathe_analysis::{Bindings, Cost, Facts};
+use lathe_ir::{External, Loaded, Model, WriteOptions};
+use lathe_passes::{Context, Kind, PASSES, Pass, Target};
+use lathe_runtime::{Claim, InputSpec, LoadOptions, Verdict};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// Passes that are dropped one after another before the tool gives up on a model.
+const MOST_CULPRITS: usize = 8;
+
+/// What to do to which model.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The model file.
+    pub model: PathBuf,
+    /// Where the result goes; `None` runs everything and writes nothing.
+    pub output: Option<PathBuf>,
+    /// Whether the result may replace the model itself.
+    pub overwrite: bool,
+    /// Which passes run.
+    pub selection: Selection,
+    /// `PASS.OPTION` settings.
+    pub settings: BTreeMap<String, String>,
+    /// Which operators the result may use.
+    pub target: Target,
+    /// The standard operator set to upgrade to.
+    pub opset: Option<i64>,
+    /// Bytes by which folding may enlarge the file.
+    pub max_growth: u64,
+    /// Whether weights go to a file of their own even where they need not.
+    pub external: External,
+    /// Whether the result is run beside the original.
+    pub verify: bool,
+    /// Whether it is run after every pass.
+    pub paranoid: bool,
+    /// Whether the report counts the FLOPs that each pass saves.
+    pub detailed: bool,
+    /// Shapes of inputs for the run.
+    pub shapes: Vec<(String, Vec<usize>)>,
+    /// The seed of random inputs.
+    pub seed: u64,
+    /// A library of ONNX Runtime to use.
+    pub ort: Option<PathBuf>,
+    /// Execution provider, device and threads of the run.
+    pub load: LoadOptions,
+    /// Time one run may take.
+    pub timeout: Duration,
+    /// Memory the runs may use, in bytes.
+    pub memory: Option<u64>,
+    /// The command line, for the report.
+    pub command: Vec<String>,
+}
+
+/// What a successful job leaves.
+#[derive(Debug)]
+pub struct Done {
+    /// The report.
+    pub report: Report,
+    /// The files written: the model, and its data file if it has one.
+    pub files: Vec<PathBuf>,
+}
+
+/// Does the main job. Nothing is written unless it succeeds.
+pub fn optimize(options: &Options) -> Result<Done, Failure> {
+    let start = Instant::now();
+    if let Some(output) = &options.output {
+        check_output(&options.model, output, options.overwrite)?;
+    }
+    let chosen = options.selection.of(PASSES).map_err(Failure::Usage)?;
+    check_settings(options)?;
+    let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
+    let job = Job {
+        options,
+        runner: Runner::new(RunnerOptions {
+            library: options.ort.clone(),
+            load: options.load.clone(),
+            timeout: options.timeout,
+            memory: options.memory,
+        })?,
+    };
+    job.run(loaded, chosen, start)
+}
+
+fn check_output(model: &Path, output: &Path, overwrite: bool) -> Result<(), Failure> {
+    let same = match (model.canonicalize(), output.canonicalize()) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => false,
+    };
+    if same && !overwrite {
+        let message = format!("`{}` is the model itself; give another path, or --overwrite", output.display());
+        return Err(Failure::Error(anyhow!(message)));
+    }
+    if output.is_dir() {
+        return Err(Failure::Error(anyhow!("`{}` is a folder, expected a file to write", output.display())));
+    }
+    Ok(())
+}
+
+/// Settings must name options that exist.
+fn check_settings(options: &Options) -> Result<(), Failure> {
+    for key in options.settings.keys() {
+        let known = PASSES
+            .iter()
+            .any(|p| p.info().options.iter().any(|o| key.strip_prefix(p.info().name) == Some(&format!(".{}", o.name))));
+        if !known {
+            let message = format!("there is no option `{key}`; `optimize explain PASS` lists the options of a pass");
+            return Err(Failure::Usage(message));
+        }
+    }
+    Ok(())
+}
+
+struct Job<'a> {
+    options: &'a Options,
+    runner: Runner,
+}
+
+/// The result of the passes, before it is written.
+struct Simplified {
+    model: Model,
+    records: Vec<PassRecord>,
+    applied: usize,
+}
+
+impl Job<'_> {
+    fn run(&self, loaded: Loaded, mut passes: Vec<&dyn Pass>, start: Instant) -> Result<Done, Failure> {
+        let options = self.options;
+        let mut warnings = loaded.warnings.clone();
+        let data_bytes: u64 = loaded.data_files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
+        let original = loaded.model;
+        let input = side(&options.model, &original, loaded.file_bytes + data_bytes);
+        let mut prepared = original.clone();
+        warnings.extend(prepare(&mut prepared)?);
+        let external = if loaded.data_files.is_empty() { options.external } else { External::Always };
+        let write = WriteOptions { external };
+        let target = options.output.clone().unwrap_or_else(|| options.model.with_extension("optimized.onnx"));
+        let mut dropped: Vec<PassRecord> = Vec::new();
+        loop {
+            let simplified = match self.simplify(&prepared, &passes)? {
+                Ok(simplified) => simplified,
+                Err(broken) => {
+                    warnings.push(format!("pass `{}` was left out: {}", broken.pass, broken.reason));
+                    leave_out(&mut passes, &mut dropped, broken)?;
+                    continue;
+                }
+            };
+            let Simplified { mut model, mut records, applied } = simplified;
+            state_outputs(&mut model);
+            model.check().context("the result is not a valid model; this is a fault of this program")?;
+            let staged = model.stage(&target, &write).map_err(|e| Failure::Error(e.into()))?;
+            let mut verify = None;
+            if options.verify {
+                let claim = claim(&records);
+                match self.judge(staged.path(), claim)? {
+                    Judgement::Holds(found) => verify = Some(found),
+                    Judgement::Fails(reason) => {
+                        drop(staged);
+                        let mut holds = |model: &Model| self.holds(model, &target, &write);
+                        let cx = self.context();
+                        let culprit = match applied {
+                            0 => return Err(Failure::Refused(format!("the model cannot be verified: {reason}"))),
+                            _ => pipeline::bisect(&prepared, &cx, &passes, applied, &mut holds)?,
+                        };
+                        warnings.push(format!("pass `{culprit}` was left out: {reason}"));
+                        leave_out(&mut passes, &mut dropped, Broken { pass: culprit, reason })?;
+                        continue;
+                    }
+                }
+            }
+            let written = staged.written().clone();
+            let mut output = side(&target, &model, written.file_bytes + written.data_bytes);
+            let mut files = Vec::new();
+            if options.output.is_some() {
+                staged.commit().map_err(|e| Failure::Error(e.into()))?;
+                files.push(target.clone());
+                if written.data_bytes > 0 {
+                    let mut data = target.clone().into_os_string();
+                    data.push(".data");
+                    files.push(data.into());
+                }
+            } else {
+                output.path = String::new();
+            }
+            records.extend(dropped);
+            let report = Report {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                command: options.command.clone(),
+                seed: options.seed,
+                input,
+                output,
+                passes: records.iter().map(pass_line).collect(),
+                plan: None,
+                verify,
+                latency: None,
+                warnings,
+                seconds: start.elapsed().as_secs_f64(),
+                peak_rss_bytes: report::peak_rss_bytes(),
+            };
+            return Ok(Done { report, files });
+        }
+    }
+
+    fn context(&self) -> Context<'_> {
+        let mut settings = self.options.settings.clone();
+        if let Some(opset) = self.options.opset {
+            settings.insert("upgrade-opset.to".to_owned(), opset.to_string());
+        }
+        Context {
+            target: self.options.target,
+            max_growth: self.options.max_growth,
+            evaluator: Some(&self.runner),
+            settings,
+            ..Context::default()
+        }
+    }
+
+    /// Runs the passes on a copy of `prepared`.
+    fn simplify(&self, prepared: &Model, passes: &[&dyn Pass]) -> Result<Result<Simplified, Broken>, Failure> {
+        let mut model = prepared.clone();
+        let cx = self.context();
+        let mut seen = prepared.clone();
+        let mut trouble = None;
+        let mut watch = |model: &Model, pass: &dyn Pass| {
+            if !(self.options.paranoid || cfg!(debug_assertions)) {
+                return Ok(None);
+            }
+            let broken = |reason: String| Broken { pass: pass.info().name, reason };
+            model.check().map_err(|e| broken(format!("it leaves an invalid model: {e}")))?;
+            if !(self.options.paranoid && self.options.verify) {
+                return Ok(None);
+            }
+            match self.compare_models(&seen, model, claim_of(pass.info().kind)) {
+                Ok(Verdict::Compared(report)) if report.comparison.failures.is_empty() => {
+                    seen = model.clone();
+                    Ok(Some(report.comparison.worst()))
+                }
+                Ok(Verdict::Nondeterministic { .. }) => Ok(None),
+                Ok(verdict) => Err(broken(verdict.describe())),
+                Err(error) => {
+                    trouble = Some(error);
+                    Err(broken(String::new()))
+                }
+            }
+        };
+        let count = |model: &Model| flops(model);
+        let count: Option<&dyn Fn(&Model) -> u64> = if self.options.detailed { Some(&count) } else { None };
+        let settings = Run { passes, limit: usize::MAX, watch: &mut watch, count_flops: count };
+        let result = pipeline::run(&mut model, &cx, settings);
+        if let Some(error) = trouble {
+            return Err(error.into());
+        }
+        Ok(result.map(|(records, applied)| Simplified { model, records, applied }))
+    }
+
+    fn inputs(&self) -> InputSpec {
+        InputSpec { seed: self.options.seed, shapes: self.options.shapes.clone() }
+    }
+
+    /// Compares two models in memory, by way of a temporary folder.
+    fn compare_models(&self, reference: &Model, candidate: &Model, claim: Claim) -> anyhow::Result<Verdict> {
+        let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+        let (a, b) = (folder.path().join("reference.onnx"), folder.path().join("candidate.onnx"));
+        reference.write(&a, &WriteOptions::default())?;
+        candidate.write(&b, &WriteOptions::default())?;
+        self.runner.compare(&a, &b, &self.inputs(), claim)
+    }
+
+    /// Whether a model found on the way to the result still does what the original does.
+    fn holds(&self, model: &Model, target: &Path, write: &WriteOptions) -> anyhow::Result<bool> {
+        let staged = model.stage(target, write)?;
+        let verdict = self.runner.compare(
+            &self.options.model,
+            staged.path(),
+            &self.inputs(),
+            Claim::Equivalent { rtol: None },
+        )?;
+        Ok(verdict.holds())
+    }
+
+    fn judge(&self, candidate: &Path, claim: Claim) -> Result<Judgement, Failure> {
+        let verdict = self
+            .runner
+            .compare(&self.options.model, candidate, &self.inputs(), claim)
+            .context("the result cannot be run beside the original (--no-verify writes it without proof)")?;
+        let reason = verdict.describe();
+        match verdict {
+            Verdict::Compared(report) if report.comparison.failures.is_empty() => {
+                Ok(Judgement::Holds(verify(report, claim, None)))
+            }
+            Verdict::Nondeterministic { .. } => {
+                let note = format!("{reason}, so its outputs were not compared");
+                Ok(Judgement::Holds(verify(lathe_runtime::Report::default(), claim, Some(note))))
+            }
+            Verdict::ReferenceRefused { .. } => Err(Failure::Error(anyhow!(
+                "{reason}, so the result cannot be verified (--no-verify writes it without proof)"
+            ))),
+            _ => Ok(Judgement::Fails(reason)),
+        }
+    }
+}
+
+enum Judgement {
+    Holds(Verify),
+    Fails(String),
+}
+
+/// Removes the broken pass from those that run, and keeps a line about it for the report.
+fn leave_out(passes: &mut Vec<&dyn Pass>, dropped: &mut Vec<PassRecord>, broken: Broken) -> Result<(), Failure> {
+    if dropped.len() >= MOST_CULPRITS {
+        let message = format!("{} passes failed on this model, the last was `{}`", dropped.len(), broken.pass);
+        return Err(Failure::Refused(message));
+    }
+    let index = passes.iter().position(|p| p.info().name == broken.pass);
+    let index = index.ok_or_else(|| anyhow!("pass `{}` failed although it does not run", broken.pass))?;
+    let pass = passes.remove(index);
+    dropped.push(PassRecord {
+        name: pass.info().name,
+        kind: pass.info().kind,
+        outcome: Default::default(),
+        time: Duration::ZERO,
+        nodes_delta: 0,
+        weight_bytes_delta: 0,
+        flops_delta: 0,
+        error: None,
+        dropped: Some(broken.reason),
+    });
+    Ok(())
+}
+
+fn claim_of(kind: Kind) -> Claim {
+    match kind {
+        Kind::Identical => Claim::Identical,
+        // A pass states its bound for float32; narrower types have the bounds of their own precision.
+        _ => Claim::Equivalent { rtol: None },
+    }
+}
+
+/// The weakest claim of the passes that changed something.
+fn claim(records: &[PassRecord]) -> Claim {
+    let changed = records.iter().filter(|r| !r.outcome.changes.is_empty());
+    if changed.map(|r| r.kind).all(|kind| kind == Kind::Identical) {
+        Claim::Identical
+    } else {
+        Claim::Equivalent { rtol: None }
+    }
+}
+
+/// Repairs what is untidy and checks what must hold. Returns warnings.
+pub(crate) fn prepare(model: &mut Model) -> anyhow::Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    let mut moved = false;
+    for (graph, _) in model.graphs_mut() {
+        let before = graph.all_nodes();
+        graph.sort().context("the model cannot be used")?;
+        moved |= graph.all_nodes() != before;
+    }
+    if moved {
+        warnings.push("nodes stood before what they need; they were put in order".to_owned());
+    }
+    let mut renamed = 0;
+    for (graph, _) in model.graphs_mut() {
+        renamed += graph.make_names_unique();
+    }
+    if renamed > 0 {
+        warnings.push(format!("{renamed} values had names that were defined twice; they were renamed"));
+    }
+    if !model.training.is_empty() {
+        model.training.clear();
+        warnings.push("training information was dropped: it names values that passes may remove".to_owned());
+    }
+    model.check().context("the model cannot be used")?;
+    Ok(warnings)
+}
+
+/// States the types of outputs that the file leaves open, where they can be inferred.
+fn state_outputs(model: &mut Model) {
+    let open: Vec<_> = model.graph.main().outputs().to_vec();
+    let open: Vec<_> = open
+        .into_iter()
+        .filter(|&v| model.graph.value(v).ty.as_ref().is_none_or(|t| t.elem().is_none() || t.shape().is_none()))
+        .collect();
+    if open.is_empty() {
+        return;
+    }
+    let facts = Facts::infer(model);
+    for value in open {
+        if let Some(ty) = facts.ty(value) {
+            model.graph.value_mut(value).ty = Some(ty);
+        }
+    }
+}
+
+fn flops(model: &Model) -> u64 {
+    Cost::of(model, &Facts::infer(model), &Bindings::default()).flops
+}
+
+/// What the report says about one model.
+pub(crate) fn side(path: &Path, model: &Model, file_bytes: u64) -> Side {
+    let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
+    Side {
+        path: path.display().to_string(),
+        file_bytes,
+        weight_bytes: pipeline::weight_bytes(model),
+        nodes: model.graph.nodes(lathe_ir::ScopeId::MAIN).count() as u64,
+        nodes_total: pipeline::node_count(model) as u64,
+        parameters: cost.parameters,
+        flops: cost.flops,
+        peak_activation_bytes: cost.activation_peak_bytes,
+        opset: model.opset(),
+    }
+}
+
+fn pass_line(record: &PassRecord) -> PassLine {
+    let refusals = record.outcome.refusals.iter().map(|(reason, (count, example))| Refusal {
+        reason: reason.clone(),
+        count: *count,
+        example: example.clone(),
+    });
+    PassLine {
+        name: record.name.to_owned(),
+        kind: record.kind.name().to_owned(),
+        changes: record.outcome.changes.len(),
+        refusals: refusals.collect(),
+        seconds: record.time.as_secs_f64(),
+        nodes_delta: record.nodes_delta,
+        weight_bytes_delta: record.weight_bytes_delta,
+        flops_delta: record.flops_delta,
+        error: record.error,
+        dropped: record.dropped.clone(),
+    }
+}
+
+/// The comparison in the report's terms.
+pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, note: Option<String>) -> Verify {
+    let worst = report.comparison.worst();
+    let (metric, limit) = match claim {
+        Claim::Identical => ("bits", 0.0),
+        Claim::Equivalent { rtol } => {
+            ("rel-l2", rtol.unwrap_or_else(|| lathe_runtime::default_rtol(lathe_ir::DataType::Float)))
+        }
+    };
+    let outputs = report.comparison.outputs.iter().map(|o| OutputLine {
+        name: o.name.clone(),
+        max_abs: o.max_abs,
+        rel_l2: o.rel_l2,
+        cosine: o.cosine,
+        top1: o.top1,
+        kl: o.kl,
+    });
+    Verify {
+        set: "random".to_owned(),
+        samples: report.samples,
+        metric: metric.to_owned(),
+        before: 0.0,
+        after: worst,
+        drop: worst,
+        limit,
+        passed: report.comparison.failures.is_empty(),
+        runtime: report.engine.clone(),
+        sizes: report.sizes.clone(),
+        note,
+        outputs: outputs.collect(),
+    }
+}

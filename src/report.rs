@@ -1,0 +1,255 @@
+//! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
+
+use serde::{Deserialize, Serialize};
+use std::fmt::Write as _;
+
+/// One model as the report counts it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Side {
+    /// The file.
+    pub path: String,
+    /// Bytes of the file and of its external data.
+    pub file_bytes: u64,
+    /// Bytes of all constants.
+    pub weight_bytes: u64,
+    /// Nodes of the main graph.
+    pub nodes: u64,
+    /// Nodes of the main graph, of every subgraph and of every local function.
+    pub nodes_total: u64,
+    /// Elements of all constants.
+    pub parameters: u64,
+    /// Floating-point operations of one run; 1 multiply-add is 2.
+    pub flops: u64,
+    /// The largest sum of live activations, in bytes.
+    pub peak_activation_bytes: u64,
+    /// The version of the standard operator set.
+    pub opset: i64,
+}
+
+/// Why a pass left places alone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The reason.
+    pub reason: String,
+    /// At how many places.
+    pub count: usize,
+    /// One of them.
+    pub example: String,
+}
+
+/// What one pass did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PassLine {
+    /// The pass.
+    pub name: String,
+    /// `identical`, `equivalent` or `lossy`.
+    pub kind: String,
+    /// How many edits it made.
+    pub changes: usize,
+    /// What it left alone.
+    pub refusals: Vec<Refusal>,
+    /// Time spent in it.
+    pub seconds: f64,
+    /// Change of the number of nodes.
+    pub nodes_delta: i64,
+    /// Change of the bytes of all constants.
+    pub weight_bytes_delta: i64,
+    /// Change of the floating-point operations.
+    pub flops_delta: i64,
+    /// The largest relative L2 error measured right after it; `null` where nothing was run.
+    pub error: Option<f64>,
+    /// Why it was left out, if it was.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub dropped: Option<String>,
+}
+
+/// How far one output is from the original's.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OutputLine {
+    /// The output.
+    pub name: String,
+    /// The largest difference of two elements.
+    pub max_abs: f64,
+    /// The relative L2 error.
+    pub rel_l2: f64,
+    /// The cosine of the angle between the two.
+    pub cosine: f64,
+    /// The share of rows whose largest element is at the same place.
+    pub top1: Option<f64>,
+    /// The mean Kullback-Leibler divergence of rows, in nats.
+    pub kl: Option<f64>,
+}
+
+/// The run of the result beside the original.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Verify {
+    /// `random`, `calibration` or `validation`.
+    pub set: String,
+    /// How many sets of inputs were run.
+    pub samples: usize,
+    /// What is bounded: `rel-l2`, or `bits` where every pass claims identical results.
+    pub metric: String,
+    /// The metric of the original against itself.
+    pub before: f64,
+    /// The metric of the result.
+    pub after: f64,
+    /// The loss.
+    pub drop: f64,
+    /// The bound on the loss.
+    pub limit: f64,
+    /// Whether the bound holds.
+    pub passed: bool,
+    /// Who ran the models.
+    pub runtime: String,
+    /// The sizes of open dimensions in each run.
+    pub sizes: Vec<String>,
+    /// What could not be compared, or `null`.
+    pub note: Option<String>,
+    /// Every output.
+    pub outputs: Vec<OutputLine>,
+}
+
+/// Everything about one run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// The version of the program.
+    pub version: String,
+    /// The command line.
+    pub command: Vec<String>,
+    /// The seed of random inputs.
+    pub seed: u64,
+    /// The model that was read.
+    pub input: Side,
+    /// The model that was written.
+    pub output: Side,
+    /// Every pass that ran, in order.
+    pub passes: Vec<PassLine>,
+    /// The allocator's plan; `null` without a budget.
+    pub plan: Option<serde_json::Value>,
+    /// The run beside the original; `null` with `--no-verify`.
+    pub verify: Option<Verify>,
+    /// The measured latency; `null` where it was not measured.
+    pub latency: Option<serde_json::Value>,
+    /// What was odd about the input.
+    pub warnings: Vec<String>,
+    /// Time of the whole run.
+    pub seconds: f64,
+    /// The largest resident memory of this process.
+    pub peak_rss_bytes: u64,
+}
+
+impl Report {
+    /// The report as JSON.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a report has only names and numbers")
+    }
+
+    /// The report as Markdown.
+    pub fn to_markdown(&self) -> String {
+        let mut out = String::new();
+        let mut line = |text: String| {
+            out.push_str(&text);
+            out.push('\n');
+        };
+        line(format!("# {}", self.output.path));
+        line(format!("\n`{}` (onnx-lathe {})\n", self.command.join(" "), self.version));
+        line("| | before | after | change |\n|---|---|---|---|".to_owned());
+        for row in rows(&self.input, &self.output) {
+            line(format!("| {} | {} | {} | {} |", row[0], row[1], row[2], row[3]));
+        }
+        line(
+            "\n| pass | claim | changes | nodes | bytes | FLOPs | seconds | error |\n|---|---|---|---|---|---|---|---|"
+                .to_owned(),
+        );
+        for p in &self.passes {
+            let error = p.error.map_or("–".to_owned(), |e| format!("{e:.1e}"));
+            line(format!(
+                "| {} | {} | {} | {:+} | {:+} | {:+} | {:.3} | {error} |",
+                p.name, p.kind, p.changes, p.nodes_delta, p.weight_bytes_delta, p.flops_delta, p.seconds
+            ));
+        }
+        let refused: Vec<&PassLine> = self.passes.iter().filter(|p| !p.refusals.is_empty()).collect();
+        if !refused.is_empty() {
+            line("\n| left alone by | reason | places | for example |\n|---|---|---|---|".to_owned());
+            for p in refused {
+                for r in &p.refusals {
+                    line(format!("| {} | {} | {} | {} |", p.name, r.reason, r.count, r.example));
+                }
+            }
+        }
+        if let Some(verify) = &self.verify {
+            let verdict = if verify.passed { "holds" } else { "does not hold" };
+            line(format!(
+                "\nRun beside the original on {} ({} {} sets of inputs): {} {:.2e}, limit {:.0e}: {verdict}.\n",
+                verify.runtime, verify.samples, verify.set, verify.metric, verify.after, verify.limit
+            ));
+            line("| output | max abs | rel L2 | cosine | top-1 | KL |\n|---|---|---|---|---|---|".to_owned());
+            let optional = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.4}"));
+            for o in &verify.outputs {
+                let (top1, kl) = (optional(o.top1), optional(o.kl));
+                line(format!(
+                    "| {} | {:.2e} | {:.2e} | {:.6} | {top1} | {kl} |",
+                    o.name, o.max_abs, o.rel_l2, o.cosine
+                ));
+            }
+        }
+        for warning in &self.warnings {
+            line(format!("\nwarning: {warning}"));
+        }
+        let _ = write!(out, "\n{:.2} s, {} peak memory\n", self.seconds, mib(self.peak_rss_bytes));
+        out
+    }
+}
+
+/// Bytes in MiB, or in KiB below one.
+pub(crate) fn mib(bytes: u64) -> String {
+    if bytes >= 1 << 20 {
+        format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
+    } else {
+        format!("{:.1} KiB", bytes as f64 / 1024.0)
+    }
+}
+
+/// A count with thousands separated.
+pub(crate) fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// The before/after table: quantity, before, after, change.
+pub(crate) fn rows(before: &Side, after: &Side) -> Vec<[String; 4]> {
+    let change = |a: u64, b: u64| match (a, b) {
+        (a, b) if a == b => "–".to_owned(),
+        (0, _) => "new".to_owned(),
+        (a, b) => {
+            let percent = (b as f64 / a as f64 - 1.0) * 100.0;
+            if percent.abs() < 0.1 { format!("{percent:+.2} %") } else { format!("{percent:+.1} %") }
+        }
+    };
+    let count = |name: &str, a: u64, b: u64| [name.to_owned(), grouped(a), grouped(b), change(a, b)];
+    let size = |name: &str, a: u64, b: u64| [name.to_owned(), mib(a), mib(b), change(a, b)];
+    let mut rows = vec![count("nodes", before.nodes, after.nodes)];
+    if before.nodes_total != before.nodes || after.nodes_total != after.nodes {
+        rows.push(count("nodes, with subgraphs", before.nodes_total, after.nodes_total));
+    }
+    rows.push(count("parameters", before.parameters, after.parameters));
+    rows.push(size("file size", before.file_bytes, after.file_bytes));
+    rows.push(count("FLOPs", before.flops, after.flops));
+    rows.push(size("peak activation", before.peak_activation_bytes, after.peak_activation_bytes));
+    rows
+}
+
+/// The largest resident memory of this process so far, where the system tells.
+pub(crate) fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap_or_default();
+    let kib: Option<u64> = line.split_whitespace().nth(1).and_then(|n| n.parse().ok());
+    kib.unwrap_or(0) * 1024
+}

@@ -1,0 +1,91 @@
+//! Joins the program to whatever runs models: found at the first use, in a child process of the same executable.
+
+use anyhow::Context as _;
+use lathe_analysis::{Evaluate, EvaluateError};
+use lathe_ir::{Model, Tensor};
+use lathe_runtime::{Child, Claim, InputSpec, Inputs, Limits, LoadOptions, Search, Verdict};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// The hidden subcommand under which the program serves runs to its parent.
+pub(crate) const SERVE: &str = "__serve";
+
+/// How models are run.
+#[derive(Debug, Clone)]
+pub(crate) struct RunnerOptions {
+    /// The user's `--ort`.
+    pub library: Option<PathBuf>,
+    /// Execution provider, device and threads.
+    pub load: LoadOptions,
+    /// Time one request may take.
+    pub timeout: Duration,
+    /// Memory the child may use, in bytes; `None` for no limit of ours.
+    pub memory: Option<u64>,
+}
+
+/// Where ONNX Runtime may be: the command line, the environment, beside the program, the data folder, Python, the system.
+pub(crate) fn search(library: Option<PathBuf>) -> Search {
+    Search {
+        explicit: library,
+        variable: std::env::var_os("ORT_DYLIB_PATH").filter(|v| !v.is_empty()).map(PathBuf::from),
+        executable_dir: std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned)),
+        data_dir: data_dir(),
+        environments: [std::env::var_os("VIRTUAL_ENV").map(PathBuf::from), Some(PathBuf::from(".venv"))]
+            .into_iter()
+            .flatten()
+            .collect(),
+        pythons: vec![PathBuf::from("python3")],
+        system_dirs: Search::usual_system_dirs(),
+    }
+}
+
+/// The user's data folder of this program.
+pub(crate) fn data_dir() -> Option<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = if cfg!(windows) {
+        variable("LOCALAPPDATA")
+    } else {
+        variable("XDG_DATA_HOME").or_else(|| variable("HOME").map(|home| home.join(".local/share")))
+    };
+    base.map(|base| base.join("onnx-lathe"))
+}
+
+/// Runs models in a child process that is started when the first one is asked for.
+pub(crate) struct Runner {
+    child: Child,
+    load: LoadOptions,
+}
+
+impl Runner {
+    pub(crate) fn new(options: RunnerOptions) -> anyhow::Result<Runner> {
+        let program = std::env::current_exe().context("the program does not find itself")?;
+        let mut arguments = vec![OsString::from(SERVE)];
+        arguments.extend(options.library.map(PathBuf::into_os_string));
+        let limits = Limits { timeout: Some(options.timeout), memory: options.memory };
+        Ok(Runner { child: Child::new(program, arguments, limits), load: options.load })
+    }
+
+    /// Runs two model files on the same random inputs and compares what they give.
+    pub(crate) fn compare(
+        &self,
+        reference: &Path,
+        candidate: &Path,
+        inputs: &InputSpec,
+        claim: Claim,
+    ) -> anyhow::Result<Verdict> {
+        Ok(self.child.verify(reference, candidate, &Inputs::Random(inputs.clone()), claim, &self.load)?)
+    }
+}
+
+impl Evaluate for Runner {
+    fn run(&self, model: &Model, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, EvaluateError> {
+        Evaluate::run(&self.child, model, inputs)
+    }
+
+    fn name(&self) -> String {
+        self.child.name()
+    }
+}

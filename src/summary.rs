@@ -1,0 +1,89 @@
+//! What a person reads at the end of a run.
+
+use crate::{
+    Report,
+    report::{PassLine, mib, rows},
+};
+use comfy_table::{Cell, CellAlignment, Table, presets};
+
+/// Lines of refusals shown without `-v`.
+const SHOWN: usize = 3;
+
+fn table() -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table
+}
+
+fn right(text: impl ToString) -> Cell {
+    Cell::new(text.to_string()).set_alignment(CellAlignment::Right)
+}
+
+/// The before/after table with one line per pass that did something.
+pub(crate) fn text(report: &Report, verbose: bool) -> String {
+    let mut out = String::new();
+    let mut before_after = table();
+    before_after.set_header(vec![Cell::new(""), right("before"), right("after"), right("change")]);
+    for [name, before, after, change] in rows(&report.input, &report.output) {
+        before_after.add_row(vec![Cell::new(name), right(before), right(after), right(change)]);
+    }
+    out.push_str(&format!("{before_after}\n\n"));
+    let mut passes = table();
+    passes.set_header(vec![Cell::new("pass"), right("changes"), right("nodes"), right("bytes"), right("seconds")]);
+    let shown = |p: &&PassLine| p.changes > 0 || p.dropped.is_some() || verbose;
+    for pass in report.passes.iter().filter(shown) {
+        let name = if pass.dropped.is_some() { format!("{} (left out)", pass.name) } else { pass.name.clone() };
+        passes.add_row(vec![
+            Cell::new(name),
+            right(pass.changes),
+            right(format!("{:+}", pass.nodes_delta)),
+            right(format!("{:+}", pass.weight_bytes_delta)),
+            right(format!("{:.3}", pass.seconds)),
+        ]);
+    }
+    out.push_str(&format!("{passes}\n"));
+    out.push_str(&refusals(report, verbose));
+    if let Some(verify) = &report.verify {
+        match &verify.note {
+            Some(note) => out.push_str(&format!("\nnot compared: {note}\n")),
+            None => out.push_str(&format!(
+                "\nverified against the original on {}: {} sets of random inputs, worst relative L2 error {:.1e} (limit {:.0e})\n",
+                verify.runtime, verify.samples, verify.after, verify.limit
+            )),
+        }
+    } else {
+        out.push_str("\nnot verified (--no-verify)\n");
+    }
+    let wrote = if report.output.path.is_empty() {
+        "wrote nothing (--dry-run)".to_owned()
+    } else {
+        format!("wrote {}", report.output.path)
+    };
+    out.push_str(&format!("{wrote} · {:.2} s · {} peak\n", report.seconds, mib(report.peak_rss_bytes)));
+    out
+}
+
+/// What was left alone: everything with `-v`, otherwise folds that would have made the file larger.
+fn refusals(report: &Report, verbose: bool) -> String {
+    let mut out = String::new();
+    let mut hidden = 0;
+    for pass in &report.passes {
+        for refusal in &pass.refusals {
+            let growth = refusal.reason.contains("--max-growth");
+            if !verbose && (!growth || hidden >= SHOWN) {
+                hidden += usize::from(growth);
+                continue;
+            }
+            hidden += usize::from(growth && !verbose);
+            let places = if refusal.count > 1 { format!(" ({} places)", refusal.count) } else { String::new() };
+            out.push_str(&format!("\nleft alone by {}: {}{places}, {}", pass.name, refusal.reason, refusal.example));
+        }
+    }
+    if hidden > SHOWN {
+        out.push_str(&format!("\nand {} more; -v lists them", hidden - SHOWN));
+    }
+    if !out.is_empty() {
+        out.push('\n');
+    }
+    out
+}
