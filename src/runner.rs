@@ -3,7 +3,9 @@
 use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
-use lathe_runtime::{Child, Claim, InputSpec, Inputs, Limits, LoadOptions, Search, Verdict};
+use lathe_runtime::{
+    Child, Claim, Engine, InputSpec, Inputs, Limits, LoadOptions, OrtEngine, RuntimeError, Search, Verdict,
+};
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
@@ -39,6 +41,16 @@ pub(crate) fn search(library: Option<PathBuf>) -> Search {
             .collect(),
         pythons: vec![PathBuf::from("python3")],
         system_dirs: Search::usual_system_dirs(),
+    }
+}
+
+/// ONNX Runtime, or the embedded engine where none is installed. A library that was asked for by name is never replaced.
+pub(crate) fn engine(search: &Search) -> Result<&'static dyn Engine, RuntimeError> {
+    match OrtEngine::start(search) {
+        Ok(engine) => Ok(engine),
+        #[cfg(feature = "embedded")]
+        Err(RuntimeError::NoLibrary { .. }) => Ok(&lathe_runtime::Embedded),
+        Err(error) => Err(error),
     }
 }
 

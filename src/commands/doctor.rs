@@ -3,7 +3,10 @@
 use crate::{Failure, cli::print, runner};
 use anyhow::anyhow;
 use clap::Args;
-use std::{fmt::Write as _, path::PathBuf};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
 
 /// What to do.
 #[derive(Debug, Args)]
@@ -22,28 +25,33 @@ pub(crate) struct DoctorArgs {
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     if args.install {
         let folder = runner::data_dir().ok_or_else(|| anyhow!("there is no data folder: HOME is not set"))?;
-        let library = lathe_runtime::install(args.gpu, &folder).map_err(|e| anyhow!("{e}"))?;
-        print(&format!("installed {}\n", library.display()));
+        let files = lathe_runtime::install(args.gpu, &folder, Path::new("python3")).map_err(|e| anyhow!(e))?;
+        for file in files {
+            print(&format!("installed {}\n", file.display()));
+        }
     }
-    let found = lathe_runtime::doctor(&runner::search(args.ort.clone()));
+    let found = lathe_runtime::diagnose(&runner::search(args.ort.clone()));
     let mut out = String::new();
-    match (&found.library, &found.version) {
-        (Some(library), Some(version)) => {
-            let _ = writeln!(out, "ONNX Runtime {version}\n  {}", library.display());
-            let _ = writeln!(out, "  execution providers: {}", found.providers.join(", "));
-            for device in &found.devices {
+    match &found.library {
+        Some(library) => {
+            let _ = writeln!(out, "ONNX Runtime {}\n  {} ({})", library.version, library.path.display(), library.place);
+            let _ = writeln!(out, "  execution providers: {}", library.providers.join(", "));
+            for device in &library.devices {
                 let _ = writeln!(out, "  device: {device}");
             }
         }
-        _ => {
+        None => {
             let _ = writeln!(out, "no ONNX Runtime; `optimize doctor --install` fetches one");
-            if let Some(error) = &found.error {
-                let _ = writeln!(out, "  {error}");
+            if let Some(problem) = &found.problem {
+                let _ = writeln!(out, "  {problem}");
             }
         }
     }
-    let _ = writeln!(out, "embedded engine: {}", found.embedded.as_deref().unwrap_or("not built in"));
-    let _ = writeln!(out, "looked at:");
+    let embedded = if found.embedded { "built in, used where there is no ONNX Runtime" } else { "not built in" };
+    let _ = writeln!(out, "embedded engine: {embedded}");
+    if !found.tried.is_empty() {
+        let _ = writeln!(out, "looked at:");
+    }
     for tried in &found.tried {
         let _ = writeln!(out, "  {tried}");
     }

@@ -22,8 +22,7 @@ use std::{
 
 /// Runs models for the parent process until it hangs up. `library` is the user's `--ort`.
 pub(crate) fn serve(library: Option<PathBuf>) -> ExitCode {
-    let engine = lathe_runtime::any_engine(&runner::search(library));
-    match lathe_runtime::serve(engine) {
+    match lathe_runtime::serve(runner::engine(&runner::search(library))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
