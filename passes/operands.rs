@@ -1,16 +1,25 @@
 //! Operands that moved from attributes to inputs over the versions of the operator set.
 
 use crate::rule::{Match, Refusal};
-use lathe_ir::{AttributeValue, Node, Patch, ValueId};
+use lathe_analysis::Facts;
+use lathe_ir::{AttributeValue, Graph, Node, Patch, ValueId};
 
 /// The whole numbers a node takes as attribute `name` in older versions and as input `index` in newer ones; `None`
 /// where they are left out. Refuses where they are computed.
 pub(crate) fn int64s(m: &Match, node: &Node, name: &str, index: usize) -> Result<Option<Vec<i64>>, Refusal> {
+    int64s_in(m.graph(), m.facts(), node, name, index)
+}
+
+fn int64s_in(graph: &Graph, facts: &Facts, node: &Node, name: &str, index: usize) -> Result<Option<Vec<i64>>, Refusal> {
+    let known = |value| match graph.constant(value) {
+        Some(tensor) => tensor.to_i64s(),
+        None => facts.contents(value)?.known(),
+    };
     match (node.attribute(name), node.input(index)) {
         (Some(AttributeValue::Ints(values)), _) => Ok(Some(values.clone())),
         (Some(AttributeValue::Int(value)), _) => Ok(Some(vec![*value])),
         (None, None) => Ok(None),
-        (None, Some(value)) => match m.known_int64s(value) {
+        (None, Some(value)) => match known(value) {
             Some(values) => Ok(Some(values)),
             None => Err(format!("the {name} of a {} are computed", node.op_type).into()),
         },
@@ -51,16 +60,21 @@ pub(crate) struct Range {
 }
 
 /// What a `Slice` over `ndim` axes takes, in the order it states them. Refuses where that is computed.
-pub(crate) fn slice_ranges(m: &Match, node: &Node, ndim: usize) -> Result<Vec<Range>, Refusal> {
-    let starts = int64s(m, node, "starts", 1)?.ok_or("a Slice has no starts")?;
-    let ends = int64s(m, node, "ends", 2)?.ok_or("a Slice has no ends")?;
-    let axes = int64s(m, node, "axes", 3)?.unwrap_or_else(|| (0..starts.len() as i64).collect());
-    let steps = int64s(m, node, "steps", 4)?.unwrap_or_else(|| vec![1; starts.len()]);
+pub(crate) fn slice_ranges(graph: &Graph, facts: &Facts, node: &Node, ndim: usize) -> Result<Vec<Range>, Refusal> {
+    let read = |name, index| int64s_in(graph, facts, node, name, index);
+    let starts = read("starts", 1)?.ok_or("a Slice has no starts")?;
+    let ends = read("ends", 2)?.ok_or("a Slice has no ends")?;
+    let axes = read("axes", 3)?.unwrap_or_else(|| (0..starts.len() as i64).collect());
+    let steps = read("steps", 4)?.unwrap_or_else(|| vec![1; starts.len()]);
     let count = starts.len();
-    m.require(ends.len() == count && axes.len() == count && steps.len() == count, "a Slice has uneven operands")?;
-    m.require(!steps.contains(&0), "a Slice has step 0")?;
-    let ranges =
-        (0..count).map(|i| Ok(Range { axis: m.axis(axes[i], ndim)?, start: starts[i], end: ends[i], step: steps[i] }));
+    if ends.len() != count || axes.len() != count || steps.len() != count || steps.contains(&0) {
+        return Err("a Slice has operands that do not fit together".into());
+    }
+    let ranges = (0..count).map(|i| {
+        let axis = if axes[i] < 0 { axes[i].saturating_add(ndim as i64) } else { axes[i] };
+        let axis = usize::try_from(axis).ok().filter(|&axis| axis < ndim).ok_or("a Slice has an axis out of range")?;
+        Ok(Range { axis, start: starts[i], end: ends[i], step: steps[i] })
+    });
     ranges.collect()
 }
 
