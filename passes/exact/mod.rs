@@ -2,12 +2,15 @@
 
 mod drop_identities;
 mod drop_noop_layout;
+mod fold_batch_norm;
+mod linear;
 mod merge_slices;
 mod simplify_reshapes;
 mod simplify_slices;
 
 pub use drop_identities::DropIdentities;
 pub use drop_noop_layout::DropNoopLayout;
+pub use fold_batch_norm::FoldBatchNorm;
 pub use merge_slices::MergeSlices;
 pub use simplify_reshapes::SimplifyReshapes;
 pub use simplify_slices::SimplifySlices;
@@ -16,4 +19,11 @@ use crate::Pass;
 
 /// Every exact pass, in default order. The help, `optimize explain`, the README table and the report are printed from
 /// this list.
-pub const PASSES: &[&dyn Pass] = &[&DropIdentities, &DropNoopLayout, &SimplifyReshapes, &SimplifySlices, &MergeSlices];
+pub const PASSES: &[&dyn Pass] = &[
+    &DropIdentities,
+    &DropNoopLayout,
+    &SimplifyReshapes,
+    &SimplifySlices,
+    &FoldBatchNorm,
+    &MergeSlices,
+];
