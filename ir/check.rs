@@ -27,8 +27,10 @@ pub enum CheckError {
     OutOfSight { node: String, index: usize, value: String },
     #[error("output `{value}` of graph `{graph}` belongs to a graph that it cannot see")]
     OutputOutOfSight { graph: String, value: String },
-    #[error("`{name}` is defined again in graph `{graph}`, where the other can be seen")]
-    Ambiguous { name: String, graph: String },
+    #[error("`{name}` is defined twice in graph `{graph}`")]
+    Repeated { name: String, graph: String },
+    #[error("graph `{graph}` uses a value `{name}` that another one of the same name hides there")]
+    Hidden { name: String, graph: String },
     #[error("a value of graph `{graph}` has no name")]
     Unnamed { graph: String },
     #[error("input `{name}` has no type")]
@@ -67,7 +69,7 @@ impl Model {
     /// Checks everything that holds for a model whatever its operators mean, in time proportional to its size.
     ///
     /// Use lists and origins agree; every used value is visible where it is used and no node needs itself; names are
-    /// unambiguous where they can be seen; operators have a name, an imported version, attributes of different names
+    /// unique within a graph and mean the value that is used; operators have a name, an imported version, attributes of different names
     /// and, for `If`, `Loop` and `Scan`, subgraphs with as many inputs and outputs as fit; main-graph inputs have
     /// types; stated types agree with data; functions do not call themselves and refer to attributes they have.
     /// What is merely untidy, such as unused nodes or nodes listed in another order than they run in, is no error.

@@ -1,35 +1,51 @@
-//! No name means two values where both could be seen.
+//! Every use of a value is a use of its name, as the file writes it.
 
 use super::CheckError;
 use crate::{Graph, ScopeId, ValueId};
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 enum Step {
     Enter(ScopeId),
     Leave(ScopeId),
 }
 
+/// Checks that names are unique within each scope, and that wherever a value is used, the innermost value of its name
+/// is that very value. A name that hides another one is otherwise harmless, and real models have them.
 pub(super) fn check(graph: &Graph) -> Result<(), CheckError> {
-    let mut visible: HashSet<&str> = HashSet::new();
+    // For each name the values that have it in the scopes around the current place, innermost last.
+    let mut visible: HashMap<&str, Vec<ValueId>> = HashMap::new();
     let mut steps = vec![Step::Enter(ScopeId::MAIN)];
     while let Some(step) = steps.pop() {
-        match step {
-            Step::Leave(scope) => defined(graph, scope).for_each(|v| _ = visible.remove(graph.value(v).name.as_str())),
-            Step::Enter(scope) => {
+        let scope = match step {
+            Step::Enter(scope) => scope,
+            Step::Leave(scope) => {
                 for value in defined(graph, scope) {
-                    let name = graph.value(value).name.as_str();
-                    let in_graph = || graph.scope(scope).name.clone();
-                    if name.is_empty() {
-                        return Err(CheckError::Unnamed { graph: in_graph() });
-                    }
-                    if !visible.insert(name) {
-                        return Err(CheckError::Ambiguous { name: name.to_owned(), graph: in_graph() });
-                    }
+                    visible.get_mut(graph.value(value).name.as_str()).and_then(Vec::pop);
                 }
-                steps.push(Step::Leave(scope));
-                steps.extend(graph.nodes(scope).flat_map(|id| graph.node(id).subgraphs()).map(Step::Enter));
+                continue;
+            }
+        };
+        let here = || graph.scope(scope).name.clone();
+        for value in defined(graph, scope) {
+            let name = graph.value(value).name.as_str();
+            if name.is_empty() {
+                return Err(CheckError::Unnamed { graph: here() });
+            }
+            let same = visible.entry(name).or_default();
+            if same.last().is_some_and(|&other| graph.scope_of(other) == Some(scope)) {
+                return Err(CheckError::Repeated { name: name.to_owned(), graph: here() });
+            }
+            same.push(value);
+        }
+        let means = |value: ValueId| visible.get(graph.value(value).name.as_str()).and_then(|same| same.last());
+        let inputs = graph.nodes(scope).flat_map(|id| graph.node(id).inputs().iter().flatten().copied());
+        for value in inputs.chain(graph.scope(scope).outputs().iter().copied()) {
+            if means(value) != Some(&value) {
+                return Err(CheckError::Hidden { name: graph.value(value).name.clone(), graph: here() });
             }
         }
+        steps.push(Step::Leave(scope));
+        steps.extend(graph.nodes(scope).flat_map(|id| graph.node(id).subgraphs()).map(Step::Enter));
     }
     Ok(())
 }

@@ -79,12 +79,25 @@ fn names_what_is_wrong_with_values() {
         }",
         "node `y` (If) needs its own output: the nodes form a cycle",
     );
-    fails(
-        "g (bool c, float x) => (y) {
-            y = If (c) <then_branch = a () => (x) { x = Neg (c) }, else_branch = b () => (p) { p = Abs (x) }>
-        }",
-        "`x` is defined again in graph `a`, where the other can be seen",
-    );
+}
+
+#[test]
+fn a_name_may_hide_another_that_is_not_used() {
+    let text = "g (bool c, float x) => (y) {
+        y = If (c) <then_branch = a () => (x) { x = Neg (c) }, else_branch = b () => (p) { p = Abs (x) }>
+    }";
+    let mut model = valid(text);
+    let outer = model.graph.main().inputs()[1];
+    let graph = &mut model.graph;
+    graph.set_input(node(graph, "Neg"), 0, Some(outer));
+    let message = "graph `a` uses a value `x` that another one of the same name hides there";
+    assert_eq!(model.check().unwrap_err().to_string(), message);
+    model.graph.make_names_unique();
+    model.check().unwrap();
+    model.graph.rename(outer, "p");
+    assert!(matches!(model.check(), Err(CheckError::Hidden { graph, .. }) if graph == "b"));
+    model.graph.rename(outer, "c");
+    assert_eq!(model.check().unwrap_err().to_string(), "`c` is defined twice in graph `g`");
 }
 
 #[test]
