@@ -237,7 +237,9 @@ impl Printer<'_> {
     }
 
     fn declaration(&mut self, graph: &Graph, value: ValueId) {
-        if let Some(ty) = &graph.value(value).ty {
+        // `?` tells an empty type from none, which only files do; ONNX's own parser does not know it.
+        let stated = |ty: &&Type| self.options.full || ty.kind != TypeKind::Unstated;
+        if let Some(ty) = graph.value(value).ty.as_ref().filter(stated) {
             self.ty(ty);
             self.push(" ");
         }
@@ -343,7 +345,7 @@ impl Printer<'_> {
     fn type_comment(&mut self, graph: &Graph, outputs: &[Option<ValueId>]) {
         let types: Vec<Option<&Type>> =
             outputs.iter().map(|output| output.and_then(|v| graph.value(v).ty.as_ref())).collect();
-        if types.iter().all(Option::is_none) {
+        if types.iter().all(|ty| ty.is_none_or(|ty| ty.kind == TypeKind::Unstated)) {
             return;
         }
         self.push("  # ");
