@@ -221,6 +221,20 @@ impl<'a> Layer<'a> {
         Gain::read(tensor, self.ndim, self.from_end(), self.outputs)
     }
 
+    /// Reads a constant that `x` is multiplied with or added to where that makes `wide`, the input of the layer.
+    pub(super) fn input_gain(&self, m: &Match, x: ValueId, wide: ValueId, tensor: &Tensor) -> Result<Gain, Refusal> {
+        let ndim = m.facts().ndim(x);
+        let gain = Gain::read(tensor, ndim, self.from_end(), self.inputs)?;
+        let wider = match (&gain, ndim) {
+            (Gain::All(_), Some(n)) => tensor.dims().len() > n,
+            (Gain::All(_), None) => !tensor.dims().is_empty(),
+            // A channel axis of one element would grow.
+            (Gain::Each(_), _) => !m.facts().same_shape(x, wide),
+        };
+        m.require(!wider, "the constant may give the value more elements")?;
+        Ok(gain)
+    }
+
     /// Refuses where other nodes use the weight and a copy would enlarge the file.
     fn require_own_weight(&self) -> Result<(), Refusal> {
         if self.shares_weight() && self.weight.byte_len() > TRIVIAL_BYTES {

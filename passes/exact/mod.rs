@@ -3,6 +3,7 @@
 mod drop_identities;
 mod drop_noop_layout;
 mod fold_batch_norm;
+mod fold_scale;
 mod linear;
 mod merge_slices;
 mod simplify_reshapes;
@@ -11,6 +12,7 @@ mod simplify_slices;
 pub use drop_identities::DropIdentities;
 pub use drop_noop_layout::DropNoopLayout;
 pub use fold_batch_norm::FoldBatchNorm;
+pub use fold_scale::FoldScale;
 pub use merge_slices::MergeSlices;
 pub use simplify_reshapes::SimplifyReshapes;
 pub use simplify_slices::SimplifySlices;
@@ -25,5 +27,6 @@ pub const PASSES: &[&dyn Pass] = &[
     &SimplifyReshapes,
     &SimplifySlices,
     &FoldBatchNorm,
+    &FoldScale,
     &MergeSlices,
 ];
