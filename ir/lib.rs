@@ -5,6 +5,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod check;
+mod copy;
 mod graph;
 mod mapping;
 mod model;
@@ -17,6 +18,7 @@ mod types;
 pub mod text;
 
 pub use check::{CheckError, KNOWN_OPSETS};
+pub use copy::{Fragment, Pasted};
 pub use graph::{
     Attribute, AttributeValue, Cycle, Graph, Initializer, Node, NodeId, Origin, Placement, Port, Scope, ScopeId,
     ShardedDim, Sharding, Use, Value, ValueId,
