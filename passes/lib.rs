@@ -7,6 +7,7 @@ pub mod exact;
 mod operands;
 mod pass;
 mod rule;
+mod same_scope;
 #[cfg(test)]
 mod testing;
 
