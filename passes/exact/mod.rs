@@ -5,10 +5,15 @@ mod drop_noop_layout;
 mod fold_batch_norm;
 mod fold_scale;
 mod freeze_initializers;
+mod fuse_gelu;
+mod fuse_layer_norm;
+mod fuse_rms_norm;
+mod fuse_skip_norm;
 mod hoist_constants;
 mod inline_if;
 mod linear;
 mod merge_slices;
+mod norm_parts;
 mod normalise_model;
 mod simplify_reshapes;
 mod simplify_slices;
@@ -19,14 +24,18 @@ pub use drop_noop_layout::DropNoopLayout;
 pub use fold_batch_norm::FoldBatchNorm;
 pub use fold_scale::FoldScale;
 pub use freeze_initializers::FreezeInitializers;
+pub use fuse_gelu::FuseGelu;
+pub use fuse_layer_norm::FuseLayerNorm;
+pub use fuse_rms_norm::FuseRmsNorm;
+pub use fuse_skip_norm::FuseSkipNorm;
 pub use hoist_constants::HoistConstants;
-pub(crate) use hoist_constants::constant_of;
 pub use inline_if::InlineIf;
 pub use merge_slices::MergeSlices;
 pub use normalise_model::NormaliseModel;
 pub use simplify_reshapes::SimplifyReshapes;
 pub use simplify_slices::SimplifySlices;
 pub use unroll_loop::UnrollLoop;
+pub(crate) use hoist_constants::constant_of;
 
 use crate::Pass;
 
@@ -45,4 +54,8 @@ pub const PASSES: &[&dyn Pass] = &[
     &MergeSlices,
     &InlineIf,
     &UnrollLoop,
+    &FuseLayerNorm,
+    &FuseRmsNorm,
+    &FuseGelu,
+    &FuseSkipNorm,
 ];

@@ -1,0 +1,180 @@
+//! Turns spelled-out root-mean-square normalizations into one operator.
+
+use super::norm_parts::{self, averaged_axes, normalized, require_spans};
+use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, rewrite, rule};
+use lathe_ir::{Model, Node, Patch, Pattern, ValueId};
+
+/// See [`INFO`].
+pub struct FuseRmsNorm;
+
+static INFO: Info = Info {
+    name: "fuse-rms-norm",
+    summary: "replaces the steps of a root-mean-square normalization by one node",
+    doc: "Mean square, square root and quotient over the last axes, with the scale that follows and the casts around a \
+          half precision one, become RMSNormalization where the model has opset 23, else ONNX Runtime's \
+          SimplifiedLayerNormalization under the target ort. Needs a constant epsilon and inner values without other \
+          uses.",
+    options: &[],
+    // The operator sums the squares in another order.
+    kind: Kind::Equivalent { rtol: 1e-5 },
+    lowers: &[Quantity::Nodes],
+    source: Some("Zhang and Sennrich 2019, arXiv:1910.07467"),
+};
+
+impl Pass for FuseRmsNorm {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+        // Whole forms first: a part that is fused alone no longer matches them.
+        let mut outcome = rewrite(model, cx, &scaled())?;
+        outcome.merge(rewrite(model, cx, &bare())?);
+        Ok(outcome)
+    }
+}
+
+/// Patterns of the normalized value itself.
+fn forms() -> Vec<String> {
+    let mut forms = Vec::new();
+    for square in ["Pow(x, 2)", "Mul(x, x)"] {
+        let mean = format!("Add(mean: ReduceMean({square}, ..), epsilon)");
+        forms.push(format!("Mul(x, Reciprocal(Sqrt({mean})))"));
+        forms.push(format!("Div(x, Sqrt({mean}))"));
+        forms.push(format!("Mul(x, Div(1, Sqrt({mean})))"));
+        forms.push(format!("Mul(x, Pow({mean}, -0.5))"));
+        forms.push(format!("Div(x, Pow({mean}, 0.5))"));
+    }
+    forms
+}
+
+fn scaled() -> Vec<Rule> {
+    let rule = |form: String| {
+        let pattern = Pattern::parse(&format!("Mul(narrowed: Cast?({form}), scale)"));
+        rule("fuse-scale", pattern, |m, g| fuse(m, g, Some(m.value("scale"))))
+    };
+    forms().into_iter().map(rule).collect()
+}
+
+fn bare() -> Vec<Rule> {
+    let mut rules = Vec::new();
+    for form in forms() {
+        let narrowed = Pattern::parse(&format!("narrowed: Cast({form})"));
+        rules.push(rule("fuse-normalized", narrowed, |m, g| fuse(m, g, None)));
+    }
+    for form in forms() {
+        rules.push(rule("fuse-normalized", Pattern::parse(&form), |m, g| fuse(m, g, None)));
+    }
+    rules
+}
+
+fn fuse(m: &Match, g: &mut Patch, scale: Option<ValueId>) -> Result<ValueId, Refusal> {
+    let op = match (m.opset() >= 23, m.context().target) {
+        (true, _) => "RMSNormalization",
+        (false, Target::Ort) => "SimplifiedLayerNormalization",
+        (false, Target::Portable) => return Err("RMSNormalization needs opset 23".into()),
+    };
+    let axis = averaged_axes(m, "mean", m.value("x"))?;
+    let x = normalized(m, Some("narrowed"))?;
+    let epsilon = norm_parts::epsilon(m)?;
+    let scale = match scale {
+        Some(scale) => {
+            require_spans(m, "scale", &x, axis)?;
+            scale
+        }
+        None => norm_parts::ones(m, g, &x, axis)?,
+    };
+    let node = Node::new(op).with("axis", axis).with("epsilon", epsilon).with("stash_type", 1);
+    Ok(g.node(node, &[x.x, scale]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check, check_in, check_refuses, check_refuses_in};
+    use insta::assert_snapshot;
+
+    const GRAPH: &str = r#"g (float[N,4] x) => (float[N,4] y)
+        <int64[1] axes = {-1}, float two = {2}, float eps = {1e-5}, float[4] scale = {1, 2, 3, 4}> {
+            sq = Pow (x, two)
+            mean = ReduceMean (sq, axes)
+            e = Add (mean, eps)
+            s = Sqrt (e)
+            r = Reciprocal (s)
+            n = Mul (x, r)
+            y = Mul (scale, n)
+        }"#;
+
+    #[test]
+    fn writes_the_standard_operator() {
+        let graph = format!("<opset_import: [\"\" : 23]> {GRAPH}");
+        assert_snapshot!(check(&FuseRmsNorm, &graph), @"
+        g (float[N,4] x) => (float[N,4] y) <
+            int64[1] axes = {-1},
+            float two = {2},
+            float eps = {1e-5},
+            float[4] scale = {1, 2, 3, 4}
+        > {
+            y = RMSNormalization <axis = -1, epsilon = 1e-5, stash_type = 1> (x, scale)  # float[N,4]
+        }
+        ");
+    }
+
+    #[test]
+    fn writes_the_operator_of_onnx_runtime() {
+        let graph = format!("<opset_import: [\"\" : 18]> {GRAPH}");
+        let cx = Context { target: Target::Ort, ..Context::default() };
+        assert_snapshot!(check_in(&FuseRmsNorm, &graph, &cx), @"
+        g (float[N,4] x) => (float[N,4] y) <
+            int64[1] axes = {-1},
+            float two = {2},
+            float eps = {1e-5},
+            float[4] scale = {1, 2, 3, 4}
+        > {
+            y = SimplifiedLayerNormalization <axis = -1, epsilon = 1e-5, stash_type = 1> (x, scale)  # float[N,4]
+        }
+        ");
+    }
+
+    #[test]
+    fn absorbs_the_casts_of_half_precision_in_a_branch() {
+        let cx = Context { target: Target::Ort, ..Context::default() };
+        assert_snapshot!(check_in(&FuseRmsNorm, r#"<opset_import: ["" : 17]>
+            g (bool c, float16[N,4] x) => (float16[N,4] y) <float eps = {1e-5}, float one = {1}, float16[4] scale = {15360, 16384, 16896, 17408}> {
+                y = If (c) <then_branch = a () => (float16[N,4] p) {
+                    w = Cast <to = 1> (x)
+                    sq = Mul (w, w)
+                    mean = ReduceMean <axes = [1]> (sq)
+                    e = Add (mean, eps)
+                    s = Sqrt (e)
+                    r = Div (one, s)
+                    n = Mul (w, r)
+                    h = Cast <to = 10> (n)
+                    p = Mul (h, scale)
+                }, else_branch = b () => (float16[N,4] q) { q = Neg (x) }>
+            }"#, &cx), @"
+        g (bool c, float16[N,4] x) => (float16[N,4] y) <
+            float eps = {1e-5},
+            float one = {1},
+            float16[4] scale = {15360, 16384, 16896, 17408}
+        > {
+            y = If (c) <then_branch = a () => (p_1) {
+                p_1 = SimplifiedLayerNormalization <axis = -1, epsilon = 1e-5, stash_type = 1> (x, scale)
+            }, else_branch = b () => (float16[N,4] q) {
+                q = Neg (x)  # float16[N,4]
+            }>  # float16[N,4]
+        }
+        ");
+    }
+
+    #[test]
+    fn refuses() {
+        let graph = format!("<opset_import: [\"\" : 18]> {GRAPH}");
+        check_refuses(&FuseRmsNorm, &graph, "needs opset 23");
+        let cx = Context { target: Target::Ort, ..Context::default() };
+        let shown = graph.replace("=> (float[N,4] y)", "=> (float[N,4] y, float[N,1] r)");
+        check_refuses_in(&FuseRmsNorm, &shown, "an inner value is a graph output", &cx);
+        let varying = graph.replace("x) =>", "x, float eps2) =>").replace("(mean, eps)", "(mean, eps2)");
+        check_refuses_in(&FuseRmsNorm, &varying, "`epsilon` is not a constant", &cx);
+    }
+}
