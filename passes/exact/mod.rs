@@ -1,8 +1,10 @@
 //! Exact passes: the result is the same function.
 
 mod drop_identities;
+mod drop_neutral;
 mod drop_noop_layout;
 mod fold_batch_norm;
+mod fold_pads;
 mod fold_scale;
 mod freeze_initializers;
 mod fuse_gelu;
@@ -12,16 +14,20 @@ mod fuse_skip_norm;
 mod hoist_constants;
 mod inline_if;
 mod linear;
+mod merge_scalars;
 mod merge_slices;
 mod norm_parts;
 mod normalise_model;
 mod simplify_reshapes;
+mod simplify_shapes;
 mod simplify_slices;
 mod unroll_loop;
 
 pub use drop_identities::DropIdentities;
+pub use drop_neutral::DropNeutral;
 pub use drop_noop_layout::DropNoopLayout;
 pub use fold_batch_norm::FoldBatchNorm;
+pub use fold_pads::FoldPads;
 pub use fold_scale::FoldScale;
 pub use freeze_initializers::FreezeInitializers;
 pub use fuse_gelu::FuseGelu;
@@ -30,9 +36,11 @@ pub use fuse_rms_norm::FuseRmsNorm;
 pub use fuse_skip_norm::FuseSkipNorm;
 pub use hoist_constants::HoistConstants;
 pub use inline_if::InlineIf;
+pub use merge_scalars::MergeScalars;
 pub use merge_slices::MergeSlices;
 pub use normalise_model::NormaliseModel;
 pub use simplify_reshapes::SimplifyReshapes;
+pub use simplify_shapes::SimplifyShapes;
 pub use simplify_slices::SimplifySlices;
 pub use unroll_loop::UnrollLoop;
 pub(crate) use hoist_constants::constant_of;
@@ -46,12 +54,16 @@ pub const PASSES: &[&dyn Pass] = &[
     &HoistConstants,
     &NormaliseModel,
     &DropIdentities,
+    &DropNeutral,
     &DropNoopLayout,
     &SimplifyReshapes,
+    &SimplifyShapes,
     &SimplifySlices,
+    &MergeSlices,
+    &MergeScalars,
+    &FoldPads,
     &FoldBatchNorm,
     &FoldScale,
-    &MergeSlices,
     &InlineIf,
     &UnrollLoop,
     &FuseLayerNorm,
