@@ -1,6 +1,6 @@
 //! What the rest of the program knows about an engine: it loads a model and runs it on named tensors.
 
-use crate::{Datum, frames::only_tensors};
+use crate::{Datum, OrtEngine, Search, frames::only_tensors};
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use serde::{Deserialize, Serialize};
@@ -119,6 +119,18 @@ pub trait Engine: Send + Sync {
 
     /// The execution providers it can be asked for: `cpu`, `cuda`.
     fn providers(&self) -> Vec<String>;
+}
+
+/// The engine to run models with: ONNX Runtime if it is found, else the embedded one if it is built in.
+///
+/// A library that was asked for by name and cannot be used is an error either way.
+pub fn start(search: &Search) -> Result<&'static dyn Engine, RuntimeError> {
+    match OrtEngine::start(search) {
+        Ok(engine) => Ok(engine),
+        #[cfg(feature = "embedded")]
+        Err(RuntimeError::NoLibrary { .. }) => Ok(&crate::Embedded),
+        Err(error) => Err(error),
+    }
 }
 
 /// Runs models in this process, with the engine's own optimizations off.

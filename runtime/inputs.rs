@@ -125,7 +125,7 @@ pub fn required_inputs(graph: &Graph) -> impl Iterator<Item = ValueId> + '_ {
 fn key(dim: &Dim, axis: usize, ndim: usize) -> Option<String> {
     match dim {
         Dim::Known(size) if *size >= 0 => None,
-        Dim::Symbol(name) if !name.is_empty() => Some(name.clone()),
+        Dim::Symbol(name) if !name.is_empty() && name != "?" => Some(name.clone()),
         _ => Some(format!("?{axis}/{ndim}")),
     }
 }
@@ -200,7 +200,7 @@ pub fn sizes_to_try(model: &Model, spec: &InputSpec) -> Vec<Sizes> {
         }
     };
     let mut all = vec![assign(&usual(0), 1, 4, Style::Usual), assign(&usual(1), 3, 6, Style::Usual)];
-    all.push(assign(&usual(0), 1, 4, Style::Tame));
+    let closed = open.keys().all(|k| fixed.contains_key(k)) && !has_unranked(graph);
     for size in [1, 2, 8, 16, 32, 64, 128, 224, 256, 384, 512, 640, 1024] {
         let one_batch = move |kind: Kind| if kind == Kind::Batch { 1 } else { size };
         all.push(assign(&one_batch, 1, size, Style::Usual));
@@ -208,22 +208,28 @@ pub fn sizes_to_try(model: &Model, spec: &InputSpec) -> Vec<Sizes> {
             all.push(assign(&|_| size, size, size, Style::Usual));
         }
     }
+    // One long dimension and all others 1: audio beside a state, for instance.
+    for long in open.keys().filter(|k| !fixed.contains_key(*k)).take(6) {
+        for size in [64, 256, 512] {
+            let mut sizes = assign(&|_| 1, 1, 1, Style::Usual);
+            sizes.named.insert(long.clone(), size);
+            all.push(sizes);
+        }
+    }
+    // A model that leaves no size open needs no further sizes, only other values.
+    all.truncate(if closed { 1 } else { all.len() });
+    all.push(assign(&usual(0), 1, 4, Style::Tame));
+    all.push(assign(&usual(1), 3, 6, Style::Tame));
     let mut distinct: Vec<Sizes> = Vec::new();
-    for sizes in all {
+    for mut sizes in all {
+        if closed {
+            (sizes.first, sizes.rest) = (1, 1);
+        }
         if !distinct.contains(&sizes) {
             distinct.push(sizes);
         }
     }
-    // A model that leaves no size open needs no further sizes, only other values.
-    if open.keys().all(|k| fixed.contains_key(k)) && !has_unranked(graph) {
-        distinct.retain(|s| s.style == Style::Tame || *s == distinct_first(&open, &fixed));
-    }
     distinct
-}
-
-fn distinct_first(open: &BTreeMap<String, Kind>, fixed: &BTreeMap<String, usize>) -> Sizes {
-    let named = open.keys().filter_map(|k| Some((k.clone(), *fixed.get(k)?))).collect();
-    Sizes { named, first: 1, rest: 4, style: Style::Usual }
 }
 
 fn has_unranked(graph: &Graph) -> bool {

@@ -27,7 +27,7 @@ pub use datum::Datum;
 pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};
 #[cfg(feature = "embedded")]
 pub use embedded::Embedded;
-pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source};
+pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source, start};
 pub use inputs::{InputError, InputSpec, Sizes, Style, generate, required_inputs, sizes_to_try};
 pub use library::{Discovery, Found, Place, Search, Tried};
 pub use ort_engine::OrtEngine;

@@ -366,18 +366,19 @@ fn sentence(message: &str) -> String {
     text
 }
 
-/// Separates the node that ONNX Runtime blames from the rest of its message.
+/// Separates the node that ONNX Runtime blames, the innermost one if it lies in a subgraph, from the rest of its message.
 fn failed_node(message: &str) -> (Option<String>, String) {
-    let split = || {
+    let split = |message: &str| {
         let (_, after) = message.split_once("while running ")?;
         let (op, after) = after.split_once(" node. Name:'")?;
         let (name, after) = after.split_once("' Status Message: ")?;
         Some((format!("`{name}` ({op})"), after.to_owned()))
     };
-    match split() {
-        Some((node, rest)) => (Some(node), rest),
-        None => (None, message.to_owned()),
+    let (mut node, mut rest) = (None, message.to_owned());
+    while let Some((inner, after)) = split(&rest) {
+        (node, rest) = (Some(inner), after);
     }
+    (node, rest)
 }
 
 /// The first `1.32.0` in a text.

@@ -173,7 +173,7 @@ impl Builder {
         let x = self.pick();
         let count: usize = x.dims.iter().product();
         if x.dims.is_empty() || self.random.one_in(2) {
-            let target = if count % 2 == 0 { vec![2, count / 2] } else { vec![count] };
+            let target = if count.is_multiple_of(2) { vec![2, count / 2] } else { vec![count] };
             let shape: Vec<i64> = target.iter().map(|&d| d as i64).collect();
             let shape = self.ints(&shape);
             return self.push(Node::new("Reshape"), &[x.id, shape], target);
