@@ -51,3 +51,13 @@ pub(crate) fn check_refuses_in(pass: &dyn Pass, graph: &str, reason: &str, cx: &
     let found = outcome.refusals.keys().any(|refusal| refusal.contains(reason));
     assert!(found, "expected a refusal with `{reason}`, found {:?}", outcome.refusals);
 }
+
+/// Applies `pass` to `graph` and expects an untouched graph, whatever is said about it.
+pub(crate) fn check_untouched(pass: &dyn Pass, graph: &str) {
+    let before = model(graph);
+    let mut after = before.clone();
+    let cx = Context { evaluator: Some(lathe_testkit::evaluator()), ..Context::default() };
+    let outcome = pass.apply(&mut after, &cx).expect("the pass runs");
+    assert_eq!(outcome.changes, [], "the pass acted");
+    assert_eq!(text::print(&after), text::print(&before), "the graph changed");
+}

@@ -1,5 +1,6 @@
 //! Exact passes: the result is the same function.
 
+mod drop_dead;
 mod drop_identities;
 mod drop_neutral;
 mod drop_noop_layout;
@@ -14,15 +15,18 @@ mod fuse_skip_norm;
 mod hoist_constants;
 mod inline_if;
 mod linear;
+mod merge_duplicates;
 mod merge_scalars;
 mod merge_slices;
 mod norm_parts;
 mod normalise_model;
+mod share_initializers;
 mod simplify_reshapes;
 mod simplify_shapes;
 mod simplify_slices;
 mod unroll_loop;
 
+pub use drop_dead::DropDead;
 pub use drop_identities::DropIdentities;
 pub use drop_neutral::DropNeutral;
 pub use drop_noop_layout::DropNoopLayout;
@@ -36,16 +40,18 @@ pub use fuse_rms_norm::FuseRmsNorm;
 pub use fuse_skip_norm::FuseSkipNorm;
 pub use hoist_constants::HoistConstants;
 pub use inline_if::InlineIf;
+pub use merge_duplicates::MergeDuplicates;
 pub use merge_scalars::MergeScalars;
 pub use merge_slices::MergeSlices;
 pub use normalise_model::NormaliseModel;
+pub use share_initializers::ShareInitializers;
 pub use simplify_reshapes::SimplifyReshapes;
 pub use simplify_shapes::SimplifyShapes;
 pub use simplify_slices::SimplifySlices;
 pub use unroll_loop::UnrollLoop;
-pub(crate) use hoist_constants::constant_of;
 
 use crate::Pass;
+pub(crate) use hoist_constants::constant_of;
 
 /// Every exact pass, in default order. The help, `optimize explain`, the README table and the report are printed from
 /// this list.
@@ -56,18 +62,21 @@ pub const PASSES: &[&dyn Pass] = &[
     &DropIdentities,
     &DropNeutral,
     &DropNoopLayout,
+    &InlineIf,
+    &UnrollLoop,
     &SimplifyReshapes,
     &SimplifyShapes,
     &SimplifySlices,
-    &MergeSlices,
-    &MergeScalars,
     &FoldPads,
+    &MergeScalars,
     &FoldBatchNorm,
     &FoldScale,
-    &InlineIf,
-    &UnrollLoop,
+    &MergeSlices,
     &FuseLayerNorm,
     &FuseRmsNorm,
     &FuseGelu,
     &FuseSkipNorm,
+    &ShareInitializers,
+    &MergeDuplicates,
+    &DropDead,
 ];
