@@ -5,6 +5,7 @@
 mod cost;
 mod dim;
 mod evaluate;
+pub mod kernels;
 mod liveness;
 mod shapes;
 
