@@ -208,7 +208,7 @@ impl<'a> Walk<'_, 'a> {
         let scaled = layer.gain(old)?.zip(&gain, |old, gain| old * gain);
         let mut inputs = node.inputs().to_vec();
         inputs[1 - constant] = Some(layer.then(g, &gain, &Gain::ZERO)?);
-        inputs[constant] = Some(channel_constant(g, old, &scaled, layer.outputs, layer.from_end())?);
+        inputs[constant] = Some(channel_constant(g, old, &scaled, layer.outputs, layer.trailing_axes())?);
         Ok(g.node_with(node.clone(), &inputs, 1)[0])
     }
 }
@@ -262,7 +262,7 @@ fn before_shift(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let gain = layer.input_gain(m, x, sum, k)?;
     let shift = layer.input_gain(m, x, sum, c)?.zip(&gain, |c, k| c / k);
     m.require(shift.require_finite().is_ok(), "the factor is zero")?;
-    let constant = channel_constant(g, c, &shift, layer.inputs, layer.from_end())?;
+    let constant = channel_constant(g, c, &shift, layer.inputs, layer.trailing_axes())?;
     let moved = g.node(m.node("sum").clone(), &[x, constant]);
     let folded = layer.on(g, moved, &gain, &Gain::ZERO)?;
     require_no_growth(m, g)?;

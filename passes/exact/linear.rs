@@ -209,7 +209,7 @@ impl<'a> Layer<'a> {
     }
 
     /// How many axes follow the channel axis in the input and in the output.
-    pub(super) fn from_end(&self) -> usize {
+    pub(super) fn trailing_axes(&self) -> usize {
         match self.kind {
             LayerKind::Conv | LayerKind::ConvTranspose => self.weight.dims().len() - 2,
             LayerKind::Gemm | LayerKind::MatMul => 0,
@@ -218,13 +218,13 @@ impl<'a> Layer<'a> {
 
     /// Reads a constant that the output is multiplied with or added to.
     pub(super) fn gain(&self, tensor: &Tensor) -> Result<Gain, Refusal> {
-        Gain::read(tensor, self.ndim, self.from_end(), self.outputs)
+        Gain::read(tensor, self.ndim, self.trailing_axes(), self.outputs)
     }
 
     /// Reads a constant that `x` is multiplied with or added to where that makes `wide`, the input of the layer.
     pub(super) fn input_gain(&self, m: &Match, x: ValueId, wide: ValueId, tensor: &Tensor) -> Result<Gain, Refusal> {
         let ndim = m.facts().ndim(x);
-        let gain = Gain::read(tensor, ndim, self.from_end(), self.inputs)?;
+        let gain = Gain::read(tensor, ndim, self.trailing_axes(), self.inputs)?;
         let wider = match (&gain, ndim) {
             (Gain::All(_), Some(n)) => tensor.dims().len() > n,
             (Gain::All(_), None) => !tensor.dims().is_empty(),

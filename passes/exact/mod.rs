@@ -5,10 +5,13 @@ mod drop_identities;
 mod drop_neutral;
 mod drop_noop_layout;
 mod fold_batch_norm;
+mod fold_bias;
 mod fold_pads;
 mod fold_scale;
 mod freeze_initializers;
 mod fuse_gelu;
+mod fuse_gemm;
+mod fuse_hard_swish;
 mod fuse_layer_norm;
 mod fuse_rms_norm;
 mod fuse_skip_norm;
@@ -31,10 +34,13 @@ pub use drop_identities::DropIdentities;
 pub use drop_neutral::DropNeutral;
 pub use drop_noop_layout::DropNoopLayout;
 pub use fold_batch_norm::FoldBatchNorm;
+pub use fold_bias::FoldBias;
 pub use fold_pads::FoldPads;
 pub use fold_scale::FoldScale;
 pub use freeze_initializers::FreezeInitializers;
 pub use fuse_gelu::FuseGelu;
+pub use fuse_gemm::FuseGemm;
+pub use fuse_hard_swish::FuseHardSwish;
 pub use fuse_layer_norm::FuseLayerNorm;
 pub use fuse_rms_norm::FuseRmsNorm;
 pub use fuse_skip_norm::FuseSkipNorm;
@@ -69,8 +75,11 @@ pub const PASSES: &[&dyn Pass] = &[
     &SimplifySlices,
     &FoldPads,
     &MergeScalars,
+    &FuseHardSwish,
     &FoldBatchNorm,
     &FoldScale,
+    &FoldBias,
+    &FuseGemm,
     &MergeSlices,
     &FuseLayerNorm,
     &FuseRmsNorm,
