@@ -1,8 +1,8 @@
 //! Copying what a scope computes to another place, in the same graph or another one.
 
 use crate::{
-    Attribute, AttributeValue, Dim, Graph, Initializer, Node, Origin, Scope, ScopeId, Shape, Type, TypeKind, Value,
-    ValueId,
+    Attribute, AttributeValue, Dim, Graph, Initializer, Node, NodeId, Origin, Scope, ScopeId, Shape, Type, TypeKind,
+    Value, ValueId,
 };
 use std::collections::BTreeMap;
 
@@ -25,6 +25,8 @@ pub struct Pasted {
     pub outputs: Vec<Option<ValueId>>,
     /// The new values of the target scope, each with the name of the one it is a copy of.
     pub values: Vec<(ValueId, String)>,
+    /// The new nodes, those of nested scopes included.
+    pub nodes: Vec<NodeId>,
 }
 
 impl Fragment {
@@ -48,6 +50,11 @@ impl Fragment {
     /// The inputs of the scope, in the ids of the graph it came from.
     pub fn inputs(&self) -> &[ValueId] {
         &self.inputs
+    }
+
+    /// The outputs of the scope, in the ids of the graph it came from.
+    pub fn outputs(&self) -> &[ValueId] {
+        &self.outputs
     }
 
     /// Puts `attributes` in the place of references to them. An attribute that refers to none of them goes away.
@@ -119,9 +126,11 @@ impl Graph {
         for (index, &input) in fragment.inputs.iter().enumerate() {
             map.insert(input, arguments.get(index).copied().flatten());
         }
+        let first = self.node_bound();
         let values = self.paste_content(fragment, scope, &mut map, prefix);
         let outputs = fragment.outputs.iter().map(|&v| mapped(&map, v)).collect();
-        Pasted { outputs, values }
+        let nodes = (first..self.node_bound()).map(NodeId::from_index).collect();
+        Pasted { outputs, values, nodes }
     }
 
     fn paste_content(

@@ -16,6 +16,8 @@ mod fuse_layer_norm;
 mod fuse_rms_norm;
 mod fuse_skip_norm;
 mod hoist_constants;
+mod hoist_invariants;
+mod inline_functions;
 mod inline_if;
 mod linear;
 mod merge_duplicates;
@@ -45,6 +47,9 @@ pub use fuse_layer_norm::FuseLayerNorm;
 pub use fuse_rms_norm::FuseRmsNorm;
 pub use fuse_skip_norm::FuseSkipNorm;
 pub use hoist_constants::HoistConstants;
+pub(crate) use hoist_constants::constant_of;
+pub use hoist_invariants::HoistInvariants;
+pub use inline_functions::InlineFunctions;
 pub use inline_if::InlineIf;
 pub use merge_duplicates::MergeDuplicates;
 pub use merge_scalars::MergeScalars;
@@ -57,7 +62,6 @@ pub use simplify_slices::SimplifySlices;
 pub use unroll_loop::UnrollLoop;
 
 use crate::Pass;
-pub(crate) use hoist_constants::constant_of;
 
 /// Every exact pass, in default order. The help, `optimize explain`, the README table and the report are printed from
 /// this list.
@@ -68,8 +72,6 @@ pub const PASSES: &[&dyn Pass] = &[
     &DropIdentities,
     &DropNeutral,
     &DropNoopLayout,
-    &InlineIf,
-    &UnrollLoop,
     &SimplifyReshapes,
     &SimplifyShapes,
     &SimplifySlices,
@@ -88,4 +90,8 @@ pub const PASSES: &[&dyn Pass] = &[
     &ShareInitializers,
     &MergeDuplicates,
     &DropDead,
+    &InlineFunctions,
+    &InlineIf,
+    &UnrollLoop,
+    &HoistInvariants,
 ];

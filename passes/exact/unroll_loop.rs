@@ -159,7 +159,7 @@ fn plan(
         let unknown = !n.is_standard() && functions.iter().all(|f| f.name != n.op_type || f.domain != n.domain);
         (n.is_standard() && RANDOM.contains(&n.op_type.as_str())) || (unknown && n.domain != "com.microsoft")
     };
-    if trips > 1 && nodes.iter().any(|n| random(n)) {
+    if trips > 1 && nodes.iter().any(random) {
         return Err("the body holds a random or unknown operator, which may keep a state from trip to trip");
     }
     let held = nodes.iter().flat_map(|n| &n.attributes).map(|a| match &a.value {
