@@ -29,6 +29,7 @@ mod share_initializers;
 mod simplify_reshapes;
 mod simplify_shapes;
 mod simplify_slices;
+mod simplify_transposes;
 mod unroll_loop;
 
 pub use drop_dead::DropDead;
@@ -47,7 +48,6 @@ pub use fuse_layer_norm::FuseLayerNorm;
 pub use fuse_rms_norm::FuseRmsNorm;
 pub use fuse_skip_norm::FuseSkipNorm;
 pub use hoist_constants::HoistConstants;
-pub(crate) use hoist_constants::constant_of;
 pub use hoist_invariants::HoistInvariants;
 pub use inline_functions::InlineFunctions;
 pub use inline_if::InlineIf;
@@ -59,6 +59,7 @@ pub use share_initializers::ShareInitializers;
 pub use simplify_reshapes::SimplifyReshapes;
 pub use simplify_shapes::SimplifyShapes;
 pub use simplify_slices::SimplifySlices;
+pub use simplify_transposes::SimplifyTransposes;
 pub use unroll_loop::UnrollLoop;
 
 use crate::Pass;
@@ -75,14 +76,15 @@ pub const PASSES: &[&dyn Pass] = &[
     &SimplifyReshapes,
     &SimplifyShapes,
     &SimplifySlices,
-    &FoldPads,
+    &MergeSlices,
+    &SimplifyTransposes,
     &MergeScalars,
+    &FoldPads,
     &FuseHardSwish,
     &FoldBatchNorm,
     &FoldScale,
     &FoldBias,
     &FuseGemm,
-    &MergeSlices,
     &FuseLayerNorm,
     &FuseRmsNorm,
     &FuseGelu,
