@@ -62,7 +62,7 @@ fn rules() -> Vec<Rule> {
             Ok(Replacement::from(g.node(node, &[m.value("x")])))
         })
         .sharing(),
-        rule("where-not", pat!(Where(Not(c), x, y)), |m, g| where_not(m, g)).sharing(),
+        rule("where-not", pat!(Where(Not(c), x, y)), where_not).sharing(),
         rule("constant-where", pat!(Where(c, x, y)), |m, _| constant_where(m)),
     ]
 }
@@ -84,8 +84,11 @@ fn scalar(m: &Match, node: &Node) -> Option<(ValueId, f64, bool)> {
     }
 }
 
-/// Both nodes of a match, as the value they begin with and their constants.
-fn scalars(m: &Match) -> Option<(ValueId, (f64, bool), (f64, bool))> {
+/// A scalar operand, and whether it stands on the right.
+type Scalar = (f64, bool);
+
+/// Both nodes of a match, as the value they begin with and their constants, the inner one's first.
+fn scalars(m: &Match) -> Option<(ValueId, Scalar, Scalar)> {
     let (through, outer, outer_right) = scalar(m, m.node("outer"))?;
     (Some(through) == m.node("inner").output(0)).then_some(())?;
     let (x, inner, inner_right) = scalar(m, m.node("inner"))?;

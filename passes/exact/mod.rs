@@ -48,6 +48,7 @@ pub use fuse_layer_norm::FuseLayerNorm;
 pub use fuse_rms_norm::FuseRmsNorm;
 pub use fuse_skip_norm::FuseSkipNorm;
 pub use hoist_constants::HoistConstants;
+pub(crate) use hoist_constants::constant_of;
 pub use hoist_invariants::HoistInvariants;
 pub use inline_functions::InlineFunctions;
 pub use inline_if::InlineIf;
@@ -76,15 +77,15 @@ pub const PASSES: &[&dyn Pass] = &[
     &SimplifyReshapes,
     &SimplifyShapes,
     &SimplifySlices,
-    &MergeSlices,
     &SimplifyTransposes,
-    &MergeScalars,
     &FoldPads,
+    &MergeScalars,
     &FuseHardSwish,
     &FoldBatchNorm,
     &FoldScale,
     &FoldBias,
     &FuseGemm,
+    &MergeSlices,
     &FuseLayerNorm,
     &FuseRmsNorm,
     &FuseGelu,
