@@ -147,7 +147,24 @@ mod tests {
         let weights = "float[1] k = {3}, float[1,2,1,1] c = {2, -4}";
         let body = "r = Relu (x) p = Add (c, r) q = Sub (p, k) t = Conv (q, w, b) u = Add (k, t) v = Sub (u, c)
                     n = Sub (k, v) y = Relu (n)";
-        assert_snapshot!(check(&FoldBias, &graph(weights, body)), @"");
+        assert_snapshot!(check(&FoldBias, &graph(weights, body)), @r#"
+        g (float[N,2,4,4] x) => (float[N,2,H,W] y) <
+            float[2,2,2,2] w = ["elements": "16", "hash": "c88641e5"],
+            float[2] b = {1, -1},
+            float[1] k = {3},
+            float[1,2,1,1] c = {2, -4},
+            float[1,2,1,1] q_sum = {-1, -7},
+            float[2] t_bias = {-191, -17},
+            float[2] u_bias = {-188, -14},
+            float[2] v_bias = {-190, -10},
+            float[2] n_bias = {193, 13},
+            float[2,2,2,2] n_weight = ["elements": "16", "hash": "4703a534"]
+        > {
+            r = Relu (x)
+            n = Conv (r, n_weight, n_bias)
+            y = Relu (n)  # float[N,2,H,W]
+        }
+        "#);
     }
 
     #[test]
@@ -161,7 +178,19 @@ mod tests {
         let graph = "<ir_version: 8, opset_import: [\"\" : 13]>
             g (float[N,3,2] x) => (float[N,3,2] y) <float[2,2] w = {1, 2, 3, 4}, float[2] b = {1, 2}, float[1,1,2] c = {5, 6}> {
                 t = Add (x, c) u = MatMul (t, w) v = Add (b, u) z = Sub (v, b) y = Relu (z) }";
-        assert_snapshot!(check(&FoldBias, graph), @"");
+        assert_snapshot!(check(&FoldBias, graph), @"
+        g (float[N,3,2] x) => (float[N,3,2] y) <
+            float[2,2] w = {1, 2, 3, 4},
+            float[2] b = {1, 2},
+            float[1,1,2] c = {5, 6},
+            float[2] v_bias = {24, 36},
+            float[2] z_sum = {23, 34}
+        > {
+            v_1 = MatMul (x, w)
+            z = Add (v_1, z_sum)
+            y = Relu (z)  # float[N,3,2]
+        }
+        ");
     }
 
     #[test]

@@ -113,7 +113,11 @@ mod tests {
             "{OPSET} g (float[3,N] x, float[4,3] w, float[N,1] c) => (float[N,4] y) {{
             a = Transpose <perm = [1, 0]> (x) b = Transpose (w) t = MatMul (a, b) y = Add (c, t) }}"
         );
-        assert_snapshot!(check(&FuseGemm, &graph), @"");
+        assert_snapshot!(check(&FuseGemm, &graph), @"
+        g (float[3,N] x, float[4,3] w, float[N,1] c) => (float[N,4] y) {
+            y = Gemm <transA = 1, transB = 1> (x, w, c)  # float[N,4]
+        }
+        ");
     }
 
     #[test]
@@ -122,7 +126,14 @@ mod tests {
             "{OPSET} g (int64[N] i) => (float[N,3] y) <float[3,2] w = {{1, 2, 3, 4, 5, 6}}> {{
             x = Gather (w, i) t = Transpose <perm = [1, 0]> (w) y = MatMul (x, t) }}"
         );
-        assert_snapshot!(check(&FuseGemm, &graph), @"");
+        assert_snapshot!(check(&FuseGemm, &graph), @"
+        g (int64[N] i) => (float[N,3] y) <
+            float[3,2] w = {1, 2, 3, 4, 5, 6}
+        > {
+            x = Gather (w, i)
+            y = Gemm <transB = 1> (x, w)  # float[N,3]
+        }
+        ");
     }
 
     #[test]

@@ -140,13 +140,38 @@ mod tests {
     #[test]
     fn makes_a_hard_sigmoid_and_a_product_before_opset_14() {
         let body = "t = Add (three, x) c = Clip (t, zero, six) p = Mul (x, c) y = Div (p, six)";
-        assert_snapshot!(check(&FuseHardSwish, &graph(13, body)), @"");
+        assert_snapshot!(check(&FuseHardSwish, &graph(13, body)), @"
+        g (float[N,3] x) => (float[N,3] y) <
+            float[1] three = {3},
+            float zero = {0},
+            float six = {6},
+            float[1] sixth = {0.16666667},
+            float one = {1},
+            float slope = {0.2},
+            float half = {0.5}
+        > {
+            y_1 = HardSigmoid <alpha = 0.16666667, beta = 0.5> (x)
+            y = Mul (x, y_1)  # float[N,3]
+        }
+        ");
     }
 
     #[test]
     fn makes_a_hard_swish_from_opset_14_on() {
         let body = "t = Add (x, three) c = Clip (t, zero, six) p = Mul (c, sixth) y = Mul (p, x)";
-        assert_snapshot!(check(&FuseHardSwish, &graph(14, body)), @"");
+        assert_snapshot!(check(&FuseHardSwish, &graph(14, body)), @"
+        g (float[N,3] x) => (float[N,3] y) <
+            float[1] three = {3},
+            float zero = {0},
+            float six = {6},
+            float[1] sixth = {0.16666667},
+            float one = {1},
+            float slope = {0.2},
+            float half = {0.5}
+        > {
+            y = HardSwish (x)  # float[N,3]
+        }
+        ");
     }
 
     #[test]
