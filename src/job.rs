@@ -59,6 +59,8 @@ pub struct Options {
     pub timeout: Duration,
     /// Memory the runs may use, in bytes.
     pub memory: Option<u64>,
+    /// The program that runs models for this one; `None` is this executable itself.
+    pub worker: Option<PathBuf>,
     /// The command line, for the report.
     pub command: Vec<String>,
 }
@@ -88,6 +90,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
             load: options.load.clone(),
             timeout: options.timeout,
             memory: options.memory,
+            worker: options.worker.clone(),
         })?,
     };
     job.run(loaded, chosen, start)

@@ -26,6 +26,8 @@ pub(crate) struct RunnerOptions {
     pub timeout: Duration,
     /// Memory the child may use, in bytes; `None` for no limit of ours.
     pub memory: Option<u64>,
+    /// The program to start; `None` is this executable.
+    pub worker: Option<PathBuf>,
 }
 
 /// Where ONNX Runtime may be: the command line, the environment, beside the program, the data folder, Python, the system.
@@ -73,7 +75,10 @@ pub(crate) struct Runner {
 
 impl Runner {
     pub(crate) fn new(options: RunnerOptions) -> anyhow::Result<Runner> {
-        let program = std::env::current_exe().context("the program does not find itself")?;
+        let program = match options.worker {
+            Some(program) => program,
+            None => std::env::current_exe().context("the program does not find itself")?,
+        };
         let mut arguments = vec![OsString::from(SERVE)];
         arguments.extend(options.library.map(PathBuf::into_os_string));
         let limits = Limits { timeout: Some(options.timeout), memory: options.memory };

@@ -74,6 +74,7 @@ pub(crate) fn runner_options(args: &RunArgs) -> Result<RunnerOptions, Failure> {
         load: load_options(args),
         timeout: Duration::from_secs(args.timeout),
         memory: args.memory.as_deref().map(size).transpose()?,
+        worker: None,
     })
 }
 

@@ -102,6 +102,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         load: load_options(&args.run),
         timeout: Duration::from_secs(args.run.timeout),
         memory: args.run.memory.as_deref().map(size).transpose()?,
+        worker: None,
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
 }
