@@ -227,7 +227,7 @@ fn run_random(
         let floats = runs.iter().flat_map(|r| &r.inputs).filter(|(_, t)| t.dtype().is_float());
         let elements: usize = floats.map(|(_, t)| t.len()).sum();
         // Small inputs hold few elements, so more of them are needed to meet every special value.
-        let more = if elements == 0 { 0 } else { (256 / elements).clamp(1, 8) as u64 };
+        let more = 256usize.checked_div(elements).map_or(0, |rounds| rounds.clamp(1, 8) as u64);
         for round in 0..more {
             let spec = InputSpec { seed: spec.seed.wrapping_add(round), ..spec.clone() };
             let inputs = generate(model, &spec, &sizes.with_style(Style::Special))?;
