@@ -2,6 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod affine;
 mod cost;
 mod dim;
 mod evaluate;
@@ -9,6 +10,7 @@ pub mod kernels;
 mod liveness;
 mod shapes;
 
+pub use affine::{Affine, Affines};
 pub use cost::{Bindings, Cost, OperatorCost};
 pub use dim::{DimExpr, Symbol};
 pub use evaluate::{Evaluate, EvaluateError};
