@@ -31,6 +31,7 @@ mod simplify_shapes;
 mod simplify_slices;
 mod simplify_transposes;
 mod unroll_loop;
+mod upgrade_opset;
 
 pub use drop_dead::DropDead;
 pub use drop_identities::DropIdentities;
@@ -62,6 +63,7 @@ pub use simplify_shapes::SimplifyShapes;
 pub use simplify_slices::SimplifySlices;
 pub use simplify_transposes::SimplifyTransposes;
 pub use unroll_loop::UnrollLoop;
+pub use upgrade_opset::UpgradeOpset;
 
 use crate::Pass;
 
@@ -71,6 +73,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &FreezeInitializers,
     &HoistConstants,
     &NormaliseModel,
+    &UpgradeOpset,
     &DropIdentities,
     &DropNeutral,
     &DropNoopLayout,
