@@ -136,6 +136,11 @@ impl<'a> Match<'a> {
         self.bindings.value(name).expect("the rule asks for names of its own pattern")
     }
 
+    /// The value that `name` is bound to, if the pattern has such a name.
+    pub fn find_value(&self, name: &str) -> Option<ValueId> {
+        self.bindings.value(name)
+    }
+
     /// The matched root.
     pub fn root(&self) -> NodeId {
         self.bindings.nodes()[0]

@@ -1,5 +1,7 @@
 //! Exact passes: the result is the same function.
 
+mod attention_parts;
+mod causal_mask;
 mod drop_dead;
 mod drop_identities;
 mod drop_neutral;
@@ -9,6 +11,7 @@ mod fold_bias;
 mod fold_pads;
 mod fold_scale;
 mod freeze_initializers;
+mod fuse_attention;
 mod fuse_gelu;
 mod fuse_gemm;
 mod fuse_hard_swish;
@@ -42,6 +45,7 @@ pub use fold_bias::FoldBias;
 pub use fold_pads::FoldPads;
 pub use fold_scale::FoldScale;
 pub use freeze_initializers::FreezeInitializers;
+pub use fuse_attention::FuseAttention;
 pub use fuse_gelu::FuseGelu;
 pub use fuse_gemm::FuseGemm;
 pub use fuse_hard_swish::FuseHardSwish;
@@ -93,6 +97,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &FoldBias,
     &FuseGemm,
     &MergeSlices,
+    &FuseAttention,
     &FuseSkipNorm,
     &ShareInitializers,
     &MergeDuplicates,
