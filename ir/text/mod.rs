@@ -19,6 +19,7 @@ mod build;
 mod literal;
 mod parse;
 mod print;
+mod print_data;
 mod scan;
 mod tree;
 
