@@ -8,7 +8,7 @@ mod nodes;
 use crate::{Cycle, Graph, Initializer, Model, ScopeId, Shape, Tensor, Type, TypeKind, imported};
 
 /// The versions of the standard operator set that are understood.
-pub const KNOWN_OPSETS: std::ops::RangeInclusive<i64> = 1..=27;
+pub const KNOWN_OPSETS: std::ops::RangeInclusive<i64> = 1..=28;
 
 /// Why a model is none.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -901,7 +901,7 @@ impl Graph {
     ///
     /// An output of the main graph keeps its name: `new` takes it over (and the type stated for it), unless `new` is
     /// itself an input or output of the main graph, in which case an `Identity` node goes between. So it does where a
-    /// subgraph would return a value of another scope. `new` must be visible wherever `old` is used.
+    /// subgraph would return a value of another scope or one value twice. `new` must be visible wherever `old` is used.
     pub fn replace_uses(&mut self, old: ValueId, new: ValueId) {
         if old == new {
             return;
@@ -927,7 +927,7 @@ impl Graph {
             _ => false,
         };
         if scope != ScopeId::MAIN {
-            if produced_here {
+            if produced_here && !self.must_return_once(scope, new) {
                 return self.set_output(scope, index, new);
             }
             let name = self.fresh_name(&self.value(old).name.clone());
@@ -950,6 +950,13 @@ impl Graph {
         value.doc = doc;
         value.metadata = metadata;
         self.set_output(scope, index, target);
+    }
+
+    /// Whether a subgraph returns `value` already and must not do so twice: ONNX Runtime takes that for one output, and
+    /// leaves the other undefined, in everything but a `Loop`.
+    pub fn must_return_once(&self, scope: ScopeId, value: ValueId) -> bool {
+        let owner = self.scope(scope).owner().map(|id| self.node(id));
+        self.scope(scope).outputs.contains(&value) && !owner.is_some_and(|node| node.is("Loop"))
     }
 
     /// Gives a value exactly this name.

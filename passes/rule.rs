@@ -252,6 +252,8 @@ impl<'a> Match<'a> {
             if scope == ScopeId::MAIN {
                 let free = count == 1 && !self.graph.is_output(new);
                 self.require(free, "two outputs would be one value")?;
+            } else {
+                self.require(!self.graph.must_return_once(scope, new), "a subgraph would return one value twice")?;
             }
         }
         Ok(())

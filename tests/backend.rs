@@ -91,10 +91,10 @@ fn worker() {
     let list = std::fs::read_to_string(list).unwrap();
     for case in list.lines() {
         println!("@case");
-        let found = panic::catch_unwind(|| examine(Path::new(case))).unwrap_or_else(|_| Err("it panicked".to_owned()));
-        let (outcome, why) = match found {
-            Ok((outcome, why)) => (outcome, why),
-            Err(why) => (Outcome::Failed, why),
+        let (outcome, why) = match panic::catch_unwind(|| examine(Path::new(case))) {
+            Ok(Ok(found)) => found,
+            Ok(Err(why)) => (Outcome::Failed, why),
+            Err(payload) => (Outcome::Failed, format!("it panicked: {}", common::panic_message(&*payload))),
         };
         println!("@done {} {}", outcome as usize, why.replace('\n', " "));
     }
@@ -243,9 +243,12 @@ fn feed(model: &mut Model, given: &[Datum]) -> Vec<(String, Tensor)> {
         match datum {
             Datum::Tensor(tensor) if !optional => feeds.push((name, tensor.clone())),
             datum => {
+                let ty = model.graph.value(value).ty.clone();
+                let made = model.graph.add_value(format!("{name}.made"), ty);
+                build(&mut model.graph, made, datum, optional, &mut feeds);
+                model.graph.replace_uses(value, made);
                 let index = model.graph.main().inputs().iter().position(|v| *v == value).unwrap();
                 model.graph.remove_input(ScopeId::MAIN, index);
-                build(&mut model.graph, value, datum, optional, &mut feeds);
             }
         }
     }

@@ -114,7 +114,7 @@ fn names_what_is_wrong_with_nodes() {
     );
     fails(
         "<opset_import: [\"\": 99]> g (float x) => (y) { y = Neg (x) }",
-        "version 99 of the standard operator set is unknown; known are 1 to 27",
+        "version 99 of the standard operator set is unknown; known are 1 to 28",
     );
     fails("g (bool c) => (y) { y = If (c) }", "node `y` (If) has no subgraph `then_branch`");
     fails(

@@ -44,3 +44,30 @@ fn rules() -> Vec<Rule> {
         }),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check, check_refuses};
+    use insta::assert_snapshot;
+
+    #[test]
+    fn drops_a_copy() {
+        assert_snapshot!(check(&DropIdentities, "g (float[2] x) => (float[2] y) { c = Identity (x) y = Neg (c) }"), @"
+        g (float[2] x) => (float[2] y) {
+            y = Neg (x)  # float[2]
+        }");
+    }
+
+    #[test]
+    fn keeps_the_second_of_two_outputs_of_a_body() {
+        let graph = "
+            g (float[2] s, float[3,2] x) => (float[2] y, float[3,2] z) {
+                y, z = Scan (s, x) <num_scan_inputs = 1, body = b (float[2] a, float[2] e) => (float[2] n, float[2] o) {
+                    n = Add (a, e)
+                    o = Identity (n)
+                }>
+            }";
+        check_refuses(&DropIdentities, graph, "a subgraph would return one value twice");
+    }
+}

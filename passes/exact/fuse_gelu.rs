@@ -11,8 +11,8 @@ static INFO: Info = Info {
     name: "fuse-gelu",
     summary: "replaces the steps of a GELU or SiLU activation by one node",
     doc: "x·½·(1 + erf(x/√2)) and its tanh approximation become Gelu where the model has opset 20, else ONNX Runtime's \
-          Gelu and FastGelu under the target ort, there together with a bias added before. x·σ(αx) becomes Swish where \
-          the model has opset 24, and QuickGelu under the target ort. Declines where inner values have other uses.",
+          Gelu and FastGelu under the target ort, there together with a bias added before. x·σ(αx) becomes QuickGelu \
+          under the target ort. Declines where inner values have other uses.",
     options: &[],
     // The constants √2 and √(2/π) are rounded differently, and the kernels approximate erf and tanh in their own way.
     kind: Kind::Equivalent { rtol: 1e-5 },
@@ -109,13 +109,9 @@ fn gelu(m: &Match, g: &mut Patch, approximate: bool) -> Result<ValueId, Refusal>
 
 fn swish(m: &Match, g: &mut Patch, alpha: f32) -> Result<ValueId, Refusal> {
     let elem = activated(m)?;
-    let node = if m.context().target == Target::Portable && m.opset() >= 24 {
-        Node::new("Swish").with("alpha", alpha)
-    } else {
-        require_ort(m, elem, "Swish needs opset 24")?;
-        Node::new("QuickGelu").in_domain(CONTRIB).with("alpha", alpha)
-    };
-    Ok(g.node(node, &[m.value("x")]))
+    // The standard Swish of opset 24 is no way out: ONNX Runtime has no kernel for it.
+    require_ort(m, elem, "QuickGelu is an operator of ONNX Runtime")?;
+    Ok(g.node(Node::new("QuickGelu").in_domain(CONTRIB).with("alpha", alpha), &[m.value("x")]))
 }
 
 fn biases() -> Vec<Rule> {

@@ -66,3 +66,9 @@ pub fn operators(model: &lathe_ir::Model) -> BTreeMap<String, usize> {
     }
     counts
 }
+
+/// What a panic said.
+pub fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
+    let text = payload.downcast_ref::<String>().cloned();
+    text.or_else(|| payload.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default()
+}
