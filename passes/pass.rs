@@ -2,7 +2,10 @@
 
 use lathe_analysis::{Evaluate, Facts};
 use lathe_ir::{Function, Graph, Model};
-use std::{cell::RefCell, collections::BTreeMap};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+};
 
 /// A quantity that a pass claims to lower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +96,8 @@ pub struct Context<'a> {
     pub target: Target,
     /// Bytes by which folding may enlarge the model, over the whole run.
     pub max_growth: u64,
+    /// Bytes by which folding has enlarged the model so far in this run.
+    pub grown: Cell<u64>,
     /// Runs models, if anything can.
     pub evaluator: Option<&'a dyn Evaluate>,
     /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.

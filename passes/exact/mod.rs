@@ -8,7 +8,10 @@ mod drop_neutral;
 mod drop_noop_layout;
 mod fold_batch_norm;
 mod fold_bias;
+mod fold_compute;
+mod fold_constants;
 mod fold_pads;
+mod fold_plan;
 mod fold_scale;
 mod freeze_initializers;
 mod fuse_attention;
@@ -42,6 +45,7 @@ pub use drop_neutral::DropNeutral;
 pub use drop_noop_layout::DropNoopLayout;
 pub use fold_batch_norm::FoldBatchNorm;
 pub use fold_bias::FoldBias;
+pub use fold_constants::FoldConstants;
 pub use fold_pads::FoldPads;
 pub use fold_scale::FoldScale;
 pub use freeze_initializers::FreezeInitializers;
@@ -78,6 +82,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &HoistConstants,
     &NormaliseModel,
     &UpgradeOpset,
+    &FoldConstants,
     &DropIdentities,
     &DropNeutral,
     &DropNoopLayout,
