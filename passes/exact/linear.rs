@@ -208,6 +208,11 @@ impl<'a> Layer<'a> {
         Ok(Layer { graph, id, opset: m.opset(), kind, node, weight, ndim, inputs, outputs, groups })
     }
 
+    /// Its node.
+    pub(super) fn id(&self) -> NodeId {
+        self.id
+    }
+
     /// How many axes follow the channel axis in the input and in the output.
     pub(super) fn trailing_axes(&self) -> usize {
         match self.kind {

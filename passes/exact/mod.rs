@@ -10,6 +10,8 @@ mod fold_batch_norm;
 mod fold_bias;
 mod fold_compute;
 mod fold_constants;
+mod fold_matmul_chain;
+mod fold_norm_affine;
 mod fold_pads;
 mod fold_plan;
 mod fold_scale;
@@ -46,6 +48,8 @@ pub use drop_noop_layout::DropNoopLayout;
 pub use fold_batch_norm::FoldBatchNorm;
 pub use fold_bias::FoldBias;
 pub use fold_constants::FoldConstants;
+pub use fold_matmul_chain::FoldMatmulChain;
+pub use fold_norm_affine::FoldNormAffine;
 pub use fold_pads::FoldPads;
 pub use fold_scale::FoldScale;
 pub use freeze_initializers::FreezeInitializers;
@@ -101,6 +105,8 @@ pub const PASSES: &[&dyn Pass] = &[
     &FoldScale,
     &FoldBias,
     &FuseGemm,
+    &FoldMatmulChain,
+    &FoldNormAffine,
     &MergeSlices,
     &FuseAttention,
     &FuseSkipNorm,

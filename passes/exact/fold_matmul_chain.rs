@@ -1,0 +1,170 @@
+//! Multiplies out two constant matrices in a row.
+
+use super::linear::{RTOL, is_weight_type, require_no_growth, require_private, round};
+use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use lathe_ir::{Model, Node, Tensor, ValueId};
+
+/// See [`INFO`].
+pub struct FoldMatmulChain;
+
+static INFO: Info = Info {
+    name: "fold-matmul-chain",
+    summary: "multiplies out two constant matrices in a row where their product is no larger than both",
+    doc: "(x·A)·B is x·(A·B): one product instead of two, and fewer operations and bytes as long as the inner width \
+          does not make the factors smaller than their product, as a low-rank pair is meant to. A constant sum between \
+          the two moves behind them. Computed in float64 and rounded once. Declines where the product would be larger \
+          than the two matrices, where other nodes use one of them, and on products too large to compute here.",
+    options: &[],
+    kind: Kind::Equivalent { rtol: RTOL },
+    lowers: &[Quantity::Nodes, Quantity::Parameters, Quantity::Flops],
+    source: None,
+};
+
+/// Multiply-adds of a product that is still computed: some ten seconds.
+const MAX_PRODUCTS: usize = 1 << 34;
+
+impl Pass for FoldMatmulChain {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+        rewrite(model, cx, &rules())
+    }
+}
+
+fn rules() -> Vec<Rule> {
+    vec![
+        rule("multiply-out", pat!(MatMul(MatMul(x, a), b)), |m, g| {
+            let product = product(m)?;
+            let weight = g.constant("weight", product);
+            let made = g.node(Node::new("MatMul"), &[m.value("x"), weight]);
+            require_no_growth(m, g)?;
+            Ok(made)
+        }),
+        rule("multiply-out-around-sum", pat!(MatMul(Add(MatMul(x, a), c), b)), |m, g| {
+            let c = m.graph().constant(m.value("c")).ok_or_else(Refusal::no_match)?;
+            let product = product(m)?;
+            let b = matrix(m, "b")?;
+            let width = b.dims()[0];
+            m.require(c.dims().iter().rev().skip(1).all(|&dim| dim == 1), "the constant is not one number a column")?;
+            m.require(c.len() == width || c.len() == 1, "the constant is not one number a column")?;
+            let ndim = m.facts().ndim(m.value("output"));
+            let narrow = c.dims().len() <= 1 || ndim.is_some_and(|n| c.dims().len() <= n);
+            m.require(narrow, "the constant may have more axes than the value")?;
+            let c = c.to_f64s().ok_or_else(Refusal::no_match)?;
+            let c: Vec<f64> = (0..width).map(|i| c[i % c.len()]).collect();
+            let sum = multiply(&c, &b.to_f64s().ok_or_else(Refusal::no_match)?, 1, width);
+            let sum = g.constant("bias", round(b.dtype(), &[sum.len()], &sum)?);
+            let weight = g.constant("weight", product);
+            let made = g.node(Node::new("MatMul"), &[m.value("x"), weight]);
+            let made: ValueId = g.node(Node::new("Add"), &[made, sum]);
+            require_no_growth(m, g)?;
+            Ok(made)
+        }),
+    ]
+}
+
+/// The constant matrix behind a name.
+fn matrix<'a>(m: &Match<'a>, name: &str) -> Result<&'a Tensor, Refusal> {
+    let tensor = m.graph().constant(m.value(name)).ok_or_else(Refusal::no_match)?;
+    m.only_if(is_weight_type(tensor.dtype()) && tensor.dims().len() == 2 && !tensor.is_empty())?;
+    Ok(tensor)
+}
+
+/// `a·b`, if it is worth it.
+fn product(m: &Match) -> Result<Tensor, Refusal> {
+    let (a, b) = (matrix(m, "a")?, matrix(m, "b")?);
+    m.only_if(m.graph().constant(m.value("x")).is_none())?;
+    let (&[rows, inner], &[_, columns]) = (a.dims(), b.dims()) else { return Err(Refusal::no_match()) };
+    m.only_if(b.dims()[0] == inner && a.dtype() == b.dtype())?;
+    let size = rows.saturating_mul(columns);
+    m.require(size <= a.len() + b.len(), "the product is larger than the two matrices")?;
+    m.require(size.saturating_mul(inner) <= MAX_PRODUCTS, "the product takes too long to compute")?;
+    require_private(m)?;
+    let (x, y) = (a.to_f64s().ok_or_else(Refusal::no_match)?, b.to_f64s().ok_or_else(Refusal::no_match)?);
+    let numbers = multiply(&x, &y, rows, inner);
+    a.release();
+    b.release();
+    round(a.dtype(), &[rows, columns], &numbers)
+}
+
+/// `a·b` for `a: [rows, inner]` and `b: [inner, n]`, row-major.
+fn multiply(a: &[f64], b: &[f64], rows: usize, inner: usize) -> Vec<f64> {
+    let columns = b.len() / inner.max(1);
+    let mut sums = vec![0.0; rows * columns];
+    for (row, sums) in a.chunks(inner).zip(sums.chunks_mut(columns)) {
+        for (&factor, numbers) in row.iter().zip(b.chunks(columns)) {
+            sums.iter_mut().zip(numbers).for_each(|(sum, x)| *sum += factor * x);
+        }
+    }
+    sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check, check_refuses};
+    use insta::assert_snapshot;
+
+    const OPSET: &str = "<ir_version: 8, opset_import: [\"\" : 13]>";
+    const WEIGHTS: &str =
+        "float[2,3] a = {1, 2, 3, 4, 5, 6}, float[3,2] b = {1, -2, 3, -4, 5, -6}, float[1,3] c = {7, 8, 9}";
+
+    #[test]
+    fn multiplies_out() {
+        let graph = format!(
+            "{OPSET} g (float[B,N,2] x) => (float[B,N,2] y) <{WEIGHTS}> {{ t = MatMul (x, a) y = MatMul (t, b) }}"
+        );
+        assert_snapshot!(check(&FoldMatmulChain, &graph), @"
+        g (float[B,N,2] x) => (float[B,N,2] y) <
+            float[2,3] a = {1, 2, 3, 4, 5, 6},
+            float[3,2] b = {1, -2, 3, -4, 5, -6},
+            float[1,3] c = {7, 8, 9},
+            float[2,2] y_weight = {22, -28, 49, -64}
+        > {
+            y = MatMul (x, y_weight)  # float[B,N,2]
+        }
+        ");
+    }
+
+    #[test]
+    fn moves_a_sum_behind_both() {
+        let graph = format!(
+            "{OPSET} g (float[B,N,2] x) => (float[B,N,2] y) <{WEIGHTS}> {{ t = MatMul (x, a) s = Add (c, t) y = MatMul (s, b) }}"
+        );
+        assert_snapshot!(check(&FoldMatmulChain, &graph), @"
+        g (float[B,N,2] x) => (float[B,N,2] y) <
+            float[2,3] a = {1, 2, 3, 4, 5, 6},
+            float[3,2] b = {1, -2, 3, -4, 5, -6},
+            float[1,3] c = {7, 8, 9},
+            float[2] y_bias = {76, -100},
+            float[2,2] y_weight = {22, -28, 49, -64}
+        > {
+            y_1 = MatMul (x, y_weight)
+            y = Add (y_1, y_bias)  # float[B,N,2]
+        }
+        ");
+    }
+
+    #[test]
+    fn works_inside_a_subgraph() {
+        let graph = format!(
+            "{OPSET} g (float[N,2] x, bool e) => (float[N,2] y) <{WEIGHTS}> {{
+            y = If (e) <then_branch = p () => (float[N,2] u) {{ t = MatMul (x, a) u = MatMul (t, b) }},
+                        else_branch = q () => (float[N,2] v) {{ v = Identity (x) }}> }}"
+        );
+        check(&FoldMatmulChain, &graph);
+    }
+
+    #[test]
+    fn keeps_low_rank_pairs_and_graph_outputs() {
+        let body = "{ t = MatMul (x, a) y = MatMul (t, b) }";
+        let pair = format!(
+            "{OPSET} g (float[N,3] x) => (float[N,3] y) <float[3,1] a = {{1, 2, 3}}, float[1,3] b = {{1, 2, 3}}> {body}"
+        );
+        check_refuses(&FoldMatmulChain, &pair, "the product is larger");
+        let output = format!("{OPSET} g (float[N,2] x) => (float[N,2] y, float[N,3] t) <{WEIGHTS}> {body}");
+        check_refuses(&FoldMatmulChain, &output, "an inner value has other uses");
+    }
+}
