@@ -153,6 +153,7 @@ pub(super) struct Layer<'a> {
     graph: &'a Graph,
     id: NodeId,
     opset: i64,
+    allowed_growth: u64,
     pub(super) kind: LayerKind,
     pub(super) node: &'a Node,
     pub(super) weight: &'a Tensor,
@@ -205,7 +206,8 @@ impl<'a> Layer<'a> {
         if kind == LayerKind::Gemm && m.opset() < 7 {
             return Err("before opset 7 Gemm broadcasts only where an attribute says so".into());
         }
-        Ok(Layer { graph, id, opset: m.opset(), kind, node, weight, ndim, inputs, outputs, groups })
+        let allowed_growth = allowed_growth(m);
+        Ok(Layer { graph, id, opset: m.opset(), allowed_growth, kind, node, weight, ndim, inputs, outputs, groups })
     }
 
     /// Its node.
@@ -242,7 +244,7 @@ impl<'a> Layer<'a> {
 
     /// Refuses where other nodes use the weight and a copy would enlarge the file.
     fn require_own_weight(&self) -> Result<(), Refusal> {
-        if self.shares_weight() && self.weight.byte_len() > TRIVIAL_BYTES {
+        if self.shares_weight() && self.weight.byte_len() as u64 > self.allowed_growth.max(TRIVIAL_BYTES as u64) {
             return Err("the weight is shared: a copy would enlarge the file".into());
         }
         Ok(())
@@ -456,7 +458,7 @@ fn is_unpadded(node: &Node) -> bool {
     }
 }
 
-/// Refuses unless the constants that a patch adds take no more room than those it frees.
+/// Refuses unless the constants that a patch adds take no more room than those it frees, or the run may still grow.
 pub(super) fn require_no_growth(m: &Match, g: &Patch) -> Result<(), Refusal> {
     require_no_growth_over(m, g, m.bindings.nodes())
 }
@@ -472,10 +474,19 @@ pub(super) fn require_no_growth_over(m: &Match, g: &Patch, nodes: &[NodeId]) -> 
         graph.value(*value).uses().iter().all(|place| matches!(place, Use::Node(user, _) if nodes.contains(user)))
     };
     let freed: usize = inputs.iter().filter(|v| gone(v)).filter_map(|&v| graph.constant(v)).map(Tensor::byte_len).sum();
-    m.require(
-        g.constant_bytes() <= freed + TRIVIAL_BYTES,
-        "a constant is shared with other nodes: a copy would enlarge the file",
-    )
+    let growth = g.constant_bytes().saturating_sub(freed);
+    if growth > TRIVIAL_BYTES {
+        let reason = "a constant is shared with other nodes: a copy would enlarge the file";
+        m.require(growth as u64 <= allowed_growth(m), reason)?;
+        let grown = &m.context().grown;
+        grown.set(grown.get().saturating_add(growth as u64));
+    }
+    Ok(())
+}
+
+/// Bytes by which copies may still enlarge the model in this run.
+fn allowed_growth(m: &Match) -> u64 {
+    m.context().max_growth.saturating_sub(m.context().grown.get())
 }
 
 /// Refuses where a value inside the match is used outside it, before anything dear is computed.
