@@ -25,10 +25,6 @@ pub(super) struct Heads {
 pub(super) struct Rotary {
     /// The rotated value.
     pub output: ValueId,
-    /// What the value is multiplied by.
-    pub cos: ValueId,
-    /// What the rotated halves are multiplied by.
-    pub sin: ValueId,
     /// The angles of one half, with the positions on one axis and nothing on others.
     pub angles: ValueId,
     /// How many positions there are.
@@ -145,7 +141,7 @@ fn unrotated(m: &Match, value: ValueId) -> Option<(ValueId, Rotary)> {
     if self::angles(m, sin, "Sin", size)?.0 != angles {
         return None;
     }
-    Some((x, Rotary { output: value, cos, sin, angles, positions }))
+    Some((x, Rotary { output: value, angles, positions }))
 }
 
 /// The angles whose cosine or sine `value` is, if both halves of the last axis have the same.

@@ -1,10 +1,12 @@
 //! Which masks let every query see itself and all earlier keys, and nothing else.
 
 use crate::Match;
-use lathe_ir::{Node, ValueId};
+use lathe_ir::{DataType, Node, ValueId};
 
-/// Numbers at or below this mask a score: no sum with a score of half precision comes near 0 again.
-const MASKED: f64 = -1e4;
+/// Whether a score with `number` added is as good as minus infinity, whatever the score.
+fn masks(number: f64, elem: DataType) -> bool {
+    number <= if elem == DataType::Float16 { -6e4 } else { -1e30 }
+}
 
 /// How far layout nodes are followed.
 const DEPTH: usize = 12;
@@ -24,7 +26,7 @@ fn constant(m: &Match, mask: ValueId) -> Option<bool> {
         return None;
     }
     let values = tensor.to_f64s()?;
-    let causal = |(i, &x): (usize, &f64)| if i % columns <= i / columns { x == 0.0 } else { x <= MASKED };
+    let causal = |(i, &x): (usize, &f64)| if i % columns <= i / columns { x == 0.0 } else { masks(x, tensor.dtype()) };
     Some(values.iter().enumerate().all(causal))
 }
 
@@ -37,8 +39,10 @@ fn selected(m: &Match, mask: ValueId) -> Option<bool> {
     let node = producer(m, mask).filter(|n| n.is("Where"))?;
     let number = |index: usize| m.graph().constant(node.input(index)?).filter(|t| t.len() == 1)?.scalar_f64();
     let (mut condition, yes, no) = (node.input(0)?, number(1)?, number(2)?);
-    let mut visible = yes == 0.0 && no <= MASKED;
-    if !visible && !(no == 0.0 && yes <= MASKED) {
+    let elem = m.facts().elem(mask)?;
+    let mut visible = yes == 0.0 && masks(no, elem);
+    let hidden = no == 0.0 && masks(yes, elem);
+    if !visible && !hidden {
         return None;
     }
     let ndim = m.facts().ndim(mask)?;
@@ -60,12 +64,16 @@ fn selected(m: &Match, mask: ValueId) -> Option<bool> {
 /// broadcasts to `ndim` axes.
 fn counts(m: &Match, value: ValueId, ndim: usize) -> Option<usize> {
     let mut at = value;
-    // The counted size must be the only one that is not 1, or stay in place when the value is expanded.
     for _ in 0..DEPTH {
         let node = producer(m, at)?;
         match node.op_type.as_str() {
             "Range" => break,
-            "Unsqueeze" | "Squeeze" | "Reshape" | "Cast" | "Identity" => at = node.input(0)?,
+            "Unsqueeze" | "Squeeze" | "Reshape" | "Identity" => at = node.input(0)?,
+            "Cast" => {
+                // Narrower types do not hold every position.
+                let wide = [DataType::Int32, DataType::Int64, DataType::Float, DataType::Double];
+                at = node.input(0).filter(|_| m.facts().elem(at).is_some_and(|elem| wide.contains(&elem)))?;
+            }
             _ => return None,
         }
     }
@@ -74,11 +82,11 @@ fn counts(m: &Match, value: ValueId, ndim: usize) -> Option<usize> {
     if number(0)? != 0.0 || number(2)? != 1.0 {
         return None;
     }
-    let length = m.facts().shape(at)?.first()?.clone();
+    let length = m.facts().shape(at)?.first()?;
     let shape = m.facts().shape(value)?;
     let long: Vec<usize> = (0..shape.len()).filter(|&i| shape[i].as_known() != Some(1)).collect();
     match long[..] {
-        [axis] if shape[axis] == length && shape.len() <= ndim => Some(shape.len() - axis),
+        [axis] if shape[axis] == *length && shape.len() <= ndim => Some(shape.len() - axis),
         _ => None,
     }
 }

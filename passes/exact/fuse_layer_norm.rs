@@ -106,6 +106,8 @@ fn fuse(m: &Match, g: &mut Patch, scale: Option<ValueId>, shift: Option<ValueId>
         }
     }
     let x = normalized(m, Some("narrowed"))?;
+    // A widened difference whose quotient nothing narrows again is for the rule that sees the cast.
+    m.only_if(m.elem("output")? == x.elem)?;
     let epsilon = norm_parts::epsilon(m)?;
     if scale.is_some() {
         require_spans(m, "scale", &x, axis)?;
@@ -238,6 +240,26 @@ mod tests {
             }>  # float[N,4]
         }
         ");
+    }
+
+    #[test]
+    fn keeps_the_type_of_a_widened_quotient() {
+        let graph = r#"<opset_import: ["" : 17]>
+            g (float16[N,4] x) => (float16[N,4] y) <float two = {2}, float eps = {1e-3}> {
+                mean = ReduceMean <axes = [-1]> (x)
+                d = Sub (x, mean)
+                w = Cast <to = 1> (d)
+                sq = Pow (w, two)
+                var = ReduceMean <axes = [-1]> (sq)
+                e = Add (var, eps)
+                s = Sqrt (e)
+                n = Div (w, s)
+                y = Cast <to = 10> (n)
+            }"#;
+        assert!(check(&FuseLayerNorm, graph).contains("y = LayerNormalization"));
+        let wide = graph.replace("=> (float16[N,4] y)", "=> (float[N,4] n)").replace("y = Cast <to = 10> (n)", "");
+        let mut kept = crate::testing::model(&wide);
+        assert_eq!(FuseLayerNorm.apply(&mut kept, &Context::default()).unwrap().changes, []);
     }
 
     #[test]

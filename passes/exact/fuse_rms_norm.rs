@@ -76,6 +76,7 @@ fn fuse(m: &Match, g: &mut Patch, scale: Option<ValueId>) -> Result<ValueId, Ref
     };
     let axis = averaged_axes(m, "mean", m.value("x"))?;
     let x = normalized(m, Some("narrowed"))?;
+    m.require(m.elem("output")? == x.elem, "the result has another type")?;
     let epsilon = norm_parts::epsilon(m)?;
     let scale = match scale {
         Some(scale) => {

@@ -1,6 +1,7 @@
 //! Exact passes: the result is the same function.
 
 mod attention_parts;
+mod attention_weights;
 mod causal_mask;
 mod drop_dead;
 mod drop_identities;
