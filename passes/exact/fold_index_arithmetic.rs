@@ -87,7 +87,14 @@ mod tests {
             n2 = Not (m)
             y = And (c, n2)
         }";
-        assert_snapshot!(check(&FoldIndexArithmetic, graph), @"");
+        assert_snapshot!(check(&FoldIndexArithmetic, graph), @r#"
+        g (int64[S] ids, bool[S] m) => (bool[S] y) <
+            int64 zero = {0},
+            int64 one = {1}
+        > {
+            y = Not (m)  # bool[S]
+        }
+        "#);
     }
 
     #[test]
@@ -101,7 +108,19 @@ mod tests {
                 else_branch = e () => (float[S] r) { r = Identity (x) }
             >
         }";
-        assert_snapshot!(check(&FoldIndexArithmetic, graph), @"");
+        assert_snapshot!(check(&FoldIndexArithmetic, graph), @r#"
+        g (bool k, float[S] x) => (float[S] y) <
+            int64 zero = {0},
+            int64 one = {1},
+            float o = {0}
+        > {
+            y = If (k) <then_branch = t () => (q) {
+                q = Neg (x)
+            }, else_branch = e () => (float[S] r) {
+                r = Identity (x)  # float[S]
+            }>  # float[S]
+        }
+        "#);
     }
 
     #[test]

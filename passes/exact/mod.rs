@@ -11,6 +11,7 @@ mod fold_batch_norm;
 mod fold_bias;
 mod fold_compute;
 mod fold_constants;
+mod fold_index_arithmetic;
 mod fold_matmul_chain;
 mod fold_norm_affine;
 mod fold_pads;
@@ -49,6 +50,7 @@ pub use drop_noop_layout::DropNoopLayout;
 pub use fold_batch_norm::FoldBatchNorm;
 pub use fold_bias::FoldBias;
 pub use fold_constants::FoldConstants;
+pub use fold_index_arithmetic::FoldIndexArithmetic;
 pub use fold_matmul_chain::FoldMatmulChain;
 pub use fold_norm_affine::FoldNormAffine;
 pub use fold_pads::FoldPads;
@@ -85,12 +87,17 @@ use crate::Pass;
 pub const PASSES: &[&dyn Pass] = &[
     &FreezeInitializers,
     &HoistConstants,
-    &NormaliseModel,
     &UpgradeOpset,
-    &FoldConstants,
+    &InlineFunctions,
+    &NormaliseModel,
     &DropIdentities,
     &DropNeutral,
     &DropNoopLayout,
+    &FoldConstants,
+    &FoldIndexArithmetic,
+    &InlineIf,
+    &UnrollLoop,
+    &HoistInvariants,
     &SimplifyReshapes,
     &SimplifyShapes,
     &SimplifySlices,
@@ -106,16 +113,12 @@ pub const PASSES: &[&dyn Pass] = &[
     &FoldScale,
     &FoldBias,
     &FuseGemm,
-    &FoldMatmulChain,
     &FoldNormAffine,
+    &FoldMatmulChain,
     &MergeSlices,
     &FuseAttention,
     &FuseSkipNorm,
     &ShareInitializers,
     &MergeDuplicates,
     &DropDead,
-    &InlineFunctions,
-    &InlineIf,
-    &UnrollLoop,
-    &HoistInvariants,
 ];
