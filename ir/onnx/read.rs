@@ -30,6 +30,8 @@ pub enum ReadError {
     Empty,
     #[error("not an ONNX model, or a damaged one: {0}")]
     Decode(prost::DecodeError),
+    #[error("its graphs are nested more than 30 levels deep, which no one can follow")]
+    TooDeep,
     #[error("the file has no graph, so it is not an ONNX model")]
     NoGraph,
     #[error("the file has format version {found}; the newest one known here is {NEWEST_IR}")]
@@ -94,13 +96,21 @@ impl Model {
     }
 }
 
+/// The decoder follows a hundred messages into each other, which is three for every graph in a graph.
+fn decode_error(error: prost::DecodeError) -> ReadError {
+    match error.to_string().contains("recursion limit") {
+        true => ReadError::TooDeep,
+        false => ReadError::Decode(error),
+    }
+}
+
 fn read(bytes: Bytes, mapping: Option<&Arc<Mapping>>, folder: Option<PathBuf>) -> Result<Loaded, ReadError> {
     if bytes.is_empty() {
         return Err(ReadError::Empty);
     }
     let file_bytes = bytes.len() as u64;
     let unknown = scan::unknown_field(&bytes);
-    let file = proto::ModelProto::decode(bytes.clone()).map_err(ReadError::Decode)?;
+    let file = proto::ModelProto::decode(bytes.clone()).map_err(decode_error)?;
     if file.ir_version() > NEWEST_IR && file.graph.is_some() {
         return Err(ReadError::TooNew { found: file.ir_version() });
     }
