@@ -4,6 +4,7 @@ mod attention_parts;
 mod attention_weights;
 mod causal_mask;
 mod drop_dead;
+mod drop_duplicate_units;
 mod drop_identities;
 mod drop_neutral;
 mod drop_noop_layout;
@@ -31,6 +32,7 @@ mod inline_functions;
 mod inline_if;
 mod linear;
 mod merge_duplicates;
+mod merge_linears;
 mod merge_scalars;
 mod merge_slices;
 mod norm_parts;
@@ -44,6 +46,7 @@ mod unroll_loop;
 mod upgrade_opset;
 
 pub use drop_dead::DropDead;
+pub use drop_duplicate_units::DropDuplicateUnits;
 pub use drop_identities::DropIdentities;
 pub use drop_neutral::DropNeutral;
 pub use drop_noop_layout::DropNoopLayout;
@@ -69,6 +72,7 @@ pub use hoist_invariants::HoistInvariants;
 pub use inline_functions::InlineFunctions;
 pub use inline_if::InlineIf;
 pub use merge_duplicates::MergeDuplicates;
+pub use merge_linears::MergeLinears;
 pub use merge_scalars::MergeScalars;
 pub use merge_slices::MergeSlices;
 pub use normalise_model::NormaliseModel;
@@ -114,6 +118,8 @@ pub const PASSES: &[&dyn Pass] = &[
     &FoldBias,
     &FuseGemm,
     &FoldNormAffine,
+    &MergeLinears,
+    &DropDuplicateUnits,
     &FoldMatmulChain,
     &MergeSlices,
     &FuseAttention,
