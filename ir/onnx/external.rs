@@ -58,11 +58,13 @@ pub enum ExternalError {
 pub(super) struct ExternalFiles {
     folder: Option<PathBuf>,
     files: BTreeMap<PathBuf, Arc<Mapping>>,
+    /// By the path in the model, so that each is resolved once.
+    locations: BTreeMap<String, Arc<Mapping>>,
 }
 
 impl ExternalFiles {
     pub(super) fn new(folder: Option<PathBuf>) -> ExternalFiles {
-        ExternalFiles { folder, files: BTreeMap::new() }
+        ExternalFiles { folder, files: BTreeMap::new(), locations: BTreeMap::new() }
     }
 
     /// The files in use, as canonical paths.
@@ -98,6 +100,9 @@ impl ExternalFiles {
     }
 
     fn open(&mut self, location: &str) -> Result<Arc<Mapping>, ExternalError> {
+        if let Some(mapping) = self.locations.get(location) {
+            return Ok(Arc::clone(mapping));
+        }
         let folder = self.folder.as_ref().ok_or(ExternalError::NoFolder)?;
         let escapes = || ExternalError::Escapes { location: location.to_owned() };
         let failed = |source| ExternalError::Open { location: location.to_owned(), source };
@@ -111,11 +116,12 @@ impl ExternalFiles {
         if !real.starts_with(&home) {
             return Err(escapes());
         }
-        if let Some(mapping) = self.files.get(&real) {
-            return Ok(Arc::clone(mapping));
-        }
-        let mapping = Mapping::open(&real).map_err(failed)?;
+        let mapping = match self.files.get(&real) {
+            Some(mapping) => Arc::clone(mapping),
+            None => Mapping::open(&real).map_err(failed)?,
+        };
         self.files.insert(real, Arc::clone(&mapping));
+        self.locations.insert(location.to_owned(), Arc::clone(&mapping));
         Ok(mapping)
     }
 }

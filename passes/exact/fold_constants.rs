@@ -6,8 +6,10 @@ use super::{
 };
 use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
 use lathe_analysis::Facts;
-use lathe_ir::{Function, Graph, Initializer, Model, NodeId, Origin, Tensor, ValueId};
-use std::collections::{BTreeMap, BTreeSet};
+use lathe_ir::{
+    AttributeValue, Function, Graph, Initializer, Model, NodeId, Origin, ScopeId, Tensor, ValueId,
+};
+use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 /// See [`INFO`].
 pub struct FoldConstants;
@@ -74,6 +76,7 @@ fn fold(
     outcome: &mut Outcome,
     refused: &mut Vec<Refused>,
 ) -> Result<(), Error> {
+    merge_fills(graph, outcome);
     graph.sort()?;
     let mut facts = cx.facts.take(graph, opsets, functions);
     let mut blocked: BTreeSet<NodeId> = BTreeSet::new();
@@ -114,6 +117,32 @@ fn fold(
     }
     cx.facts.keep(graph, facts);
     Ok(())
+}
+
+/// Lets equal `ConstantOfShape` nodes of one graph share their result, so that what they fill is stored once.
+fn merge_fills(graph: &mut Graph, outcome: &mut Outcome) {
+    let mut seen: BTreeMap<(ScopeId, Vec<i64>, Option<(i32, Vec<u8>)>), ValueId> = BTreeMap::new();
+    for id in graph.all_nodes() {
+        let node = graph.node(id);
+        let (Some(input), Some(output)) = (node.input(0), node.output(0)) else { continue };
+        if !node.is("ConstantOfShape") || graph.is_output(output) {
+            continue;
+        }
+        let Some(shape) = graph.constant(input).and_then(Tensor::to_i64s) else { continue };
+        let fill = match node.attribute("value") {
+            None => None,
+            Some(AttributeValue::Tensor(fill)) => Some((fill.dtype().code(), fill.bytes().to_vec())),
+            Some(_) => continue,
+        };
+        match seen.entry((node.scope(), shape, fill)) {
+            Entry::Vacant(entry) => _ = entry.insert(output),
+            Entry::Occupied(entry) => {
+                outcome.change("merge-fills", graph.describe(id));
+                graph.replace_uses(output, *entry.get());
+                graph.remove_node(id);
+            }
+        }
+    }
 }
 
 /// Puts the results in the place of the nodes.

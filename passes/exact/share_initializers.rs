@@ -34,7 +34,7 @@ impl Pass for ShareInitializers {
 }
 
 /// Bytes looked at on either end of a large tensor before all of it is read.
-const SAMPLE: usize = 2048;
+const SAMPLE: usize = 1024;
 
 type Key = (DataType, Vec<usize>, Vec<u8>);
 
@@ -62,7 +62,6 @@ fn share(graph: &mut Graph, outcome: &mut Outcome) {
             let same = |other: &&ValueId| graph.constant(**other).is_some_and(|o| equal(o, tensor));
             let candidates = visible.iter().filter_map(|s| kept.get(s)?.get(&key)).flatten();
             let found = if graph.is_output(value) { None } else { candidates.into_iter().find(same).copied() };
-            tensor.release();
             match found {
                 Some(first) => {
                     let names = format!("`{}` is `{}`", graph.value(value).name, graph.value(first).name);
