@@ -6,9 +6,7 @@ use super::{
 };
 use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
 use lathe_analysis::Facts;
-use lathe_ir::{
-    AttributeValue, Function, Graph, Initializer, Model, NodeId, Origin, ScopeId, Tensor, ValueId,
-};
+use lathe_ir::{AttributeValue, Function, Graph, Initializer, Model, NodeId, Origin, ScopeId, Tensor, ValueId};
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 /// See [`INFO`].
