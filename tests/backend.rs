@@ -8,7 +8,7 @@
 
 mod common;
 
-use lathe_ir::{AttributeValue, Graph, Model, Node, ScopeId, Tensor, Type, TypeKind, ValueId, text};
+use lathe_ir::{AttributeValue, DataType, Graph, Model, Node, ScopeId, Tensor, Type, TypeKind, ValueId, text};
 use lathe_runtime::{Claim, Datum, Engine, LoadOptions, Session, Source, compare};
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -26,6 +26,9 @@ const CASES: &str = "LATHE_BACKEND_CASES";
 
 /// Longer than any case takes on a busy machine: the largest light models run for a few seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The relative tolerance of onnx's own runner.
+const RTOL: f64 = 1e-3;
 
 /// How a case ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -212,7 +215,7 @@ fn compare_on(original: &Model, optimized: &Model, data: &Graph) -> Result<(Outc
         return Err(failure.clone());
     }
     let as_expected = |outputs: &[(String, Datum)]| -> Result<(), String> {
-        match outputs.iter().zip(&expected).find(|((_, found), expected)| !close(found, expected)) {
+        match outputs.iter().zip(&expected).find(|((_, found), expected)| !close(found, expected, RTOL)) {
             Some(((name, _), _)) => Err(format!("output `{name}` is not what the case expects")),
             None => Ok(()),
         }
@@ -325,10 +328,12 @@ fn stored(data: &Graph, name: &str) -> Option<Datum> {
     tensor(name).map(Datum::Tensor)
 }
 
-/// Whether two values agree as onnx's own runner has it: 1e-3 relative or 1e-7 absolute, element by element.
-fn close(found: &Datum, expected: &Datum) -> bool {
+/// Whether two values agree as onnx's own runner has it: `rtol` relative or 1e-7 absolute, element by element.
+fn close(found: &Datum, expected: &Datum, rtol: f64) -> bool {
     match (found, expected) {
-        (Datum::Sequence(a), Datum::Sequence(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| close(a, b)),
+        (Datum::Sequence(a), Datum::Sequence(b)) => {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| close(a, b, rtol))
+        }
         (Datum::None, Datum::None) => true,
         (Datum::Tensor(a), Datum::Tensor(b)) => {
             if a.dtype() != b.dtype() || a.dims() != b.dims() {
@@ -337,10 +342,15 @@ fn close(found: &Datum, expected: &Datum) -> bool {
             if a.same_bits(b) {
                 return true;
             }
+            // Two steps of the narrow types, which one rounding more or less moves.
+            let step = match a.dtype() {
+                DataType::Float16 => 2.0 * f64::from(2f32.powi(-10)),
+                DataType::Bfloat16 => 2.0 * f64::from(2f32.powi(-7)),
+                _ => 0.0,
+            };
             let (Some(a), Some(b)) = (a.to_f64s(), b.to_f64s()) else { return false };
-            a.iter()
-                .zip(&b)
-                .all(|(a, b)| a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= 1e-7 + 1e-3 * b.abs())
+            let near = |a: f64, b: f64| (a - b).abs() <= 1e-7 + rtol.max(step) * b.abs();
+            a.iter().zip(&b).all(|(&a, &b)| a == b || (a.is_nan() && b.is_nan()) || near(a, b))
         }
         _ => false,
     }
