@@ -113,9 +113,7 @@ impl Facts {
     /// Constants among the inputs may be new as well.
     pub fn update(&mut self, graph: &Graph, opsets: &[(String, i64)], functions: &[Function], node: NodeId) {
         let shared = Shared::new(functions);
-        let mut engine = Engine::new(graph, opsets, &shared);
-        engine.facts = std::mem::take(self);
-        engine.facts.facts.resize(graph.value_bound(), Fact::Unknown);
+        let mut engine = Engine::with(std::mem::take(self), graph, opsets, &shared);
         for value in graph.node(node).inputs().iter().flatten() {
             if matches!(engine.facts.fact(*value), Fact::Unknown) {
                 engine.initializer(*value);
@@ -324,7 +322,12 @@ impl<'a> Engine<'a> {
     }
 
     fn new(graph: &'a Graph, opsets: &'a [(String, i64)], shared: &'a Shared<'a>) -> Engine<'a> {
-        let facts = Facts { facts: vec![Fact::Unknown; graph.value_bound()] };
+        Engine::with(Facts::default(), graph, opsets, shared)
+    }
+
+    /// A walk that goes on from `facts`, without another table of its own.
+    fn with(mut facts: Facts, graph: &'a Graph, opsets: &'a [(String, i64)], shared: &'a Shared<'a>) -> Engine<'a> {
+        facts.facts.resize(graph.value_bound(), Fact::Unknown);
         Engine { graph, opsets, shared, space: 0, bindings: Vec::new(), depth: 0, facts }
     }
 
