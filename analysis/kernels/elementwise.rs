@@ -118,7 +118,6 @@ macro_rules! float {
                 match exponent {
                     1 => Some(self),
                     2 => Some($narrow(x * x)),
-                    3 => Some($narrow(x * x * x)),
                     _ => None,
                 }
             }
@@ -426,10 +425,17 @@ pub(super) fn clip(call: &Call) -> Result<Tensor> {
         let low = low.as_ref().and_then(|t| values::<T>(t).next());
         let high = high.as_ref().and_then(|t| values::<T>(t).next());
         unary::<T, T>(call, |v| {
-            let v = low.map_or(Some(v), |low| larger(v, low))?;
-            high.map_or(Some(v), |high| smaller(v, high))
+            // Some runtimes use the largest finite number for a bound that is left out.
+            let open = |v: T| (!endless(v)).then_some(v);
+            let v = low.map_or(open(v), |low| larger(v, low))?;
+            high.map_or(open(v), |high| smaller(v, high))
         })
     })
+}
+
+/// Whether a number is infinite.
+fn endless<T: Number>(v: T) -> bool {
+    v.sub(v).is_none_or(|zero| zero.partial_cmp(&T::default()).is_none())
 }
 
 /// The operator `Where`.
@@ -439,10 +445,10 @@ pub(super) fn select(call: &Call) -> Result<Tensor> {
         return Err(Unsupported::Invalid);
     }
     // ONNX Runtime joins two masked copies by asking which is not zero, and so loses the sign of a zero.
-    if x.dtype().is_float() {
+    if x.dtype().is_float() && x.dtype() == y.dtype() {
         typed!(x.dtype(), floats, T => {
             let negative_zero = |v: T| v == T::default() && v.is_sign_negative();
-            if values::<T>(x).any(negative_zero) { Err(Unsupported::NotExact) } else { Ok(()) }
+            if values::<T>(x).chain(values::<T>(y)).any(negative_zero) { Err(Unsupported::NotExact) } else { Ok(()) }
         })?;
     }
     let dims = broadcast_dims(&[condition.dims(), x.dims(), y.dims()]).ok_or(Unsupported::Invalid)?;

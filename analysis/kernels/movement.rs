@@ -241,8 +241,14 @@ pub(super) fn slice(call: &Call) -> Result<Tensor> {
             let (start, end) = (from_start(start).clamp(0, size), from_start(end).clamp(0, size));
             (start, (end - start).max(0).unsigned_abs().div_ceil(by.unsigned_abs()))
         } else if by < 0 {
-            let (start, end) = (from_start(start).clamp(-1, size - 1), from_start(end).clamp(-1, size - 1));
-            (start, (start - end).max(0).unsigned_abs().div_ceil(by.unsigned_abs()))
+            // ONNX Runtime takes an end this far out for "down to the first".
+            if end >= i64::from(i32::MAX) {
+                return Err(Unsupported::NotExact);
+            }
+            let last = (size - 1).max(0);
+            let (start, end) = (from_start(start).clamp(0, last), from_start(end).clamp(-1, last));
+            let count = if size == 0 { 0 } else { (start - end).max(0).unsigned_abs() };
+            (start, count.div_ceil(by.unsigned_abs()))
         } else {
             return Err(Unsupported::Invalid);
         };

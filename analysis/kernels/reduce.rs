@@ -45,21 +45,29 @@ fn groups(call: &Call, since: i64) -> Result<Option<Groups>> {
     Ok(Some(Groups { packed, size, dims }))
 }
 
-/// Sums whose order does not matter: of integers, which wrap, and of floats that are whole and stay small.
+/// Runtimes add and multiply integers in float64 too, which is exact up to here.
+const EXACT: u128 = 1 << 53;
+
+/// Sums that come out alike in whatever order and type they are computed: whole numbers that stay small.
 trait Sum: Element {
     fn sum(group: &[Self]) -> Option<Self>;
 }
 
-macro_rules! wrapping_sum {
+macro_rules! whole_sum {
     ($($type:ty),*) => {$(
         impl Sum for $type {
             fn sum(group: &[$type]) -> Option<$type> {
-                Some(group.iter().fold(0, |sum: $type, &v| sum.wrapping_add(v)))
+                let (mut sum, mut largest) = (0i128, 0u128);
+                for &v in group {
+                    sum += i128::from(v);
+                    largest += i128::from(v).unsigned_abs();
+                }
+                if largest <= EXACT { <$type>::try_from(sum).ok() } else { None }
             }
         }
     )*};
 }
-wrapping_sum!(u8, i8, u16, i16, u32, i32, u64, i64);
+whole_sum!(u8, i8, u16, i16, u32, i32, u64, i64);
 
 macro_rules! exact_sum {
     ($($type:ty, $bits:literal;)*) => {$(
@@ -111,7 +119,15 @@ pub(super) fn prod(call: &Call) -> Result<Tensor> {
     let Some(groups) = groups(call, 18)? else { return identity(call) };
     typed!(groups.packed.dtype(), integers, T => {
         let all: Vec<T> = values(&groups.packed).collect();
-        let product = |group: &[T]| Some(group.iter().fold(1, |product: T, &v| product.wrapping_mul(v)));
+        let product = |group: &[T]| {
+            let (mut product, mut largest) = (1i128, 1u128);
+            for &v in group {
+                // A zero must not hide that the product before it was large.
+                largest = largest.checked_mul(i128::from(v).unsigned_abs().max(1)).filter(|&l| l <= EXACT)?;
+                product *= i128::from(v);
+            }
+            T::try_from(product).ok()
+        };
         collect(call, groups.dims, all.chunks_exact(groups.size).map(product))
     })
 }
@@ -124,7 +140,7 @@ pub(super) fn mean(call: &Call) -> Result<Tensor> {
             let sum: i128 = group.iter().map(|&v| i128::from(v)).sum();
             let size = groups.size as i128;
             // How a runtime rounds, and whether its sum wraps, is its own affair.
-            if sum % size == 0 && T::try_from(sum).is_ok() { T::try_from(sum / size).ok() } else { None }
+            if sum % size == 0 && T::sum(group).is_some() { T::try_from(sum / size).ok() } else { None }
         };
         collect(call, groups.dims, all.chunks_exact(groups.size).map(mean))
     })

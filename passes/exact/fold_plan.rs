@@ -14,7 +14,7 @@ const QUANTIZING: &[&str] = &["DequantizeLinear", "DynamicQuantizeLinear", "Quan
 /// Operators of ONNX Runtime's own domain that are functions of their inputs alone.
 const CONTRIB: &[&str] = &["BiasGelu", "FastGelu", "FusedMatMul", "Gelu", "QuickGelu"];
 
-/// Results of up to this many bytes are always stored: the node they replace takes about as much.
+/// Constants of up to this many bytes are not counted: the node that one replaces takes about as much.
 const FREE: usize = 1024;
 
 /// Nodes whose results are constants, and how large those are.
@@ -231,9 +231,10 @@ impl Planner<'_> {
         results.filter(|&v| self.needed(v)).collect()
     }
 
-    /// What storing a result counts for, in bytes.
+    /// What storing a result, or an initializer that is there, counts for, in bytes.
     fn weight(&self, value: ValueId) -> i128 {
-        let bytes = self.found.sizes.get(&value).copied().unwrap_or(0);
+        let stored = || self.graph.constant(value).map(Tensor::byte_len);
+        let bytes = self.found.sizes.get(&value).copied().or_else(stored).unwrap_or(0);
         if bytes <= FREE { 0 } else { bytes as i128 }
     }
 
@@ -283,9 +284,8 @@ impl Planner<'_> {
             }
         }
         for value in freed {
-            let bytes = self.graph.constant(value).map_or(0, Tensor::byte_len) as i128;
             if let Some(first) = self.graph.value(value).uses().iter().find_map(user) {
-                *growths.entry(parts.find(first)).or_default() -= bytes;
+                *growths.entry(parts.find(first)).or_default() -= self.weight(value);
             }
         }
         growths
@@ -317,8 +317,7 @@ impl Planner<'_> {
         }
         let others = self.graph.node(producer).outputs().iter().flatten().filter(|&&v| self.needed(v));
         let own_bytes: i128 = others.map(|&v| self.weight(v)).sum();
-        let freed: i128 =
-            self.freed(&own).iter().filter_map(|&v| self.graph.constant(v)).map(|t| t.byte_len() as i128).sum();
+        let freed: i128 = self.freed(&own).into_iter().map(|v| self.weight(v)).sum();
         let attributes: i128 = own.iter().map(|&id| self.attribute_bytes(id)).sum();
         let members = &members;
         let inside = |v: ValueId| self.graph.producer(v).is_some_and(|p| members.contains(&p));
