@@ -72,7 +72,11 @@ fn length(size: &DimExpr, start: Option<&DimExpr>, end: Option<&DimExpr>, step: 
         // Backwards: between the clamped bounds, the end excluded.
         let (start, end) = (start?.as_known()?, end?.as_known()?);
         if let Some(n) = size.as_known() {
-            let start = if start < 0 { start.saturating_add(n) } else { start }.clamp(-1, n - 1);
+            // ONNX Runtime reads an end this far out as "down to the first".
+            if end >= TO_THE_END {
+                return None;
+            }
+            let start = if start < 0 { start.saturating_add(n) } else { start }.clamp((n - 1).min(0), n - 1);
             let end = if end < 0 { end.saturating_add(n).max(-1) } else { end.min(n - 1) };
             let span = start.checked_sub(end)?.max(0);
             return DimExpr::from(span).ceil_div(-step);
@@ -111,7 +115,7 @@ fn clamped(size: &DimExpr, bound: &DimExpr) -> Option<DimExpr> {
 fn first(size: &DimExpr, start: Option<&DimExpr>, step: Option<i64>) -> Option<i64> {
     let (n, start) = (size.as_known()?, start?.as_known()?);
     let start = if start < 0 { start.saturating_add(n) } else { start };
-    Some(if step? < 0 { start.clamp(-1, n - 1) } else { start.clamp(0, n) })
+    Some(if step? < 0 { start.clamp((n - 1).min(0), n - 1) } else { start.clamp(0, n) })
 }
 
 fn picked(elements: &[Element], old: &[usize], dims: &Dims, walk: &[Option<(i64, i64)>]) -> Option<Vec<Element>> {

@@ -112,7 +112,11 @@ fn elements(range: Range, size: i64) -> Option<(i64, i64, i64)> {
         let count = end.checked_sub(start)?.max(0);
         Some((start, range.step, count.checked_add(range.step.checked_sub(1)?)? / range.step))
     } else {
-        let (start, end) = (start.clamp(-1, size - 1), end.clamp(-1, size - 1));
+        // ONNX Runtime reads an end this far out as "down to the first".
+        if range.end >= i64::from(i32::MAX) {
+            return None;
+        }
+        let (start, end) = (start.clamp((size - 1).min(0), size - 1), end.clamp(-1, size - 1));
         let (count, step) = (start.checked_sub(end)?.max(0), range.step.checked_neg()?);
         Some((start, range.step, count.checked_add(step.checked_sub(1)?)? / step))
     }
