@@ -436,6 +436,12 @@ fn pass_line(record: &PassRecord) -> PassLine {
 /// The comparison in the report's terms.
 pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, note: Option<String>) -> Verify {
     let worst = report.comparison.worst();
+    let rounding = report.comparison.outputs.iter().filter(|o| o.rounding && o.rel_l2 > worst);
+    let rounding: Vec<String> = rounding.map(|o| format!("`{}`", o.name)).collect();
+    let note = note.or_else(|| {
+        let names = rounding.join(", ");
+        (!rounding.is_empty()).then(|| format!("{names} is near zero everywhere and differs by float32 rounding only"))
+    });
     let (metric, limit) = match claim {
         Claim::Identical => ("bits", 0.0),
         Claim::Equivalent { rtol } => {

@@ -74,6 +74,9 @@ impl PassRecord {
     }
 }
 
+/// Looks at a model after an application that changed it.
+pub(crate) type Watch<'a> = dyn FnMut(&Model, &dyn Pass) -> Result<Option<f64>, Broken> + 'a;
+
 /// How far a run goes and who watches it.
 pub(crate) struct Run<'a> {
     /// The passes, in order.
@@ -82,7 +85,7 @@ pub(crate) struct Run<'a> {
     pub limit: usize,
     /// Called after every application that changed something; returns the measured error if it ran the model. A
     /// complaint stops the run.
-    pub watch: &'a mut dyn FnMut(&Model, &dyn Pass) -> Result<Option<f64>, Broken>,
+    pub watch: &'a mut Watch<'a>,
     /// Counts the floating-point operations of one run of a model, for the report.
     pub count_flops: Option<&'a dyn Fn(&Model) -> u64>,
 }

@@ -44,12 +44,14 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     out.push_str(&format!("{passes}\n"));
     out.push_str(&refusals(report, verbose));
     if let Some(verify) = &report.verify {
-        match &verify.note {
-            Some(note) => out.push_str(&format!("\nnot compared: {note}\n")),
-            None => out.push_str(&format!(
+        if let Some(note) = &verify.note {
+            out.push_str(&format!("\nnote: {note}\n"));
+        }
+        if verify.samples > 0 {
+            out.push_str(&format!(
                 "\nverified against the original on {}: {} sets of random inputs, worst relative L2 error {:.1e} (limit {:.0e})\n",
                 verify.runtime, verify.samples, verify.after, verify.limit
-            )),
+            ));
         }
     } else {
         out.push_str("\nnot verified (--no-verify)\n");

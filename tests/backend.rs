@@ -284,10 +284,9 @@ fn build(graph: &mut Graph, value: ValueId, datum: &Datum, optional: bool, feeds
             _ => inner.as_ref(),
         };
         let elem = member.and_then(Type::elem);
-        let node = if parts.is_empty() && elem.is_some() {
-            Node::new("SequenceEmpty").with("dtype", elem.unwrap())
-        } else {
-            Node::new("SequenceConstruct")
+        let node = match elem {
+            Some(elem) if parts.is_empty() => Node::new("SequenceEmpty").with("dtype", elem),
+            _ => Node::new("SequenceConstruct"),
         };
         if !optional {
             let inputs = parts.iter().copied().map(Some).collect();

@@ -121,7 +121,8 @@ fn fold(
 
 /// Lets equal `ConstantOfShape` nodes of one graph share their result, so that what they fill is stored once.
 fn merge_fills(graph: &mut Graph, outcome: &mut Outcome) {
-    let mut seen: BTreeMap<(ScopeId, Vec<i64>, Option<(i32, Vec<u8>)>), ValueId> = BTreeMap::new();
+    type Fill = (ScopeId, Vec<i64>, Option<(i32, Vec<u8>)>);
+    let mut seen: BTreeMap<Fill, ValueId> = BTreeMap::new();
     for id in graph.all_nodes() {
         let node = graph.node(id);
         let (Some(input), Some(output)) = (node.input(0), node.output(0)) else { continue };
