@@ -119,9 +119,6 @@ fn fold(
     Ok(())
 }
 
-/// What a `ConstantOfShape` makes, and where: the sizes, and the element type and bytes of what fills them.
-type Fill = (ScopeId, Vec<i64>, Option<(i32, Vec<u8>)>);
-
 /// Lets equal `ConstantOfShape` nodes of one graph share their result, so that what they fill is stored once.
 fn merge_fills(graph: &mut Graph, outcome: &mut Outcome) {
     type Fill = (ScopeId, Vec<i64>, Option<(i32, Vec<u8>)>);
