@@ -1,0 +1,39 @@
+//! The catalogue of passes agrees with the files and with the README.
+
+use std::{fs, path::Path, process::Command};
+
+fn table() -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_optimize")).args(["passes", "--markdown"]).output().expect("it runs");
+    String::from_utf8(output.stdout).expect("the table is text")
+}
+
+/// The names in the first column.
+fn names() -> Vec<String> {
+    table().lines().skip(2).map(|line| line.split('`').nth(1).expect("a name in each row").to_owned()).collect()
+}
+
+#[test]
+fn the_readme_shows_the_catalogue() {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("it is there");
+    let shown = readme.split("<!-- optimize passes --markdown -->\n").nth(1).expect("the table has a start");
+    let shown = shown.split("<!-- end -->").next().expect("the table has an end");
+    assert_eq!(shown, table(), "run `optimize passes --markdown` and put its output into README.md");
+}
+
+#[test]
+fn every_pass_is_the_file_of_its_name_and_every_such_file_is_registered() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("passes/exact");
+    let mut files: Vec<String> = Vec::new();
+    for entry in fs::read_dir(folder).expect("the folder is there") {
+        let path = entry.expect("it can be listed").path();
+        let is_pass = path.extension().is_some_and(|e| e == "rs")
+            && fs::read_to_string(&path).expect("a source file is text").contains("\nimpl Pass for ");
+        if is_pass {
+            files.push(path.file_stem().expect("a name").to_string_lossy().replace('_', "-"));
+        }
+    }
+    let mut registered = names();
+    files.sort();
+    registered.sort();
+    assert_eq!(registered, files);
+}
