@@ -6,8 +6,8 @@ use super::{
     proto, scan,
 };
 use crate::{
-    Attribute, AttributeValue, Function, Graph, Initializer, Model, Node, ScopeId, SparseTensor, TensorError, Type,
-    ValueId, mapping::Mapping,
+    Attribute, AttributeValue, Function, Graph, Initializer, Model, Node, ScopeId, SparseTensor, Tensor, TensorError,
+    Type, ValueId, mapping::Mapping,
 };
 use bytes::Bytes;
 use prost::Message;
@@ -30,6 +30,8 @@ pub enum ReadError {
     Empty,
     #[error("not an ONNX model, or a damaged one: {0}")]
     Decode(prost::DecodeError),
+    #[error("not an ONNX tensor, or a damaged one: {0}")]
+    DecodeTensor(prost::DecodeError),
     #[error("its graphs are nested more than 30 levels deep, which no one can follow")]
     TooDeep,
     #[error("the file has no graph, so it is not an ONNX model")]
@@ -93,6 +95,19 @@ impl Model {
     /// Reads a model from memory; it cannot have external data.
     pub fn from_bytes(bytes: Bytes) -> Result<Loaded, ReadError> {
         read(bytes, None, None)
+    }
+}
+
+impl Tensor {
+    /// Reads a tensor from a file of its own, as ONNX test data comes, with its name. Raw data stays in the file until it
+    /// is touched.
+    pub fn read(path: &Path) -> Result<(String, Tensor), ReadError> {
+        let mapping = Mapping::open(path)?;
+        let file = proto::TensorProto::decode(mapping.bytes()).map_err(ReadError::DecodeTensor)?;
+        let name = file.name().to_owned();
+        let mut external = ExternalFiles::new(None);
+        let source = TensorSource { mapping: Some(&mapping), external: &mut external };
+        Ok((name, convert::tensor(file, source)?))
     }
 }
 
