@@ -17,6 +17,7 @@ mod ort_engine;
 mod random;
 mod roles;
 mod serve;
+mod sets;
 #[cfg(test)]
 mod testing;
 mod verify;
@@ -33,4 +34,5 @@ pub use library::{Discovery, Found, Place, Search, Tried};
 pub use ort_engine::OrtEngine;
 pub use random::Random;
 pub use serve::serve;
+pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use verify::{Inputs, Report, Sample, Verdict, VerifyError, verify};
