@@ -29,7 +29,7 @@ const LAST_WORDS: usize = 4096;
 /// What one request may take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Time for one request.
+    /// Time for one stage of a request: loading a model, running one batch.
     pub timeout: Option<Duration>,
     /// Resident memory of the worker, in bytes; watched on Linux only.
     pub memory: Option<u64>,
@@ -95,6 +95,7 @@ impl Child {
         let mut data = Vec::new();
         let inputs = match inputs {
             Inputs::Random(spec) => InputHeads::Random(spec.clone()),
+            Inputs::Set(spec) => InputHeads::Set(spec.clone()),
             Inputs::Given(samples) => {
                 let pack = |sample: &Sample| {
                     let (heads, parts) = frames::pack(sample);
@@ -185,11 +186,15 @@ impl Evaluate for Child {
 
 impl Worker {
     fn wait(&mut self, limits: Limits) -> Result<(Answer, Bytes), String> {
-        let start = Instant::now();
+        let mut start = Instant::now();
         let mut stage = "starting".to_owned();
         loop {
             match self.answers.recv_timeout(LOOK) {
-                Ok(Ok((Answer::Stage(what), _))) => stage = what,
+                Ok(Ok((Answer::Stage(what), _))) => {
+                    // The limit is on one run, and a set has many.
+                    start = Instant::now();
+                    stage = what;
+                }
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => return Err(self.obituary(&stage)),
                 Err(RecvTimeoutError::Timeout) => {}

@@ -1,6 +1,6 @@
 //! What travels between the program and its worker: framed messages of a JSON header and raw bytes.
 
-use crate::{Claim, Datum, InputSpec, LoadOptions, Sample, Verdict};
+use crate::{Claim, Datum, InputSpec, LoadOptions, Sample, SetSpec, Verdict};
 use bytes::Bytes;
 use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,8 @@ pub(crate) enum Answer {
 pub(crate) enum InputHeads {
     /// Make them.
     Random(InputSpec),
+    /// Read them from a set.
+    Set(SetSpec),
     /// They are in the payload.
     Given(Vec<Vec<Head>>),
 }

@@ -57,6 +57,7 @@ fn answer(
         Request::Verify { reference, candidate, inputs, claim, options } => {
             let inputs = match inputs {
                 InputHeads::Random(spec) => Inputs::Random(spec),
+                InputHeads::Set(spec) => Inputs::Set(spec),
                 InputHeads::Given(samples) => {
                     let samples = samples.into_iter().map(|heads| frames::unpack(heads, &mut payload));
                     Inputs::Given(samples.collect::<Result<_, _>>()?)

@@ -1,7 +1,8 @@
 //! Whether a candidate still computes what its reference does: both are run on the same inputs and compared.
 
 use crate::{
-    Claim, Comparison, Datum, Engine, InputError, LoadOptions, RuntimeError, Session, Source, compare,
+    Claim, Comparison, Datum, Engine, InputError, LoadOptions, RuntimeError, SampleSet, Session, SetError, SetSpec,
+    Source, compare,
     inputs::{InputSpec, Sizes, Style, generate, sizes_to_try},
 };
 use lathe_ir::{Model, Tensor};
@@ -15,6 +16,8 @@ pub type Sample = Vec<(String, Tensor)>;
 pub enum Inputs {
     /// Random inputs, made for the reference.
     Random(InputSpec),
+    /// The samples of a set, read batch by batch.
+    Set(SetSpec),
     /// These.
     Given(Vec<Sample>),
 }
@@ -92,7 +95,7 @@ impl Verdict {
 }
 
 /// Why two models could not be compared at all.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
     /// No inputs can be made.
     #[error(transparent)]
@@ -100,6 +103,9 @@ pub enum VerifyError {
     /// The engine cannot be used; a model it refuses is a [`Verdict`] instead.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    /// The set cannot be read.
+    #[error(transparent)]
+    Set(#[from] SetError),
 }
 
 /// What was learnt about the reference: inputs it accepts, with the outputs it gives.
@@ -135,6 +141,10 @@ pub fn verify(
     };
     stage("running the original");
     let runs = match inputs {
+        Inputs::Set(spec) => {
+            let set = SampleSet::open(spec, model)?;
+            return verify_on_set(engine, session.as_mut(), candidate, &set, claim, &options, stage);
+        }
         Inputs::Given(samples) => run_given(session.as_mut(), samples),
         Inputs::Random(spec) => run_random(session.as_mut(), model, spec, claim)?,
     };
@@ -171,6 +181,59 @@ pub fn verify(
         report.comparison.merge(compare(&ran.outputs, &outputs, claim));
         report.samples += 1;
         report.sizes.push(ran.sizes);
+    }
+    Ok(Verdict::Compared(report))
+}
+
+/// Compares on a set, of which one batch is in memory at a time: both models stay loaded.
+fn verify_on_set(
+    engine: &dyn Engine,
+    original: &mut dyn Session,
+    candidate: Source<'_>,
+    set: &SampleSet,
+    claim: Claim,
+    options: &LoadOptions,
+    stage: &mut dyn FnMut(&str),
+) -> Result<Verdict, VerifyError> {
+    stage("loading the result");
+    let mut result = match engine.load(candidate, options) {
+        Ok(session) => session,
+        Err(RuntimeError::Load { message, .. }) => {
+            return Ok(Verdict::CandidateRefused { message, sizes: String::new() });
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut report = Report { engine: engine.name(), ..Report::default() };
+    for batch in set.batches() {
+        let batch = batch?;
+        let place = format!("samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len());
+        stage(&format!("running {place}"));
+        let before = match original.run(&batch.inputs) {
+            Ok(outputs) => outputs,
+            Err(error) => {
+                let message = error.to_string();
+                return Ok(Verdict::ReferenceRefused { message, tried: vec![place] });
+            }
+        };
+        if report.samples == 0 {
+            let failures = match original.run(&batch.inputs) {
+                Ok(again) => compare(&before, &again, Claim::Identical).failures,
+                Err(error) => vec![error.to_string()],
+            };
+            if !failures.is_empty() {
+                return Ok(Verdict::Nondeterministic { failures });
+            }
+        }
+        let after = match result.run(&batch.inputs) {
+            Ok(outputs) => outputs,
+            Err(error) => return Ok(Verdict::CandidateRefused { message: error.to_string(), sizes: place }),
+        };
+        report.comparison.merge(compare(&before, &after, claim));
+        report.samples += batch.samples;
+        if !report.comparison.failures.is_empty() {
+            report.sizes.push(place);
+            break;
+        }
     }
     Ok(Verdict::Compared(report))
 }

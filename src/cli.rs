@@ -133,6 +133,9 @@ pub(crate) struct OptimizeArgs {
     pub save_recipe: Option<PathBuf>,
     #[command(flatten)]
     #[serde(flatten)]
+    pub sets: commands::sets::SetArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
     pub run: RunArgs,
     #[command(flatten)]
     #[serde(skip)]

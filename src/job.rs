@@ -1,7 +1,7 @@
 //! The main job: read, simplify, prove, write, report.
 
 use crate::{
-    Failure, PassRecord, Report, Selection,
+    Failure, PassRecord, Report, Selection, Sets,
     pipeline::{self, Broken, Run},
     report::{self, OutputLine, PassLine, Refusal, Side, Verify},
     runner::{Runner, RunnerOptions},
@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
 use lathe_passes::{Context, Kind, PASSES, Pass, Target};
-use lathe_runtime::{Claim, InputSpec, LoadOptions, Verdict};
+use lathe_runtime::{Claim, InputSpec, Inputs, LoadOptions, SetSpec, Verdict};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -51,6 +51,8 @@ pub struct Options {
     pub paranoid: bool,
     /// Whether the report counts the FLOPs that each pass saves.
     pub detailed: bool,
+    /// Sets that the result is run on instead of random inputs.
+    pub sets: Sets,
     /// Shapes of inputs for the run.
     pub shapes: Vec<(String, Vec<usize>)>,
     /// The seed of random inputs.
@@ -87,8 +89,10 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let chosen = options.selection.of(PASSES).map_err(Failure::Usage)?;
     check_settings(options)?;
     let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
+    let set = options.sets.check(&loaded.model)?;
     let job = Job {
         options,
+        set,
         runner: Runner::new(RunnerOptions {
             library: options.ort.clone(),
             load: options.load.clone(),
@@ -131,6 +135,8 @@ fn check_settings(options: &Options) -> Result<(), Failure> {
 
 struct Job<'a> {
     options: &'a Options,
+    /// The set that the result is compared on, and which one it is; random inputs without one.
+    set: Option<(SetSpec, &'static str)>,
     runner: Runner,
 }
 
@@ -270,8 +276,16 @@ impl Job<'_> {
         Ok(result.map(|(records, applied)| Simplified { model, records, applied }))
     }
 
-    fn inputs(&self) -> InputSpec {
-        InputSpec { seed: self.options.seed, shapes: self.options.shapes.clone() }
+    fn inputs(&self) -> Inputs {
+        match &self.set {
+            Some((spec, _)) => Inputs::Set(spec.clone()),
+            None => Inputs::Random(InputSpec { seed: self.options.seed, shapes: self.options.shapes.clone() }),
+        }
+    }
+
+    /// What [`Job::inputs`] are, in the report's word.
+    fn set_name(&self) -> &'static str {
+        self.set.as_ref().map_or("random", |(_, name)| name)
     }
 
     /// Compares two models in memory, by way of a temporary folder.
@@ -298,11 +312,11 @@ impl Job<'_> {
         let reason = verdict.describe();
         match verdict {
             Verdict::Compared(report) if report.comparison.failures.is_empty() => {
-                Ok(Judgement::Holds(verify(report, WHOLE, None)))
+                Ok(Judgement::Holds(verify(report, WHOLE, self.set_name(), None)))
             }
             Verdict::Nondeterministic { .. } => {
                 let note = format!("{reason}, so its outputs were not compared");
-                Ok(Judgement::Holds(verify(lathe_runtime::Report::default(), WHOLE, Some(note))))
+                Ok(Judgement::Holds(verify(lathe_runtime::Report::default(), WHOLE, self.set_name(), Some(note))))
             }
             Verdict::ReferenceRefused { .. } => Err(Failure::Error(anyhow!(
                 "{reason}, so the result cannot be verified (--no-verify writes it without proof)"
@@ -434,7 +448,7 @@ fn pass_line(record: &PassRecord) -> PassLine {
 }
 
 /// The comparison in the report's terms.
-pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, note: Option<String>) -> Verify {
+pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str, note: Option<String>) -> Verify {
     let worst = report.comparison.worst();
     let rounding = report.comparison.outputs.iter().filter(|o| o.rounding && o.rel_l2 > worst);
     let rounding: Vec<String> = rounding.map(|o| format!("`{}`", o.name)).collect();
@@ -457,7 +471,7 @@ pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, note: Option<S
         kl: o.kl,
     });
     Verify {
-        set: "random".to_owned(),
+        set: set.to_owned(),
         samples: report.samples,
         metric: metric.to_owned(),
         before: 0.0,

@@ -15,6 +15,7 @@ mod report;
 mod runner;
 mod summary;
 
+pub use commands::sets::Sets;
 pub use failure::Failure;
 pub use job::{Done, Options, optimize};
 pub use pipeline::{PassRecord, Selection};

@@ -3,9 +3,7 @@
 use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
-use lathe_runtime::{
-    Child, Claim, Engine, InputSpec, Inputs, Limits, LoadOptions, OrtEngine, RuntimeError, Search, Verdict,
-};
+use lathe_runtime::{Child, Claim, Engine, Inputs, Limits, LoadOptions, OrtEngine, RuntimeError, Search, Verdict};
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
@@ -85,15 +83,15 @@ impl Runner {
         Ok(Runner { child: Child::new(program, arguments, limits), load: options.load })
     }
 
-    /// Runs two model files on the same random inputs and compares what they give.
+    /// Runs two model files on the same inputs and compares what they give.
     pub(crate) fn compare(
         &self,
         reference: &Path,
         candidate: &Path,
-        inputs: &InputSpec,
+        inputs: &Inputs,
         claim: Claim,
     ) -> anyhow::Result<Verdict> {
-        Ok(self.child.verify(reference, candidate, &Inputs::Random(inputs.clone()), claim, &self.load)?)
+        Ok(self.child.verify(reference, candidate, inputs, claim, &self.load)?)
     }
 }
 

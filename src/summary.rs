@@ -48,9 +48,13 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
             out.push_str(&format!("\nnote: {note}\n"));
         }
         if verify.samples > 0 {
+            let on = match verify.set.as_str() {
+                "random" => format!("{} sets of random inputs", verify.samples),
+                set => format!("{} samples of the {set} set", verify.samples),
+            };
             out.push_str(&format!(
-                "\nverified against the original on {}: {} sets of random inputs, worst relative L2 error {:.1e} (limit {:.0e})\n",
-                verify.runtime, verify.samples, verify.after, verify.limit
+                "\nverified against the original on {}: {on}, worst relative L2 error {:.1e} (limit {:.0e})\n",
+                verify.runtime, verify.after, verify.limit
             ));
         }
     } else {

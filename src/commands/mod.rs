@@ -5,6 +5,7 @@ pub(crate) mod doctor;
 pub(crate) mod dump;
 pub(crate) mod inspect;
 pub(crate) mod optimize;
+pub(crate) mod sets;
 pub(crate) mod verify;
 
 use crate::{

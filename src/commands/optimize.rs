@@ -77,6 +77,12 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         return Err(Failure::Error(anyhow!("the folder `{}` does not exist", folder.display())));
     }
     let inputs = input_spec(&args.run)?;
+    let sets = args.sets.sets()?;
+    sets.instead_of(&inputs)?;
+    if args.no_verify && sets.validation.is_some() {
+        let message = "--no-verify runs nothing, so there is no use for a set; leave one of them out";
+        return Err(Failure::Usage(message.to_owned()));
+    }
     Ok(Options {
         model,
         output: output.filter(|_| !args.dry_run),
@@ -96,6 +102,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         verify: !args.no_verify,
         paranoid: args.paranoid,
         detailed: !args.report.is_empty(),
+        sets,
         shapes: inputs.shapes,
         seed: args.run.seed,
         ort: args.run.ort.clone(),

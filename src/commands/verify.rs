@@ -9,7 +9,7 @@ use crate::{
 };
 use anyhow::anyhow;
 use clap::Args;
-use lathe_runtime::{Claim, Verdict};
+use lathe_runtime::{Claim, Inputs, Verdict};
 use std::{fmt::Write as _, path::PathBuf};
 
 /// What to compare.
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     super::read(&args.b)?;
     let claim = if args.bits { Claim::Identical } else { Claim::Equivalent { rtol: args.rtol } };
     let runner = Runner::new(runner_options(&args.run)?)?;
-    let verdict = runner.compare(&args.a, &args.b, &input_spec(&args.run)?, claim)?;
+    let verdict = runner.compare(&args.a, &args.b, &Inputs::Random(input_spec(&args.run)?), claim)?;
     let sentence = verdict.describe();
     let report = match verdict {
         Verdict::Compared(report) => report,
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
         _ => return Err(Failure::Refused(sentence)),
     };
     let passed = report.comparison.failures.is_empty();
-    let found = job::verify(report, claim, None);
+    let found = job::verify(report, claim, "random", None);
     if args.json {
         print(&format!("{}\n", serde_json::to_string_pretty(&found).expect("only names and numbers")));
     } else {

@@ -36,6 +36,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         verify: false,
         paranoid: false,
         detailed: false,
+        sets: Default::default(),
         shapes: Vec::new(),
         seed: 0,
         ort: Some(lathe_testkit::engine().found().path.clone()),
