@@ -3,12 +3,21 @@
 
 use bytes::Bytes;
 use memmap2::{Mmap, UncheckedAdvice};
-use std::{fs::File, io, ops::Range, path::Path, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
 
 /// A file mapped read-only into memory.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     map: Mmap,
+    path: PathBuf,
+    modified: Option<SystemTime>,
 }
 
 struct Owner(Arc<Mapping>);
@@ -23,13 +32,14 @@ impl Mapping {
     /// Maps the whole of the file at `path`.
     pub(crate) fn open(path: &Path) -> io::Result<Arc<Mapping>> {
         let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         // SAFETY: the mapping is private and read-only. Nothing of this program writes to a file it maps:
         // results are written aside and renamed, which leaves the mapped file untouched.
         let map = unsafe { Mmap::map(&file)? };
-        Ok(Arc::new(Mapping { map }))
+        Ok(Arc::new(Mapping { map, path: path.to_owned(), modified: metadata.modified().ok() }))
     }
 
     /// The contents, borrowed from the mapping and keeping it alive.
@@ -47,6 +57,13 @@ impl Mapping {
     /// Whether `slice` lies in this mapping.
     pub(crate) fn contains(&self, slice: &[u8]) -> bool {
         self.range_of(slice).is_some()
+    }
+
+    /// The file, unless something else has taken its place since it was mapped.
+    fn file(&self) -> Option<&Path> {
+        let now = std::fs::metadata(&self.path).ok()?;
+        let same = now.len() == self.map.len() as u64 && now.modified().ok() == self.modified;
+        same.then_some(self.path.as_path())
     }
 
     /// Lets go of the physical pages behind `slice`; they are read again from the file when next touched.
@@ -83,6 +100,12 @@ impl Buffer {
 
     pub(crate) fn bytes(&self) -> &Bytes {
         &self.bytes
+    }
+
+    /// The file these bytes are mapped from and where they lie in it.
+    pub(crate) fn place(&self) -> Option<(&Path, u64)> {
+        let mapping = self.mapping.as_ref()?;
+        Some((mapping.file()?, mapping.range_of(&self.bytes)?.start as u64))
     }
 
     /// Lets go of the pages behind these bytes if they are mapped; owned bytes stay.

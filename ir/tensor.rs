@@ -6,7 +6,7 @@ use crate::{
 };
 use bytes::Bytes;
 use half::{bf16, f16};
-use std::{fmt, sync::Arc};
+use std::{fmt, path::Path, sync::Arc};
 
 /// Key and value pairs that travel with a model, graph, node, value or tensor.
 pub type Metadata = Vec<(String, String)>;
@@ -210,6 +210,14 @@ impl Tensor {
     pub fn release(&self) {
         if let Data::Bytes(buffer) = &self.data {
             buffer.release();
+        }
+    }
+
+    /// The file that the data is mapped from, and where it lies in it.
+    pub(crate) fn place(&self) -> Option<(&Path, u64)> {
+        match &self.data {
+            Data::Bytes(buffer) => buffer.place(),
+            Data::Strings(_) => None,
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::{
     Claim, Inputs, LoadOptions, RuntimeError, Sample, Verdict,
     frames::{self, Answer, InputHeads, Request},
+    statistics::{Gathered, Job},
 };
 use bytes::Bytes;
 use lathe_analysis::{Evaluate, EvaluateError};
@@ -110,6 +111,14 @@ impl Child {
         let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
         match self.ask(&request, &payload)? {
             (Answer::Verdict(verdict), _) => Ok(verdict),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Runs a model that computes statistics.
+    pub(crate) fn gather(&self, job: &Job) -> Result<Gathered, RuntimeError> {
+        match self.ask(&Request::Gather(job.clone()), &[])? {
+            (Answer::Gathered(gathered), _) => Ok(gathered),
             (other, _) => Err(unexpected(&other)),
         }
     }

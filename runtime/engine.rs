@@ -107,6 +107,15 @@ impl From<RuntimeError> for EvaluateError {
 pub trait Session {
     /// Runs on named inputs and returns the outputs in the model's order. Inputs with a default may be left out.
     fn run(&mut self, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Datum)>, RuntimeError>;
+
+    /// Runs on named inputs and hands over one output after the other: for outputs that are large together.
+    fn visit(
+        &mut self,
+        inputs: &[(String, Tensor)],
+        take: &mut dyn FnMut(&str, Datum) -> Result<(), RuntimeError>,
+    ) -> Result<(), RuntimeError> {
+        self.run(inputs)?.into_iter().try_for_each(|(name, datum)| take(&name, datum))
+    }
 }
 
 /// Something that loads models.

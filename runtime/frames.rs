@@ -1,6 +1,9 @@
 //! What travels between the program and its worker: framed messages of a JSON header and raw bytes.
 
-use crate::{Claim, Datum, InputSpec, LoadOptions, Sample, SetSpec, Verdict};
+use crate::{
+    Claim, Datum, InputSpec, LoadOptions, Sample, SetSpec, Verdict,
+    statistics::{Gathered, Job},
+};
 use bytes::Bytes;
 use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -24,6 +27,8 @@ pub(crate) enum Request {
     Evaluate { model: u64, inputs: Vec<Head>, options: LoadOptions },
     /// Compare two models on disk.
     Verify { reference: PathBuf, candidate: PathBuf, inputs: InputHeads, claim: Claim, options: LoadOptions },
+    /// Run a model that computes statistics over a set.
+    Gather(Job),
 }
 
 /// What the worker answers.
@@ -37,6 +42,8 @@ pub(crate) enum Answer {
     Outputs(Vec<Head>),
     /// The result of a comparison.
     Verdict(Verdict),
+    /// What came of gathering statistics.
+    Gathered(Gathered),
     /// It did not work.
     Error(String),
 }

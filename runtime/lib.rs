@@ -13,11 +13,13 @@ mod engine;
 mod frames;
 mod inputs;
 mod library;
+mod npz;
 mod ort_engine;
 mod random;
 mod roles;
 mod serve;
 mod sets;
+mod statistics;
 #[cfg(test)]
 mod testing;
 mod verify;
@@ -31,8 +33,13 @@ pub use embedded::Embedded;
 pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source, start};
 pub use inputs::{InputError, InputSpec, Sizes, Style, generate, required_inputs, sizes_to_try};
 pub use library::{Discovery, Found, Place, Search, Tried};
+pub use npz::NpzWriter;
 pub use ort_engine::OrtEngine;
 pub use random::Random;
 pub use serve::serve;
 pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
+pub use statistics::{
+    CollectOptions, Counts, MaskInput, Request, Rows, Statistics, StatisticsError, SymMatrix, View, Window, Work,
+    quarter_of_memory, weight_inputs,
+};
 pub use verify::{Inputs, Report, Sample, Verdict, VerifyError, verify};

@@ -190,6 +190,19 @@ struct OrtSession {
 
 impl Session for OrtSession {
     fn run(&mut self, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Datum)>, RuntimeError> {
+        let mut found = Vec::new();
+        self.visit(inputs, &mut |name, datum| {
+            found.push((name.to_owned(), datum));
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    fn visit(
+        &mut self,
+        inputs: &[(String, Tensor)],
+        take: &mut dyn FnMut(&str, Datum) -> Result<(), RuntimeError>,
+    ) -> Result<(), RuntimeError> {
         let value =
             |value: String, message: String| RuntimeError::Value { value, engine: self.engine.clone(), message };
         let mut feeds: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::with_capacity(inputs.len());
@@ -210,12 +223,11 @@ impl Session for OrtSession {
                 return Err(RuntimeError::Run { engine: self.engine.clone(), node: None, message });
             }
         };
-        let mut found = Vec::with_capacity(outputs.len());
         for (name, output) in outputs {
             let datum = from_ort(output).map_err(|message| value(format!("output `{name}`"), message))?;
-            found.push((name.to_owned(), datum));
+            take(name, datum)?;
         }
-        Ok(found)
+        Ok(())
     }
 }
 

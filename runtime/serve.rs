@@ -3,7 +3,7 @@
 use crate::{
     Engine, Inputs, RuntimeError, Source,
     frames::{self, Answer, InputHeads, Request},
-    verify,
+    statistics, verify,
 };
 use bytes::Bytes;
 use lathe_ir::Model;
@@ -69,6 +69,7 @@ fn answer(
             let verdict = verify(engine, &model, a, b, &inputs, claim, &options, &mut stage);
             Ok((Answer::Verdict(verdict.map_err(|e| e.to_string())?), Vec::new()))
         }
+        Request::Gather(job) => Ok((Answer::Gathered(statistics::serve(engine, &job, &mut stage)?), Vec::new())),
     }
 }
 

@@ -34,6 +34,8 @@ enum Command {
     Inspect(commands::inspect::InspectArgs),
     /// Compare two models on the same inputs.
     Verify(commands::verify::VerifyArgs),
+    /// Collect calibration statistics of tensors inside a model.
+    Stats(commands::stats::StatsArgs),
     /// List the passes.
     Passes(commands::catalogue::PassesArgs),
     /// Describe a pass: what it does, needs and declines, and its options.
@@ -213,6 +215,7 @@ fn run(arguments: Vec<OsString>) -> Result<(), Failure> {
     match &cli.command {
         Some(Command::Inspect(args)) => commands::inspect::run(args),
         Some(Command::Verify(args)) => commands::verify::run(args),
+        Some(Command::Stats(args)) => commands::stats::run(args),
         Some(Command::Passes(args)) => commands::catalogue::passes(args),
         Some(Command::Explain(args)) => commands::catalogue::explain(args),
         Some(Command::Dump(args)) => commands::dump::run(args),

@@ -3,7 +3,10 @@
 use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
-use lathe_runtime::{Child, Claim, Engine, Inputs, Limits, LoadOptions, OrtEngine, RuntimeError, Search, Verdict};
+use lathe_runtime::{
+    Child, Claim, CollectOptions, Engine, Inputs, Limits, LoadOptions, OrtEngine, Request, RuntimeError,
+    Search, SetSpec, Statistics, StatisticsError, Verdict,
+};
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
@@ -92,6 +95,17 @@ impl Runner {
         claim: Claim,
     ) -> anyhow::Result<Verdict> {
         Ok(self.child.verify(reference, candidate, inputs, claim, &self.load)?)
+    }
+
+    /// Collects statistics of values inside a model.
+    pub(crate) fn collect(
+        &self,
+        model: &Model,
+        set: &SetSpec,
+        requests: &[Request],
+        options: &CollectOptions,
+    ) -> Result<Statistics, StatisticsError> {
+        Statistics::collect(&self.child, model, set, requests, options)
     }
 }
 

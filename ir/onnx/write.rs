@@ -69,9 +69,40 @@ impl Model {
     /// The encoded model with every weight inline.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut buffer = Vec::new();
-        let plan = Plan::new(self, None);
+        let plan = Plan::new(self, &Weights::Inline);
         plan.write_model(&mut buffer).expect("writing to memory does not fail");
         buffer
+    }
+
+    /// Writes what [`Model::to_bytes`] gives without holding it in memory: to a hash, for instance.
+    pub fn write_to(&self, out: &mut impl Write) -> io::Result<()> {
+        Plan::new(self, &Weights::Inline).write_model(out)
+    }
+
+    /// Writes the model to `path` and leaves weights in the files they are mapped from: those appear in the folder of
+    /// `path` under names of their own, as links where the file system allows it, else as copies. For short-lived
+    /// copies of a model; other weights go into the file itself.
+    pub fn write_linked(&self, path: &Path) -> Result<(), WriteError> {
+        let failed = |source| WriteError::Io { path: path.to_owned(), source };
+        let mut files = BTreeMap::new();
+        for value in self.graph.initializers(ScopeId::MAIN) {
+            let Some(Initializer::Dense(tensor)) = self.graph.value(value).initializer() else { continue };
+            let Some((file, _)) = tensor.place().filter(|_| tensor.byte_len() >= SMALLEST_EXTERNAL) else { continue };
+            let name = format!("weights-{}", files.len());
+            files.entry(file.to_owned()).or_insert(name);
+        }
+        for (file, name) in &files {
+            let link = path.with_file_name(name);
+            if !link.exists() && fs::hard_link(file, &link).is_err() {
+                fs::copy(file, &link).map_err(failed)?;
+            }
+        }
+        let weights = Weights::Linked(files);
+        let plan = Plan::new(self, &weights);
+        if plan.total() >= 1 << 31 {
+            return Err(WriteError::TooLarge { bytes: plan.total() });
+        }
+        create(path, |out| plan.write_model(out)).map_err(failed)
     }
 
     /// Writes the model to a folder beside `path`, to be looked at and then put in place by [`Staged::commit`].
@@ -86,10 +117,10 @@ impl Model {
         staging().push(folder.path().to_owned());
         let mut data_name = name.clone();
         data_name.push(".data");
-        let inline = Plan::new(self, None);
+        let inline = Plan::new(self, &Weights::Inline);
         let large = inline.total() > LARGEST_INLINE;
         let plan = if large || options.external == External::Always {
-            Plan::new(self, Some(data_name.to_string_lossy().into_owned()))
+            Plan::new(self, &Weights::Beside(data_name.to_string_lossy().into_owned()))
         } else {
             inline
         };
@@ -104,7 +135,7 @@ impl Model {
             written: Written { file_bytes: plan.total(), data_bytes: 0 },
             folder,
         };
-        if plan.data_name.is_some() && plan.data_bytes > 0 {
+        if plan.data_bytes > 0 {
             let data = staged.folder.path().join(&data_name);
             create(&data, |out| plan.write_data(out)).map_err(failed)?;
             staged.written.data_bytes = plan.data_bytes;
@@ -202,14 +233,24 @@ struct Plan<'a> {
     graph_tail: Vec<u8>,
     /// Fields of the model after the graph.
     tail: Vec<u8>,
-    data_name: Option<String>,
+    /// Bytes of the data file to be written.
     data_bytes: u64,
+}
+
+/// Where the weights of the main graph are.
+enum Weights {
+    /// In the model.
+    Inline,
+    /// Large ones in a file of this name beside the model.
+    Beside(String),
+    /// Large ones in these files, which exist: path and name beside the model.
+    Linked(BTreeMap<PathBuf, String>),
 }
 
 struct Stored<'a> {
     header: proto::TensorProto,
     tensor: &'a Tensor,
-    /// Offset in the data file; `None` for data in the message itself.
+    /// Offset in a data file; `None` for data in the message itself.
     offset: Option<u64>,
 }
 
@@ -251,7 +292,7 @@ const GRAPH_INITIALIZER: u32 = 5;
 const TENSOR_RAW_DATA: u32 = 9;
 
 impl<'a> Plan<'a> {
-    fn new(model: &'a Model, data_name: Option<String>) -> Plan<'a> {
+    fn new(model: &'a Model, weights: &Weights) -> Plan<'a> {
         let graph = &model.graph;
         let mut initializers = Vec::new();
         let mut data_bytes = 0u64;
@@ -259,13 +300,20 @@ impl<'a> Plan<'a> {
         let defaults = scope.inputs().iter().copied();
         for value in defaults.chain(graph.initializers(ScopeId::MAIN)) {
             let Some(Initializer::Dense(tensor)) = graph.value(value).initializer() else { continue };
+            let length = tensor.bytes().len();
+            let place = match weights {
+                _ if length < SMALLEST_EXTERNAL => None,
+                Weights::Inline => None,
+                Weights::Beside(name) => {
+                    let alignment = if length >= PAGE_ALIGNED { 4096 } else { 64 };
+                    let start = data_bytes.next_multiple_of(alignment);
+                    data_bytes = start + length as u64;
+                    Some((name, start))
+                }
+                Weights::Linked(files) => tensor.place().and_then(|(file, start)| Some((files.get(file)?, start))),
+            };
             let mut header = convert::tensor_header(&graph.value(value).name, tensor);
-            let mut offset = None;
-            if let Some(location) = data_name.as_ref().filter(|_| tensor.bytes().len() >= SMALLEST_EXTERNAL) {
-                let length = tensor.byte_len();
-                let alignment = if length >= PAGE_ALIGNED { 4096 } else { 64 };
-                let start = data_bytes.next_multiple_of(alignment);
-                data_bytes = start + length as u64;
+            if let Some((location, start)) = place {
                 header = convert::tensor_header(&graph.value(value).name, &tensor.as_raw());
                 header.data_location = Some(1);
                 header.external_data = entries(&[
@@ -273,9 +321,8 @@ impl<'a> Plan<'a> {
                     ("offset".to_owned(), start.to_string()),
                     ("length".to_owned(), length.to_string()),
                 ]);
-                offset = Some(start);
             }
-            initializers.push(Stored { header, tensor, offset });
+            initializers.push(Stored { header, tensor, offset: place.map(|(_, start)| start) });
         }
         let whole = scope_proto(graph, ScopeId::MAIN);
         let graph_head = proto::GraphProto { node: whole.node, name: whole.name, ..Default::default() }.encode_to_vec();
@@ -307,7 +354,6 @@ impl<'a> Plan<'a> {
             initializers,
             graph_tail: graph_tail.encode_to_vec(),
             tail: tail.encode_to_vec(),
-            data_name,
             data_bytes,
         }
     }

@@ -1,0 +1,427 @@
+//! Collecting: what is cached is read, the rest is computed group by group.
+
+use super::{
+    append::{Append, Mask, Output, Sizes, resolve},
+    gather::{Entry, Job},
+    request::{Request, Rows, View},
+    store::{self, Stored},
+};
+use crate::{Child, LoadOptions, RuntimeError, SampleSet, SetError, SetSpec};
+use lathe_analysis::{Bindings, Cost, Facts};
+use lathe_ir::{Dim, Model, ScopeId, WriteError};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// How statistics are collected.
+#[derive(Debug, Clone)]
+pub struct CollectOptions {
+    /// Threads, provider and device. With `optimize` off, values are those of the model as it is written.
+    pub load: LoadOptions,
+    /// Bytes that collecting may take, as estimated: statistics that do not fit together are computed in groups, each
+    /// of which runs what it needs of the model again.
+    pub memory: u64,
+    /// Where results are kept and found again; must be writable.
+    pub cache: PathBuf,
+    /// Bytes that the cache may hold; those that were not used for longest go first.
+    pub cache_limit: u64,
+    /// Which input says which tokens are padding.
+    pub mask: MaskInput,
+}
+
+/// The input that marks padded tokens with zeros: whole numbers or booleans, `[batch, tokens]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum MaskInput {
+    /// The one whose name says so (`mask`, `…attention_mask`, `…attn_mask`), if there is one.
+    #[default]
+    Auto,
+    /// None: every row counts.
+    None,
+    /// This one.
+    Named(String),
+}
+
+impl CollectOptions {
+    /// Runs as `load` says, in a quarter of this machine's memory, and keeps up to 8 GiB in `cache`.
+    pub fn new(load: LoadOptions, cache: PathBuf) -> CollectOptions {
+        CollectOptions { load, memory: quarter_of_memory(), cache, cache_limit: 8 << 30, mask: MaskInput::Auto }
+    }
+}
+
+/// Why statistics could not be collected.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // The messages say what the fields are.
+pub enum StatisticsError {
+    #[error("the model has no value `{value}`")]
+    Missing { value: String },
+    #[error("`{value}` is computed in {node}; statistics can be taken of values of the main graph only")]
+    Nested { value: String, node: String },
+    #[error("`{value}` is a constant, it has the same rows whatever the inputs are")]
+    Constant { value: String },
+    #[error("the model has no input `{name}` of whole numbers or booleans with two axes, which a mask of tokens is")]
+    NoMask { name: String },
+    #[error("the model uses operator set {found}; statistics need {needed} or later")]
+    OldOpset { found: i64, needed: i64 },
+    #[error("`{value}` of shape {found:?} has no such axis, or nothing along it")]
+    Axis { value: String, found: Vec<usize> },
+    #[error("no convolution has the window {window}")]
+    Window { window: String },
+    #[error("`{x}` has {} rows and `{y}` has {}; statistics of pairs need equal numbers", .found.0, .found.1)]
+    Rows { x: String, y: String, found: (usize, usize) },
+    #[error("`{x}` is of shape {:?} and `{y}` of shape {:?}; their rows cannot be compared", .found.0, .found.1)]
+    Shapes { x: String, y: String, found: (Vec<usize>, Vec<usize>) },
+    #[error("{request} alone needs about {needed} MiB besides the model, and {allowed} MiB are allowed in all")]
+    TooLarge { request: String, needed: u64, allowed: u64 },
+    #[error("`{request}` was not collected")]
+    NotCollected { request: String },
+    #[error("cannot use `{path}`: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("cannot write the model that computes statistics: {0}")]
+    Write(#[from] WriteError),
+    #[error(transparent)]
+    Set(#[from] SetError),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+}
+
+/// How many rows a statistic is made of, and how many were left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Rows that count.
+    pub rows: u64,
+    /// Rows that the mask calls padding.
+    pub padded: u64,
+    /// Other rows that hold a NaN or an infinity.
+    pub broken: u64,
+}
+
+/// A symmetric matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SymMatrix {
+    size: usize,
+    upper: Vec<f64>,
+}
+
+impl SymMatrix {
+    /// Rows, and columns.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// One element. Panics outside of the matrix.
+    pub fn get(&self, row: usize, column: usize) -> f64 {
+        assert!(row < self.size && column < self.size, "outside of the matrix");
+        let (row, column) = (row.min(column), row.max(column));
+        self.upper[row * self.size - row * (row + 1) / 2 + column]
+    }
+
+    /// The upper triangle with the diagonal, row by row: `size · (size + 1) / 2` numbers.
+    pub fn upper(&self) -> &[f64] {
+        &self.upper
+    }
+
+    /// All elements, row by row.
+    pub fn to_full(&self) -> Vec<f64> {
+        let all = (0..self.size).flat_map(|row| (0..self.size).map(move |column| (row, column)));
+        all.map(|(row, column)| self.get(row, column)).collect()
+    }
+}
+
+/// Statistics of a model on a set, on disk. Everything is a plain sum over the rows that count, in float64.
+#[derive(Debug)]
+pub struct Statistics {
+    files: BTreeMap<Request, PathBuf>,
+    /// What was done to get them.
+    pub work: Work,
+}
+
+/// What collecting took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Statistics that were found in the cache.
+    pub cached: usize,
+    /// Statistics that were computed.
+    pub computed: usize,
+    /// Files of the cache that were damaged and have been computed again.
+    pub damaged: usize,
+    /// Runs over the set.
+    pub groups: usize,
+    /// Samples in each; 0 if nothing was computed.
+    pub samples: usize,
+}
+
+impl Statistics {
+    /// Collects `requests` for `model` on `set`, in the worker.
+    ///
+    /// Finished groups are kept even if a later one fails, so that a second attempt goes on from there.
+    pub fn collect(
+        child: &Child,
+        model: &Model,
+        set: &SetSpec,
+        requests: &[Request],
+        options: &CollectOptions,
+    ) -> Result<Statistics, StatisticsError> {
+        let requests: BTreeSet<&Request> = requests.iter().collect();
+        for rows in requests.iter().flat_map(|r| r.rows()) {
+            resolve(model, &rows.value)?;
+        }
+        let name = match &options.mask {
+            MaskInput::Named(name) => Some(name.as_str()),
+            _ => None,
+        };
+        let mask = if options.mask == MaskInput::None { None } else { Mask::find(model, name)? };
+        // The copies need other amounts of memory than the model, and would choose other batches.
+        let batch = Some(SampleSet::open(set, model)?.batch_size());
+        let set = &SetSpec { batch, ..set.clone() };
+        let folder = options.cache.join(key(child, model, set, options)?);
+        let failed = |source| StatisticsError::Io { path: folder.clone(), source };
+        fs::create_dir_all(&folder).map_err(failed)?;
+        let mut work = Work::default();
+        let mut files = BTreeMap::new();
+        let mut missing = Vec::new();
+        for request in requests {
+            let file = store::file_of(&folder, request);
+            match store::read(&file, request) {
+                Ok(_) => work.cached += 1,
+                Err(error) => {
+                    work.damaged += usize::from(error.kind() != io::ErrorKind::NotFound);
+                    missing.push(request);
+                }
+            }
+            files.insert(request.clone(), file);
+        }
+        if !missing.is_empty() {
+            let collector = Collector { child, model, facts: Facts::infer(model), set, mask, options };
+            collector.run(missing, &files, &mut work)?;
+        }
+        // The folder counts as used now, for the order in which folders are removed.
+        let _ = fs::write(folder.join("used"), b"");
+        store::evict(&options.cache, &folder, options.cache_limit);
+        Ok(Statistics { files, work })
+    }
+
+    /// The requests that were collected.
+    pub fn requests(&self) -> impl Iterator<Item = &Request> {
+        self.files.keys()
+    }
+
+    /// XᵀX over the rows that count, `[k, k]`. Divide by [`Counts::rows`] for the mean.
+    pub fn gram(&self, rows: &Rows) -> Result<SymMatrix, StatisticsError> {
+        let mut stored = self.stored(&Request::Gram(rows.clone()))?;
+        let at = index_of(&stored, "gram").expect("a Gram matrix is stored under this name");
+        let size = stored.head.arrays[at].dims[0];
+        Ok(SymMatrix { size, upper: std::mem::take(&mut stored.data[at]) })
+    }
+
+    /// One array of a statistic with its shape, by the name that [`Request`] gives it, and matrices in full.
+    pub fn array(&self, request: &Request, field: &str) -> Result<(Vec<usize>, Vec<f64>), StatisticsError> {
+        let mut all = self.arrays(request)?;
+        let at = all.iter().position(|(name, ..)| name == field);
+        let missing = || StatisticsError::NotCollected { request: format!("{} {field}", request.label()) };
+        let (_, dims, data) = all.swap_remove(at.ok_or_else(missing)?);
+        Ok((dims, data))
+    }
+
+    /// All arrays of a statistic: name, shape and elements, symmetric matrices in full.
+    pub fn arrays(&self, request: &Request) -> Result<Vec<(String, Vec<usize>, Vec<f64>)>, StatisticsError> {
+        let stored = self.stored(request)?;
+        let arrays = stored.head.arrays.into_iter().zip(stored.data).filter(|(a, _)| a.field != "counts");
+        let full = arrays.map(|(array, data)| {
+            let size = array.dims.first().copied().unwrap_or_default();
+            let data = if array.triangle { SymMatrix { size, upper: data }.to_full() } else { data };
+            (array.field, array.dims, data)
+        });
+        Ok(full.collect())
+    }
+
+    /// How many rows a statistic is made of.
+    pub fn counts(&self, request: &Request) -> Result<Counts, StatisticsError> {
+        let stored = self.stored(request)?;
+        let counts = index_of(&stored, "counts").map(|at| &stored.data[at][..]);
+        let &[rows, padded, broken] = counts.unwrap_or_default() else { return Ok(Counts::default()) };
+        Ok(Counts { rows: rows as u64, padded: padded as u64, broken: broken as u64 })
+    }
+
+    fn stored(&self, request: &Request) -> Result<Stored, StatisticsError> {
+        let missing = || StatisticsError::NotCollected { request: request.label() };
+        let path = self.files.get(request).ok_or_else(missing)?;
+        store::read(path, request).map_err(|source| StatisticsError::Io { path: path.clone(), source })
+    }
+}
+
+fn index_of(stored: &Stored, field: &str) -> Option<usize> {
+    stored.head.arrays.iter().position(|a| a.field == field)
+}
+
+/// A name for everything that results depend on but the request.
+fn key(child: &Child, model: &Model, set: &SetSpec, options: &CollectOptions) -> Result<String, StatisticsError> {
+    let mut hash = blake3::Hasher::new();
+    let failed = |source| StatisticsError::Io { path: set.path.clone(), source };
+    model.write_to(&mut hash).map_err(failed)?;
+    store::hash_files(&set.path, &mut hash).map_err(failed)?;
+    let load = &options.load;
+    let set = SetSpec { path: PathBuf::new(), ..set.clone() };
+    let how = (child.hello()?.0, &load.provider, load.optimize, set, format!("{:?}", options.mask));
+    hash.update(&serde_json::to_vec(&how).expect("only names and numbers"));
+    Ok(store::short(&hash.finalize()))
+}
+
+struct Collector<'a> {
+    child: &'a Child,
+    model: &'a Model,
+    facts: Facts,
+    set: &'a SetSpec,
+    mask: Option<Mask>,
+    options: &'a CollectOptions,
+}
+
+impl Collector<'_> {
+    fn run(
+        &self,
+        mut requests: Vec<&Request>,
+        files: &BTreeMap<Request, PathBuf>,
+        work: &mut Work,
+    ) -> Result<(), StatisticsError> {
+        let failed = |source| StatisticsError::Io { path: self.options.cache.clone(), source };
+        let scratch = tempfile::Builder::new().prefix("run-").tempdir_in(&self.options.cache).map_err(failed)?;
+        let (sizes, base) = self.sizes(&requests, scratch.path())?;
+        // Early values first: then a group runs only the beginning of the model.
+        let depth = self.depths();
+        let latest = |r: &Request| r.rows().iter().filter_map(|x| depth.get(x.value.as_str()).copied()).max();
+        requests.sort_by_key(|r| latest(r));
+        for group in self.groups(&requests, &sizes, base)? {
+            let mut append = Append::new(self.model, &self.facts, &sizes, self.mask)?;
+            let mut entries = Vec::new();
+            for request in group {
+                let outputs = append.request(request)?;
+                entries.push(Entry { request: request.clone(), outputs, file: files[request].clone() });
+            }
+            work.computed += entries.len();
+            let gathered = self.gather(&append.finish(), scratch.path(), entries, Vec::new())?;
+            work.groups += 1;
+            work.samples = gathered.samples;
+        }
+        Ok(())
+    }
+
+    fn gather(
+        &self,
+        copy: &Model,
+        scratch: &Path,
+        entries: Vec<Entry>,
+        direct: Vec<Output>,
+    ) -> Result<super::gather::Gathered, StatisticsError> {
+        let path = scratch.join("statistics.onnx");
+        copy.write_linked(&path)?;
+        let first_only = entries.is_empty();
+        let (set, options) = (self.set.clone(), self.options.load.clone());
+        Ok(self.child.gather(&Job { model: path, set, first_only, options, entries, direct })?)
+    }
+
+    /// The sizes of what is asked for in the first batch, and the bytes that running the model itself takes.
+    fn sizes(&self, requests: &[&Request], scratch: &Path) -> Result<(Sizes, u64), StatisticsError> {
+        let rows: BTreeSet<&Rows> = requests.iter().flat_map(|r| r.rows()).collect();
+        let empty = Sizes::new();
+        let mut append = Append::new(self.model, &self.facts, &empty, self.mask)?;
+        let mut direct = rows.iter().map(|r| append.shapes(r)).collect::<Result<Vec<_>, _>>()?;
+        let graph = &self.model.graph;
+        let inputs: Vec<_> = graph.main().inputs().iter().copied().filter(|&v| self.facts.shape(v).is_some()).collect();
+        direct.extend(inputs.iter().map(|&v| append.size_of(v)));
+        let shown = self.gather(&append.finish(), scratch, Vec::new(), direct)?.direct;
+        let shown: Vec<Vec<usize>> = shown.iter().map(|s| s.iter().map(|&d| d as usize).collect()).collect();
+        let mut bindings = Bindings::default();
+        for (&input, sizes) in inputs.iter().zip(&shown[rows.len()..]) {
+            let stated = graph.value(input).ty.as_ref().and_then(|t| t.shape());
+            for (dim, &size) in stated.iter().flat_map(|s| &s.dims).zip(sizes) {
+                if let Dim::Symbol(name) = dim {
+                    bindings.set(name.clone(), size as i64);
+                }
+            }
+        }
+        let cost = Cost::of(self.model, &self.facts, &bindings);
+        let sizes = rows.into_iter().cloned().zip(shown).collect();
+        Ok((sizes, cost.weight_bytes + cost.activation_peak_bytes))
+    }
+
+    /// When each value of the main graph is computed.
+    fn depths(&self) -> BTreeMap<&str, usize> {
+        let graph = &self.model.graph;
+        let order = graph.sorted(ScopeId::MAIN).unwrap_or_else(|_| graph.nodes(ScopeId::MAIN).collect());
+        let outputs = order.iter().enumerate().flat_map(|(at, &id)| {
+            graph.node(id).outputs().iter().flatten().map(move |&v| (graph.value(v).name.as_str(), at + 1))
+        });
+        outputs.collect()
+    }
+
+    /// Requests that fit into memory together.
+    fn groups<'r>(
+        &self,
+        requests: &[&'r Request],
+        sizes: &Sizes,
+        base: u64,
+    ) -> Result<Vec<Vec<&'r Request>>, StatisticsError> {
+        let allowed = self.options.memory;
+        let mut groups: Vec<Vec<&Request>> = Vec::new();
+        let (mut kept, mut passing) = (0u64, 0u64);
+        for &request in requests {
+            let (stays, passes) = footprint(request, sizes);
+            if stays + passes > allowed {
+                let needed = (stays + passes) >> 20;
+                return Err(StatisticsError::TooLarge { request: request.label(), needed, allowed: allowed >> 20 });
+            }
+            let fits = base + kept + stays + passing.max(passes) <= allowed;
+            match groups.last_mut().filter(|_| fits) {
+                Some(group) => group.push(request),
+                None => {
+                    groups.push(vec![request]);
+                    (kept, passing) = (0, 0);
+                }
+            }
+            kept += stays;
+            passing = passing.max(passes);
+        }
+        Ok(groups)
+    }
+}
+
+/// Bytes of a statistic: what stays until its group is done, and what is needed while it is computed.
+fn footprint(request: &Request, sizes: &Sizes) -> (u64, u64) {
+    let shape = |rows: &Rows| -> (u64, u64) {
+        let sizes = &sizes[rows];
+        let axis = match rows.view {
+            View::Axis(axis) if axis < 0 => (axis + sizes.len() as i64) as usize,
+            View::Axis(axis) => axis as usize,
+            View::Patches(_) => 1,
+        };
+        let features = sizes.get(axis).copied().unwrap_or(1) as u64;
+        let all: u64 = sizes.iter().map(|&s| s as u64).product();
+        (features, all)
+    };
+    // The rows as they are, turned, without broken rows, and twice as wide.
+    let passing = |(_, all): (u64, u64)| all * 4 * 5;
+    match request {
+        Request::Gram(x) => {
+            let x = shape(x);
+            // Out of the runtime in float32 (or float64, from parts), and half a matrix of sums in float64.
+            (x.0 * x.0 * (8 + 4), passing(x) + x.0 * x.0 * 12)
+        }
+        Request::Cross(x, y) => {
+            let (x, y) = (shape(x), shape(y));
+            (x.0 * y.0 * (8 + 8), passing(x) + passing(y) + x.0 * y.0 * 12)
+        }
+        Request::Columns(x) => (shape(x).0 * 64, passing(shape(x))),
+        Request::Cosine(x, y) => (128, passing(shape(x)) + passing(shape(y))),
+    }
+}
+
+/// A quarter of this machine's memory; 2 GiB where it is not known.
+pub fn quarter_of_memory() -> u64 {
+    let kib = || {
+        let text = fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    kib().map_or(2 << 30, |kib| kib.saturating_mul(1024) / 4)
+}

@@ -1,0 +1,173 @@
+//! The worker's part: runs a copy that computes statistics over a set and adds up what it gives.
+
+use super::{
+    append::{Fold, Output},
+    request::Request,
+    store::{self, Array, Head},
+};
+use crate::{Datum, Engine, LoadOptions, Sample, SampleSet, Session, SetSpec, Source};
+use lathe_ir::{DataType, Model, Tensor};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, path::PathBuf};
+
+/// What to run and where results go.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Job {
+    /// The copy.
+    pub model: PathBuf,
+    /// The inputs.
+    pub set: SetSpec,
+    /// Run the first batch only.
+    pub first_only: bool,
+    /// How to run it.
+    pub options: LoadOptions,
+    /// Statistics, each with the file it goes to.
+    pub entries: Vec<Entry>,
+    /// Outputs whose sums are part of the answer.
+    pub direct: Vec<Output>,
+}
+
+/// One statistic of a job.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    pub request: Request,
+    pub outputs: Vec<Output>,
+    pub file: PathBuf,
+}
+
+/// What came of a job.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Gathered {
+    pub samples: usize,
+    pub batches: usize,
+    /// The numbers of every direct output.
+    pub direct: Vec<Vec<f64>>,
+}
+
+/// Sums of one output.
+struct Sums {
+    fold: Fold,
+    dims: Vec<usize>,
+    data: Vec<f64>,
+}
+
+/// Loads the copy of a job and runs it on the job's set.
+pub(crate) fn serve(engine: &dyn Engine, job: &Job, stage: &mut dyn FnMut(&str)) -> Result<Gathered, String> {
+    stage("opening the set");
+    let model = Model::read(&job.model).map_err(|e| e.to_string())?.model;
+    let set = SampleSet::open(&job.set, &model).map_err(|e| e.to_string())?;
+    drop(model);
+    stage("loading the model that computes statistics");
+    let mut session = engine.load(Source::Path(&job.model), &job.options).map_err(|e| e.to_string())?;
+    let mut batches = set.batches().map(|batch| match batch {
+        Ok(batch) => Ok((batch.inputs, batch.samples)),
+        Err(error) => Err(error.to_string()),
+    });
+    gather(session.as_mut(), &mut batches, job, stage)
+}
+
+/// Runs `session` on every batch and writes the sums. `batches` come with their number of samples; `stage` hears of each.
+fn gather(
+    session: &mut dyn Session,
+    batches: &mut dyn Iterator<Item = Result<(Sample, usize), String>>,
+    job: &Job,
+    stage: &mut dyn FnMut(&str),
+) -> Result<Gathered, String> {
+    let outputs = job.entries.iter().flat_map(|e| &e.outputs).chain(&job.direct);
+    let folds: BTreeMap<&str, Fold> = outputs.map(|o| (o.value.as_str(), o.fold)).collect();
+    let mut sums: BTreeMap<String, Sums> = BTreeMap::new();
+    let mut gathered = Gathered::default();
+    for batch in batches {
+        let (inputs, samples) = batch?;
+        stage(&format!("collecting statistics of batch {}", gathered.batches + 1));
+        let mut wrong = None;
+        session
+            .visit(&inputs, &mut |name, datum| {
+                let (Some(&fold), None) = (folds.get(name), &wrong) else { return Ok(()) };
+                wrong = add(&mut sums, name, fold, &datum).err();
+                Ok(())
+            })
+            .map_err(|e| e.to_string())?;
+        if let Some(message) = wrong {
+            return Err(message);
+        }
+        gathered.samples += samples;
+        gathered.batches += 1;
+        if job.first_only {
+            break;
+        }
+    }
+    if gathered.batches == 0 {
+        return Err("the set holds no samples".to_owned());
+    }
+    let missing = |o: &Output| format!("the runtime does not give `{}`", o.value);
+    for entry in &job.entries {
+        stage("writing statistics");
+        let taken = entry.outputs.iter().map(|o| sums.remove(&o.value).ok_or_else(|| missing(o)));
+        let taken: Vec<Sums> = taken.collect::<Result<_, _>>()?;
+        let array = |(output, sums): (&Output, &Sums)| Array {
+            field: output.field.clone(),
+            dims: sums.dims.clone(),
+            triangle: sums.fold == Fold::Triangle,
+            len: sums.data.len(),
+        };
+        let arrays = entry.outputs.iter().zip(&taken).map(array).collect();
+        let head = Head { request: entry.request.clone(), arrays };
+        let data: Vec<&[f64]> = taken.iter().map(|s| &s.data[..]).collect();
+        store::write(&entry.file, &head, &data).map_err(|e| format!("cannot write `{}`: {e}", entry.file.display()))?;
+    }
+    for output in &job.direct {
+        gathered.direct.push(sums.remove(&output.value).ok_or_else(|| missing(output))?.data);
+    }
+    Ok(gathered)
+}
+
+/// Adds what one batch gave for one output.
+fn add(sums: &mut BTreeMap<String, Sums>, name: &str, fold: Fold, datum: &Datum) -> Result<(), String> {
+    let tensor = datum.tensor().ok_or_else(|| format!("`{name}` is {}, not a tensor", datum.describe()))?;
+    let dims = tensor.dims();
+    let Some(known) = sums.get_mut(name) else {
+        let square = matches!(dims, [rows, columns] if rows == columns);
+        if fold == Fold::Triangle && !square {
+            return Err(format!("`{name}` is {}, not a square matrix", datum.describe()));
+        }
+        let length = if fold == Fold::Triangle { dims[0] * (dims[0] + 1) / 2 } else { tensor.len() };
+        let start = if fold == Fold::Max { f64::NEG_INFINITY } else { 0.0 };
+        let mut first = Sums { fold, dims: dims.to_vec(), data: vec![start; length] };
+        join(&mut first, tensor)?;
+        sums.insert(name.to_owned(), first);
+        return Ok(());
+    };
+    if fold == Fold::First {
+        return Ok(());
+    }
+    if known.dims != dims {
+        let expected = &known.dims;
+        return Err(format!("the features of a tensor vary from batch to batch: {expected:?} first, now {dims:?}"));
+    }
+    join(known, tensor)
+}
+
+fn join(sums: &mut Sums, tensor: &Tensor) -> Result<(), String> {
+    let bytes = tensor.bytes();
+    match tensor.dtype() {
+        DataType::Float => fold(sums, bytes.as_chunks::<4>().0, |b| f64::from(f32::from_le_bytes(b))),
+        DataType::Double => fold(sums, bytes.as_chunks::<8>().0, f64::from_le_bytes),
+        DataType::Int64 => fold(sums, bytes.as_chunks::<8>().0, |b| i64::from_le_bytes(b) as f64),
+        other => return Err(format!("a statistic is of type {other}")),
+    }
+    Ok(())
+}
+
+fn fold<const N: usize>(sums: &mut Sums, elements: &[[u8; N]], read: impl Fn([u8; N]) -> f64) {
+    let all = sums.data.iter_mut();
+    match sums.fold {
+        Fold::Sum | Fold::First => all.zip(elements).for_each(|(sum, &e)| *sum += read(e)),
+        Fold::Max => all.zip(elements).for_each(|(sum, &e)| *sum = sum.max(read(e))),
+        Fold::Triangle => {
+            let columns = sums.dims[1].max(1);
+            let upper = elements.chunks(columns).enumerate().flat_map(|(row, line)| &line[row..]);
+            all.zip(upper).for_each(|(sum, &e)| *sum += read(e));
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! `optimize stats MODEL --calib SET -o stats.npz`: calibration statistics as NumPy arrays.
+
+use super::{runner_options, size};
+use crate::{
+    Failure,
+    cli::{RunArgs, TalkArgs, print, say},
+    runner::{self, Runner},
+};
+use anyhow::{Context as _, anyhow};
+use clap::{Args, ValueEnum};
+use lathe_ir::Model;
+use lathe_runtime::{
+    CollectOptions, MaskInput, NpzWriter, Request, Rows, SetSpec, Statistics, View, quarter_of_memory, weight_inputs,
+};
+use std::{fmt::Write as _, path::PathBuf};
+
+/// What to collect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// XᵀX and the sum of every feature.
+    Gram,
+    /// Sum, sum of absolute values, sum of squares and largest absolute value of every feature.
+    Columns,
+    /// XᵀY of the two tensors.
+    Cross,
+    /// Cosines between the rows of the two tensors.
+    Cosine,
+}
+
+/// Which statistics of which tensors.
+#[derive(Debug, Args)]
+pub(crate) struct StatsArgs {
+    /// The model.
+    model: PathBuf,
+    /// The calibration set: .npz, a folder of .npz or .npy, or of test_data_set_*.
+    #[arg(long, value_name = "SET")]
+    calib: PathBuf,
+    /// Samples that run at once.
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
+    /// A tensor, its features along the last axis or along AXIS; by default the inputs of all layers with weights.
+    #[arg(long = "tensor", value_name = "NAME[@AXIS]")]
+    tensors: Vec<String>,
+    /// What to collect, comma-separated.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "gram")]
+    kind: Vec<Kind>,
+    /// The input that marks padded tokens with zeros; `none` for none, by default the one whose name says so.
+    #[arg(long, value_name = "NAME")]
+    mask: Option<String>,
+    /// Compute everything again.
+    #[arg(long)]
+    no_cache: bool,
+    /// Where the arrays go: `gram:NAME/gram`, `gram:NAME/sum`, `gram:NAME/counts` and so on.
+    #[arg(short, long, value_name = "FILE.npz")]
+    output: PathBuf,
+    #[command(flatten)]
+    run: RunArgs,
+    #[command(flatten)]
+    talk: TalkArgs,
+}
+
+pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
+    if !args.run.input_shape.is_empty() {
+        return Err(Failure::Usage("--input-shape has no meaning here: the set has its own shapes".to_owned()));
+    }
+    let model = super::read(&args.model)?.model;
+    let requests = requests(&model, args)?;
+    let options = runner_options(&args.run)?;
+    let set = SetSpec { path: args.calib.clone(), batch: args.batch, ..SetSpec::default() };
+    let memory = args.run.memory.as_deref().map(size).transpose()?.unwrap_or_else(quarter_of_memory);
+    let temporary = tempfile::tempdir().context("there is no place for results")?;
+    let kept = runner::data_dir().filter(|_| !args.no_cache).map(|data| data.join("statistics"));
+    let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
+    std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
+    let mask = match args.mask.as_deref() {
+        None => MaskInput::Auto,
+        Some("none") => MaskInput::None,
+        Some(name) => MaskInput::Named(name.to_owned()),
+    };
+    let collect = CollectOptions { memory, mask, ..CollectOptions::new(options.load.clone(), cache) };
+    let runner = Runner::new(options)?;
+    let statistics = runner.collect(&model, &set, &requests, &collect).map_err(anyhow::Error::from)?;
+    let mut text = String::new();
+    write(args, &statistics, &mut text).with_context(|| format!("cannot write `{}`", args.output.display()))?;
+    let work = statistics.work;
+    if args.talk.verbose {
+        print(&text);
+    }
+    if !args.talk.quiet {
+        let damaged = if work.damaged > 0 { format!(" ({} were damaged)", work.damaged) } else { String::new() };
+        say(&format!(
+            "{} statistics computed in {} runs over the set, {} taken from the cache{damaged}",
+            work.computed, work.groups, work.cached
+        ));
+    }
+    Ok(())
+}
+
+fn requests(model: &Model, args: &StatsArgs) -> Result<Vec<Request>, Failure> {
+    let rows =
+        if args.tensors.is_empty() { weight_inputs(model) } else { args.tensors.iter().map(|t| tensor(t)).collect() };
+    if rows.is_empty() {
+        return Err(Failure::Error(anyhow!("the model has no layer with weights; name tensors with --tensor")));
+    }
+    let mut requests = Vec::new();
+    for kind in &args.kind {
+        match (kind, &rows[..]) {
+            (Kind::Gram, _) => requests.extend(rows.iter().cloned().map(Request::Gram)),
+            (Kind::Columns, _) => requests.extend(rows.iter().cloned().map(Request::Columns)),
+            (Kind::Cross, [x, y]) => requests.push(Request::Cross(x.clone(), y.clone())),
+            (Kind::Cosine, [x, y]) => requests.push(Request::Cosine(x.clone(), y.clone())),
+            _ => return Err(Failure::Usage("statistics of pairs need exactly two of --tensor".to_owned())),
+        }
+    }
+    Ok(requests)
+}
+
+/// `NAME` or `NAME@AXIS`.
+fn tensor(text: &str) -> Rows {
+    match text.rsplit_once('@').and_then(|(name, axis)| Some((name, axis.parse().ok()?))) {
+        Some((name, axis)) => Rows { value: name.to_owned(), view: View::Axis(axis) },
+        None => Rows::last(text),
+    }
+}
+
+fn write(args: &StatsArgs, statistics: &Statistics, text: &mut String) -> anyhow::Result<()> {
+    let aside = args.output.with_extension("npz.part");
+    let mut npz = NpzWriter::create(&aside)?;
+    for request in statistics.requests() {
+        let label = request.label();
+        let counts = statistics.counts(request)?;
+        let _ = writeln!(text, "{label}: {} rows, {} padded, {} broken", counts.rows, counts.padded, counts.broken);
+        for (field, dims, data) in statistics.arrays(request)? {
+            npz.add(&format!("{label}/{field}"), &dims, &data)?;
+        }
+        let counts = [counts.rows as f64, counts.padded as f64, counts.broken as f64];
+        npz.add(&format!("{label}/counts"), &[3], &counts)?;
+    }
+    npz.finish()?;
+    std::fs::rename(&aside, &args.output)?;
+    Ok(())
+}
