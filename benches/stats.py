@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -103,8 +104,6 @@ def activations(model_path, names, feeds, batch, threads, folder):
                     try:
                         os.link(pathlib.Path(model_path).parent / entry.value, link)
                     except OSError:
-                        import shutil
-
                         shutil.copy(pathlib.Path(model_path).parent / entry.value, link)
     inputs = {i.name for i in model.graph.input}
     del model.graph.output[:]
@@ -159,11 +158,13 @@ def main():
     feeds = {k: v[: args.samples] for k, v in np.load(args.set).items()}
     wanted = {i.name for i in onnx.load(args.model, load_external_data=False).graph.input}
     feeds = {k: v for k, v in feeds.items() if k in wanted}
-    with tempfile.TemporaryDirectory(dir=pathlib.Path(args.model).resolve().parent if os.access(pathlib.Path(args.model).resolve().parent, os.W_OK) else None) as folder:
+    beside = pathlib.Path(args.model).resolve().parent
+    with tempfile.TemporaryDirectory(dir=beside if os.access(beside, os.W_OK) else None) as folder:
         folder = pathlib.Path(folder)
         samples = folder / "samples.npz"
         np.savez(samples, **feeds)
-        env = dict(os.environ, XDG_DATA_HOME=str(folder / "data"))
+        library = next(pathlib.Path(ort.__file__).parent.glob("capi/libonnxruntime.so*"))
+        env = {"ORT_DYLIB_PATH": str(library), **os.environ, "XDG_DATA_HOME": str(folder / "data")}
         out = folder / "stats.npz"
         command = [args.program, "stats", args.model, "--calib", str(samples), "-o", str(out)]
         command += ["--kind", "gram,columns", "--batch", str(args.batch), "--threads", str(args.threads)]

@@ -39,7 +39,7 @@ pub use random::Random;
 pub use serve::serve;
 pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{
-    CollectOptions, Counts, MaskInput, Request, Rows, Statistics, StatisticsError, SymMatrix, View, Window, Work,
-    quarter_of_memory, weight_inputs,
+    CollectOptions, Counts, Field, MaskInput, Request, Rows, Statistics, StatisticsError, SymMatrix, View, Window,
+    Work, quarter_of_memory, weight_inputs,
 };
 pub use verify::{Inputs, Report, Sample, Verdict, VerifyError, verify};

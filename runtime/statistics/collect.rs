@@ -129,6 +129,17 @@ impl SymMatrix {
     }
 }
 
+/// One array of a statistic.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Field {
+    /// What it is, as [`Request`] names it: `sum`.
+    pub name: String,
+    /// Its shape; empty for one number.
+    pub dims: Vec<usize>,
+    /// Its elements, the last axis fastest.
+    pub data: Vec<f64>,
+}
+
 /// Statistics of a model on a set, on disk. Everything is a plain sum over the rows that count, in float64.
 #[derive(Debug)]
 pub struct Statistics {
@@ -216,22 +227,19 @@ impl Statistics {
     }
 
     /// One array of a statistic with its shape, by the name that [`Request`] gives it, and matrices in full.
-    pub fn array(&self, request: &Request, field: &str) -> Result<(Vec<usize>, Vec<f64>), StatisticsError> {
-        let mut all = self.arrays(request)?;
-        let at = all.iter().position(|(name, ..)| name == field);
-        let missing = || StatisticsError::NotCollected { request: format!("{} {field}", request.label()) };
-        let (_, dims, data) = all.swap_remove(at.ok_or_else(missing)?);
-        Ok((dims, data))
+    pub fn field(&self, request: &Request, name: &str) -> Result<Field, StatisticsError> {
+        let missing = || StatisticsError::NotCollected { request: format!("{} {name}", request.label()) };
+        self.fields(request)?.into_iter().find(|f| f.name == name).ok_or_else(missing)
     }
 
-    /// All arrays of a statistic: name, shape and elements, symmetric matrices in full.
-    pub fn arrays(&self, request: &Request) -> Result<Vec<(String, Vec<usize>, Vec<f64>)>, StatisticsError> {
+    /// All arrays of a statistic, symmetric matrices in full.
+    pub fn fields(&self, request: &Request) -> Result<Vec<Field>, StatisticsError> {
         let stored = self.stored(request)?;
         let arrays = stored.head.arrays.into_iter().zip(stored.data).filter(|(a, _)| a.field != "counts");
         let full = arrays.map(|(array, data)| {
             let size = array.dims.first().copied().unwrap_or_default();
             let data = if array.triangle { SymMatrix { size, upper: data }.to_full() } else { data };
-            (array.field, array.dims, data)
+            Field { name: array.field, dims: array.dims, data }
         });
         Ok(full.collect())
     }

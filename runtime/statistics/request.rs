@@ -136,7 +136,7 @@ pub fn weight_inputs(model: &Model) -> Vec<Rows> {
 fn weight_input(graph: &Graph, id: NodeId) -> Option<Rows> {
     let node = graph.node(id);
     let x = node.input(0)?;
-    if graph.constant(x).is_some() || !graph.scope_of(x).is_some_and(|scope| scope == ScopeId::MAIN) {
+    if graph.constant(x).is_some() || graph.scope_of(x) != Some(ScopeId::MAIN) {
         return None;
     }
     let named = |view| Rows { value: graph.value(x).name.clone(), view };

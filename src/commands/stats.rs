@@ -130,8 +130,8 @@ fn write(args: &StatsArgs, statistics: &Statistics, text: &mut String) -> anyhow
         let label = request.label();
         let counts = statistics.counts(request)?;
         let _ = writeln!(text, "{label}: {} rows, {} padded, {} broken", counts.rows, counts.padded, counts.broken);
-        for (field, dims, data) in statistics.arrays(request)? {
-            npz.add(&format!("{label}/{field}"), &dims, &data)?;
+        for field in statistics.fields(request)? {
+            npz.add(&format!("{label}/{}", field.name), &field.dims, &field.data)?;
         }
         let counts = [counts.rows as f64, counts.padded as f64, counts.broken as f64];
         npz.add(&format!("{label}/counts"), &[3], &counts)?;
