@@ -558,7 +558,8 @@ impl Graph {
     /// Every scope that is still in use: the main graph first, each subgraph after the scope around it.
     pub fn scopes(&self) -> Vec<ScopeId> {
         let mut found = vec![ScopeId::MAIN];
-        let mut next = 0;
+        // Most graphs have no subgraphs, and looking for them reads every node.
+        let mut next = usize::from(self.scopes.len() == 1);
         while let Some(&scope) = found.get(next) {
             for node in self.nodes(scope) {
                 found.extend(self.node(node).subgraphs());

@@ -68,7 +68,7 @@ fn time_per_node_stays_flat() {
         let (path, out) = (folder.path().join("model.onnx"), folder.path().join("out.onnx"));
         std::fs::write(&path, model(nodes).to_bytes()).unwrap();
         // The shortest of several runs is the one that the machine's other work disturbed least.
-        let runs = (20_000 / nodes).clamp(3, 20);
+        let runs = (20_000 / nodes).clamp(5, 20);
         let mut best = Duration::MAX;
         let mut left = 0;
         for _ in 0..runs {
