@@ -375,3 +375,6 @@ fn string(text: &[u8], unicode: bool, swapped: bool) -> Option<Bytes> {
     let text: Option<String> = codes[..end].iter().map(|&c| char::from_u32(c)).collect();
     text.map(|text| text.into_bytes().into())
 }
+
+#[cfg(test)]
+mod tests;
