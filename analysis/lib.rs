@@ -9,6 +9,7 @@ mod evaluate;
 pub mod kernels;
 mod liveness;
 mod shapes;
+mod units;
 
 pub use affine::{Affine, Affines};
 pub use cost::{Bindings, Cost, OperatorCost};
@@ -16,3 +17,4 @@ pub use dim::{DimExpr, Symbol};
 pub use evaluate::{Evaluate, EvaluateError};
 pub use liveness::{Liveness, dead_nodes, unused_initializers};
 pub use shapes::{Contents, Facts};
+pub use units::{Barrier, NoUnit, NoUnitReason, PostOp, Unit, UnitId, UnitKind, Units};

@@ -1,0 +1,241 @@
+//! What operators mean for units: which are layers, which only move data, and what a set of nodes computes.
+
+use super::{UnitKind, flow::Flow};
+use lathe_ir::{Graph, Node, NodeId, ValueId};
+
+fn known_domain(node: &Node) -> bool {
+    matches!(node.domain.as_str(), "" | "ai.onnx" | "com.microsoft" | "com.ms.internal.nhwc")
+}
+
+fn among(node: &Node, names: &[&str]) -> bool {
+    known_domain(node) && names.contains(&node.op_type.as_str())
+}
+
+const ATTENTION: &[&str] = &[
+    "Attention",
+    "DecoderMaskedMultiHeadAttention",
+    "DecoderMaskedSelfAttention",
+    "GroupQueryAttention",
+    "LinearAttention",
+    "LongformerAttention",
+    "MultiHeadAttention",
+    "PackedAttention",
+    "PackedMultiHeadAttention",
+    "PagedAttention",
+    "QAttention",
+    "SparseAttention",
+];
+
+const CONVOLUTION: &[&str] =
+    &["Conv", "ConvInteger", "ConvTranspose", "DeformConv", "FusedConv", "NhwcConv", "NhwcFusedConv", "QLinearConv"];
+
+const PRODUCT: &[&str] = &[
+    "DynamicQuantizeMatMul",
+    "Einsum",
+    "FusedGemm",
+    "FusedMatMul",
+    "Gemm",
+    "GemmFastGelu",
+    "MatMul",
+    "MatMulBnb4",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "MatMulNBits",
+    "QGemm",
+    "QLinearMatMul",
+    "TransposeMatMul",
+];
+
+const MIXING: &[&str] =
+    &["AveragePool", "DFT", "GRU", "LSTM", "LpPool", "MaxPool", "QLinearAveragePool", "RNN", "STFT", "CumSum"];
+
+/// Operators with subgraphs or experts: what is inside may be anything.
+const COMPOSITE: &[&str] = &["If", "Loop", "Scan", "MoE", "QMoE"];
+
+const NONLINEAR: &[&str] = &[
+    "BiasGelu",
+    "BiasSoftmax",
+    "Celu",
+    "Clip",
+    "Elu",
+    "Erf",
+    "FastGelu",
+    "Gelu",
+    "GemmFastGelu",
+    "HardSigmoid",
+    "HardSwish",
+    "LeakyRelu",
+    "LogSoftmax",
+    "MaxPool",
+    "Mish",
+    "PRelu",
+    "QuickGelu",
+    "Relu",
+    "Selu",
+    "Sigmoid",
+    "Softmax",
+    "Softplus",
+    "Swish",
+    "Tanh",
+];
+
+const NORM: &[&str] = &[
+    "BatchNormalization",
+    "GroupNorm",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "LpNormalization",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+];
+
+const LAYOUT: &[&str] = &[
+    "Cast",
+    "DequantizeLinear",
+    "Dropout",
+    "Flatten",
+    "Identity",
+    "QuantizeLinear",
+    "Reshape",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+];
+
+/// What may stand on the skip of a unit that changes the stream, beside a layer.
+const PROJECTION: &[&str] = &["Add", "AveragePool", "BatchNormalization", "MaxPool", "Pad", "Resize", "Slice"];
+
+/// The steps of a normalization that is spelled out.
+const NORM_STEPS: &[&str] = &["Add", "Div", "Mul", "Pow", "Reciprocal", "ReduceMean", "Sqrt", "Sub"];
+
+fn composite(node: &Node) -> bool {
+    among(node, COMPOSITE) || !known_domain(node)
+}
+
+/// Whether a node does the kind of work that makes a unit worth its name.
+pub(super) fn is_layer(node: &Node) -> bool {
+    among(node, ATTENTION) || among(node, CONVOLUTION) || among(node, PRODUCT) || among(node, MIXING) || composite(node)
+}
+
+/// Whether a node is no linear map of its data, apart from gates, which multiply two values.
+pub(super) fn is_nonlinear(node: &Node) -> bool {
+    among(node, NONLINEAR) || among(node, ATTENTION) || composite(node)
+}
+
+/// Whether a node hands its first input on, in another layout or type.
+pub(super) fn is_layout(node: &Node) -> bool {
+    among(node, LAYOUT)
+}
+
+/// Whether a node may stand on the projected skip of a unit; the second value says that it projects.
+pub(super) fn is_projection(graph: &Graph, node: &Node) -> (bool, bool) {
+    let fixed = node.input(1).is_some_and(|v| graph.value(v).initializer().is_some());
+    let layer = among(node, CONVOLUTION) || (among(node, PRODUCT) && fixed) || among(node, &["AveragePool", "MaxPool"]);
+    (layer || among(node, PROJECTION), layer)
+}
+
+/// What a node may be between a join and the stream of the next unit.
+pub(super) fn post_step(node: &Node) -> Option<super::PostOp> {
+    use super::PostOp::{Activation, Layout, Norm};
+    let norm = among(node, NORM) || among(node, NORM_STEPS);
+    let found = [(norm, Norm), (among(node, NONLINEAR), Activation), (is_layout(node), Layout)];
+    found.into_iter().find(|(is, _)| *is).map(|(_, post)| post)
+}
+
+/// Whether a node adds up several tensors and perhaps normalizes the sum: which inputs, and which output is the sum.
+pub(super) fn sum_of(node: &Node) -> Option<(Vec<ValueId>, ValueId, bool)> {
+    let pair = |a: usize, b: usize| Some(vec![node.input(a)?, node.input(b)?]);
+    let plain = node.output(0)?;
+    if node.is_standard() {
+        return match node.op_type.as_str() {
+            "Add" => Some((pair(0, 1)?, plain, false)),
+            "Sum" => Some((node.inputs().iter().flatten().copied().collect(), plain, false)),
+            _ => None,
+        };
+    }
+    if node.domain != "com.microsoft" {
+        return None;
+    }
+    match node.op_type.as_str() {
+        "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => {
+            Some((pair(0, 1)?, node.output(3).unwrap_or(plain), true))
+        }
+        "SkipGroupNorm" => Some((pair(0, 3)?, node.output(1).unwrap_or(plain), true)),
+        "QLinearAdd" => Some((pair(0, 3)?, plain, false)),
+        _ => None,
+    }
+}
+
+/// Whether the outputs of a node are one stream, once plain and once normalized.
+pub(super) fn is_normalized_sum(node: &Node) -> bool {
+    among(node, &["EmbedLayerNormalization", "SkipGroupNorm", "SkipLayerNormalization"])
+        || among(node, &["SkipSimplifiedLayerNormalization"])
+}
+
+/// What the nodes of a unit compute; `inside` says which places belong to them.
+pub(super) fn classify(flow: &Flow, places: &[usize], inside: impl Fn(usize) -> bool) -> UnitKind {
+    let graph = flow.graph;
+    let node = |at: usize| graph.node(flow.order[at]);
+    let from_inside = |v: ValueId| flow.made_at(v).is_some_and(&inside);
+    let any = |test: &dyn Fn(NodeId) -> bool| places.iter().any(|&at| test(flow.order[at]));
+    if any(&|id| among(graph.node(id), ATTENTION) || graph.node(id).is("Softmax")) {
+        let foreign = |at: usize| {
+            let reads = &flow.reads[at];
+            let fused = among(node(at), &["MultiHeadAttention", "Attention"]);
+            let pair = if fused { node(at).input(0).zip(node(at).input(1)) } else { None };
+            let pair = pair.filter(|(_, key)| reads.contains(key));
+            let product = among(node(at), PRODUCT) && reads.len() == 2;
+            pair.is_some_and(|(q, k)| from_inside(q) && !from_inside(k))
+                || (product && from_inside(reads[0]) != from_inside(reads[1]))
+        };
+        return if places.iter().any(|&at| foreign(at)) { UnitKind::CrossAttention } else { UnitKind::Attention };
+    }
+    let wide = |id: NodeId| {
+        let node = graph.node(id);
+        let kernel = || {
+            let weight = node.inputs().iter().flatten().find_map(|&v| graph.constant(v).filter(|t| t.dims().len() > 2));
+            weight.is_some_and(|t| t.dims()[2..].iter().any(|&k| k > 1))
+        };
+        let stated = node.ints("kernel_shape").map(|k| k.iter().any(|&k| k > 1));
+        among(node, CONVOLUTION) && stated.unwrap_or_else(kernel)
+    };
+    if any(&wide) {
+        return UnitKind::Conv;
+    }
+    let turned = |value: ValueId| {
+        let maker = graph.producer(value).map(|id| graph.node(id));
+        maker.is_some_and(|n| n.is("Transpose") && n.ints("perm") == Some(&[0, 2, 1]))
+    };
+    let along_tokens = |id: NodeId| {
+        let node = graph.node(id);
+        let constant = |i: usize| node.input(i).is_some_and(|v| graph.constant(v).is_some());
+        node.is("MatMul") && (constant(0) || (constant(1) && node.input(0).is_some_and(turned)))
+    };
+    if any(&|id| among(graph.node(id), MIXING) || along_tokens(id) || graph.node(id).is("Loop")) {
+        return UnitKind::Mixer;
+    }
+    UnitKind::Mlp
+}
+
+/// A number that is equal for nodes of equal operators, reading constants of equal sizes.
+pub(super) fn signature(graph: &Graph, nodes: &[NodeId]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut feed = |bytes: &[u8]| {
+        for &byte in bytes {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    };
+    for &id in nodes {
+        let node = graph.node(id);
+        feed(node.domain.as_bytes());
+        feed(node.op_type.as_bytes());
+        for tensor in node.inputs().iter().flatten().filter_map(|&v| graph.constant(v)) {
+            for &size in tensor.dims() {
+                feed(&(size as u64).to_le_bytes());
+            }
+            feed(b";");
+        }
+    }
+    hash
+}

@@ -1,0 +1,1 @@
+//! Units of small graphs, one for each family.
