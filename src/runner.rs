@@ -4,8 +4,8 @@ use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    Child, Claim, CollectOptions, Engine, Inputs, Limits, LoadOptions, OrtEngine, Request, RuntimeError,
-    Search, SetSpec, Statistics, StatisticsError, Verdict,
+    Child, Claim, CollectOptions, Engine, Inputs, Limits, LoadOptions, OrtEngine, Request, RuntimeError, Search,
+    SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,

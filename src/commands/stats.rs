@@ -35,6 +35,9 @@ pub(crate) struct StatsArgs {
     /// The calibration set: .npz, a folder of .npz or .npy, or of test_data_set_*.
     #[arg(long, value_name = "SET")]
     calib: PathBuf,
+    /// The array of the set that holds labels, which the model does not read.
+    #[arg(long, value_name = "NAME")]
+    labels: Option<String>,
     /// Samples that run at once.
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
@@ -60,13 +63,17 @@ pub(crate) struct StatsArgs {
 }
 
 pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
-    if !args.run.input_shape.is_empty() {
-        return Err(Failure::Usage("--input-shape has no meaning here: the set has its own shapes".to_owned()));
+    if !args.run.input_shape.is_empty() || args.run.seed != 0 {
+        let message = "--input-shape and --seed are for random inputs; statistics are taken of a set";
+        return Err(Failure::Usage(message.to_owned()));
+    }
+    if args.batch == Some(0) {
+        return Err(Failure::Usage("--batch is 0, expected at least 1".to_owned()));
     }
     let model = super::read(&args.model)?.model;
     let requests = requests(&model, args)?;
     let options = runner_options(&args.run)?;
-    let set = SetSpec { path: args.calib.clone(), batch: args.batch, ..SetSpec::default() };
+    let set = SetSpec { labels: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
     let memory = args.run.memory.as_deref().map(size).transpose()?.unwrap_or_else(quarter_of_memory);
     let temporary = tempfile::tempdir().context("there is no place for results")?;
     let kept = runner::data_dir().filter(|_| !args.no_cache).map(|data| data.join("statistics"));
