@@ -210,7 +210,7 @@ def main():
                 "square_sum": np.max(np.abs(stats[f"columns:{label}/square_sum"] - square) / (square + 1e-300)),
                 "max_abs": np.max(np.abs(stats[f"columns:{label}/max_abs"] - largest) / (largest + 1e-300)),
             }
-            worst = {k: max(v, errors[k]) for k, v in worst.items()}
+            worst = {k: float(np.maximum(v, errors[k])) for k, v in worst.items()}
         product = work / speed / 1e9
         result = {
             "model": args.model, "samples": args.samples, "batch": args.batch, "tensors": len(labels),

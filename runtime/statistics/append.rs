@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Rows of one product in float32. Longer sums are cut into parts of this many rows that are added in float64.
-const PART: usize = 2048;
+const PART: usize = 512;
 
 /// The oldest operator set that has everything that is appended.
 const OLDEST_OPSET: i64 = 9;

@@ -2,7 +2,7 @@
 
 use super::{
     append::{Append, Mask, Output, Sizes, resolve},
-    gather::{Entry, Job},
+    gather::{Entry, Gathered, Job},
     request::{Request, Rows, View},
     store::{self, Stored},
 };
@@ -174,6 +174,17 @@ impl Statistics {
         requests: &[Request],
         options: &CollectOptions,
     ) -> Result<Statistics, StatisticsError> {
+        let worker = Worker { engine: child.hello()?.0, gather: &|job| child.gather(job) };
+        Statistics::collect_with(&worker, model, set, requests, options)
+    }
+
+    pub(super) fn collect_with(
+        worker: &Worker<'_>,
+        model: &Model,
+        set: &SetSpec,
+        requests: &[Request],
+        options: &CollectOptions,
+    ) -> Result<Statistics, StatisticsError> {
         let requests: BTreeSet<&Request> = requests.iter().collect();
         for rows in requests.iter().flat_map(|r| r.rows()) {
             resolve(model, &rows.value)?;
@@ -186,7 +197,7 @@ impl Statistics {
         // The copies need other amounts of memory than the model, and would choose other batches.
         let batch = Some(SampleSet::open(set, model)?.batch_size());
         let set = &SetSpec { batch, ..set.clone() };
-        let folder = options.cache.join(key(child, model, set, options)?);
+        let folder = options.cache.join(key(worker, model, set, options)?);
         let failed = |source| StatisticsError::Io { path: folder.clone(), source };
         fs::create_dir_all(&folder).map_err(failed)?;
         let mut work = Work::default();
@@ -204,7 +215,7 @@ impl Statistics {
             files.insert(request.clone(), file);
         }
         if !missing.is_empty() {
-            let collector = Collector { child, model, facts: Facts::infer(model), set, mask, options };
+            let collector = Collector { worker, model, facts: Facts::infer(model), set, mask, options };
             collector.run(missing, &files, &mut work)?;
         }
         // The folder counts as used now, for the order in which folders are removed.
@@ -264,20 +275,27 @@ fn index_of(stored: &Stored, field: &str) -> Option<usize> {
 }
 
 /// A name for everything that results depend on but the request.
-fn key(child: &Child, model: &Model, set: &SetSpec, options: &CollectOptions) -> Result<String, StatisticsError> {
+fn key(worker: &Worker<'_>, model: &Model, set: &SetSpec, options: &CollectOptions) -> Result<String, StatisticsError> {
     let mut hash = blake3::Hasher::new();
     let failed = |source| StatisticsError::Io { path: set.path.clone(), source };
     model.write_to(&mut hash).map_err(failed)?;
     store::hash_files(&set.path, &mut hash).map_err(failed)?;
     let load = &options.load;
     let set = SetSpec { path: PathBuf::new(), ..set.clone() };
-    let how = (child.hello()?.0, &load.provider, load.optimize, set, format!("{:?}", options.mask));
+    let how = (&worker.engine, &load.provider, load.optimize, set, format!("{:?}", options.mask));
     hash.update(&serde_json::to_vec(&how).expect("only names and numbers"));
     Ok(store::short(&hash.finalize()))
 }
 
+/// Who runs the copies.
+pub(super) struct Worker<'a> {
+    /// The engine's name with its version.
+    pub engine: String,
+    pub gather: &'a dyn Fn(&Job) -> Result<Gathered, RuntimeError>,
+}
+
 struct Collector<'a> {
-    child: &'a Child,
+    worker: &'a Worker<'a>,
     model: &'a Model,
     facts: Facts,
     set: &'a SetSpec,
@@ -320,12 +338,12 @@ impl Collector<'_> {
         scratch: &Path,
         entries: Vec<Entry>,
         direct: Vec<Output>,
-    ) -> Result<super::gather::Gathered, StatisticsError> {
+    ) -> Result<Gathered, StatisticsError> {
         let path = scratch.join("statistics.onnx");
         copy.write_linked(&path)?;
         let first_only = entries.is_empty();
         let (set, options) = (self.set.clone(), self.options.load.clone());
-        Ok(self.child.gather(&Job { model: path, set, first_only, options, entries, direct })?)
+        Ok((self.worker.gather)(&Job { model: path, set, first_only, options, entries, direct })?)
     }
 
     /// The sizes of what is asked for in the first batch, and the bytes that running the model itself takes.

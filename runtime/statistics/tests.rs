@@ -1,1 +1,286 @@
-//! tests
+use super::{
+    collect::{CollectOptions, Counts, MaskInput, Statistics, StatisticsError, Worker},
+    gather,
+    request::{Request, Rows, View, weight_inputs},
+};
+use crate::{
+    LoadOptions, NpzWriter, RuntimeError, SetSpec,
+    testing::{Build, engine},
+};
+use lathe_ir::{DataType, Model, Node, Tensor, Type};
+use std::{cell::Cell, path::PathBuf};
+use tempfile::TempDir;
+
+/// A model with a set, and a place for results.
+struct Bench {
+    folder: TempDir,
+    model: Model,
+    set: SetSpec,
+    memory: u64,
+    mask: MaskInput,
+    /// Fail after this many runs.
+    runs: Cell<usize>,
+}
+
+impl Bench {
+    fn new(model: Model, arrays: &[(&str, Tensor)]) -> Bench {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("set.npz");
+        let mut npz = NpzWriter::create(&path).unwrap();
+        for (name, tensor) in arrays {
+            npz.add(name, tensor).unwrap();
+        }
+        npz.finish().unwrap();
+        let set = SetSpec { batch: Some(2), ..SetSpec::all(path) };
+        Bench { folder, model, set, memory: 1 << 30, mask: MaskInput::Auto, runs: Cell::new(usize::MAX) }
+    }
+
+    fn collect(&self, requests: &[Request]) -> Result<Statistics, StatisticsError> {
+        let run = |job: &gather::Job| {
+            self.runs.set(self.runs.get().checked_sub(1).ok_or(RuntimeError::Child("interrupted".into()))?);
+            gather::serve(engine(), job, &mut |_| {}).map_err(RuntimeError::Child)
+        };
+        let worker = Worker { engine: "test".into(), gather: &run };
+        let load = LoadOptions { threads: 1, ..LoadOptions::default() };
+        let (memory, mask) = (self.memory, self.mask.clone());
+        let options = CollectOptions { memory, mask, ..CollectOptions::new(load, self.folder.path().join("cache")) };
+        std::fs::create_dir_all(&options.cache).unwrap();
+        Statistics::collect_with(&worker, &self.model, &self.set, requests, &options)
+    }
+
+    fn stat_files(&self) -> Vec<PathBuf> {
+        let inside = |path: PathBuf| std::fs::read_dir(path).unwrap().map(|e| e.unwrap().path());
+        let mut files: Vec<PathBuf> = inside(self.folder.path().join("cache")).flat_map(inside).collect();
+        files.retain(|f| f.extension().is_some_and(|e| e == "stat"));
+        files.sort();
+        files
+    }
+}
+
+fn floats(dims: &[usize], seed: u64) -> Tensor {
+    let mut random = crate::Random::new(seed);
+    let values: Vec<f32> = (0..dims.iter().product()).map(|_| random.normal() as f32 + 0.25).collect();
+    Tensor::from_f32s(dims, &values)
+}
+
+/// `x [b, s, k]` → `h = −x` → `y = h · w`.
+fn linear(opset: i64, features: &str) -> Model {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["b", "s", features]);
+    let h = build.node(Node::new("Neg"), &[x], "h");
+    let size = features.parse().unwrap();
+    let w = build.constant("w", floats(&[size, 2], 7));
+    let y = build.node(Node::new("MatMul"), &[h, w], "y");
+    Model { opsets: vec![(String::new(), opset)], ..build.output(y, Type::unshaped(DataType::Float)).model() }
+}
+
+fn gram_of(rows: &[f64], features: usize) -> Vec<f64> {
+    let mut gram = vec![0.0; features * features];
+    for row in rows.chunks(features) {
+        for (i, a) in row.iter().enumerate() {
+            for (j, b) in row.iter().enumerate() {
+                gram[i * features + j] += a * b;
+            }
+        }
+    }
+    gram
+}
+
+fn assert_close(found: &[f64], expected: &[f64], scale: f64) {
+    assert_eq!(found.len(), expected.len());
+    for (a, b) in found.iter().zip(expected) {
+        assert!((a - b).abs() <= 1e-6 * scale, "{a} and {b}");
+    }
+}
+
+#[test]
+fn sums_are_those_of_the_rows_in_every_operator_set() {
+    for opset in [9, 10, 12, 13, 17, 18, 21] {
+        // Three batches, the last one smaller.
+        let bench = Bench::new(linear(opset, "3"), &[("x", floats(&[5, 4, 3], 1))]);
+        let h = Rows::last("h");
+        let (gram, columns) = (Request::Gram(h.clone()), Request::Columns(h.clone()));
+        let statistics = bench.collect(&[gram.clone(), columns.clone()]).unwrap();
+        let rows: Vec<f64> = floats(&[5, 4, 3], 1).to_f64s().unwrap().iter().map(|v| -v).collect();
+        assert_close(&statistics.gram(&h).unwrap().to_full(), &gram_of(&rows, 3), 30.0);
+        let column = |index: usize| rows.iter().skip(index).step_by(3);
+        for index in 0..3 {
+            let field = |name: &str| statistics.field(&columns, name).unwrap().data[index];
+            assert_close(&[field("sum")], &[column(index).sum()], 1.0);
+            assert_close(&[field("abs_sum")], &[column(index).map(|v| v.abs()).sum()], 1.0);
+            assert_close(&[field("square_sum")], &[column(index).map(|v| v * v).sum()], 1.0);
+            assert_close(&[field("max_abs")], &[column(index).fold(0.0, |m: f64, v| m.max(v.abs()))], 1.0);
+        }
+        assert_eq!(statistics.counts(&gram).unwrap(), Counts { rows: 20, padded: 0, broken: 0 }, "opset {opset}");
+        assert_eq!((statistics.work.samples, statistics.work.groups), (5, 1));
+    }
+}
+
+#[test]
+fn long_sums_are_added_in_parts() {
+    let bench = Bench::new(linear(17, "3"), &[("x", floats(&[3, 2500, 3], 2))]);
+    let statistics = bench.collect(&[Request::Gram(Rows::last("h"))]).unwrap();
+    let rows = floats(&[3, 2500, 3], 2).to_f64s().unwrap();
+    let expected = gram_of(&rows, 3);
+    assert_close(&statistics.gram(&Rows::last("h")).unwrap().to_full(), &expected, expected[0] * 0.3);
+}
+
+#[test]
+fn padding_and_broken_rows_are_left_out_and_counted() {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["b", "s", "2"]);
+    build.input("attention_mask", DataType::Int64, &["b", "s"]);
+    let h = build.node(Node::new("Neg"), &[x], "h");
+    let shape = build.constant("shape", Tensor::int64s(&[0, 0, 2, 1]));
+    let heads = build.node(Node::new("Reshape"), &[h, shape], "heads");
+    let turned = build.node(Node::new("Transpose").with("perm", vec![0i64, 2, 1, 3]), &[heads], "turned");
+    let model = build.output(turned, Type::unshaped(DataType::Float)).model();
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let x = Tensor::from_f32s(&[2, 3, 2], &[1.0, 2.0, nan, 0.0, 5.0, 6.0, 3.0, 4.0, 0.0, inf, nan, 1.0]);
+    let mask = Tensor::from_i64s(&[2, 3], &[1, 1, 0, 1, 1, 0]);
+    let bench = Bench::new(model, &[("x", x), ("attention_mask", mask)]);
+    let request = Request::Gram(Rows::last("h"));
+    // Features of one head each: rows are batch, head, token, and the mask has to find the token among them.
+    let heads = Request::Columns(Rows::last("turned"));
+    let statistics = bench.collect(&[request.clone(), heads.clone()]).unwrap();
+    assert_eq!(statistics.counts(&request).unwrap(), Counts { rows: 2, padded: 2, broken: 2 });
+    assert_eq!(statistics.gram(&Rows::last("h")).unwrap().upper(), [10.0, 14.0, 20.0]);
+    assert_eq!(statistics.field(&request, "sum").unwrap().data, [-4.0, -6.0]);
+    assert_eq!(statistics.counts(&heads).unwrap(), Counts { rows: 6, padded: 4, broken: 2 });
+    assert_eq!(statistics.field(&heads, "abs_sum").unwrap().data, [10.0]);
+    let bench = Bench { mask: MaskInput::None, ..bench };
+    let statistics = bench.collect(&[request.clone()]).unwrap();
+    assert_eq!(statistics.counts(&request).unwrap(), Counts { rows: 3, padded: 0, broken: 3 });
+}
+
+#[test]
+fn patches_are_what_a_convolution_multiplies() {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["n", "3", "9", "8"]);
+    let w = build.constant("w", floats(&[4, 3, 3, 2], 3));
+    let node = Node::new("Conv").with("pads", vec![1i64, 0, 2, 1]).with("strides", vec![2i64, 1]);
+    let node = node.with("dilations", vec![1i64, 2]).with("kernel_shape", vec![3i64, 2]);
+    let y = build.node(node, &[x, w], "y");
+    let point = build.constant("point", floats(&[2, 4, 1, 1], 4));
+    let z = build.node(Node::new("Conv"), &[y, point], "z");
+    let model = build.output(z, Type::unshaped(DataType::Float)).model();
+    let rows = weight_inputs(&model);
+    assert_eq!(rows.iter().map(Rows::label).collect::<Vec<_>>(), ["x patches 3x2", "y axis 1"]);
+    let bench = Bench::new(model, &[("x", floats(&[3, 3, 9, 8], 5))]);
+    // The squares of what a layer gives are what its weight makes of the Gram matrix of what it reads.
+    for (rows, output, weight) in [(&rows[0], "y", floats(&[4, 18], 3)), (&rows[1], "z", floats(&[2, 4], 4))] {
+        let columns = Request::Columns(Rows::channels(output));
+        let statistics = bench.collect(&[Request::Gram(rows.clone()), columns.clone()]).unwrap();
+        let gram = statistics.gram(rows).unwrap();
+        let squares = statistics.field(&columns, "square_sum").unwrap().data;
+        let weight = weight.to_f64s().unwrap();
+        for (w, square) in weight.chunks(gram.size()).zip(squares) {
+            let pairs = (0..w.len()).flat_map(|i| (0..w.len()).map(move |j| (i, j)));
+            let made: f64 = pairs.map(|(i, j)| w[i] * gram.get(i, j) * w[j]).sum();
+            assert_close(&[made], &[square], square);
+        }
+    }
+}
+
+#[test]
+fn pairs_of_values() {
+    let bench = Bench::new(linear(17, "3"), &[("x", Tensor::from_f32s(&[1, 2, 3], &[3.0, 4.0, 0.0, 0.0, 0.0, 0.0]))]);
+    let cosine = Request::Cosine(Rows::last("x"), Rows::last("h"));
+    let cross = Request::Cross(Rows::last("x"), Rows::last("h"));
+    let statistics = bench.collect(&[cosine.clone(), cross.clone()]).unwrap();
+    let field = |request: &Request, name: &str| statistics.field(request, name).unwrap().data;
+    assert_close(&field(&cosine, "cosine_sum"), &[-1.0], 1.0);
+    assert_close(&field(&cosine, "dot_sum"), &[-25.0], 1.0);
+    assert_close(&field(&cosine, "y_norm_sum"), &[5.0], 1.0);
+    assert_close(&field(&cosine, "difference_square_sum"), &[100.0], 1.0);
+    assert_eq!(field(&cross, "cross"), [-9.0, -12.0, 0.0, -12.0, -16.0, 0.0, 0.0, 0.0, 0.0]);
+    assert_eq!(field(&cross, "y_square_sum"), [9.0, 16.0, 0.0]);
+    let other = Request::Cosine(Rows::last("x"), Rows::last("y"));
+    assert!(matches!(bench.collect(&[other]), Err(StatisticsError::Shapes { .. })));
+    let other = Request::Cross(Rows::last("x"), Rows { value: "x".into(), view: View::Axis(0) });
+    assert!(matches!(bench.collect(&[other]), Err(StatisticsError::Rows { .. })));
+}
+
+#[test]
+fn layers_that_share_an_input_share_an_entry() {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["n", "4"]);
+    let stored = build.constant("stored", floats(&[2, 4], 1));
+    let mut heads = Vec::new();
+    for name in ["q", "k"] {
+        let w = build.node(Node::new("Transpose"), &[stored], "turned");
+        heads.push(build.node(Node::new("MatMul"), &[x, w], name));
+    }
+    let y = build.node(Node::new("Gemm").with("transB", 1i64), &[x, stored], "v");
+    let product = build.node(Node::new("Mul"), &[heads[0], heads[1]], "product");
+    let y = build.node(Node::new("Mul"), &[product, y], "y");
+    let model = build.output(y, Type::unshaped(DataType::Float)).model();
+    assert_eq!(weight_inputs(&model), [Rows::last("x")]);
+}
+
+#[test]
+fn what_cannot_be_had_is_refused() {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["n", "3"]);
+    let condition = build.constant("condition", Tensor::from_bools(&[], &[true]));
+    let mut node = Node::new("If");
+    for (branch, inner) in [("then_branch", "a"), ("else_branch", "b")] {
+        let scope = build.graph.add_scope(branch);
+        let value = build.graph.append(scope, Node::new("Abs"), &[x], inner);
+        build.graph.add_output(scope, value);
+        node = node.with(branch, lathe_ir::AttributeValue::Graph(scope));
+    }
+    let y = build.node(node, &[condition], "y");
+    let model = build.output(y, Type::unshaped(DataType::Float)).model();
+    let bench = Bench::new(model, &[("x", floats(&[4, 3], 1))]);
+    let refusal = |name: &str| bench.collect(&[Request::Gram(Rows::last(name))]).unwrap_err().to_string();
+    assert_eq!(
+        refusal("a"),
+        "`a` is computed in a subgraph of node `y` (If); statistics can be taken of values of the main graph only"
+    );
+    assert_eq!(refusal("condition"), "`condition` is a constant, it has the same rows whatever the inputs are");
+    assert_eq!(refusal("nothing"), "the model has no value `nothing`");
+    let axis = Request::Gram(Rows { value: "x".into(), view: View::Axis(2) });
+    assert_eq!(
+        bench.collect(&[axis]).unwrap_err().to_string(),
+        "`x axis 2` of shape [2, 3] has no such axis, or nothing along it"
+    );
+    let bench = Bench { mask: MaskInput::Named("x".into()), ..bench };
+    assert!(matches!(bench.collect(&[Request::Gram(Rows::last("x"))]), Err(StatisticsError::NoMask { .. })));
+    let bench = Bench { memory: 10, mask: MaskInput::None, ..bench };
+    assert!(matches!(bench.collect(&[Request::Gram(Rows::last("x"))]), Err(StatisticsError::TooLarge { .. })));
+    let old = Bench::new(linear(8, "3"), &[("x", floats(&[1, 2, 3], 1))]);
+    assert!(matches!(old.collect(&[Request::Gram(Rows::last("x"))]), Err(StatisticsError::OldOpset { .. })));
+    // What a subgraph gives to the main graph can be had.
+    assert!(Bench { memory: 1 << 30, ..bench }.collect(&[Request::Gram(Rows::last("y"))]).is_ok());
+}
+
+#[test]
+fn finished_groups_are_kept_and_damage_is_repaired() {
+    let bench = Bench::new(linear(17, "64"), &[("x", floats(&[3, 2, 64], 1))]);
+    // Enough for one of the large statistics, so that there are two groups.
+    let bench = Bench { memory: 150 << 10, ..bench };
+    let requests = [Request::Gram(Rows::last("x")), Request::Gram(Rows::last("h"))];
+    bench.runs.set(2);
+    let interrupted = bench.collect(&requests).unwrap_err();
+    assert_eq!(interrupted.to_string(), "interrupted");
+    assert_eq!(bench.stat_files().len(), 1);
+    bench.runs.set(usize::MAX);
+    let resumed = bench.collect(&requests).unwrap();
+    assert_eq!((resumed.work.cached, resumed.work.computed, resumed.work.groups), (1, 1, 1));
+    let again = bench.collect(&requests).unwrap();
+    assert_eq!((again.work.cached, again.work.computed, again.work.samples), (2, 0, 0));
+    assert_eq!(again.gram(&Rows::last("x")).unwrap(), again.gram(&Rows::last("h")).unwrap());
+    let file = &bench.stat_files()[0];
+    let mut bytes = std::fs::read(file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 16;
+    std::fs::write(file, bytes).unwrap();
+    let repaired = bench.collect(&requests).unwrap();
+    assert_eq!((repaired.work.cached, repaired.work.computed, repaired.work.damaged), (1, 1, 1));
+    // Another set is another entry.
+    std::fs::copy(file, bench.folder.path().join("kept")).unwrap();
+    let other = Bench::new(linear(17, "64"), &[("x", floats(&[3, 2, 64], 2))]);
+    std::fs::copy(&other.set.path, &bench.set.path).unwrap();
+    assert_eq!(bench.collect(&requests).unwrap().work.cached, 0);
+}

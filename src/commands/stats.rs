@@ -8,11 +8,11 @@ use crate::{
 };
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
-use lathe_ir::Model;
+use lathe_ir::{DataType, Model, Tensor};
 use lathe_runtime::{
     CollectOptions, MaskInput, NpzWriter, Request, Rows, SetSpec, Statistics, View, quarter_of_memory, weight_inputs,
 };
-use std::{fmt::Write as _, path::PathBuf};
+use std::{fmt::Write as _, path::PathBuf, time::Instant};
 
 /// What to collect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -86,7 +86,9 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     };
     let collect = CollectOptions { memory, mask, ..CollectOptions::new(options.load.clone(), cache) };
     let runner = Runner::new(options)?;
+    let start = Instant::now();
     let statistics = runner.collect(&model, &set, &requests, &collect).map_err(anyhow::Error::from)?;
+    let seconds = start.elapsed().as_secs_f32();
     let mut text = String::new();
     write(args, &statistics, &mut text).with_context(|| format!("cannot write `{}`", args.output.display()))?;
     let work = statistics.work;
@@ -96,7 +98,7 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     if !args.talk.quiet {
         let damaged = if work.damaged > 0 { format!(" ({} were damaged)", work.damaged) } else { String::new() };
         say(&format!(
-            "{} statistics computed in {} runs over the set, {} taken from the cache{damaged}",
+            "{} statistics computed in {} runs over the set, {} taken from the cache{damaged}, in {seconds:.1} s",
             work.computed, work.groups, work.cached
         ));
     }
@@ -137,11 +139,14 @@ fn write(args: &StatsArgs, statistics: &Statistics, text: &mut String) -> anyhow
         let label = request.label();
         let counts = statistics.counts(request)?;
         let _ = writeln!(text, "{label}: {} rows, {} padded, {} broken", counts.rows, counts.padded, counts.broken);
+        let mut add = |name: &str, dims: &[usize], data: &[f64]| {
+            let tensor = Tensor::from_f64s(DataType::Double, dims, data).expect("numbers fit float64");
+            npz.add(&format!("{label}/{name}"), &tensor)
+        };
         for field in statistics.fields(request)? {
-            npz.add(&format!("{label}/{}", field.name), &field.dims, &field.data)?;
+            add(&field.name, &field.dims, &field.data)?;
         }
-        let counts = [counts.rows as f64, counts.padded as f64, counts.broken as f64];
-        npz.add(&format!("{label}/counts"), &[3], &counts)?;
+        add("counts", &[3], &[counts.rows, counts.padded, counts.broken].map(|count| count as f64))?;
     }
     npz.finish()?;
     std::fs::rename(&aside, &args.output)?;
