@@ -149,7 +149,7 @@ fn padding_and_broken_rows_are_left_out_and_counted() {
     assert_eq!(statistics.counts(&heads).unwrap(), Counts { rows: 6, padded: 4, broken: 2 });
     assert_eq!(statistics.field(&heads, "abs_sum").unwrap().data, [10.0]);
     let bench = Bench { mask: MaskInput::None, ..bench };
-    let statistics = bench.collect(&[request.clone()]).unwrap();
+    let statistics = bench.collect(std::slice::from_ref(&request)).unwrap();
     assert_eq!(statistics.counts(&request).unwrap(), Counts { rows: 3, padded: 0, broken: 3 });
 }
 
