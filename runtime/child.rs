@@ -1,7 +1,7 @@
 //! The program's side: a worker process that may crash, hang or eat memory without taking the program with it.
 
 use crate::{
-    Claim, Inputs, LoadOptions, RuntimeError, Sample, Verdict,
+    Claim, Inputs, LoadOptions, RuntimeError, Sample, Selection, SetSpec, Verdict,
     frames::{self, Answer, InputHeads, Request},
     statistics::{Gathered, Job},
 };
@@ -119,6 +119,22 @@ impl Child {
     pub(crate) fn gather(&self, job: &Job) -> Result<Gathered, RuntimeError> {
         match self.ask(&Request::Gather(job.clone()), &[])? {
             (Answer::Gathered(gathered), _) => Ok(gathered),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Chooses `count` samples of a set, as calibration sets are chosen from larger pools, entirely inside the worker.
+    pub fn select(
+        &self,
+        model: &Path,
+        set: &SetSpec,
+        count: usize,
+        seed: u64,
+        options: &LoadOptions,
+    ) -> Result<Selection, RuntimeError> {
+        let (model, set, options) = (model.to_owned(), set.clone(), options.clone());
+        match self.ask(&Request::Select { model, set, count, seed, options }, &[])? {
+            (Answer::Selected(selection), _) => Ok(selection),
             (other, _) => Err(unexpected(&other)),
         }
     }

@@ -1,7 +1,7 @@
 //! What travels between the program and its worker: framed messages of a JSON header and raw bytes.
 
 use crate::{
-    Claim, Datum, InputSpec, LoadOptions, Sample, SetSpec, Verdict,
+    Claim, Datum, InputSpec, LoadOptions, Sample, Selection, SetSpec, Verdict,
     statistics::{Gathered, Job},
 };
 use bytes::Bytes;
@@ -27,6 +27,8 @@ pub(crate) enum Request {
     Evaluate { model: u64, inputs: Vec<Head>, options: LoadOptions },
     /// Compare two models on disk.
     Verify { reference: PathBuf, candidate: PathBuf, inputs: InputHeads, claim: Claim, options: LoadOptions },
+    /// Choose some samples of a set.
+    Select { model: PathBuf, set: SetSpec, count: usize, seed: u64, options: LoadOptions },
     /// Run a model that computes statistics over a set.
     Gather(Job),
 }
@@ -42,6 +44,8 @@ pub(crate) enum Answer {
     Outputs(Vec<Head>),
     /// The result of a comparison.
     Verdict(Verdict),
+    /// The samples that were chosen.
+    Selected(Selection),
     /// What came of gathering statistics.
     Gathered(Gathered),
     /// It did not work.

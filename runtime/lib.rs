@@ -17,6 +17,7 @@ mod npz;
 mod ort_engine;
 mod random;
 mod roles;
+mod select;
 mod serve;
 mod sets;
 mod statistics;
@@ -36,6 +37,7 @@ pub use library::{Discovery, Found, Place, Search, Tried};
 pub use npz::NpzWriter;
 pub use ort_engine::OrtEngine;
 pub use random::Random;
+pub use select::Selection;
 pub use serve::serve;
 pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{

@@ -3,7 +3,7 @@
 use crate::{
     Engine, Inputs, RuntimeError, Source,
     frames::{self, Answer, InputHeads, Request},
-    statistics, verify,
+    select, statistics, verify,
 };
 use bytes::Bytes;
 use lathe_ir::Model;
@@ -68,6 +68,12 @@ fn answer(
             let (a, b) = (Source::Path(&reference), Source::Path(&candidate));
             let verdict = verify(engine, &model, a, b, &inputs, claim, &options, &mut stage);
             Ok((Answer::Verdict(verdict.map_err(|e| e.to_string())?), Vec::new()))
+        }
+        Request::Select { model, set, count, seed, options } => {
+            stage("reading the model");
+            let model = Model::read(&model).map_err(|e| e.to_string())?.model;
+            let selection = select::select(engine, model, &set, count, seed, &options, &mut stage)?;
+            Ok((Answer::Selected(selection), Vec::new()))
         }
         Request::Gather(job) => Ok((Answer::Gathered(statistics::serve(engine, &job, &mut stage)?), Vec::new())),
     }

@@ -44,7 +44,7 @@ pub struct SetSpec {
     pub part: Part,
     /// Samples in a batch where the model leaves the choice; `None` takes what fits in a moderate amount of memory.
     pub batch: Option<usize>,
-    /// Only these of the whole set, by their numbers in ascending order, as a selection gives them.
+    /// Only these of the whole set, by their numbers in ascending order, as [`crate::Selection`] gives them.
     pub chosen: Option<Vec<usize>>,
 }
 
@@ -145,6 +145,13 @@ impl SampleSet {
     /// How many batches there are.
     pub fn batch_count(&self) -> usize {
         self.plan.len()
+    }
+
+    /// The numbers in the whole set of the smallest runs that a batch is made of: what [`SetSpec::chosen`] names.
+    pub(crate) fn units(&self, batch: usize) -> Vec<usize> {
+        let Some(group) = self.plan.get(batch) else { return Vec::new() };
+        let start: usize = self.shards[..group.shard].iter().map(|s| s.units).sum();
+        group.units.iter().map(|unit| start + unit).collect()
     }
 
     /// Which part of the set this is; [`Part::All`] where one run could not be divided.

@@ -1,0 +1,238 @@
+//! Choosing a calibration set out of a larger pool: every sample is run once up to an early layer, and its pooled features
+//! say which samples span what the pool holds.
+//!
+//! Source: ScalSelect, arXiv:2602.11636. Activations are pooled batch by batch; what is kept is one row per sample.
+
+mod eigen;
+mod leverage;
+
+use crate::{Datum, Engine, LoadOptions, SampleSet, SetSpec, Source};
+use lathe_analysis::{Facts, dead_nodes, unused_initializers};
+use lathe_ir::{DataType, Graph, Model, ScopeId, Tensor, ValueId, WriteOptions};
+use leverage::Features;
+use serde::{Deserialize, Serialize};
+
+/// What was chosen from a pool, and by what.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Selection {
+    /// The numbers of the chosen samples in the set, in ascending order: for [`SetSpec::chosen`]. Where a model takes
+    /// several rows at a time, those count as one sample.
+    pub chosen: Vec<usize>,
+    /// How many samples there were to choose from.
+    pub pool: usize,
+    /// The value whose pooled activations stood for a sample.
+    pub feature: String,
+    /// Dimensions of the dominant subspace, which holds nine tenths of the variance.
+    pub components: usize,
+    /// The share of the pool's leverage in that subspace that the chosen samples have.
+    pub coverage: f64,
+    /// Samples equal to an earlier one in their features.
+    pub duplicates: usize,
+    /// Samples whose features are not numbers; none of them is chosen.
+    pub broken: usize,
+}
+
+/// Where the features of a value lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Channels {
+    /// `[batch, channels, height, width]`.
+    Second,
+    /// `[batch, tokens, features]` or `[batch, features]`.
+    Last,
+}
+
+/// Chooses `count` samples of `set`; what a worker does.
+pub(crate) fn select(
+    engine: &dyn Engine,
+    mut model: Model,
+    set: &SetSpec,
+    count: usize,
+    seed: u64,
+    options: &LoadOptions,
+    stage: &mut dyn FnMut(&str),
+) -> Result<Selection, String> {
+    let set = SampleSet::open(set, &model).map_err(|e| e.to_string())?;
+    let (value, channels) = feature(&model).ok_or("the model has no float value that could stand for a sample")?;
+    let name = model.graph.value(value).name.clone();
+    cut(&mut model.graph, value);
+    stage("loading the first layers");
+    let folder = tempfile::tempdir().map_err(|e| format!("cannot make a temporary folder: {e}"))?;
+    let path = folder.path().join("layers.onnx");
+    model.write(&path, &WriteOptions::default()).map_err(|e| format!("cannot write the first layers: {e}"))?;
+    drop(model);
+    let mut session = engine.load(Source::Path(&path), options).map_err(|e| e.to_string())?;
+    let mut features = Features { width: 0, values: Vec::new() };
+    let mut units = Vec::new();
+    for (number, batch) in set.batches().enumerate() {
+        let batch = batch.map_err(|e| e.to_string())?;
+        let here = set.units(number);
+        stage(&format!("running samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len()));
+        let outputs = session.run(&batch.inputs).map_err(|e| e.to_string())?;
+        let Some(Datum::Tensor(tensor)) = outputs.into_iter().find(|(n, _)| *n == name).map(|(_, datum)| datum) else {
+            return Err(format!("the runtime does not give `{name}`"));
+        };
+        let mask = batch.inputs.iter().find(|(n, t)| n.contains("mask") && t.dims().len() == 2).map(|(_, t)| t);
+        let rows = pooled(&tensor, here.len(), channels, mask);
+        let rows =
+            rows.ok_or_else(|| format!("`{name}` has the shape {:?} for {} samples", tensor.dims(), here.len()))?;
+        let width = rows.len() / here.len().max(1);
+        if features.width != 0 && features.width != width {
+            return Err(format!("`{name}` has {width} features for one sample and {} for another", features.width));
+        }
+        features.width = width;
+        features.values.extend(rows);
+        units.extend(here);
+    }
+    stage("choosing samples");
+    let choice = features.choose(count, seed);
+    Ok(Selection {
+        chosen: choice.chosen.iter().map(|&row| units[row]).collect(),
+        pool: units.len(),
+        feature: name,
+        components: choice.components,
+        coverage: choice.coverage,
+        duplicates: choice.duplicates,
+        broken: choice.broken,
+    })
+}
+
+/// The value that stands for a sample: the tokens after the first layer, or else the widest feature map, or else the
+/// widest row of features. The later of equals.
+fn feature(model: &Model) -> Option<(ValueId, Channels)> {
+    let graph = &model.graph;
+    let facts = Facts::infer(model);
+    let is_float = |v: ValueId| matches!(facts.elem(v), Some(DataType::Float | DataType::Float16 | DataType::Bfloat16));
+    let produced: Vec<ValueId> = graph
+        .sorted(ScopeId::MAIN)
+        .ok()?
+        .into_iter()
+        .filter_map(|id| graph.node(id).output(0))
+        .filter(|&v| is_float(v))
+        .collect();
+    // A residual unit ends in a sum of two computed values of one shape, and a layer has two of them.
+    let sums: Vec<ValueId> = produced.iter().copied().filter(|&v| is_residual(graph, &facts, v)).collect();
+    if let Some(&sum) = sums.get(1).or(sums.first()) {
+        return Some((sum, Channels::Last));
+    }
+    let widest = |ndim: fn(usize) -> bool, axis: fn(usize) -> usize| {
+        let width = |v: &ValueId| {
+            let shape = facts.shape(*v).filter(|s| ndim(s.len()))?;
+            shape[axis(shape.len())].as_known()
+        };
+        produced.iter().copied().filter(|v| width(v).is_some()).max_by_key(width)
+    };
+    let map = widest(|ndim| ndim >= 4, |_| 1).map(|v| (v, Channels::Second));
+    let row = || widest(|ndim| matches!(ndim, 2 | 3), |ndim| ndim - 1).map(|v| (v, Channels::Last));
+    map.or_else(row).or_else(|| produced.last().map(|&v| (v, Channels::Last)))
+}
+
+fn is_residual(graph: &Graph, facts: &Facts, value: ValueId) -> bool {
+    let Some(node) = graph.producer(value).map(|id| graph.node(id)).filter(|n| n.is("Add")) else { return false };
+    let (Some(a), Some(b)) = (node.input(0), node.input(1)) else { return false };
+    let computed = graph.constant(a).is_none() && graph.constant(b).is_none();
+    // A mask or bias that broadcasts is no residual.
+    computed && a != b && facts.ndim(value) == Some(3) && facts.same_shape(a, b)
+}
+
+/// Leaves only what `value` needs, and makes it the only output. The inputs stay.
+fn cut(graph: &mut Graph, value: ValueId) {
+    for index in (0..graph.main().outputs().len()).rev() {
+        graph.remove_output(ScopeId::MAIN, index);
+    }
+    graph.add_output(ScopeId::MAIN, value);
+    // Users stand after what they use, and are removed first.
+    for id in dead_nodes(graph).into_iter().rev() {
+        if graph.get(id).is_some() {
+            graph.remove_node(id);
+        }
+    }
+    for initializer in unused_initializers(graph) {
+        graph.remove_initializer(initializer);
+    }
+}
+
+/// The mean over everything but the channels, for each of `samples`, padded tokens left out; `None` if the first axis is
+/// not made of samples.
+fn pooled(tensor: &Tensor, samples: usize, channels: Channels, mask: Option<&Tensor>) -> Option<Vec<f32>> {
+    let (dims, values) = (tensor.dims(), tensor.to_f64s()?);
+    let first = *dims.first()?;
+    if samples == 0 || first == 0 || first % samples != 0 || values.is_empty() {
+        return None;
+    }
+    let (width, inner) = match channels {
+        Channels::Second => (*dims.get(1)?, dims[2..].iter().product::<usize>()),
+        Channels::Last => (*dims.last()?, 1),
+    };
+    let rows = values.len() / (width * inner) / samples;
+    let kept = mask.filter(|m| m.len() == rows * samples).and_then(Tensor::to_f64s);
+    let mut out = Vec::with_capacity(samples * width);
+    for sample in 0..samples {
+        let (mut sums, mut count) = (vec![0.0; width], 0usize);
+        for row in sample * rows..(sample + 1) * rows {
+            if kept.as_ref().is_some_and(|k| k[row] == 0.0) {
+                continue;
+            }
+            count += inner;
+            let block = &values[row * width * inner..(row + 1) * width * inner];
+            sums.iter_mut().zip(block.chunks_exact(inner)).for_each(|(sum, part)| *sum += part.iter().sum::<f64>());
+        }
+        out.extend(sums.iter().map(|sum| (sum / count.max(1) as f64) as f32));
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Build, engine};
+    use lathe_ir::{Node, Type};
+    use std::path::Path;
+
+    #[test]
+    fn means_leave_channels_and_skip_padding() {
+        let image = Tensor::from_f32s(&[2, 2, 1, 2], &[1.0, 3.0, 5.0, 7.0, 0.0, 2.0, 4.0, 4.0]);
+        assert_eq!(pooled(&image, 2, Channels::Second, None).unwrap(), [2.0, 6.0, 1.0, 4.0]);
+        let tokens = Tensor::from_f32s(&[2, 2, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0, 9.0]);
+        assert_eq!(pooled(&tokens, 2, Channels::Last, None).unwrap(), [2.0, 3.0, 7.0, 7.5]);
+        let mask = Tensor::from_i64s(&[2, 2], &[1, 1, 1, 0]);
+        assert_eq!(pooled(&tokens, 2, Channels::Last, Some(&mask)).unwrap(), [2.0, 3.0, 5.0, 6.0]);
+        assert_eq!(pooled(&tokens, 1, Channels::Last, None).unwrap(), [4.5, 5.25]);
+        assert_eq!(pooled(&tokens, 3, Channels::Last, None), None);
+    }
+
+    fn fixture(name: &str) -> Model {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(name);
+        Model::read(&path).unwrap().model
+    }
+
+    #[test]
+    fn tokens_after_the_first_layer_stand_for_a_sample() {
+        let mut model = fixture("transformer.onnx");
+        let nodes = model.graph.all_nodes().len();
+        let (value, channels) = feature(&model).unwrap();
+        assert_eq!((channels, Facts::infer(&model).ndim(value)), (Channels::Last, Some(3)));
+        cut(&mut model.graph, value);
+        model.check().unwrap();
+        assert!(model.graph.all_nodes().len() < nodes * 2 / 3, "{} of {nodes}", model.graph.all_nodes().len());
+        let (_, channels) = feature(&fixture("mobilenet.onnx")).unwrap();
+        assert_eq!(channels, Channels::Second);
+    }
+
+    #[test]
+    fn samples_are_chosen_from_a_set() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["n", "3"]);
+        build.input("k", DataType::Int64, &["n"]);
+        let y = build.node(Node::new("Abs"), &[x], "y");
+        let model = build.output(y, Type::unshaped(DataType::Float)).model();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/sets/good.npz");
+        let set = SetSpec { part: crate::Part::Calibration, batch: Some(4), ..SetSpec::all(path) };
+        let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+        let found = select(engine(), model.clone(), &set, 3, 0, &options, &mut |_| {}).unwrap();
+        assert_eq!((found.pool, found.chosen.len(), found.feature.as_str()), (6, 3, "y"));
+        // Rows that lie on a line: its ends have the most leverage.
+        assert!(found.chosen.contains(&0) || found.chosen.contains(&5), "{found:?}");
+        let chosen = SetSpec { chosen: Some(found.chosen.clone()), ..set };
+        assert_eq!(SampleSet::open(&chosen, &model).unwrap().len(), 3);
+    }
+}
