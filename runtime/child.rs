@@ -1,7 +1,7 @@
 //! The program's side: a worker process that may crash, hang or eat memory without taking the program with it.
 
 use crate::{
-    Claim, Inputs, LoadOptions, RuntimeError, Sample, Selection, SetSpec, Verdict,
+    ChosenSamples, Claim, Inputs, LoadOptions, RuntimeError, Sample, SetSpec, Verdict,
     frames::{self, Answer, InputHeads, Request},
     statistics::{Gathered, Job},
 };
@@ -131,7 +131,7 @@ impl Child {
         count: usize,
         seed: u64,
         options: &LoadOptions,
-    ) -> Result<Selection, RuntimeError> {
+    ) -> Result<ChosenSamples, RuntimeError> {
         let (model, set, options) = (model.to_owned(), set.clone(), options.clone());
         match self.ask(&Request::Select { model, set, count, seed, options }, &[])? {
             (Answer::Selected(selection), _) => Ok(selection),

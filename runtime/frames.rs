@@ -1,7 +1,7 @@
 //! What travels between the program and its worker: framed messages of a JSON header and raw bytes.
 
 use crate::{
-    Claim, Datum, InputSpec, LoadOptions, Sample, Selection, SetSpec, Verdict,
+    ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Sample, SetSpec, Verdict,
     statistics::{Gathered, Job},
 };
 use bytes::Bytes;
@@ -45,7 +45,7 @@ pub(crate) enum Answer {
     /// The result of a comparison.
     Verdict(Verdict),
     /// The samples that were chosen.
-    Selected(Selection),
+    Selected(ChosenSamples),
     /// What came of gathering statistics.
     Gathered(Gathered),
     /// It did not work.

@@ -37,7 +37,7 @@ pub use library::{Discovery, Found, Place, Search, Tried};
 pub use npz::NpzWriter;
 pub use ort_engine::OrtEngine;
 pub use random::Random;
-pub use select::Selection;
+pub use select::ChosenSamples;
 pub use serve::serve;
 pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{

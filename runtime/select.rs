@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 /// What was chosen from a pool, and by what.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Selection {
+pub struct ChosenSamples {
     /// The numbers of the chosen samples in the set, in ascending order: for [`SetSpec::chosen`]. Where a model takes
     /// several rows at a time, those count as one sample.
     pub chosen: Vec<usize>,
@@ -50,7 +50,7 @@ pub(crate) fn select(
     seed: u64,
     options: &LoadOptions,
     stage: &mut dyn FnMut(&str),
-) -> Result<Selection, String> {
+) -> Result<ChosenSamples, String> {
     let set = SampleSet::open(set, &model).map_err(|e| e.to_string())?;
     let (value, channels) = feature(&model).ok_or("the model has no float value that could stand for a sample")?;
     let name = model.graph.value(value).name.clone();
@@ -85,7 +85,7 @@ pub(crate) fn select(
     }
     stage("choosing samples");
     let choice = features.choose(count, seed);
-    Ok(Selection {
+    Ok(ChosenSamples {
         chosen: choice.chosen.iter().map(|&row| units[row]).collect(),
         pool: units.len(),
         feature: name,

@@ -44,7 +44,7 @@ pub struct SetSpec {
     pub part: Part,
     /// Samples in a batch where the model leaves the choice; `None` takes what fits in a moderate amount of memory.
     pub batch: Option<usize>,
-    /// Only these of the whole set, by their numbers in ascending order, as [`crate::Selection`] gives them.
+    /// Only these of the whole set, by their numbers in ascending order, as [`crate::ChosenSamples`] gives them.
     pub chosen: Option<Vec<usize>>,
 }
 

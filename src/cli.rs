@@ -136,6 +136,10 @@ pub(crate) struct OptimizeArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub sets: commands::sets::SetArgs,
+    /// Choose N samples of the calibration set: half for spanning what it holds, half at random.
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calib_select: Option<usize>,
     #[command(flatten)]
     #[serde(flatten)]
     pub run: RunArgs,

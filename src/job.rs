@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
 use lathe_passes::{Context, Kind, PASSES, Pass, Target};
-use lathe_runtime::{Claim, InputSpec, Inputs, LoadOptions, SetSpec, Verdict};
+use lathe_runtime::{ChosenSamples, Claim, InputSpec, Inputs, LoadOptions, SetSpec, Verdict};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -53,6 +53,8 @@ pub struct Options {
     pub detailed: bool,
     /// Sets that the result is run on instead of random inputs.
     pub sets: Sets,
+    /// How many samples to choose of the calibration set; `None` keeps all.
+    pub calib_select: Option<usize>,
     /// Shapes of inputs for the run.
     pub shapes: Vec<(String, Vec<usize>)>,
     /// The seed of random inputs.
@@ -154,6 +156,7 @@ impl Job<'_> {
         let data_bytes: u64 = loaded.data_files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
         let original = loaded.model;
         let input = side(&options.model, &original, loaded.file_bytes + data_bytes);
+        let calibration = self.select()?;
         let mut prepared = original.clone();
         warnings.extend(prepare(&mut prepared)?);
         let external = if loaded.data_files.is_empty() { options.external } else { External::Always };
@@ -210,6 +213,7 @@ impl Job<'_> {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 command: options.command.clone(),
                 seed: options.seed,
+                calibration,
                 input,
                 output,
                 passes: records.iter().map(pass_line).collect(),
@@ -222,6 +226,14 @@ impl Job<'_> {
             };
             return Ok(Done { report, files });
         }
+    }
+
+    /// Chooses samples of the calibration set if that is asked for.
+    fn select(&self) -> Result<Option<ChosenSamples>, Failure> {
+        let Some((set, count)) = self.options.sets.calibration.as_ref().zip(self.options.calib_select) else {
+            return Ok(None);
+        };
+        Ok(Some(self.runner.select(&self.options.model, set, count, self.options.seed)?))
     }
 
     fn context(&self) -> Context<'_> {

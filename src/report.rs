@@ -1,5 +1,6 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
+use lathe_runtime::ChosenSamples;
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
 
@@ -118,6 +119,9 @@ pub struct Report {
     pub command: Vec<String>,
     /// The seed of random inputs.
     pub seed: u64,
+    /// The calibration samples that `--calib-select` chose; not there without it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub calibration: Option<ChosenSamples>,
     /// The model that was read.
     pub input: Side,
     /// The model that was written.

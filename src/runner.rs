@@ -4,8 +4,8 @@ use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    Child, Claim, CollectOptions, Engine, Inputs, Limits, LoadOptions, OrtEngine, Request, RuntimeError, Search,
-    SetSpec, Statistics, StatisticsError, Verdict,
+    Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits, LoadOptions, OrtEngine, Request, RuntimeError,
+    Search, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,
@@ -106,6 +106,14 @@ impl Runner {
         options: &CollectOptions,
     ) -> Result<Statistics, StatisticsError> {
         Statistics::collect(&self.child, model, set, requests, options)
+    }
+}
+
+impl Runner {
+    /// Chooses `count` samples of a calibration set.
+    pub(crate) fn select(&self, model: &Path, set: &SetSpec, count: usize, seed: u64) -> anyhow::Result<ChosenSamples> {
+        let chosen = self.child.select(model, set, count, seed, &self.load);
+        chosen.with_context(|| format!("no samples of `{}` can be chosen", set.path.display()))
     }
 }
 

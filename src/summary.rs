@@ -5,6 +5,7 @@ use crate::{
     report::{PassLine, mib, rows},
 };
 use comfy_table::{Cell, CellAlignment, Table, presets};
+use lathe_runtime::ChosenSamples;
 
 /// Lines of refusals shown without `-v`.
 const SHOWN: usize = 3;
@@ -43,6 +44,9 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     }
     out.push_str(&format!("{passes}\n"));
     out.push_str(&refusals(report, verbose));
+    if let Some(selection) = &report.calibration {
+        out.push_str(&format!("\n{}\n", chosen(selection)));
+    }
     if let Some(verify) = &report.verify {
         if let Some(note) = &verify.note {
             out.push_str(&format!("\nnote: {note}\n"));
@@ -67,6 +71,23 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     };
     out.push_str(&format!("{wrote} · {:.2} s · {} peak\n", report.seconds, mib(report.peak_rss_bytes)));
     out
+}
+
+/// Which samples were chosen, all of them if they fit on a few lines.
+pub(crate) fn chosen(selection: &ChosenSamples) -> String {
+    const MOST: usize = 64;
+    let numbers: Vec<String> = selection.chosen.iter().take(MOST).map(ToString::to_string).collect();
+    let more = selection.chosen.len().saturating_sub(MOST);
+    let more = if more > 0 { format!(" and {more} more (in the report)") } else { String::new() };
+    format!(
+        "chose {} of {} calibration samples by `{}`: they have {:.0} % of the leverage in its {} main directions\n  {}{more}",
+        selection.chosen.len(),
+        selection.pool,
+        selection.feature,
+        selection.coverage * 100.0,
+        selection.components,
+        numbers.join(" "),
+    )
 }
 
 /// What was left alone: everything with `-v`, otherwise folds that would have made the file larger.

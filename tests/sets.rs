@@ -115,6 +115,17 @@ fn results_are_compared_on_the_set() {
 }
 
 #[test]
+fn chosen_samples_are_reported() {
+    let good = set("good.npz");
+    let report = report(&["--calib", good.to_str().unwrap(), "--calib-select", "3"]);
+    let selection = &report["calibration"];
+    assert_eq!((selection["pool"].as_u64(), selection["chosen"].as_array().unwrap().len()), (Some(6), 3));
+    // What is held out is not chosen from.
+    assert!(selection["chosen"].as_array().unwrap().iter().all(|s| s.as_u64().unwrap() < 6));
+    assert_eq!(report["verify"]["samples"], 2);
+}
+
+#[test]
 fn options_that_say_nothing_are_refused() {
     let good = set("good.npz");
     let good = good.to_str().unwrap();
@@ -122,6 +133,8 @@ fn options_that_say_nothing_are_refused() {
     let refused: &[(&[&str], &str)] = &[
         (&["--labels", "k"], "--labels says how a set is read"),
         (&["--batch", "4"], "--batch says how a set is read"),
+        (&["--calib-select", "4"], "--calib names one"),
+        (&["--calib", good, "--calib-select", "0"], "expected at least 1"),
         (&["--calib", good, "--batch", "0"], "expected at least 1"),
         (&["--calib", good, "--input-shape", "x:2,3"], "--input-shape is for random inputs"),
         (&["--calib", good, "--no-verify"], "--no-verify runs nothing"),

@@ -79,6 +79,14 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
     let inputs = input_spec(&args.run)?;
     let sets = args.sets.sets()?;
     sets.instead_of(&inputs)?;
+    match args.calib_select {
+        Some(_) if sets.calibration.is_none() => {
+            let message = "--calib-select chooses samples of a calibration set, and none is given; --calib names one";
+            return Err(Failure::Usage(message.to_owned()));
+        }
+        Some(0) => return Err(Failure::Usage("--calib-select is 0, expected at least 1".to_owned())),
+        _ => {}
+    }
     if args.no_verify && sets.validation.is_some() {
         let message = "--no-verify runs nothing, so there is no use for a set; leave one of them out";
         return Err(Failure::Usage(message.to_owned()));
@@ -103,6 +111,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         paranoid: args.paranoid,
         detailed: !args.report.is_empty(),
         sets,
+        calib_select: args.calib_select,
         shapes: inputs.shapes,
         seed: args.run.seed,
         ort: args.run.ort.clone(),

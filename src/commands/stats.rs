@@ -5,6 +5,7 @@ use crate::{
     Failure,
     cli::{RunArgs, TalkArgs, print, say},
     runner::{self, Runner},
+    summary,
 };
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
@@ -41,6 +42,9 @@ pub(crate) struct StatsArgs {
     /// Samples that run at once.
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
+    /// Choose N samples of the set: half for spanning what it holds, half at random.
+    #[arg(long, value_name = "N")]
+    calib_select: Option<usize>,
     /// A tensor, its features along the last axis or along AXIS; by default the inputs of all layers with weights.
     #[arg(long = "tensor", value_name = "NAME[@AXIS]")]
     tensors: Vec<String>,
@@ -73,7 +77,7 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     let model = super::read(&args.model)?.model;
     let requests = requests(&model, args)?;
     let options = runner_options(&args.run)?;
-    let set = SetSpec { labels: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
+    let mut set = SetSpec { labels: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
     let memory = args.run.memory.as_deref().map(size).transpose()?.unwrap_or_else(quarter_of_memory);
     let temporary = tempfile::tempdir().context("there is no place for results")?;
     let kept = runner::data_dir().filter(|_| !args.no_cache).map(|data| data.join("statistics"));

@@ -37,6 +37,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         paranoid: false,
         detailed: false,
         sets: Default::default(),
+        calib_select: None,
         shapes: Vec::new(),
         seed: 0,
         ort: Some(lathe_testkit::engine().found().path.clone()),
