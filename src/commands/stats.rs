@@ -67,9 +67,12 @@ pub(crate) struct StatsArgs {
 }
 
 pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
-    if !args.run.input_shape.is_empty() || args.run.seed != 0 {
-        let message = "--input-shape and --seed are for random inputs; statistics are taken of a set";
+    if !args.run.input_shape.is_empty() || (args.run.seed != 0 && args.calib_select.is_none()) {
+        let message = "--input-shape and --seed are for random choices; statistics are taken of a set";
         return Err(Failure::Usage(message.to_owned()));
+    }
+    if args.calib_select == Some(0) {
+        return Err(Failure::Usage("--calib-select is 0, expected at least 1".to_owned()));
     }
     if args.batch == Some(0) {
         return Err(Failure::Usage("--batch is 0, expected at least 1".to_owned()));
@@ -90,6 +93,13 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     };
     let collect = CollectOptions { memory, mask, ..CollectOptions::new(options.load.clone(), cache) };
     let runner = Runner::new(options)?;
+    if let Some(count) = args.calib_select {
+        let chosen = runner.select(&args.model, &set, count, args.run.seed)?;
+        if !args.talk.quiet {
+            say(&summary::chosen(&chosen));
+        }
+        set.chosen = Some(chosen.chosen);
+    }
     let start = Instant::now();
     let statistics = runner.collect(&model, &set, &requests, &collect).map_err(anyhow::Error::from)?;
     let seconds = start.elapsed().as_secs_f32();
