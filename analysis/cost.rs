@@ -78,6 +78,17 @@ pub struct OperatorCost {
     pub weight_bytes: u64,
 }
 
+/// What one node costs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NodeCost {
+    /// What it computes; of a node in a loop for all rounds, of a call with all that it calls.
+    pub flops: u64,
+    /// Elements of the constants that it is the first to read, as [`Cost::parameters`] counts them.
+    pub parameters: u64,
+    /// Bytes of the constants that it is the first to read.
+    pub weight_bytes: u64,
+}
+
 /// What a model costs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Cost {
@@ -99,12 +110,15 @@ pub struct Cost {
     pub unsized_values: usize,
     /// The same per operator, the most FLOPs first.
     pub operators: Vec<OperatorCost>,
+    /// The same per node of the main graph and its subgraphs, by [`NodeId::index`].
+    pub by_node: Vec<NodeCost>,
 }
 
 impl Cost {
     /// Computes the cost of a model whose facts are known, at these sizes.
     pub fn of(model: &Model, facts: &Facts, bindings: &Bindings) -> Cost {
-        let mut sums = Sums { model, bindings, operators: BTreeMap::new(), uncounted: BTreeMap::new() };
+        let by_node = vec![NodeCost::default(); model.graph.node_bound()];
+        let mut sums = Sums { model, bindings, operators: BTreeMap::new(), uncounted: BTreeMap::new(), by_node };
         let mut cost = Cost { nodes: model.graph.nodes(ScopeId::MAIN).count(), ..Cost::default() };
         for (graph, _) in model.graphs() {
             cost.nodes_total += graph.all_nodes().len();
@@ -114,6 +128,7 @@ impl Cost {
         cost.flops = main;
         (cost.activation_peak_bytes, cost.unsized_values) = peak(&model.graph, facts, bindings, ScopeId::MAIN, 0);
         cost.uncounted = sums.uncounted.into_iter().collect();
+        cost.by_node = sums.by_node;
         cost.operators = sums.operators.into_values().collect();
         cost.operators.sort_by(|a, b| {
             let key = |o: &OperatorCost| (o.flops, o.weight_bytes, o.count);
@@ -131,6 +146,7 @@ struct Sums<'a> {
     bindings: &'a Bindings,
     operators: BTreeMap<String, OperatorCost>,
     uncounted: BTreeMap<String, usize>,
+    by_node: Vec<NodeCost>,
 }
 
 /// The operator's name, with its domain if that is not the standard one.
@@ -144,11 +160,16 @@ impl Sums<'_> {
         self.operators.entry(name.clone()).or_insert_with(|| OperatorCost { op_type: name, ..OperatorCost::default() })
     }
 
+    /// The entry of a node, if it belongs to the main graph or its subgraphs.
+    fn of_main(&mut self, graph: &Graph, id: NodeId) -> Option<&mut NodeCost> {
+        std::ptr::eq(graph, &self.model.graph).then(|| &mut self.by_node[id.index()])
+    }
+
     fn weights(&mut self, graph: &Graph, cost: &mut Cost) {
         let mut counted = BTreeSet::new();
         for id in graph.all_nodes() {
             let node = graph.node(id);
-            let mut bytes = 0;
+            let (mut bytes, parameters) = (0, cost.parameters);
             for value in node.inputs().iter().flatten() {
                 if graph.value(*value).initializer().is_some() && counted.insert(*value) {
                     bytes += initializer_bytes(graph, *value, cost);
@@ -163,6 +184,9 @@ impl Sums<'_> {
             entry.count += 1;
             entry.weight_bytes += bytes;
             cost.weight_bytes += bytes;
+            if let Some(of_node) = self.of_main(graph, id) {
+                (of_node.parameters, of_node.weight_bytes) = (cost.parameters - parameters, bytes);
+            }
         }
         let inputs = graph.main().inputs().iter().copied();
         let unused: Vec<ValueId> =
@@ -190,7 +214,11 @@ impl Sums<'_> {
         let node = graph.node(id);
         let name = operator_name(graph, id);
         if let Some((body, inner)) = facts.of_call(graph, &self.model.functions, id, depth) {
-            return self.scope(body, &inner, ScopeId::MAIN, times, depth + 1);
+            let flops = self.scope(body, &inner, ScopeId::MAIN, times, depth + 1);
+            if let Some(of_node) = self.of_main(graph, id) {
+                of_node.flops = of_node.flops.saturating_add(flops);
+            }
+            return flops;
         }
         let scopes = node.subgraphs();
         if !scopes.is_empty() {
@@ -215,6 +243,9 @@ impl Sums<'_> {
                 let flops = flops.saturating_mul(times);
                 let entry = self.operator(name);
                 entry.flops = entry.flops.saturating_add(flops);
+                if let Some(of_node) = self.of_main(graph, id) {
+                    of_node.flops = of_node.flops.saturating_add(flops);
+                }
                 flops
             }
             None => {

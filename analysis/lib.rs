@@ -12,7 +12,7 @@ mod shapes;
 mod units;
 
 pub use affine::{Affine, Affines};
-pub use cost::{Bindings, Cost, OperatorCost};
+pub use cost::{Bindings, Cost, NodeCost, OperatorCost};
 pub use dim::{DimExpr, Symbol};
 pub use evaluate::{Evaluate, EvaluateError};
 pub use liveness::{Liveness, dead_nodes, unused_initializers};

@@ -23,6 +23,11 @@ fn counts_a_product_with_its_weight() {
     assert_eq!((cost.activation_peak_bytes, cost.unsized_values), (16 + 12, 0));
     assert_eq!(cost.operators[0].op_type, "MatMul");
     assert_eq!((cost.operators[0].flops, cost.operators[0].weight_bytes), (24, 48));
+    let of_nodes = [(24, 12, 48), (3, 0, 0)];
+    assert_eq!(
+        cost.by_node,
+        of_nodes.map(|(flops, parameters, weight_bytes)| NodeCost { flops, parameters, weight_bytes })
+    );
 }
 
 #[test]
