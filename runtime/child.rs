@@ -1,7 +1,7 @@
 //! The program's side: a worker process that may crash, hang or eat memory without taking the program with it.
 
 use crate::{
-    ChosenSamples, Claim, Inputs, LoadOptions, RuntimeError, Sample, SetSpec, Verdict,
+    ChosenSamples, Claim, Inputs, LoadOptions, Measured, RuntimeError, Sample, SetSpec, Verdict,
     frames::{self, Answer, InputHeads, Request},
     statistics::{Gathered, Job},
 };
@@ -135,6 +135,25 @@ impl Child {
         let (model, set, options) = (model.to_owned(), set.clone(), options.clone());
         match self.ask(&Request::Select { model, set, count, seed, options }, &[])? {
             (Answer::Selected(selection), _) => Ok(selection),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Measures what a candidate on disk loses against its reference on a set, entirely inside the worker.
+    ///
+    /// `metric` is the name of one of [`crate::metrics`] or `auto`. A model that does not run is a verdict.
+    pub fn measure(
+        &self,
+        reference: &Path,
+        candidate: &Path,
+        set: &SetSpec,
+        metric: &str,
+        options: &LoadOptions,
+    ) -> Result<Result<Measured, Verdict>, RuntimeError> {
+        let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
+        let (set, metric, options) = (set.clone(), metric.to_owned(), options.clone());
+        match self.ask(&Request::Measure { reference, candidate, set, metric, options }, &[])? {
+            (Answer::Measured(found), _) => Ok(found.map(|measured| *measured)),
             (other, _) => Err(unexpected(&other)),
         }
     }

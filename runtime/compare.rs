@@ -338,7 +338,7 @@ impl Sums {
 }
 
 /// Widens packed elements into `out`.
-fn decode(dtype: DataType, bytes: &[u8], out: &mut Vec<f64>) {
+pub(crate) fn decode(dtype: DataType, bytes: &[u8], out: &mut Vec<f64>) {
     out.clear();
     match dtype {
         DataType::Float => out.extend(bytes.as_chunks::<4>().0.iter().map(|&b| f64::from(f32::from_le_bytes(b)))),
@@ -349,7 +349,7 @@ fn decode(dtype: DataType, bytes: &[u8], out: &mut Vec<f64>) {
 }
 
 /// The first index of the largest element.
-fn largest(row: &[f64]) -> usize {
+pub(crate) fn largest(row: &[f64]) -> usize {
     let mut best = 0;
     for (index, &x) in row.iter().enumerate() {
         if x > row[best] {
@@ -381,10 +381,10 @@ fn divergence(a: &[f64], b: &[f64]) -> f64 {
 }
 
 /// Floats in JSON, with the ones JSON has no number for written as text.
-mod exact {
+pub(crate) mod exact {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
         if value.is_finite() { serializer.serialize_f64(*value) } else { serializer.serialize_str(&value.to_string()) }
     }
 
@@ -395,7 +395,7 @@ mod exact {
         Text(String),
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
         match Either::deserialize(deserializer)? {
             Either::Number(value) => Ok(value),
             Either::Text(text) => text.parse().map_err(D::Error::custom),

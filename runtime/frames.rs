@@ -1,7 +1,7 @@
 //! What travels between the program and its worker: framed messages of a JSON header and raw bytes.
 
 use crate::{
-    ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Sample, SetSpec, Verdict,
+    ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Measured, Sample, SetSpec, Verdict,
     statistics::{Gathered, Job},
 };
 use bytes::Bytes;
@@ -31,6 +31,8 @@ pub(crate) enum Request {
     Select { model: PathBuf, set: SetSpec, count: usize, seed: u64, options: LoadOptions },
     /// Run a model that computes statistics over a set.
     Gather(Job),
+    /// Measure what the candidate loses on a set.
+    Measure { reference: PathBuf, candidate: PathBuf, set: SetSpec, metric: String, options: LoadOptions },
 }
 
 /// What the worker answers.
@@ -48,6 +50,8 @@ pub(crate) enum Answer {
     Selected(ChosenSamples),
     /// What came of gathering statistics.
     Gathered(Gathered),
+    /// The result of a measurement; a verdict where one of the models does not run.
+    Measured(Result<Box<Measured>, Verdict>),
     /// It did not work.
     Error(String),
 }

@@ -3,7 +3,7 @@
 use crate::{
     Engine, Inputs, RuntimeError, Source,
     frames::{self, Answer, InputHeads, Request},
-    select, statistics, verify,
+    measure, select, statistics, verify,
 };
 use bytes::Bytes;
 use lathe_ir::Model;
@@ -76,6 +76,10 @@ fn answer(
             Ok((Answer::Selected(selection), Vec::new()))
         }
         Request::Gather(job) => Ok((Answer::Gathered(statistics::serve(engine, &job, &mut stage)?), Vec::new())),
+        Request::Measure { reference, candidate, set, metric, options } => {
+            let found = measure::measure_files(engine, &reference, &candidate, &set, &metric, &options, &mut stage)?;
+            Ok((Answer::Measured(found.map(Box::new)), Vec::new()))
+        }
     }
 }
 

@@ -33,9 +33,9 @@ enum Command {
     /// What a model is: inputs, nodes, parameters, FLOPs, operators.
     Inspect(commands::inspect::InspectArgs),
     /// Compare two models on the same inputs.
-    Verify(commands::verify::VerifyArgs),
+    Verify(Box<commands::verify::VerifyArgs>),
     /// Collect calibration statistics of tensors inside a model.
-    Stats(commands::stats::StatsArgs),
+    Stats(Box<commands::stats::StatsArgs>),
     /// List the passes.
     Passes(commands::catalogue::PassesArgs),
     /// Describe a pass: what it does, needs and declines, and its options.

@@ -179,7 +179,7 @@ impl Job<'_> {
             let mut verify = None;
             if options.verify {
                 match self.judge(staged.path())? {
-                    Judgement::Holds(found) => verify = Some(found),
+                    Judgement::Holds(found) => verify = Some(*found),
                     Judgement::Fails(reason) => {
                         drop(staged);
                         let mut holds = |model: &Model| self.holds(model, &target, &write);
@@ -324,11 +324,12 @@ impl Job<'_> {
         let reason = verdict.describe();
         match verdict {
             Verdict::Compared(report) if report.comparison.failures.is_empty() => {
-                Ok(Judgement::Holds(verify(report, WHOLE, self.set_name(), None)))
+                Ok(Judgement::Holds(Box::new(verify(report, WHOLE, self.set_name(), None))))
             }
             Verdict::Nondeterministic { .. } => {
                 let note = format!("{reason}, so its outputs were not compared");
-                Ok(Judgement::Holds(verify(lathe_runtime::Report::default(), WHOLE, self.set_name(), Some(note))))
+                let nothing = lathe_runtime::Report::default();
+                Ok(Judgement::Holds(Box::new(verify(nothing, WHOLE, self.set_name(), Some(note)))))
             }
             Verdict::ReferenceRefused { .. } => Err(Failure::Error(anyhow!(
                 "{reason}, so the result cannot be verified (--no-verify writes it without proof)"
@@ -339,7 +340,7 @@ impl Job<'_> {
 }
 
 enum Judgement {
-    Holds(Verify),
+    Holds(Box<Verify>),
     Fails(String),
 }
 
@@ -481,16 +482,21 @@ pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str, not
         cosine: o.cosine,
         top1: o.top1,
         kl: o.kl,
+        snr: None,
+        psnr: None,
+        ssim: None,
     });
     Verify {
         set: set.to_owned(),
         samples: report.samples,
         metric: metric.to_owned(),
+        why: None,
         before: 0.0,
         after: worst,
         drop: worst,
         limit,
         passed: report.comparison.failures.is_empty(),
+        detail: None,
         runtime: report.engine.clone(),
         sizes: report.sizes.clone(),
         note,

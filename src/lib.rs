@@ -14,6 +14,7 @@ mod recipe;
 mod report;
 mod runner;
 mod summary;
+mod validate;
 
 pub use commands::sets::Sets;
 pub use failure::Failure;

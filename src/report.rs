@@ -1,7 +1,7 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
 use lathe_runtime::ChosenSamples;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt::Write as _;
 
 /// One model as the report counts it.
@@ -79,6 +79,20 @@ pub struct OutputLine {
     pub top1: Option<f64>,
     /// The mean Kullback-Leibler divergence of rows, in nats.
     pub kl: Option<f64>,
+    /// The signal-to-noise ratio in dB; only for sets, and `null` where there is no noise.
+    #[serde(default)]
+    pub snr: Option<f64>,
+    /// The peak signal-to-noise ratio of images in dB; only for sets, and `null` where there is no noise.
+    #[serde(default)]
+    pub psnr: Option<f64>,
+    /// The structural similarity of images; only for sets.
+    #[serde(default)]
+    pub ssim: Option<f64>,
+}
+
+/// JSON has no infinity, so it is written as `null`.
+fn null_is_infinite<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::INFINITY))
 }
 
 /// The run of the result beside the original.
@@ -88,18 +102,28 @@ pub struct Verify {
     pub set: String,
     /// How many sets of inputs were run.
     pub samples: usize,
-    /// What is bounded: `rel-l2`, or `bits` where every pass claims identical results.
+    /// What is bounded: the metric of a set, else `rel-l2`, or `bits` where every pass claims identical results.
     pub metric: String,
-    /// The metric of the original against itself.
+    /// Why this metric, where the program chose it.
+    #[serde(default)]
+    pub why: Option<String>,
+    /// The metric of the original; `null` is infinite.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub before: f64,
-    /// The metric of the result.
+    /// The metric of the result; `null` is infinite.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub after: f64,
-    /// The loss.
+    /// The loss, positive where the result is worse; `null` is infinite.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub drop: f64,
-    /// The bound on the loss.
+    /// The bound on the loss; `null` where none was set.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub limit: f64,
     /// Whether the bound holds.
     pub passed: bool,
+    /// What the numbers are made of: `9178 of 10000 labels before, 9177 after`.
+    #[serde(default)]
+    pub detail: Option<String>,
     /// Who ran the models.
     pub runtime: String,
     /// The sizes of open dimensions in each run.

@@ -4,8 +4,8 @@ use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits, LoadOptions, OrtEngine, Request, RuntimeError,
-    Search, SetSpec, Statistics, StatisticsError, Verdict,
+    Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits, LoadOptions, Measured, OrtEngine, Request,
+    RuntimeError, Search, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,
@@ -106,6 +106,17 @@ impl Runner {
         options: &CollectOptions,
     ) -> Result<Statistics, StatisticsError> {
         Statistics::collect(&self.child, model, set, requests, options)
+    }
+
+    /// Runs two model files on a set and measures what the second loses.
+    pub(crate) fn measure(
+        &self,
+        reference: &Path,
+        candidate: &Path,
+        set: &SetSpec,
+        metric: &str,
+    ) -> anyhow::Result<Result<Measured, Verdict>> {
+        Ok(self.child.measure(reference, candidate, set, metric, &self.load)?)
     }
 }
 

@@ -1,15 +1,20 @@
-//! `optimize verify A B`: whether two models compute the same.
+//! `optimize verify A B`: whether two models compute the same, or how much the second loses on a set.
 
-use super::{input_spec, runner_options};
+use super::{input_spec, runner_options, sets::SetArgs};
 use crate::{
-    Failure,
+    Failure, Sets,
     cli::{RunArgs, print},
     job,
+    report::{OutputLine, Verify},
     runner::Runner,
+    validate::{self, Bound, significant},
 };
 use anyhow::anyhow;
-use clap::Args;
-use lathe_runtime::{Claim, Inputs, Verdict};
+use clap::{
+    Args,
+    builder::{PossibleValue, PossibleValuesParser},
+};
+use lathe_runtime::{Claim, InputSpec, Inputs, Verdict};
 use std::{fmt::Write as _, path::PathBuf};
 
 /// What to compare.
@@ -20,24 +25,50 @@ pub(crate) struct VerifyArgs {
     /// The candidate.
     b: PathBuf,
     /// The largest relative L2 error of an output; by default 1e-4 for float32 and what narrower types allow.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["metric", "max_drop"])]
     rtol: Option<f64>,
     /// Expect equal bits.
-    #[arg(long, conflicts_with = "rtol")]
+    #[arg(long, conflicts_with_all = ["rtol", "metric", "max_drop"])]
     bits: bool,
+    /// What to measure on a set; `auto` without this. In brackets: how the drop is counted, positive where B is worse.
+    #[arg(long, value_name = "METRIC", value_parser = metric_names())]
+    metric: Option<String>,
+    /// The largest drop of the metric that passes; a larger one ends with exit code 3.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    max_drop: Option<f64>,
     /// As JSON, in the form of the report's `verify`.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    sets: SetArgs,
+    #[command(flatten)]
     run: RunArgs,
 }
 
+fn metric_names() -> PossibleValuesParser {
+    let auto = PossibleValue::new("auto").help("what fits the model; the choice is explained");
+    let named =
+        |m: &lathe_runtime::Metric| PossibleValue::new(m.name).help(format!("{} [drop: {}]", m.summary, m.drop));
+    PossibleValuesParser::new(std::iter::once(auto).chain(lathe_runtime::metrics().map(named)))
+}
+
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
-    super::read(&args.a)?;
+    let inputs = input_spec(&args.run)?;
+    let sets = sets(args, &inputs)?;
+    let model = super::read(&args.a)?.model;
     super::read(&args.b)?;
-    let claim = if args.bits { Claim::Identical } else { Claim::Equivalent { rtol: args.rtol } };
     let runner = Runner::new(runner_options(&args.run)?)?;
-    let verdict = runner.compare(&args.a, &args.b, &Inputs::Random(input_spec(&args.run)?), claim)?;
+    let exact = args.bits || args.rtol.is_some();
+    let (inputs, set_name) = match sets.check(&model)? {
+        Some((set, set_name)) if !exact => {
+            let metric = args.metric.clone().unwrap_or_else(|| "auto".to_owned());
+            return measure(args, &runner, &Bound { set, set_name, metric, max_drop: args.max_drop });
+        }
+        Some((set, set_name)) => (Inputs::Set(set), set_name),
+        None => (Inputs::Random(inputs), "random"),
+    };
+    let claim = if args.bits { Claim::Identical } else { Claim::Equivalent { rtol: args.rtol } };
+    let verdict = runner.compare(&args.a, &args.b, &inputs, claim)?;
     let sentence = verdict.describe();
     let report = match verdict {
         Verdict::Compared(report) => report,
@@ -45,19 +76,73 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
         _ => return Err(Failure::Refused(sentence)),
     };
     let passed = report.comparison.failures.is_empty();
-    let found = job::verify(report, claim, "random", None);
-    if args.json {
-        print(&format!("{}\n", serde_json::to_string_pretty(&found).expect("only names and numbers")));
-    } else {
-        let mut out = format!("{} on {}\n", sentence, found.runtime);
-        for o in &found.outputs {
-            let _ = writeln!(
-                out,
-                "  {}  max abs {:.2e}  rel L2 {:.2e}  cosine {:.6}",
-                o.name, o.max_abs, o.rel_l2, o.cosine
-            );
-        }
-        print(&out);
-    }
+    let found = job::verify(report, claim, set_name, None);
+    show(args, &found, &sentence);
     if passed { Ok(()) } else { Err(Failure::Refused(sentence)) }
+}
+
+/// The sets of the command line, where they go together with its other options.
+fn sets(args: &VerifyArgs, inputs: &InputSpec) -> Result<Sets, Failure> {
+    let usage = |message: &str| Err(Failure::Usage(message.to_owned()));
+    let sets = args.sets.sets()?;
+    sets.instead_of(inputs)?;
+    if args.sets.calib.is_some() && args.sets.validate.is_some() {
+        return usage("two models are compared on one set; leave --calib or --validate out");
+    }
+    if sets.validation.is_none() && (args.metric.is_some() || args.max_drop.is_some()) {
+        return usage("--metric and --max-drop are about a set, and none is given; --calib or --validate");
+    }
+    if args.max_drop.is_some_and(f64::is_nan) {
+        return usage("--max-drop is no number");
+    }
+    Ok(sets)
+}
+
+fn measure(args: &VerifyArgs, runner: &Runner, bound: &Bound) -> Result<(), Failure> {
+    let found = validate::validate(runner, &args.a, &args.b, bound)?;
+    let sentence = validate::describe(&found);
+    show(args, &found, &sentence);
+    if found.passed {
+        return Ok(());
+    }
+    Err(Failure::Refused(match &found.note {
+        Some(note) => format!("{sentence}; {note}"),
+        None => sentence,
+    }))
+}
+
+fn show(args: &VerifyArgs, found: &Verify, sentence: &str) {
+    if args.json {
+        print(&format!("{}\n", serde_json::to_string_pretty(found).expect("only names and numbers")));
+        return;
+    }
+    let mut out = format!("{sentence} on {}\n", found.runtime);
+    if let Some(detail) = &found.detail {
+        let _ = writeln!(out, "{detail}");
+    }
+    if let Some(why) = &found.why {
+        let _ = writeln!(out, "{} was chosen because {why}", found.metric);
+    }
+    if let Some(note) = &found.note {
+        let _ = writeln!(out, "note: {note}");
+    }
+    for output in &found.outputs {
+        let _ = writeln!(out, "  {}", line(output));
+    }
+    print(&out);
+}
+
+fn line(o: &OutputLine) -> String {
+    let mut line = format!("{}  max abs {:.2e}  rel L2 {:.2e}  cosine {:.6}", o.name, o.max_abs, o.rel_l2, o.cosine);
+    let mut also = |name: &str, value: Option<f64>, unit: &str| {
+        if let Some(value) = value {
+            let _ = write!(line, "  {name} {}{unit}", significant(value));
+        }
+    };
+    also("SNR", o.snr, " dB");
+    also("top-1", o.top1, "");
+    also("KL", o.kl, "");
+    also("PSNR", o.psnr, " dB");
+    also("SSIM", o.ssim, "");
+    line
 }

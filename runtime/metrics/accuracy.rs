@@ -1,0 +1,190 @@
+//! The share of labels that each model predicts.
+
+use super::{Accumulator, Family, Metric, Pair, Place, Score};
+use crate::compare::largest;
+
+pub(super) struct Labelled;
+
+const METRICS: &[Metric] = &[Metric {
+    name: "accuracy",
+    summary: "the share of labels that are predicted (--labels)",
+    drop: "accuracy lost, as a share of all labels: 0.01 is one percentage point",
+}];
+
+/// Marks a place without a label, as training code does.
+const NO_LABEL: i64 = -100;
+
+/// Where the classes of an output are, given the labels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// The output holds classes themselves.
+    Classes,
+    /// Scores along this axis.
+    Axis(usize),
+}
+
+fn layout(dims: &[usize], integer: bool, labels: &[usize]) -> Option<Layout> {
+    // Labels often keep an axis of one beside the samples.
+    let labels = match labels {
+        [front @ .., 1] if !front.is_empty() && dims.len() != labels.len() + 1 => front,
+        all => all,
+    };
+    let without = |axis: usize| dims.iter().enumerate().filter(move |(i, _)| *i != axis).map(|(_, d)| d);
+    if integer {
+        return (dims == labels).then_some(Layout::Classes);
+    }
+    let last = dims.len().checked_sub(1)?;
+    let matches = |axis: usize| axis < dims.len() && dims[axis] > 1 && without(axis).eq(labels);
+    // The last axis comes first: it is the only one for rank 2, and what a language model uses.
+    [last, 1].into_iter().find(|&axis| matches(axis)).map(Layout::Axis)
+}
+
+impl Family for Labelled {
+    fn metrics(&self) -> &'static [Metric] {
+        METRICS
+    }
+
+    fn fits(&self, place: &Place<'_>) -> Result<(), String> {
+        let labels = place.labels.ok_or("there are no labels (--labels NAME names them)")?;
+        if !(labels.dtype().is_integer() || labels.dtype() == lathe_ir::DataType::Bool) {
+            return Err(format!("the labels hold {}, expected whole numbers", labels.dtype()));
+        }
+        let (name, found, dims) = (place.name, labels.dims(), place.dims);
+        layout(dims, place.dtype.is_integer(), found).map(|_| ()).ok_or_else(|| {
+            format!("output `{name}` of shape {dims:?} has no axis of classes for labels of shape {found:?}")
+        })
+    }
+
+    fn start(&self, _: &Place<'_>) -> Box<dyn Accumulator> {
+        Box::new(Counts::default())
+    }
+
+    fn single(&self) -> bool {
+        true
+    }
+}
+
+#[derive(Default)]
+struct Counts {
+    labels: u64,
+    before: u64,
+    after: u64,
+}
+
+impl Counts {
+    fn count(&mut self, label: i64, before: i64, after: i64) {
+        self.labels += 1;
+        self.before += u64::from(before == label);
+        self.after += u64::from(after == label);
+    }
+}
+
+impl Accumulator for Counts {
+    fn add(&mut self, pair: &Pair<'_>) -> Result<(), String> {
+        let tensor = pair.labels.ok_or("a batch has no labels")?;
+        let labels = tensor.to_i64s().ok_or("the labels are not whole numbers")?;
+        let dims = pair.reference.dims();
+        let layout = layout(dims, pair.reference.dtype().is_integer(), tensor.dims());
+        let axis = match layout {
+            Some(Layout::Axis(axis)) => axis,
+            Some(Layout::Classes) => {
+                let classes = |t: &lathe_ir::Tensor| t.to_i64s().ok_or("the classes are not whole numbers");
+                for ((&label, a), b) in labels.iter().zip(classes(pair.reference)?).zip(classes(pair.candidate)?) {
+                    if label != NO_LABEL {
+                        self.count(label, a, b);
+                    }
+                }
+                return Ok(());
+            }
+            None => return Err(format!("labels of shape {:?} do not fit output `{}`", tensor.dims(), pair.name)),
+        };
+        let classes = dims[axis];
+        let outside = |index: usize, label: i64| {
+            let sample = pair.first + index * pair.samples / labels.len().max(1);
+            format!("label {label} of sample {sample} is none of the {classes} classes of output `{}`", pair.name)
+        };
+        for (index, &label) in labels.iter().enumerate() {
+            if label != NO_LABEL && !usize::try_from(label).is_ok_and(|l| l < classes) {
+                return Err(outside(index, label));
+            }
+        }
+        if axis + 1 == dims.len() {
+            pair.rows(|start, a, b| {
+                let label = labels[start / classes];
+                if label != NO_LABEL {
+                    self.count(label, largest(a) as i64, largest(b) as i64);
+                }
+            });
+            return Ok(());
+        }
+        let all = |t: &lathe_ir::Tensor| t.to_f64s().ok_or("the scores are no real numbers");
+        let (a, b) = (all(pair.reference)?, all(pair.candidate)?);
+        let inner: usize = dims[axis + 1..].iter().product();
+        let column = |all: &[f64], at: usize| -> i64 {
+            let start = at / inner * classes * inner + at % inner;
+            let scores: Vec<f64> = (0..classes).map(|c| all[start + c * inner]).collect();
+            largest(&scores) as i64
+        };
+        for (at, &label) in labels.iter().enumerate() {
+            if label != NO_LABEL {
+                self.count(label, column(&a, at), column(&b, at));
+            }
+        }
+        Ok(())
+    }
+
+    fn scores(&self) -> Vec<Score> {
+        if self.labels == 0 {
+            return Vec::new();
+        }
+        let share = |count: u64| count as f64 / self.labels as f64;
+        let drop = (self.before as f64 - self.after as f64) / self.labels as f64;
+        let detail = format!("{} of {} labels before, {} after", self.before, self.labels, self.after);
+        vec![Score::new("accuracy", share(self.before), share(self.after), drop).with(detail)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::scores, *};
+    use lathe_ir::Tensor;
+
+    #[test]
+    fn counts_both_models() {
+        let before = Tensor::from_f32s(&[4, 2], &[1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.5, 0.5]);
+        let after = Tensor::from_f32s(&[4, 2], &[1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.5]);
+        let labels = Tensor::int64s(&[0, 1, NO_LABEL, 0]);
+        let score = &scores(&Labelled, &[(before, after)], Some(&labels))[0];
+        assert_eq!(score.detail.as_deref(), Some("3 of 3 labels before, 1 after"));
+        assert_eq!((score.before, score.after, score.drop), (1.0, 1.0 / 3.0, 2.0 / 3.0));
+    }
+
+    #[test]
+    fn finds_the_axis_of_classes() {
+        assert_eq!(layout(&[8, 10], false, &[8]), Some(Layout::Axis(1)));
+        assert_eq!(layout(&[8, 10], false, &[8, 1]), Some(Layout::Axis(1)));
+        assert_eq!(layout(&[2, 21, 4, 5], false, &[2, 4, 5]), Some(Layout::Axis(1)));
+        assert_eq!(layout(&[2, 7, 30], false, &[2, 7]), Some(Layout::Axis(2)));
+        assert_eq!(layout(&[8], true, &[8]), Some(Layout::Classes));
+        assert_eq!(layout(&[8, 10], false, &[7]), None);
+    }
+
+    #[test]
+    fn reads_maps_of_classes() {
+        // Two classes, three places: the second class wins at the middle place only.
+        let map = Tensor::from_f32s(&[1, 2, 3], &[1.0, 0.0, 1.0, 0.0, 1.0, 0.0]);
+        let labels = Tensor::from_i64s(&[1, 3], &[0, 1, 1]);
+        let score = &scores(&Labelled, &[(map.clone(), map)], Some(&labels))[0];
+        assert_eq!(score.detail.as_deref(), Some("2 of 3 labels before, 2 after"));
+    }
+
+    #[test]
+    fn a_label_that_is_no_class_is_named() {
+        let t = Tensor::from_f32s(&[2, 2], &[0.0; 4]);
+        let labels = Tensor::int64s(&[1, 2]);
+        let (reference, candidate, labels) = (&t, &t, Some(&labels));
+        let pair = Pair { name: "y", reference, candidate, first: 6, samples: 2, labels, ids: None, kept: None };
+        let error = Counts::default().add(&pair).unwrap_err();
+        assert_eq!(error, "label 2 of sample 7 is none of the 2 classes of output `y`");
+    }
+}

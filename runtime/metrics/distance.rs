@@ -1,0 +1,181 @@
+//! How far apart the elements of an output are: max-abs, rel-l2, cosine, snr. Pooled over the whole set, so that the
+//! size of a batch changes nothing.
+
+use super::{Accumulator, Family, Metric, Pair, Place, Score};
+use lathe_ir::DataType;
+
+pub(super) struct Distances;
+
+const METRICS: &[Metric] = &[
+    Metric { name: "max-abs", summary: "the largest difference of two elements", drop: "the difference" },
+    Metric {
+        name: "rel-l2",
+        summary: "the L2 norm of the difference over that of the original's output",
+        drop: "the error",
+    },
+    Metric { name: "cosine", summary: "the cosine of the angle between the outputs", drop: "1 − cosine" },
+    Metric {
+        name: "snr",
+        summary: "the signal-to-noise ratio in dB",
+        drop: "noise over signal as amplitudes: 0.01 is 40 dB",
+    },
+];
+
+impl Family for Distances {
+    fn metrics(&self) -> &'static [Metric] {
+        METRICS
+    }
+
+    fn fits(&self, place: &Place<'_>) -> Result<(), String> {
+        let no = matches!(place.dtype, DataType::String | DataType::Complex64 | DataType::Complex128);
+        if no { Err(format!("output `{}` holds {}, no real numbers", place.name, place.dtype)) } else { Ok(()) }
+    }
+
+    fn start(&self, place: &Place<'_>) -> Box<dyn Accumulator> {
+        Box::new(Sums { name: place.name.to_owned(), ..Sums::default() })
+    }
+}
+
+/// Elements that are NaN or infinite: how many, and what the first one is.
+#[derive(Default)]
+struct Special {
+    count: u64,
+    first: String,
+}
+
+impl Special {
+    fn add(&mut self, describe: impl FnOnce() -> String) {
+        if self.count == 0 {
+            self.first = describe();
+        }
+        self.count += 1;
+    }
+}
+
+#[derive(Default)]
+struct Sums {
+    name: String,
+    max_abs: f64,
+    difference: f64,
+    reference: f64,
+    candidate: f64,
+    product: f64,
+    /// In one of the two only, or different ones.
+    broken: Special,
+    /// The same in both.
+    shared: Special,
+}
+
+impl Accumulator for Sums {
+    fn add(&mut self, pair: &Pair<'_>) -> Result<(), String> {
+        // Sums of a row first: long sums of small squares onto one large one would lose them.
+        pair.rows(|start, a, b| {
+            let (mut difference, mut reference, mut candidate, mut product) = (0.0, 0.0, 0.0, 0.0);
+            for (offset, (&x, &y)) in a.iter().zip(b).enumerate() {
+                if !(x.is_finite() && y.is_finite()) {
+                    let sample = || pair.sample_of(start + offset);
+                    if x == y || (x.is_nan() && y.is_nan()) {
+                        self.shared.add(|| format!("{x} in sample {}", sample()));
+                    } else {
+                        self.broken.add(|| format!("{y} in sample {} where the original has {x}", sample()));
+                    }
+                    continue;
+                }
+                let d = y - x;
+                self.max_abs = self.max_abs.max(d.abs());
+                difference += d * d;
+                reference += x * x;
+                candidate += y * y;
+                product += x * y;
+            }
+            self.difference += difference;
+            self.reference += reference;
+            self.candidate += candidate;
+            self.product += product;
+        });
+        Ok(())
+    }
+
+    fn scores(&self) -> Vec<Score> {
+        let rel_l2 = match (self.difference, self.reference) {
+            (0.0, _) => 0.0,
+            (_, 0.0) => f64::INFINITY,
+            (difference, reference) => (difference / reference).sqrt(),
+        };
+        let scale = (self.reference * self.candidate).sqrt();
+        let cosine = match () {
+            () if self.difference == 0.0 => 1.0,
+            () if scale > 0.0 => (self.product / scale).clamp(-1.0, 1.0),
+            () => 0.0,
+        };
+        vec![
+            Score::new("max-abs", 0.0, self.max_abs, self.max_abs),
+            Score::new("rel-l2", 0.0, rel_l2, rel_l2),
+            Score::new("cosine", 1.0, cosine, 1.0 - cosine),
+            Score::new("snr", f64::INFINITY, -20.0 * rel_l2.log10(), rel_l2),
+        ]
+    }
+
+    fn failures(&self) -> Vec<String> {
+        let Special { count, first } = &self.broken;
+        let sentence = || format!("output `{}` has {first} ({count} such elements in all)", self.name);
+        (*count > 0).then(sentence).into_iter().collect()
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let Special { count, first } = &self.shared;
+        let sentence = || {
+            format!("output `{}` of both models has {first} ({count} such elements in all), left out here", self.name)
+        };
+        (*count > 0).then(sentence).into_iter().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::scores, *};
+    use lathe_ir::Tensor;
+
+    fn value(scores: &[Score], metric: &str) -> f64 {
+        scores.iter().find(|s| s.metric == metric).unwrap().after
+    }
+
+    #[test]
+    fn batches_are_pooled() {
+        let t = |v: &[f32]| Tensor::from_f32s(&[v.len() / 2, 2], v);
+        let whole = scores(&Distances, &[(t(&[3.0, 4.0, 0.0, 12.0]), t(&[3.0, 4.0, 0.0, 13.0]))], None);
+        let parts = [(t(&[3.0, 4.0]), t(&[3.0, 4.0])), (t(&[0.0, 12.0]), t(&[0.0, 13.0]))];
+        assert_eq!(scores(&Distances, &parts, None), whole);
+        assert_eq!(value(&whole, "max-abs"), 1.0);
+        assert!((value(&whole, "rel-l2") - 1.0 / 13.0).abs() < 1e-15);
+        assert!((value(&whole, "snr") - 20.0 * 13f64.log10()).abs() < 1e-12);
+        assert!((value(&whole, "cosine") - 181.0 / (169f64 * 194.0).sqrt()).abs() < 1e-15);
+    }
+
+    #[test]
+    fn equal_outputs_have_no_noise() {
+        let t = Tensor::from_f32s(&[1, 2], &[0.0, 0.0]);
+        let all = scores(&Distances, &[(t.clone(), t)], None);
+        assert_eq!((value(&all, "snr"), value(&all, "cosine"), value(&all, "rel-l2")), (f64::INFINITY, 1.0, 0.0));
+        assert!(all.iter().all(|s| s.drop == 0.0));
+    }
+
+    #[test]
+    fn a_nan_is_named_with_its_sample() {
+        let t = |v: &[f32]| Tensor::from_f32s(&[2, 2], v);
+        let (reference, candidate) = (t(&[1.0, f32::INFINITY, 2.0, 3.0]), t(&[1.0, f32::INFINITY, 2.0, f32::NAN]));
+        let place = Place { name: "y", dtype: DataType::Float, dims: &[2, 2], labels: None, ids: None, mask: None };
+        let mut sums = Distances.start(&place);
+        let (reference, candidate) = (&reference, &candidate);
+        let pair = Pair { name: "y", reference, candidate, first: 8, samples: 2, labels: None, ids: None, kept: None };
+        sums.add(&pair).unwrap();
+        assert_eq!(
+            sums.failures(),
+            ["output `y` has NaN in sample 9 where the original has 3 (1 such elements in all)"]
+        );
+        assert_eq!(
+            sums.notes(),
+            ["output `y` of both models has inf in sample 8 (1 such elements in all), left out here"]
+        );
+    }
+}
