@@ -1,7 +1,8 @@
 //! The program's side: a worker process that may crash, hang or eat memory without taking the program with it.
 
 use crate::{
-    ChosenSamples, Claim, Inputs, LoadOptions, Measured, RuntimeError, Sample, SetSpec, Verdict,
+    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Inputs, LoadOptions, Measured, RuntimeError, Sample,
+    SetSpec, Verdict,
     frames::{self, Answer, InputHeads, Request},
     statistics::{Gathered, Job},
 };
@@ -154,6 +155,21 @@ impl Child {
         let (set, metric, options) = (set.clone(), metric.to_owned(), options.clone());
         match self.ask(&Request::Measure { reference, candidate, set, metric, options }, &[])? {
             (Answer::Measured(found), _) => Ok(found.map(|measured| *measured)),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Times one or two models on disk, with [`crate::bench`], entirely inside the worker.
+    pub fn bench(
+        &self,
+        models: &[PathBuf],
+        inputs: &BenchInputs,
+        task: BenchTask,
+        options: &LoadOptions,
+    ) -> Result<BenchResult, RuntimeError> {
+        let (models, inputs, options) = (models.to_vec(), inputs.clone(), options.clone());
+        match self.ask(&Request::Bench { models, inputs, task, options }, &[])? {
+            (Answer::Timed(result), _) => Ok(result),
             (other, _) => Err(unexpected(&other)),
         }
     }

@@ -1,10 +1,13 @@
 //! What the rest of the program knows about an engine: it loads a model and runs it on named tensors.
 
-use crate::{Datum, OrtEngine, Search, frames::only_tensors};
+use crate::{Datum, OrtEngine, Sample, Search, frames::only_tensors};
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 /// Where a model comes from.
 #[derive(Debug, Clone, Copy)]
@@ -64,6 +67,14 @@ pub enum RuntimeError {
         /// What there is.
         available: String,
     },
+    /// The execution provider that was asked for exists and cannot be used here.
+    #[error("the execution provider `{provider}` cannot be used: {message}")]
+    Unavailable {
+        /// What was asked for.
+        provider: String,
+        /// What is missing.
+        message: String,
+    },
     /// The engine does not accept the model.
     #[error("{engine} refuses the model: {message}")]
     Load {
@@ -118,10 +129,70 @@ pub trait Session {
     }
 }
 
+/// A model that is timed: its inputs are put in place once, and runs copy nothing to or from a device.
+pub trait Timed {
+    /// Puts inputs in place, in the memory of the provider; the time that copying them there took, `None` where they
+    /// stay in host memory.
+    fn bind(&mut self, inputs: &Sample) -> Result<Option<Duration>, RuntimeError>;
+
+    /// Runs once and says how long it took.
+    fn run(&mut self) -> Result<Duration, RuntimeError>;
+
+    /// Copies the outputs of a run to host memory and says how long that took; `None` where they are there already.
+    fn fetch(&mut self) -> Result<Option<Duration>, RuntimeError>;
+
+    /// Ends the profile that was asked for and returns where it is; `None` where there is none.
+    fn profile(&mut self) -> Result<Option<PathBuf>, RuntimeError>;
+
+    /// The name that nodes of the execution provider carry in a profile.
+    fn provider(&self) -> &str;
+}
+
+/// Times any session, conversions of inputs and outputs included.
+struct Plain {
+    session: Box<dyn Session>,
+    inputs: Sample,
+}
+
+impl Timed for Plain {
+    fn bind(&mut self, inputs: &Sample) -> Result<Option<Duration>, RuntimeError> {
+        self.inputs = inputs.clone();
+        Ok(None)
+    }
+
+    fn run(&mut self) -> Result<Duration, RuntimeError> {
+        let start = Instant::now();
+        self.session.run(&self.inputs)?;
+        Ok(start.elapsed())
+    }
+
+    fn fetch(&mut self) -> Result<Option<Duration>, RuntimeError> {
+        Ok(None)
+    }
+
+    fn profile(&mut self) -> Result<Option<PathBuf>, RuntimeError> {
+        Ok(None)
+    }
+
+    fn provider(&self) -> &str {
+        "cpu"
+    }
+}
+
 /// Something that loads models.
 pub trait Engine: Send + Sync {
     /// Prepares a model for running.
     fn load(&self, source: Source<'_>, options: &LoadOptions) -> Result<Box<dyn Session>, RuntimeError>;
+
+    /// Prepares a model for timing. With `profile`, a folder, every run is profiled there if the engine can.
+    fn timed(
+        &self,
+        source: Source<'_>,
+        options: &LoadOptions,
+        _profile: Option<&Path>,
+    ) -> Result<Box<dyn Timed>, RuntimeError> {
+        Ok(Box::new(Plain { session: self.load(source, options)?, inputs: Sample::new() }))
+    }
 
     /// Its name with its version: `ONNX Runtime 1.32.0`.
     fn name(&self) -> String;

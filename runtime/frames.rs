@@ -1,7 +1,8 @@
 //! What travels between the program and its worker: framed messages of a JSON header and raw bytes.
 
 use crate::{
-    ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Measured, Sample, SetSpec, Verdict,
+    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Measured, Sample,
+    SetSpec, Verdict,
     statistics::{Gathered, Job},
 };
 use bytes::Bytes;
@@ -33,6 +34,8 @@ pub(crate) enum Request {
     Gather(Job),
     /// Measure what the candidate loses on a set.
     Measure { reference: PathBuf, candidate: PathBuf, set: SetSpec, metric: String, options: LoadOptions },
+    /// Time one or two models on disk.
+    Bench { models: Vec<PathBuf>, inputs: BenchInputs, task: BenchTask, options: LoadOptions },
 }
 
 /// What the worker answers.
@@ -52,6 +55,8 @@ pub(crate) enum Answer {
     Gathered(Gathered),
     /// The result of a measurement; a verdict where one of the models does not run.
     Measured(Result<Box<Measured>, Verdict>),
+    /// What a measurement gave.
+    Timed(BenchResult),
     /// It did not work.
     Error(String),
 }

@@ -3,6 +3,7 @@
 //! Nothing here changes a model, reads the environment or prints.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod bench;
 mod child;
 mod compare;
 mod datum;
@@ -17,6 +18,7 @@ mod measure;
 mod metrics;
 mod npz;
 mod ort_engine;
+mod profile;
 mod random;
 mod roles;
 mod select;
@@ -27,19 +29,21 @@ mod statistics;
 mod testing;
 mod verify;
 
+pub use bench::{BenchError, BenchInputs, BenchResult, BenchTask, Loading, Series, Timings, bench};
 pub use child::{Child, Limits};
 pub use compare::{Claim, Comparison, OutputError, compare, default_rtol};
 pub use datum::Datum;
 pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};
 #[cfg(feature = "embedded")]
 pub use embedded::Embedded;
-pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source, start};
+pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source, Timed, start};
 pub use inputs::{InputError, InputSpec, Sizes, Style, generate, required_inputs, sizes_to_try};
 pub use library::{Discovery, Found, Place, Search, Tried};
 pub use measure::{MeasureError, Measured, Scores};
 pub use metrics::{Metric, Score, metrics};
 pub use npz::NpzWriter;
 pub use ort_engine::OrtEngine;
+pub use profile::{NodeTime, Placement, Profile};
 pub use random::Random;
 pub use select::ChosenSamples;
 pub use serve::serve;

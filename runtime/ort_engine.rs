@@ -1,8 +1,11 @@
 //! ONNX Runtime: the only module that mentions `ort`.
 
+mod providers;
+mod timed;
+
 use crate::{
     Datum, RuntimeError,
-    engine::{Engine, LoadOptions, Session, Source},
+    engine::{Engine, LoadOptions, Session, Source, Timed},
     library::{Found, Search},
 };
 use bytes::Bytes;
@@ -10,7 +13,6 @@ use half::{bf16, f16};
 use lathe_ir::{DataType, Tensor};
 use ort::{
     environment::Environment,
-    ep::ExecutionProvider,
     logging::LogLevel,
     session::{
         SessionInputValue,
@@ -83,9 +85,10 @@ impl OrtEngine {
         self.environment.devices().map(describe).collect()
     }
 
+    /// A builder, and the name that the nodes of its provider carry.
     // The binding's own error hands the builder back, whatever its size.
     #[allow(clippy::result_large_err)]
-    fn builder(&self, options: &LoadOptions) -> Result<SessionBuilder, RuntimeError> {
+    fn builder(&self, options: &LoadOptions) -> Result<(SessionBuilder, String), RuntimeError> {
         let refused = |message: String| RuntimeError::Load { engine: self.name(), message };
         let level = if options.optimize { GraphOptimizationLevel::All } else { GraphOptimizationLevel::Disable };
         let builder = ort::session::Session::builder(&self.environment).map_err(|e| refused(sentence(e.message())))?;
@@ -95,18 +98,21 @@ impl OrtEngine {
             .and_then(|b| b.with_intra_op_spinning(options.spin))
             .and_then(|b| b.with_log_level(LogLevel::Fatal));
         let builder = configured.map_err(|e| refused(sentence(e.message())))?;
-        if !self.providers().contains(&options.provider) {
-            return Err(RuntimeError::Provider {
-                engine: self.name(),
-                provider: options.provider.clone(),
-                available: self.providers().join(", "),
-            });
-        }
-        if options.provider == "cpu" {
-            return Ok(builder);
-        }
-        let message = format!("this build cannot hand a session to the provider `{}`", options.provider);
-        Err(refused(message))
+        providers::register(&self.environment, builder, options, &self.name(), &self.found.path)
+    }
+
+    fn commit(&self, mut builder: SessionBuilder, source: Source<'_>) -> Result<ort::session::Session, RuntimeError> {
+        // The binding panics on input and output types it does not know (opaque ones, for instance).
+        let committed = catch_unwind(AssertUnwindSafe(|| match source {
+            Source::Bytes(bytes) => builder.commit_from_memory(bytes),
+            Source::Path(path) => builder.commit_from_file(path),
+        }));
+        let message = match committed {
+            Ok(Ok(session)) => return Ok(session),
+            Ok(Err(error)) => sentence(error.message()),
+            Err(_) => "an input or output has a type that cannot be passed to it".to_owned(),
+        };
+        Err(RuntimeError::Load { engine: self.name(), message })
     }
 }
 
@@ -115,8 +121,14 @@ fn load(path: &Path) -> Result<Environment, String> {
     // A library that lacks the expected entry points makes the binding panic rather than fail.
     let started = catch_unwind(|| {
         let builder = ort::init_from(path).map_err(|e| sentence(&e.to_string()))?;
-        // Whatever matters comes back as an error; the runtime's own log would only be printed a second time.
-        let environment = builder.with_name("lathe").with_telemetry(false).with_logger(Arc::new(|_, _, _, _, _| {}));
+        // Whatever matters comes back as an error; the runtime's own log would only be printed a second time. What it
+        // logs about a provider that it cannot load says more than its error, and is kept.
+        let logger = Arc::new(|level: LogLevel, _: &str, _: &str, _: &str, message: &str| {
+            if matches!(level, LogLevel::Error | LogLevel::Fatal) {
+                providers::complain(message);
+            }
+        });
+        let environment = builder.with_name("lathe").with_telemetry(false).with_logger(logger);
         let environment = environment.build().map_err(|e| sentence(e.message()))?;
         environment.set_log_level(LogLevel::Fatal);
         Ok(environment)
@@ -126,18 +138,17 @@ fn load(path: &Path) -> Result<Environment, String> {
 
 impl Engine for OrtEngine {
     fn load(&self, source: Source<'_>, options: &LoadOptions) -> Result<Box<dyn Session>, RuntimeError> {
-        let mut builder = self.builder(options)?;
-        // The binding panics on input and output types it does not know (opaque ones, for instance).
-        let committed = catch_unwind(AssertUnwindSafe(|| match source {
-            Source::Bytes(bytes) => builder.commit_from_memory(bytes),
-            Source::Path(path) => builder.commit_from_file(path),
-        }));
-        let message = match committed {
-            Ok(Ok(session)) => return Ok(Box::new(OrtSession { session, engine: self.name() })),
-            Ok(Err(error)) => sentence(error.message()),
-            Err(_) => "an input or output has a type that cannot be passed to it".to_owned(),
-        };
-        Err(RuntimeError::Load { engine: self.name(), message })
+        let (builder, _) = self.builder(options)?;
+        Ok(Box::new(OrtSession { session: self.commit(builder, source)?, engine: self.name() }))
+    }
+
+    fn timed(
+        &self,
+        source: Source<'_>,
+        options: &LoadOptions,
+        profile: Option<&Path>,
+    ) -> Result<Box<dyn Timed>, RuntimeError> {
+        timed::load(self, source, options, profile)
     }
 
     fn name(&self) -> String {
@@ -145,42 +156,8 @@ impl Engine for OrtEngine {
     }
 
     fn providers(&self) -> Vec<String> {
-        let known = PROVIDERS.iter().filter(|(_, _, available)| available());
-        known.map(|(short, _, _)| (*short).to_owned()).collect()
+        providers::available()
     }
-}
-
-/// Asks the loaded library whether it was built with a provider: name on the command line, ONNX Runtime's name, answer.
-type Known = (&'static str, &'static str, fn() -> bool);
-
-macro_rules! providers {
-    ($($short:literal => $marker:ident $name:literal),+ $(,)?) => {
-        $(
-            struct $marker;
-            impl ExecutionProvider for $marker {
-                const NAME: &'static str = $name;
-                fn register(&self, _: &mut SessionBuilder) -> ort::Result<()> {
-                    Err(ort::Error::new("this provider is only asked about"))
-                }
-            }
-        )+
-        const PROVIDERS: &[Known] = &[$(($short, $name, || $marker::is_available().unwrap_or(false))),+];
-    };
-}
-
-providers! {
-    "cpu" => Cpu "CPUExecutionProvider",
-    "cuda" => Cuda "CUDAExecutionProvider",
-    "tensorrt" => TensorRt "TensorrtExecutionProvider",
-    "webgpu" => WebGpu "WebGpuExecutionProvider",
-    "openvino" => OpenVino "OpenVINOExecutionProvider",
-    "coreml" => CoreMl "CoreMLExecutionProvider",
-    "directml" => DirectMl "DmlExecutionProvider",
-    "migraphx" => MiGraphX "MIGraphXExecutionProvider",
-    "rocm" => Rocm "ROCMExecutionProvider",
-    "qnn" => Qnn "QNNExecutionProvider",
-    "xnnpack" => Xnnpack "XnnpackExecutionProvider",
-    "onednn" => OneDnn "DnnlExecutionProvider",
 }
 
 struct OrtSession {

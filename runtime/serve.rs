@@ -1,7 +1,7 @@
 //! The worker's side: reads requests, runs models, writes answers, until the stream ends.
 
 use crate::{
-    Engine, Inputs, RuntimeError, Source,
+    Engine, Inputs, RuntimeError, Source, bench,
     frames::{self, Answer, InputHeads, Request},
     measure, select, statistics, verify,
 };
@@ -79,6 +79,10 @@ fn answer(
         Request::Measure { reference, candidate, set, metric, options } => {
             let found = measure::measure_files(engine, &reference, &candidate, &set, &metric, &options, &mut stage)?;
             Ok((Answer::Measured(found.map(Box::new)), Vec::new()))
+        }
+        Request::Bench { models, inputs, task, options } => {
+            let measured = bench(engine, &models, &inputs, &task, &options, &mut stage);
+            Ok((Answer::Timed(measured.map_err(|e| e.to_string())?), Vec::new()))
         }
     }
 }

@@ -1,0 +1,507 @@
+//! Timing models side by side: inputs in place, warmed up, taking turns, in several sittings with sessions made anew.
+//!
+//! Two sessions of one model differ by where their memory happens to lie, and a machine differs from minute to minute.
+//! So models take turns within a sitting, every sitting loads them again, and a difference counts only if it stands
+//! out from what the sittings disagree about.
+
+use crate::{
+    Engine, InputError, InputSpec, LoadOptions, Profile, RuntimeError, Sample, SampleSet, SetError, SetSpec, Source,
+    Timed, generate, sizes_to_try,
+};
+use lathe_ir::{Model, ReadError};
+use serde::{Deserialize, Serialize};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// The inputs of a measurement.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum BenchInputs {
+    /// Made up: the first sizes that the model accepts.
+    Random(InputSpec),
+    /// The first batch of a set.
+    Set(SetSpec),
+}
+
+/// What is measured, in one process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum BenchTask {
+    /// Loading a model and its first run, and the memory that this takes: once, in a process that does nothing else.
+    Load,
+    /// Runs, the models taking turns.
+    Time {
+        /// Time to spend on runs, in seconds; a slow model takes longer.
+        seconds: f64,
+    },
+    /// Where the time of a run goes. The runtime writes its profile into this folder.
+    Profile {
+        /// An empty folder.
+        folder: PathBuf,
+    },
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum BenchResult {
+    /// For [`BenchTask::Load`].
+    Loaded(Loading),
+    /// For [`BenchTask::Time`].
+    Timed(Timings),
+    /// For [`BenchTask::Profile`], one for each model.
+    Profiled(Vec<Profile>),
+}
+
+/// How a model starts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Loading {
+    /// Making a session, in milliseconds.
+    pub load_ms: f64,
+    /// The first run, in milliseconds.
+    pub first_run_ms: f64,
+    /// The largest resident memory of the process, runtime and model, after both; `None` where the system does not tell.
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// Runs of one or two models.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    /// The engine.
+    pub engine: String,
+    /// The sizes of the inputs: `x [1, 3, 224, 224]`.
+    pub inputs: String,
+    /// The samples in a run, where the inputs are of a set.
+    pub samples: Option<usize>,
+    /// The runs of each model.
+    pub models: Vec<Series>,
+    /// With two models: for each sitting the ratios of the second to the first, one for each round.
+    pub ratios: Vec<Vec<f64>>,
+}
+
+/// The runs of one model.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Series {
+    /// The runs of each sitting, in milliseconds.
+    pub sittings: Vec<Vec<f64>>,
+    /// Copying the inputs to the device, in milliseconds, if it has memory of its own.
+    pub copy_in_ms: Option<f64>,
+    /// Copying the outputs from it.
+    pub copy_out_ms: Option<f64>,
+}
+
+/// Why nothing was measured.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// A model cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// No inputs can be made.
+    #[error(transparent)]
+    Inputs(#[from] InputError),
+    /// The set does not fit.
+    #[error(transparent)]
+    Set(#[from] SetError),
+    /// A model cannot be loaded or run.
+    #[error("`{}`: {error}", .path.display())]
+    Model {
+        /// The model.
+        path: PathBuf,
+        /// What went wrong.
+        error: RuntimeError,
+    },
+    /// The provider that was asked for takes no node.
+    #[error("`{}`: {provider} took none of its {nodes} nodes; they would run elsewhere", .path.display())]
+    Untaken {
+        /// The model.
+        path: PathBuf,
+        /// The provider.
+        provider: String,
+        /// How many nodes there are.
+        nodes: usize,
+    },
+    /// The profile cannot be read.
+    #[error("{0}")]
+    Profile(String),
+}
+
+/// Sessions are made anew this often.
+const SITTINGS: usize = 7;
+
+/// Rounds of a sitting at least.
+const ROUNDS: usize = 3;
+
+/// A model runs this long before it is the other's turn, so that caches are its own again.
+const TURN: Duration = Duration::from_millis(40);
+
+/// Threads of the other model's session spin for a while after its last run.
+const REST: Duration = Duration::from_millis(2);
+
+/// Runs under the profiler.
+const PROFILED_RUNS: usize = 12;
+
+/// Does one task. `models` are one or two files with the same inputs; the first one says what they are.
+pub fn bench(
+    engine: &dyn Engine,
+    models: &[PathBuf],
+    inputs: &BenchInputs,
+    task: &BenchTask,
+    options: &LoadOptions,
+    stage: &mut dyn FnMut(&str),
+) -> Result<BenchResult, BenchError> {
+    let first = models.first().ok_or_else(|| BenchError::Profile("no model is given".to_owned()))?;
+    stage("reading the model");
+    let model = Model::read(first)?.model;
+    let mut chosen = Chosen { model, inputs, fixed: None };
+    let options = LoadOptions { optimize: true, spin: true, ..options.clone() };
+    let bench = Bench { engine, models, options };
+    match task {
+        BenchTask::Load => bench.load(first, &mut chosen, stage).map(BenchResult::Loaded),
+        BenchTask::Time { seconds } => bench.time(&mut chosen, *seconds, stage).map(BenchResult::Timed),
+        BenchTask::Profile { folder } => bench.profile(&mut chosen, folder, stage).map(BenchResult::Profiled),
+    }
+}
+
+/// What is fed to a model, and how many samples of a set that is.
+type Fed = (Sample, Option<usize>);
+
+type Candidates<'a> = Box<dyn Iterator<Item = Result<Fed, BenchError>> + 'a>;
+
+/// The inputs, once they are known.
+struct Chosen<'a> {
+    model: Model,
+    inputs: &'a BenchInputs,
+    fixed: Option<Fed>,
+}
+
+impl Chosen<'_> {
+    /// Puts inputs in place that the model accepts and runs it once; the times of copying and of that run.
+    fn start(&mut self, timed: &mut dyn Timed, path: &Path) -> Result<(Option<Duration>, Duration), BenchError> {
+        let failed = |error: RuntimeError| BenchError::Model { path: path.to_owned(), error };
+        let candidates: Candidates<'_> = match &self.fixed {
+            Some(fixed) => Box::new(std::iter::once(Ok(fixed.clone()))),
+            None => match self.inputs {
+                BenchInputs::Set(spec) => {
+                    let set = SampleSet::open(spec, &self.model)?;
+                    let batch = set.batches().next().transpose()?;
+                    Box::new(batch.map(|b| Ok((b.inputs, Some(b.samples)))).into_iter())
+                }
+                BenchInputs::Random(spec) => {
+                    let model = &self.model;
+                    let make = move |sizes| Ok((generate(model, spec, &sizes)?, None));
+                    Box::new(sizes_to_try(&self.model, spec).into_iter().map(make))
+                }
+            },
+        };
+        let mut refusal = None;
+        for candidate in candidates {
+            let (sample, samples) = match candidate {
+                Ok(candidate) => candidate,
+                Err(BenchError::Inputs(InputError::TooLarge { .. })) if refusal.is_some() => continue,
+                Err(error) => return Err(error),
+            };
+            let ran = timed.bind(&sample).and_then(|copied| Ok((copied, timed.run()?)));
+            match ran {
+                Ok(times) => {
+                    self.fixed = Some((sample, samples));
+                    return Ok(times);
+                }
+                Err(error) => _ = refusal.get_or_insert(error),
+            }
+        }
+        let none = || BenchError::Profile("no inputs could be made for the model".to_owned());
+        Err(refusal.map_or_else(none, failed))
+    }
+
+    fn describe(&self) -> String {
+        let inputs = self.fixed.iter().flat_map(|(sample, _)| sample);
+        inputs.map(|(name, tensor)| format!("{name} {:?}", tensor.dims())).collect::<Vec<_>>().join(", ")
+    }
+}
+
+struct Bench<'a> {
+    engine: &'a dyn Engine,
+    models: &'a [PathBuf],
+    options: LoadOptions,
+}
+
+impl Bench<'_> {
+    fn session(&self, path: &Path, profile: Option<&Path>) -> Result<Box<dyn Timed>, BenchError> {
+        let session = self.engine.timed(Source::Path(path), &self.options, profile);
+        session.map_err(|error| BenchError::Model { path: path.to_owned(), error })
+    }
+
+    fn load(&self, path: &Path, chosen: &mut Chosen<'_>, stage: &mut dyn FnMut(&str)) -> Result<Loading, BenchError> {
+        stage("loading the model");
+        let start = Instant::now();
+        let mut timed = self.session(path, None)?;
+        let load = start.elapsed();
+        stage("running the model");
+        let (_, first) = chosen.start(timed.as_mut(), path)?;
+        Ok(Loading { load_ms: ms(load), first_run_ms: ms(first), peak_rss_bytes: peak_rss_bytes() })
+    }
+
+    fn time(&self, chosen: &mut Chosen<'_>, seconds: f64, stage: &mut dyn FnMut(&str)) -> Result<Timings, BenchError> {
+        let mut timings = Timings { engine: self.engine.name(), ..Timings::default() };
+        timings.models = vec![Series::default(); self.models.len()];
+        let budget = Duration::try_from_secs_f64(seconds / SITTINGS as f64).unwrap_or(Duration::ZERO);
+        let copies = self.options.provider != "cpu";
+        for sitting in 0..SITTINGS {
+            stage(&format!("timing, sitting {} of {SITTINGS}", sitting + 1));
+            // Whoever is loaded first, or runs first, must not be the same one every time.
+            let mut order: Vec<usize> = (0..self.models.len()).collect();
+            if sitting % 2 == 1 {
+                order.reverse();
+            }
+            let mut sessions: Vec<Option<Box<dyn Timed>>> = self.models.iter().map(|_| None).collect();
+            // The inputs are those of the first model, so it goes first until they are known.
+            for &index in if sitting == 0 { &[0usize, 1][..self.models.len().min(2)] } else { &order } {
+                let path = &self.models[index];
+                let mut timed = self.session(path, None)?;
+                let (copied, _) = chosen.start(timed.as_mut(), path)?;
+                let failed = |error| BenchError::Model { path: path.clone(), error };
+                if sitting == 0 && copies {
+                    timings.models[index].copy_in_ms = copied.map(ms);
+                    timings.models[index].copy_out_ms = timed.fetch().map_err(failed)?.map(ms);
+                }
+                turn(timed.as_mut()).map_err(failed)?;
+                sessions[index] = Some(timed);
+            }
+            for series in &mut timings.models {
+                series.sittings.push(Vec::new());
+            }
+            let mut ratios = Vec::new();
+            let start = Instant::now();
+            let mut rounds = 0;
+            while rounds < ROUNDS || start.elapsed() < budget {
+                let mut medians = vec![f64::NAN; self.models.len()];
+                for &index in &order {
+                    let Some(timed) = &mut sessions[index] else { continue };
+                    let runs = turn(timed.as_mut());
+                    let runs = runs.map_err(|error| BenchError::Model { path: self.models[index].clone(), error })?;
+                    medians[index] = quantile(&runs, 0.5);
+                    timings.models[index].sittings[sitting].extend(runs);
+                }
+                if let [before, after] = medians[..] {
+                    ratios.push(after / before);
+                }
+                order.reverse();
+                rounds += 1;
+            }
+            if self.models.len() == 2 {
+                timings.ratios.push(ratios);
+            }
+        }
+        timings.inputs = chosen.describe();
+        timings.samples = chosen.fixed.as_ref().and_then(|(_, samples)| *samples);
+        Ok(timings)
+    }
+
+    fn profile(
+        &self,
+        chosen: &mut Chosen<'_>,
+        folder: &Path,
+        stage: &mut dyn FnMut(&str),
+    ) -> Result<Vec<Profile>, BenchError> {
+        let mut profiles = Vec::new();
+        for path in self.models {
+            stage("profiling the model");
+            let mut timed = self.session(path, Some(folder))?;
+            chosen.start(timed.as_mut(), path)?;
+            let failed = |error| BenchError::Model { path: path.clone(), error };
+            for _ in 1..PROFILED_RUNS {
+                timed.run().map_err(failed)?;
+            }
+            let Some(file) = timed.profile().map_err(failed)? else {
+                return Err(BenchError::Profile(format!("{} has no profiler", self.engine.name())));
+            };
+            let unreadable = |e| BenchError::Profile(format!("cannot read the profile `{}`: {e}", file.display()));
+            let json = std::fs::read(&file).map_err(unreadable)?;
+            // The folder is the caller's and goes with everything in it.
+            let _ = std::fs::remove_file(&file);
+            let profile = Profile::parse(&json, timed.provider()).map_err(BenchError::Profile)?;
+            let placement = &profile.placement;
+            if placement.taken == 0 && !placement.elsewhere.is_empty() {
+                let (provider, nodes) = (placement.provider.clone(), placement.elsewhere.len());
+                return Err(BenchError::Untaken { path: path.clone(), provider, nodes });
+            }
+            profiles.push(profile);
+        }
+        Ok(profiles)
+    }
+}
+
+/// Runs a model for a while; the first run, which finds the other's data in the caches, does not count if there are
+/// enough others.
+fn turn(timed: &mut dyn Timed) -> Result<Vec<f64>, RuntimeError> {
+    std::thread::sleep(REST);
+    let start = Instant::now();
+    let mut runs = Vec::new();
+    while runs.is_empty() || start.elapsed() < TURN {
+        runs.push(ms(timed.run()?));
+    }
+    if runs.len() > 3 {
+        runs.remove(0);
+    }
+    Ok(runs)
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+/// The largest resident memory of this process so far, where the system tells.
+fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// The value below which a share of `values` lies, interpolated; NaN of none.
+pub(crate) fn quantile(values: &[f64], share: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let place = share.clamp(0.0, 1.0) * last as f64;
+    let (low, part) = (place.floor() as usize, place.fract());
+    sorted[low] + (sorted[(low + 1).min(last)] - sorted[low]) * part
+}
+
+/// No measurement of ours is more certain than this share of itself.
+const FLOOR: f64 = 0.005;
+
+impl Timings {
+    /// Median, first and third quartile of all runs of a model, in milliseconds.
+    pub fn quartiles(&self, model: usize) -> [f64; 3] {
+        let runs: Vec<f64> = self.models[model].sittings.iter().flatten().copied().collect();
+        [0.5, 0.25, 0.75].map(|share| quantile(&runs, share))
+    }
+
+    /// By how much the result may be off, as a share of it: of the ratio of two models, of the median of one.
+    ///
+    /// The largest of: the standard deviation of the sittings' medians, half the distance of the quartiles of all
+    /// rounds, and half a percent.
+    pub fn spread(&self) -> f64 {
+        let (sittings, rounds): (Vec<f64>, Vec<f64>) = if self.ratios.is_empty() {
+            let sittings: Vec<f64> = self.models[0].sittings.iter().map(|runs| quantile(runs, 0.5)).collect();
+            (sittings.clone(), sittings)
+        } else {
+            let sittings = self.ratios.iter().map(|rounds| quantile(rounds, 0.5)).collect();
+            (sittings, self.ratios.iter().flatten().copied().collect())
+        };
+        let middle = quantile(&sittings, 0.5);
+        let mean = sittings.iter().sum::<f64>() / sittings.len() as f64;
+        let squares: f64 = sittings.iter().map(|s| (s - mean).powi(2)).sum();
+        let deviation = (squares / (sittings.len().max(2) - 1) as f64).sqrt();
+        let quartiles = (quantile(&rounds, 0.75) - quantile(&rounds, 0.25)) / 2.0;
+        (deviation.max(quartiles) / middle).max(FLOOR)
+    }
+
+    /// The second model's median as a share of the first one's.
+    pub fn ratio(&self) -> Option<f64> {
+        (self.models.len() == 2).then(|| self.quartiles(1)[0] / self.quartiles(0)[0])
+    }
+
+    /// Whether the second model is `faster`, `slower`, or neither: both the medians and the rounds must differ by more
+    /// than three spreads.
+    pub fn verdict(&self) -> Option<&'static str> {
+        let ratio = self.ratio()?;
+        let rounds: Vec<f64> = self.ratios.iter().flatten().copied().collect();
+        let paired = quantile(&rounds, 0.5);
+        let margin = 3.0 * self.spread();
+        let beyond = |ratio: f64| if ratio < 1.0 - margin { -1 } else { i32::from(ratio > 1.0 + margin) };
+        Some(match beyond(ratio) + beyond(paired) {
+            -2 => "faster",
+            2 => "slower",
+            _ => "no difference",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Random,
+        testing::{engine, unary},
+    };
+    use lathe_ir::Node;
+
+    /// Sittings of two models that take `before` and `after` on a machine with this noise.
+    fn simulated(before: f64, after: f64, noise: f64, seed: u64) -> Timings {
+        let mut random = Random::new(seed);
+        let mut draw = |scale: f64| 1.0 + scale * (random.uniform() + random.uniform() + random.uniform() - 1.5) * 2.0;
+        let mut timings = Timings { models: vec![Series::default(); 2], ..Timings::default() };
+        for _ in 0..SITTINGS {
+            let (bias, mut ratios) = (draw(noise), Vec::new());
+            let (mut a, mut b) = (Vec::new(), Vec::new());
+            for _ in 0..10 {
+                let load = draw(5.0 * noise);
+                a.push(before * load * draw(noise));
+                b.push(after * load * bias * draw(noise));
+                ratios.push(b[b.len() - 1] / a[a.len() - 1]);
+            }
+            timings.models[0].sittings.push(a);
+            timings.models[1].sittings.push(b);
+            timings.ratios.push(ratios);
+        }
+        timings
+    }
+
+    #[test]
+    fn equals_are_never_told_apart() {
+        for seed in 0..200 {
+            let timings = simulated(3.0, 3.0, 0.02, seed);
+            assert_eq!(timings.verdict(), Some("no difference"), "seed {seed}: {timings:?}");
+        }
+    }
+
+    #[test]
+    fn a_large_difference_is_seen_through_noise() {
+        for seed in 0..50 {
+            assert_eq!(simulated(3.0, 1.5, 0.02, seed).verdict(), Some("faster"));
+            assert_eq!(simulated(1.5, 3.0, 0.02, seed).verdict(), Some("slower"));
+        }
+    }
+
+    #[test]
+    fn quantiles_are_interpolated() {
+        assert_eq!(quantile(&[4.0, 1.0, 3.0, 2.0], 0.5), 2.5);
+        assert_eq!(quantile(&[1.0], 0.25), 1.0);
+        assert!(quantile(&[], 0.5).is_nan());
+    }
+
+    #[test]
+    fn measures_a_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("relu.onnx");
+        std::fs::write(&path, unary(Node::new("Relu")).to_bytes()).unwrap();
+        let inputs = BenchInputs::Random(InputSpec { seed: 0, shapes: vec![("x".into(), vec![64, 3])] });
+        let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+        let ask = |models: &[PathBuf], task: BenchTask| {
+            bench(engine(), models, &inputs, &task, &options, &mut |_| {}).unwrap()
+        };
+        let both = [path.clone(), path.clone()];
+        let BenchResult::Timed(timings) = ask(&both, BenchTask::Time { seconds: 0.0 }) else { panic!() };
+        assert_eq!((timings.inputs.as_str(), timings.ratios.len()), ("x [64, 3]", SITTINGS));
+        assert!(timings.quartiles(0)[0] > 0.0 && timings.models[0].copy_in_ms.is_none());
+        let BenchResult::Loaded(loading) = ask(&both[..1], BenchTask::Load) else { panic!() };
+        assert!(loading.load_ms > 0.0 && loading.first_run_ms > 0.0, "{loading:?}");
+        let task = BenchTask::Profile { folder: folder.path().into() };
+        let BenchResult::Profiled(profiles) = ask(&both[..1], task) else { panic!() };
+        assert_eq!(profiles[0].by_operator()[0].0, "Relu");
+        assert_eq!(profiles[0].placement.taken, 1);
+        assert_eq!(profiles[0].runs, PROFILED_RUNS - 1);
+    }
+
+    #[test]
+    fn a_model_that_cannot_run_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("odd.onnx");
+        std::fs::write(&path, unary(Node::new("NoSuchOperator")).to_bytes()).unwrap();
+        let inputs = BenchInputs::Random(InputSpec { seed: 0, shapes: Vec::new() });
+        let options = LoadOptions::default();
+        let error = bench(engine(), &[path], &inputs, &BenchTask::Load, &options, &mut |_| {}).unwrap_err();
+        assert!(error.to_string().contains("odd.onnx`: ONNX Runtime"), "{error}");
+    }
+}

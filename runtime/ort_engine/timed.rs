@@ -1,0 +1,164 @@
+//! Runs whose inputs and outputs stay on the device, for timing.
+
+use super::{OrtEngine, providers, sentence, to_ort};
+use crate::{
+    RuntimeError, Sample,
+    engine::{LoadOptions, Source, Timed},
+};
+use ort::{
+    memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType},
+    session::IoBinding,
+    value::DynValue,
+};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+struct OrtTimed {
+    // Dropped before the session it belongs to.
+    binding: IoBinding,
+    session: ort::session::Session,
+    /// What the binding refers to.
+    values: Vec<(String, DynValue)>,
+    outputs: Vec<String>,
+    /// The memory of the device, if it has its own and can be bound to.
+    memory: Option<AllocationDevice<'static>>,
+    device: i32,
+    profiled: bool,
+    provider: String,
+    engine: String,
+}
+
+pub(super) fn load(
+    engine: &OrtEngine,
+    source: Source<'_>,
+    options: &LoadOptions,
+    profile: Option<&Path>,
+) -> Result<Box<dyn Timed>, RuntimeError> {
+    let name = crate::Engine::name(engine);
+    let refused = |e: &ort::Error| RuntimeError::Load { engine: name.clone(), message: sentence(e.message()) };
+    let (mut builder, provider) = engine.builder(options)?;
+    if let Some(folder) = profile {
+        builder = builder
+            .with_profiling(folder.join("profile"))
+            .map_err(|e| RuntimeError::Load { engine: name.clone(), message: sentence(e.message()) })?;
+    }
+    let session = engine.commit(builder, source)?;
+    let binding = session.create_binding().map_err(|e| refused(&e))?;
+    let outputs = session.outputs().iter().map(|o| o.name().to_owned()).collect();
+    Ok(Box::new(OrtTimed {
+        binding,
+        session,
+        values: Vec::new(),
+        outputs,
+        memory: providers::memory(&options.provider),
+        device: options.device,
+        profiled: profile.is_some(),
+        provider,
+        engine: name,
+    }))
+}
+
+impl OrtTimed {
+    fn failed(&self, error: &ort::Error) -> RuntimeError {
+        let (node, message) = super::failed_node(&sentence(error.message()));
+        RuntimeError::Run { engine: self.engine.clone(), node, message }
+    }
+
+    /// Lets the outputs stay on `memory`, or come to the host.
+    fn bind_outputs(&mut self, memory: Option<&AllocationDevice<'static>>) -> Result<(), RuntimeError> {
+        let (device, id) = match memory {
+            Some(device) => (device.clone(), self.device),
+            None => (AllocationDevice::CPU, 0),
+        };
+        let info = MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default);
+        let info = info.map_err(|e| self.failed(&e))?;
+        self.binding.clear_outputs();
+        for name in &self.outputs {
+            if let Err(error) = self.binding.bind_output_to_device(name.as_str(), &info) {
+                return Err(self.failed(&error));
+            }
+        }
+        Ok(())
+    }
+
+    fn run_bound(&mut self) -> Result<Duration, RuntimeError> {
+        let (session, binding) = (&mut self.session, &self.binding);
+        let start = Instant::now();
+        // The binding panics on an output that is an absent optional.
+        let ran = catch_unwind(AssertUnwindSafe(|| {
+            let outputs = session.run_binding(binding)?;
+            // A run may return before the device has finished.
+            binding.synchronize_outputs()?;
+            let time = start.elapsed();
+            drop(outputs);
+            Ok::<_, ort::Error>(time)
+        }));
+        match ran {
+            Ok(Ok(time)) => Ok(time),
+            Ok(Err(error)) => Err(self.failed(&error)),
+            Err(_) => {
+                let message = "an output is of a type that cannot be taken from it".to_owned();
+                Err(RuntimeError::Run { engine: self.engine.clone(), node: None, message })
+            }
+        }
+    }
+}
+
+impl Timed for OrtTimed {
+    fn bind(&mut self, inputs: &Sample) -> Result<Option<Duration>, RuntimeError> {
+        let mut values = Vec::with_capacity(inputs.len());
+        for (name, tensor) in inputs {
+            let value = to_ort(tensor).map_err(|message| RuntimeError::Value {
+                value: format!("input `{name}`"),
+                engine: self.engine.clone(),
+                message,
+            })?;
+            values.push((name.clone(), value));
+        }
+        self.binding.clear();
+        let start = Instant::now();
+        // Binding copies a value to where the session wants it.
+        let bound = values.iter().try_for_each(|(name, value)| self.binding.bind_input(name.as_str(), value));
+        bound.and_then(|()| self.binding.synchronize_inputs()).map_err(|e| self.failed(&e))?;
+        let took = start.elapsed();
+        self.values = values;
+        let memory = self.memory.clone();
+        self.bind_outputs(memory.as_ref())?;
+        Ok(memory.is_some().then_some(took))
+    }
+
+    fn run(&mut self) -> Result<Duration, RuntimeError> {
+        self.run_bound()
+    }
+
+    fn fetch(&mut self) -> Result<Option<Duration>, RuntimeError> {
+        let Some(memory) = self.memory.clone() else { return Ok(None) };
+        // What a run takes longer whose outputs come to the host is what copying them takes.
+        let median = |timed: &mut OrtTimed| -> Result<Duration, RuntimeError> {
+            timed.run_bound()?;
+            let mut times = (0..5).map(|_| timed.run_bound()).collect::<Result<Vec<_>, _>>()?;
+            times.sort_unstable();
+            Ok(times[2])
+        };
+        let stays = median(self)?;
+        self.bind_outputs(None)?;
+        let comes = median(self)?;
+        self.bind_outputs(Some(&memory))?;
+        Ok(Some(comes.saturating_sub(stays)))
+    }
+
+    fn profile(&mut self) -> Result<Option<PathBuf>, RuntimeError> {
+        if !std::mem::take(&mut self.profiled) {
+            return Ok(None);
+        }
+        let path = self.session.end_profiling().map_err(|e| self.failed(&e))?;
+        Ok(Some(path.into()))
+    }
+
+    fn provider(&self) -> &str {
+        &self.provider
+    }
+}
