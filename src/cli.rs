@@ -36,6 +36,8 @@ enum Command {
     Verify(Box<commands::verify::VerifyArgs>),
     /// Collect calibration statistics of tensors inside a model.
     Stats(Box<commands::stats::StatsArgs>),
+    /// Time a model, or two in turns.
+    Bench(Box<commands::bench::BenchArgs>),
     /// List the passes.
     Passes(commands::catalogue::PassesArgs),
     /// Describe a pass: what it does, needs and declines, and its options.
@@ -118,6 +120,9 @@ pub(crate) struct OptimizeArgs {
     /// Write the result without running it.
     #[arg(long)]
     pub no_verify: bool,
+    /// Time the result in turns with the original, and report the latency of both.
+    #[arg(long)]
+    pub bench: bool,
     /// Run the model after every pass.
     #[arg(long, conflicts_with = "no_verify")]
     pub paranoid: bool,
@@ -220,6 +225,7 @@ fn run(arguments: Vec<OsString>) -> Result<(), Failure> {
         Some(Command::Inspect(args)) => commands::inspect::run(args),
         Some(Command::Verify(args)) => commands::verify::run(args),
         Some(Command::Stats(args)) => commands::stats::run(args),
+        Some(Command::Bench(args)) => commands::bench::run(args),
         Some(Command::Passes(args)) => commands::catalogue::passes(args),
         Some(Command::Explain(args)) => commands::catalogue::explain(args),
         Some(Command::Dump(args)) => commands::dump::run(args),

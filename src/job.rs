@@ -2,6 +2,7 @@
 
 use crate::{
     Failure, PassRecord, Report, Selection, Sets,
+    latency::{Latency, Measurement},
     pipeline::{self, Broken, Run},
     report::{self, OutputLine, PassLine, Refusal, Side, Verify},
     runner::{Runner, RunnerOptions},
@@ -10,7 +11,7 @@ use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
 use lathe_passes::{Context, Kind, PASSES, Pass, Target};
-use lathe_runtime::{ChosenSamples, Claim, InputSpec, Inputs, LoadOptions, SetSpec, Verdict};
+use lathe_runtime::{BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, LoadOptions, SetSpec, Verdict};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -23,6 +24,9 @@ const WHOLE: Claim = Claim::Equivalent { rtol: None };
 
 /// Passes that are dropped one after another before the tool gives up on a model.
 const MOST_CULPRITS: usize = 8;
+
+/// Time that `--bench` spends on runs.
+const TIMING_SECONDS: f64 = 10.0;
 
 /// What to do to which model.
 #[derive(Debug, Clone)]
@@ -47,6 +51,8 @@ pub struct Options {
     pub external: External,
     /// Whether the result is run beside the original.
     pub verify: bool,
+    /// Whether it is timed beside the original.
+    pub bench: bool,
     /// Whether it is run after every pass.
     pub paranoid: bool,
     /// Whether the report counts the FLOPs that each pass saves.
@@ -92,18 +98,18 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     check_settings(options)?;
     let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
     let set = options.sets.check(&loaded.model)?;
-    let job = Job {
-        options,
-        set,
-        runner: Runner::new(RunnerOptions {
-            library: options.ort.clone(),
-            load: options.load.clone(),
-            timeout: options.timeout,
-            memory: options.memory,
-            worker: options.worker.clone(),
-        })?,
-    };
+    let job = Job { options, set, runner: Runner::new(runner_options(options))? };
     job.run(loaded, chosen, start)
+}
+
+fn runner_options(options: &Options) -> RunnerOptions {
+    RunnerOptions {
+        library: options.ort.clone(),
+        load: options.load.clone(),
+        timeout: options.timeout,
+        memory: options.memory,
+        worker: options.worker.clone(),
+    }
 }
 
 fn check_output(model: &Path, output: &Path, overwrite: bool) -> Result<(), Failure> {
@@ -194,6 +200,7 @@ impl Job<'_> {
                     }
                 }
             }
+            let latency = self.measure(staged.path(), &target, &mut warnings)?;
             let written = staged.written().clone();
             let mut output = side(&target, &model, written.file_bytes + written.data_bytes);
             let mut files = Vec::new();
@@ -219,7 +226,7 @@ impl Job<'_> {
                 passes: records.iter().map(pass_line).collect(),
                 plan: None,
                 verify,
-                latency: None,
+                latency,
                 warnings,
                 seconds: start.elapsed().as_secs_f64(),
                 peak_rss_bytes: report::peak_rss_bytes(),
@@ -314,6 +321,31 @@ impl Job<'_> {
         let staged = model.stage(target, write)?;
         let verdict = self.runner.compare(&self.options.model, staged.path(), &self.inputs(), WHOLE)?;
         Ok(verdict.holds())
+    }
+
+    /// Times the candidate beside the original if that was asked for. Where a provider other than the CPU runs models,
+    /// nodes that it leaves to others are named in a warning, and one that takes none is an error.
+    fn measure(&self, candidate: &Path, target: &Path, warnings: &mut Vec<String>) -> Result<Option<Latency>, Failure> {
+        let options = runner_options(self.options);
+        let inputs = match &self.set {
+            Some((spec, _)) => BenchInputs::Set(spec.clone()),
+            None => BenchInputs::Random(InputSpec { seed: self.options.seed, shapes: self.options.shapes.clone() }),
+        };
+        let models = [self.options.model.as_path(), candidate];
+        let measurement = Measurement { options: &options, models: &models, inputs: &inputs, seconds: TIMING_SECONDS };
+        if self.options.bench {
+            let mut latency = measurement.run(&mut |_| {}).context("the latency cannot be measured")?;
+            if let Some(after) = &mut latency.after {
+                after.path = target.display().to_string();
+            }
+            warnings.extend(latency.notes());
+            return Ok(Some(latency));
+        }
+        if self.options.verify && self.options.load.provider != "cpu" {
+            let alone = Measurement { models: &models[1..], ..measurement };
+            warnings.extend(alone.profiles()?.iter().filter_map(|p| p.placement.note()));
+        }
+        Ok(None)
     }
 
     fn judge(&self, candidate: &Path) -> Result<Judgement, Failure> {

@@ -1,5 +1,6 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
+use crate::Latency;
 use lathe_runtime::ChosenSamples;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt::Write as _;
@@ -157,7 +158,7 @@ pub struct Report {
     /// The run beside the original; `null` with `--no-verify`.
     pub verify: Option<Verify>,
     /// The measured latency; `null` where it was not measured.
-    pub latency: Option<serde_json::Value>,
+    pub latency: Option<Latency>,
     /// What was odd about the input.
     pub warnings: Vec<String>,
     /// Time of the whole run.
@@ -220,6 +221,9 @@ impl Report {
                     o.name, o.max_abs, o.rel_l2, o.cosine
                 ));
             }
+        }
+        if let Some(latency) = &self.latency {
+            line(format!("\nLatency, {}: {}.", latency.setting(), latency.describe()));
         }
         for warning in &self.warnings {
             line(format!("\nwarning: {warning}"));

@@ -4,8 +4,8 @@ use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits, LoadOptions, Measured, OrtEngine, Request,
-    RuntimeError, Search, SetSpec, Statistics, StatisticsError, Verdict,
+    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits,
+    LoadOptions, Measured, OrtEngine, Request, RuntimeError, Search, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,
@@ -95,6 +95,16 @@ impl Runner {
         claim: Claim,
     ) -> anyhow::Result<Verdict> {
         Ok(self.child.verify(reference, candidate, inputs, claim, &self.load)?)
+    }
+
+    /// Times one or two model files.
+    pub(crate) fn bench(
+        &self,
+        models: &[PathBuf],
+        inputs: &BenchInputs,
+        task: BenchTask,
+    ) -> anyhow::Result<BenchResult> {
+        Ok(self.child.bench(models, inputs, task, &self.load)?)
     }
 
     /// Collects statistics of values inside a model.

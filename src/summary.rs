@@ -64,6 +64,9 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     } else {
         out.push_str("\nnot verified (--no-verify)\n");
     }
+    if let Some(latency) = &report.latency {
+        out.push_str(&format!("latency, {}: {}\n", latency.setting(), latency.describe()));
+    }
     let wrote = if report.output.path.is_empty() {
         "wrote nothing (--dry-run)".to_owned()
     } else {

@@ -1,5 +1,6 @@
 //! The subcommands, one file each, and what they share.
 
+pub(crate) mod bench;
 pub(crate) mod catalogue;
 pub(crate) mod doctor;
 pub(crate) mod dump;

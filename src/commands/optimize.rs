@@ -109,6 +109,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         },
         verify: !args.no_verify,
         paranoid: args.paranoid,
+        bench: args.bench,
         detailed: !args.report.is_empty(),
         sets,
         calib_select: args.calib_select,
