@@ -65,6 +65,34 @@ fn moves_weights_outside_and_back() {
     assert_eq!(Model::read(&path).unwrap().model.to_bytes(), model.to_bytes());
 }
 
+#[test]
+fn leaves_weights_where_they_are() {
+    let mut model = branching();
+    let data: Vec<f32> = (0..3000).map(|i| i as f32).collect();
+    model.graph.add_initializer(ScopeId::MAIN, "big", Tensor::from_f32s(&[3000], &data));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.onnx");
+    for external in [External::Always, External::Auto] {
+        model.write(&path, &WriteOptions { external }).unwrap();
+        let mut read = Model::read(&path).unwrap().model;
+        let owned = Tensor::from_f32s(&[2000], &data[..2000]);
+        read.graph.add_initializer(ScopeId::MAIN, "owned", owned);
+        let away = tempfile::tempdir_in(folder.path()).unwrap();
+        let linked = away.path().join("linked.onnx");
+        read.write_linked(&linked).unwrap();
+        assert!((8_000..12_000).contains(&std::fs::metadata(&linked).unwrap().len()));
+        assert_eq!(Model::read(&linked).unwrap().model.to_bytes(), read.to_bytes());
+        // What has taken the place of a mapped file is not what the model was read from.
+        std::fs::remove_file(away.path().join("weights-0")).unwrap();
+        let source = if external == External::Always { folder.path().join("m.onnx.data") } else { path.clone() };
+        let other = folder.path().join("other");
+        std::fs::write(&other, b"something else").unwrap();
+        std::fs::rename(&other, &source).unwrap();
+        read.write_linked(&linked).unwrap();
+        assert_eq!(Model::read(&linked).unwrap().model.to_bytes(), read.to_bytes());
+    }
+}
+
 fn refusal(folder: &std::path::Path, location: &str, offset: &str) -> String {
     let mut model = branching();
     let data = vec![0.0; 3000];
