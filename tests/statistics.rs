@@ -80,7 +80,7 @@ fn what_cannot_be_collected_is_one_sentence() {
         (&["--mask", "x"], 1, "error: the model has no input `x` of whole numbers or booleans with two axes"),
         (&["--memory", "1KB"], 1, "error: "),
         (&["--kind", "cosine", "--tensor", "a"], 2, "error: statistics of pairs need exactly two of --tensor"),
-        (&["--seed", "3"], 2, "error: --input-shape and --seed are for random inputs"),
+        (&["--seed", "3"], 2, "error: --input-shape and --seed are for random choices"),
         (&["--batch", "0"], 2, "error: --batch is 0"),
         (&["--ep", "nothing"], 1, "error: "),
     ];
