@@ -6,7 +6,7 @@
 
 use crate::{
     Engine, InputError, InputSpec, LoadOptions, Profile, RuntimeError, Sample, SampleSet, SetError, SetSpec, Source,
-    Timed, generate, sizes_to_try,
+    Talk, Timed, generate, sizes_to_try,
 };
 use lathe_ir::{Model, ReadError};
 use serde::{Deserialize, Serialize};
@@ -146,18 +146,18 @@ pub fn bench(
     inputs: &BenchInputs,
     task: &BenchTask,
     options: &LoadOptions,
-    stage: &mut dyn FnMut(&str),
+    talk: &mut dyn Talk,
 ) -> Result<BenchResult, BenchError> {
     let first = models.first().ok_or_else(|| BenchError::Profile("no model is given".to_owned()))?;
-    stage("reading the model");
+    talk.stage("reading the model");
     let model = Model::read(first)?.model;
     let mut chosen = Chosen { model, inputs, fixed: None };
     let options = LoadOptions { optimize: true, spin: true, ..options.clone() };
     let bench = Bench { engine, models, options };
     match task {
-        BenchTask::Load => bench.load(first, &mut chosen, stage).map(BenchResult::Loaded),
-        BenchTask::Time { seconds } => bench.time(&mut chosen, *seconds, stage).map(BenchResult::Timed),
-        BenchTask::Profile { folder } => bench.profile(&mut chosen, folder, stage).map(BenchResult::Profiled),
+        BenchTask::Load => bench.load(first, &mut chosen, talk).map(BenchResult::Loaded),
+        BenchTask::Time { seconds } => bench.time(&mut chosen, *seconds, talk).map(BenchResult::Timed),
+        BenchTask::Profile { folder } => bench.profile(&mut chosen, folder, talk).map(BenchResult::Profiled),
     }
 }
 
@@ -230,23 +230,23 @@ impl Bench<'_> {
         session.map_err(|error| BenchError::Model { path: path.to_owned(), error })
     }
 
-    fn load(&self, path: &Path, chosen: &mut Chosen<'_>, stage: &mut dyn FnMut(&str)) -> Result<Loading, BenchError> {
-        stage("loading the model");
+    fn load(&self, path: &Path, chosen: &mut Chosen<'_>, talk: &mut dyn Talk) -> Result<Loading, BenchError> {
+        talk.stage("loading the model");
         let start = Instant::now();
         let mut timed = self.session(path, None)?;
         let load = start.elapsed();
-        stage("running the model");
+        talk.stage("running the model");
         let (_, first) = chosen.start(timed.as_mut(), path)?;
         Ok(Loading { load_ms: ms(load), first_run_ms: ms(first), peak_rss_bytes: peak_rss_bytes() })
     }
 
-    fn time(&self, chosen: &mut Chosen<'_>, seconds: f64, stage: &mut dyn FnMut(&str)) -> Result<Timings, BenchError> {
+    fn time(&self, chosen: &mut Chosen<'_>, seconds: f64, talk: &mut dyn Talk) -> Result<Timings, BenchError> {
         let mut timings = Timings { engine: self.engine.name(), ..Timings::default() };
         timings.models = vec![Series::default(); self.models.len()];
         let budget = Duration::try_from_secs_f64(seconds / SITTINGS as f64).unwrap_or(Duration::ZERO);
         let copies = self.options.provider != "cpu";
         for sitting in 0..SITTINGS {
-            stage(&format!("timing, sitting {} of {SITTINGS}", sitting + 1));
+            talk.stage(&format!("timing, sitting {} of {SITTINGS}", sitting + 1));
             // Whoever is loaded first, or runs first, must not be the same one every time.
             let mut order: Vec<usize> = (0..self.models.len()).collect();
             if sitting % 2 == 1 {
@@ -271,6 +271,7 @@ impl Bench<'_> {
             }
             let mut ratios = Vec::new();
             let start = Instant::now();
+            talk.progress(sitting, SITTINGS, "sittings");
             let mut rounds = 0;
             while rounds < ROUNDS || start.elapsed() < budget {
                 let mut medians = vec![f64::NAN; self.models.len()];
@@ -296,15 +297,10 @@ impl Bench<'_> {
         Ok(timings)
     }
 
-    fn profile(
-        &self,
-        chosen: &mut Chosen<'_>,
-        folder: &Path,
-        stage: &mut dyn FnMut(&str),
-    ) -> Result<Vec<Profile>, BenchError> {
+    fn profile(&self, chosen: &mut Chosen<'_>, folder: &Path, talk: &mut dyn Talk) -> Result<Vec<Profile>, BenchError> {
         let mut profiles = Vec::new();
         for path in self.models {
-            stage("profiling the model");
+            talk.stage("profiling the model");
             let mut timed = self.session(path, Some(folder))?;
             chosen.start(timed.as_mut(), path)?;
             let failed = |error| BenchError::Model { path: path.clone(), error };
@@ -479,7 +475,7 @@ mod tests {
         let inputs = BenchInputs::Random(InputSpec { seed: 0, shapes: vec![("x".into(), vec![64, 3])] });
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
         let ask = |models: &[PathBuf], task: BenchTask| {
-            bench(engine(), models, &inputs, &task, &options, &mut |_| {}).unwrap()
+            bench(engine(), models, &inputs, &task, &options, &mut |_: &str| {}).unwrap()
         };
         let both = [path.clone(), path.clone()];
         let BenchResult::Timed(timings) = ask(&both, BenchTask::Time { seconds: 0.0 }) else { panic!() };
@@ -501,7 +497,7 @@ mod tests {
         std::fs::write(&path, unary(Node::new("NoSuchOperator")).to_bytes()).unwrap();
         let inputs = BenchInputs::Random(InputSpec { seed: 0, shapes: Vec::new() });
         let options = LoadOptions::default();
-        let error = bench(engine(), &[path], &inputs, &BenchTask::Load, &options, &mut |_| {}).unwrap_err();
+        let error = bench(engine(), &[path], &inputs, &BenchTask::Load, &options, &mut |_: &str| {}).unwrap_err();
         assert!(error.to_string().contains("odd.onnx`: ONNX Runtime"), "{error}");
     }
 }

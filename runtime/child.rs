@@ -1,8 +1,8 @@
 //! The program's side: a worker process that may crash, hang or eat memory without taking the program with it.
 
 use crate::{
-    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Inputs, LoadOptions, Measured, RuntimeError, Sample,
-    SetSpec, Verdict,
+    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Inputs, Listener, LoadOptions, Measured, RuntimeError,
+    Sample, SetSpec, Verdict,
     frames::{self, Answer, InputHeads, Request},
     statistics::{Gathered, Job},
 };
@@ -44,6 +44,7 @@ pub struct Child {
     limits: Limits,
     worker: Mutex<Option<Worker>>,
     name: Mutex<Option<String>>,
+    listener: Listener,
 }
 
 struct Worker {
@@ -58,7 +59,19 @@ impl Child {
     /// A worker that `program` becomes when called with `arguments`: it must call [`crate::serve`].
     pub fn new(program: impl Into<PathBuf>, arguments: Vec<OsString>, limits: Limits) -> Child {
         let program = program.into();
-        Child { program, arguments, limits, worker: Mutex::new(None), name: Mutex::new(None) }
+        Child {
+            program,
+            arguments,
+            limits,
+            worker: Mutex::new(None),
+            name: Mutex::new(None),
+            listener: Listener::default(),
+        }
+    }
+
+    /// The same, and `listener` hears how far long work is.
+    pub fn heard_by(self, listener: Listener) -> Child {
+        Child { listener, ..self }
     }
 
     /// The engine's name and its execution providers.
@@ -183,7 +196,7 @@ impl Child {
         };
         // A worker that died while being written to says more when it is waited for.
         let _ = frames::write(&mut worker.requests, request, payload);
-        let answer = worker.wait(self.limits).map_err(RuntimeError::Child)?;
+        let answer = worker.wait(self.limits, &self.listener).map_err(RuntimeError::Child)?;
         *slot = Some(worker);
         match answer {
             (Answer::Error(message), _) => Err(RuntimeError::Child(message)),
@@ -245,7 +258,7 @@ impl Evaluate for Child {
 }
 
 impl Worker {
-    fn wait(&mut self, limits: Limits) -> Result<(Answer, Bytes), String> {
+    fn wait(&mut self, limits: Limits, listener: &Listener) -> Result<(Answer, Bytes), String> {
         let mut start = Instant::now();
         let mut stage = "starting".to_owned();
         loop {
@@ -254,6 +267,10 @@ impl Worker {
                     // The limit is on one run, and a set has many.
                     start = Instant::now();
                     stage = what;
+                }
+                Ok(Ok((Answer::Progress(progress), _))) => {
+                    start = Instant::now();
+                    listener.hear(&progress);
                 }
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => return Err(self.obituary(&stage)),

@@ -220,7 +220,8 @@ mod tests {
         let inputs = Inputs::Random(InputSpec::default());
         let claim = Claim::Equivalent { rtol: None };
         let options = LoadOptions::default();
-        let verdict = verify(&Embedded, &model, source(), source(), &inputs, claim, &options, &mut |_| {}).unwrap();
+        let verdict =
+            verify(&Embedded, &model, source(), source(), &inputs, claim, &options, &mut |_: &str| {}).unwrap();
         assert!(verdict.holds(), "{}", verdict.describe());
     }
 

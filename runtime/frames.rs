@@ -1,8 +1,8 @@
 //! What travels between the program and its worker: framed messages of a JSON header and raw bytes.
 
 use crate::{
-    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Measured, Sample,
-    SetSpec, Verdict,
+    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Measured, Progress,
+    Sample, SetSpec, Verdict,
     statistics::{Gathered, Job},
 };
 use bytes::Bytes;
@@ -45,6 +45,8 @@ pub(crate) enum Answer {
     Hello { name: String, providers: Vec<String> },
     /// What the worker is about to do; the answer is still to come.
     Stage(String),
+    /// How far it is; the answer is still to come.
+    Progress(Progress),
     /// The outputs, whose data is the payload.
     Outputs(Vec<Head>),
     /// The result of a comparison.

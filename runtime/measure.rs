@@ -1,7 +1,7 @@
 //! How much a candidate loses against its reference on a set: both are run batch by batch, and only sums are kept.
 
 use crate::{
-    Batch, Claim, Datum, Engine, LoadOptions, RuntimeError, Sample, SampleSet, Session, SetSpec, Source, Verdict,
+    Batch, Claim, Datum, Engine, LoadOptions, RuntimeError, Sample, SampleSet, Session, SetSpec, Source, Talk, Verdict,
     compare,
     compare::exact,
     metrics::{Chosen, Kept, OutputMeter, Pair, Place, Score, choose, token_inputs},
@@ -71,22 +71,22 @@ pub(crate) fn measure_files(
     set: &SetSpec,
     metric: &str,
     options: &LoadOptions,
-    stage: &mut dyn FnMut(&str),
+    talk: &mut dyn Talk,
 ) -> Result<Result<Measured, Verdict>, String> {
-    stage("reading the original");
+    talk.stage("reading the original");
     let model = Model::read(reference).map_err(|e| e.to_string())?.model;
-    stage("opening the set");
+    talk.stage("opening the set");
     let set = SampleSet::open(set, &model).map_err(|e| e.to_string())?;
     let mut batches = set.batches().map(|batch| batch.map_err(|e| e.to_string()));
     let (reference, candidate) = (Source::Path(reference), Source::Path(candidate));
-    let found = measure(engine, &model, reference, candidate, &mut batches, set.len(), metric, options, stage);
+    let found = measure(engine, &model, reference, candidate, &mut batches, set.len(), metric, options, talk);
     found.map_err(|e| e.to_string())
 }
 
 /// Runs both models on every batch and measures `metric` (or what `auto` finds).
 ///
 /// `model` is the reference as read. The reference is run twice on the first batch. A model that does not run is a
-/// [`Verdict`]. `stage` hears of every batch: `samples 8 to 15 of 64`.
+/// [`Verdict`]. `talk` hears of every batch: `samples 8 to 15 of 64`.
 #[allow(clippy::too_many_arguments)] // Two models, what to run them on, what to measure, and how.
 pub(crate) fn measure(
     engine: &dyn Engine,
@@ -97,10 +97,10 @@ pub(crate) fn measure(
     total: usize,
     metric: &str,
     options: &LoadOptions,
-    stage: &mut dyn FnMut(&str),
+    talk: &mut dyn Talk,
 ) -> Result<Result<Measured, Verdict>, MeasureError> {
     let options = LoadOptions { optimize: false, ..options.clone() };
-    stage("loading the original");
+    talk.stage("loading the original");
     let mut original = match engine.load(reference, &options) {
         Ok(session) => session,
         Err(RuntimeError::Load { message, .. }) => {
@@ -108,7 +108,7 @@ pub(crate) fn measure(
         }
         Err(error) => return Err(error.into()),
     };
-    stage("loading the result");
+    talk.stage("loading the result");
     let mut result = match engine.load(candidate, &options) {
         Ok(session) => session,
         Err(RuntimeError::Load { message, .. }) => {
@@ -121,7 +121,7 @@ pub(crate) fn measure(
     for batch in batches {
         let batch = batch.map_err(MeasureError::Set)?;
         let range = format!("samples {samples} to {} of {total}", samples + batch.samples.max(1) - 1);
-        stage(&range);
+        talk.stage(&range);
         let before = match original.run(&batch.inputs) {
             Ok(outputs) => outputs,
             Err(error) => {
@@ -143,6 +143,7 @@ pub(crate) fn measure(
         let state = state.as_mut().expect("made in the first round");
         state.add(&batch, samples, &before, &after)?;
         samples += batch.samples;
+        talk.progress(samples, total, "samples");
         // A candidate whose outputs have another shape stays wrong on every further batch.
         if !state.failures.is_empty() {
             break;
@@ -362,7 +363,7 @@ mod tests {
         let (x, y) = (a.to_bytes(), b.to_bytes());
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
         let (x, y) = (Source::Bytes(&x), Source::Bytes(&y));
-        let found = measure(engine(), a, x, y, &mut stacks.into_iter(), total, metric, &options, &mut |_| {});
+        let found = measure(engine(), a, x, y, &mut stacks.into_iter(), total, metric, &options, &mut |_: &str| {});
         found.map_err(|e| e.to_string())?.map_err(|verdict| verdict.describe())
     }
 

@@ -6,7 +6,7 @@
 mod eigen;
 mod leverage;
 
-use crate::{Datum, Engine, LoadOptions, SampleSet, SetSpec, Source};
+use crate::{Datum, Engine, LoadOptions, SampleSet, SetSpec, Source, Talk};
 use lathe_analysis::{Facts, dead_nodes, unused_initializers};
 use lathe_ir::{DataType, Graph, Model, ScopeId, Tensor, ValueId, WriteOptions};
 use leverage::Features;
@@ -49,13 +49,13 @@ pub(crate) fn select(
     count: usize,
     seed: u64,
     options: &LoadOptions,
-    stage: &mut dyn FnMut(&str),
+    talk: &mut dyn Talk,
 ) -> Result<ChosenSamples, String> {
     let set = SampleSet::open(set, &model).map_err(|e| e.to_string())?;
     let (value, channels) = feature(&model).ok_or("the model has no float value that could stand for a sample")?;
     let name = model.graph.value(value).name.clone();
     cut(&mut model.graph, value);
-    stage("loading the first layers");
+    talk.stage("loading the first layers");
     let folder = tempfile::tempdir().map_err(|e| format!("cannot make a temporary folder: {e}"))?;
     let path = folder.path().join("layers.onnx");
     model.write(&path, &WriteOptions::default()).map_err(|e| format!("cannot write the first layers: {e}"))?;
@@ -66,7 +66,7 @@ pub(crate) fn select(
     for (number, batch) in set.batches().enumerate() {
         let batch = batch.map_err(|e| e.to_string())?;
         let here = set.units(number);
-        stage(&format!("running samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len()));
+        talk.stage(&format!("running samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len()));
         let outputs = session.run(&batch.inputs).map_err(|e| e.to_string())?;
         let Some(Datum::Tensor(tensor)) = outputs.into_iter().find(|(n, _)| *n == name).map(|(_, datum)| datum) else {
             return Err(format!("the runtime does not give `{name}`"));
@@ -79,11 +79,12 @@ pub(crate) fn select(
         if features.width != 0 && features.width != width {
             return Err(format!("`{name}` has {width} features for one sample and {} for another", features.width));
         }
+        talk.progress(batch.first + batch.samples - 1, set.len(), "samples");
         features.width = width;
         features.values.extend(rows);
         units.extend(here);
     }
-    stage("choosing samples");
+    talk.stage("choosing samples");
     let choice = features.choose(count, seed);
     Ok(ChosenSamples {
         chosen: choice.chosen.iter().map(|&row| units[row]).collect(),
@@ -228,7 +229,7 @@ mod tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/sets/good.npz");
         let set = SetSpec { part: crate::Part::Calibration, batch: Some(4), ..SetSpec::all(path) };
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
-        let found = select(engine(), model.clone(), &set, 3, 0, &options, &mut |_| {}).unwrap();
+        let found = select(engine(), model.clone(), &set, 3, 0, &options, &mut |_: &str| {}).unwrap();
         assert_eq!((found.pool, found.chosen.len(), found.feature.as_str()), (6, 3, "y"));
         // Rows that lie on a line: its ends have the most leverage.
         assert!(found.chosen.contains(&0) || found.chosen.contains(&5), "{found:?}");

@@ -1,7 +1,7 @@
 //! The worker's side: reads requests, runs models, writes answers, until the stream ends.
 
 use crate::{
-    Engine, Inputs, RuntimeError, Source, bench,
+    Engine, Inputs, Progress, RuntimeError, Source, Talk, bench,
     frames::{self, Answer, InputHeads, Request},
     measure, select, statistics, verify,
 };
@@ -39,17 +39,16 @@ fn answer(
     mut payload: Bytes,
     output: &mut dyn Write,
 ) -> Result<(Answer, Vec<Bytes>), String> {
-    // A stage that cannot be reported is a pipe that has closed; the answer will fail in the same way.
-    let mut stage = |what: &str| _ = frames::write(output, &Answer::Stage(what.to_owned()), &[]);
+    let mut talk = Pipe(output);
     match request {
         Request::Hello => Ok((Answer::Hello { name: engine.name(), providers: engine.providers() }, Vec::new())),
         Request::Evaluate { model, inputs, options } => {
             let length = usize::try_from(model).ok().filter(|&l| l <= payload.len());
             let model = payload.split_to(length.ok_or("a message holds less data than it says")?);
             let inputs = frames::unpack(inputs, &mut payload)?;
-            stage("loading the model");
+            talk.stage("loading the model");
             let mut session = engine.load(Source::Bytes(&model), &options).map_err(|e| e.to_string())?;
-            stage("running the model");
+            talk.stage("running the model");
             let outputs = frames::only_tensors(session.run(&inputs).map_err(|e| e.to_string())?)?;
             let (heads, parts) = frames::pack(&outputs);
             Ok((Answer::Outputs(heads), parts))
@@ -63,27 +62,40 @@ fn answer(
                     Inputs::Given(samples.collect::<Result<_, _>>()?)
                 }
             };
-            stage("reading the original");
+            talk.stage("reading the original");
             let model = Model::read(&reference).map_err(|e| e.to_string())?.model;
             let (a, b) = (Source::Path(&reference), Source::Path(&candidate));
-            let verdict = verify(engine, &model, a, b, &inputs, claim, &options, &mut stage);
+            let verdict = verify(engine, &model, a, b, &inputs, claim, &options, &mut talk);
             Ok((Answer::Verdict(verdict.map_err(|e| e.to_string())?), Vec::new()))
         }
         Request::Select { model, set, count, seed, options } => {
-            stage("reading the model");
+            talk.stage("reading the model");
             let model = Model::read(&model).map_err(|e| e.to_string())?.model;
-            let selection = select::select(engine, model, &set, count, seed, &options, &mut stage)?;
+            let selection = select::select(engine, model, &set, count, seed, &options, &mut talk)?;
             Ok((Answer::Selected(selection), Vec::new()))
         }
-        Request::Gather(job) => Ok((Answer::Gathered(statistics::serve(engine, &job, &mut stage)?), Vec::new())),
+        Request::Gather(job) => Ok((Answer::Gathered(statistics::serve(engine, &job, &mut talk)?), Vec::new())),
         Request::Measure { reference, candidate, set, metric, options } => {
-            let found = measure::measure_files(engine, &reference, &candidate, &set, &metric, &options, &mut stage)?;
+            let found = measure::measure_files(engine, &reference, &candidate, &set, &metric, &options, &mut talk)?;
             Ok((Answer::Measured(found.map(Box::new)), Vec::new()))
         }
         Request::Bench { models, inputs, task, options } => {
-            let measured = bench(engine, &models, &inputs, &task, &options, &mut stage);
+            let measured = bench(engine, &models, &inputs, &task, &options, &mut talk);
             Ok((Answer::Timed(measured.map_err(|e| e.to_string())?), Vec::new()))
         }
+    }
+}
+
+/// Talks to the program. What cannot be said is a pipe that has closed; the answer will fail in the same way.
+struct Pipe<'a>(&'a mut dyn Write);
+
+impl Talk for Pipe<'_> {
+    fn stage(&mut self, what: &str) {
+        let _ = frames::write(self.0, &Answer::Stage(what.to_owned()), &[]);
+    }
+
+    fn progress(&mut self, done: usize, total: usize, unit: &str) {
+        let _ = frames::write(self.0, &Answer::Progress(Progress::new(done, total, unit)), &[]);
     }
 }
 
@@ -120,6 +132,14 @@ mod tests {
             });
         }
         assert_eq!(seen, ["ONNX Runtime", "loading the model", "running the model", "[0.0, 0.5, 2.0]"]);
+    }
+
+    #[test]
+    fn progress_is_an_answer_before_the_answer() {
+        let mut wire = Vec::new();
+        Pipe(&mut wire).progress(3, 8, "samples");
+        let (answer, _) = frames::read::<Answer>(&mut &wire[..]).unwrap().unwrap();
+        assert!(matches!(answer, Answer::Progress(progress) if progress == Progress::new(3, 8, "samples")));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::{
     Claim, Comparison, Datum, Engine, InputError, LoadOptions, RuntimeError, SampleSet, Session, SetError, SetSpec,
-    Source, compare,
+    Source, Talk, compare,
     inputs::{InputSpec, Sizes, Style, generate, sizes_to_try},
 };
 use lathe_ir::{Model, Tensor};
@@ -118,7 +118,7 @@ struct Ran {
 /// Runs `reference` (twice) and `candidate` on the same inputs, with the engine's optimizations off, and compares.
 ///
 /// `model` is the reference as read; random inputs are made from it. Under [`Claim::Identical`] random inputs include
-/// special floats. `stage` hears what is about to happen: `loading the original`.
+/// special floats. `talk` hears what is about to happen and how far it is.
 #[allow(clippy::too_many_arguments)] // Two models, what to run them on, what to hold them to, and how.
 pub fn verify(
     engine: &dyn Engine,
@@ -128,9 +128,9 @@ pub fn verify(
     inputs: &Inputs,
     claim: Claim,
     options: &LoadOptions,
-    stage: &mut dyn FnMut(&str),
+    talk: &mut dyn Talk,
 ) -> Result<Verdict, VerifyError> {
-    stage("loading the original");
+    talk.stage("loading the original");
     let options = LoadOptions { optimize: false, ..options.clone() };
     let mut session = match engine.load(reference, &options) {
         Ok(session) => session,
@@ -139,11 +139,11 @@ pub fn verify(
         }
         Err(error) => return Err(error.into()),
     };
-    stage("running the original");
+    talk.stage("running the original");
     let runs = match inputs {
         Inputs::Set(spec) => {
             let set = SampleSet::open(spec, model)?;
-            return verify_on_set(engine, session.as_mut(), candidate, &set, claim, &options, stage);
+            return verify_on_set(engine, session.as_mut(), candidate, &set, claim, &options, talk);
         }
         Inputs::Given(samples) => run_given(session.as_mut(), samples),
         Inputs::Random(spec) => run_random(session.as_mut(), model, spec, claim)?,
@@ -163,7 +163,7 @@ pub fn verify(
         }
     }
     drop(session);
-    stage("loading the result");
+    talk.stage("loading the result");
     let mut session = match engine.load(candidate, &options) {
         Ok(session) => session,
         Err(RuntimeError::Load { message, .. }) => {
@@ -172,7 +172,7 @@ pub fn verify(
         Err(error) => return Err(error.into()),
     };
     let mut report = Report { engine: engine.name(), ..Report::default() };
-    stage("running the result");
+    talk.stage("running the result");
     for ran in runs {
         let outputs = match session.run(&ran.inputs) {
             Ok(outputs) => outputs,
@@ -193,9 +193,9 @@ fn verify_on_set(
     set: &SampleSet,
     claim: Claim,
     options: &LoadOptions,
-    stage: &mut dyn FnMut(&str),
+    talk: &mut dyn Talk,
 ) -> Result<Verdict, VerifyError> {
-    stage("loading the result");
+    talk.stage("loading the result");
     let mut result = match engine.load(candidate, options) {
         Ok(session) => session,
         Err(RuntimeError::Load { message, .. }) => {
@@ -207,7 +207,7 @@ fn verify_on_set(
     for batch in set.batches() {
         let batch = batch?;
         let place = format!("samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len());
-        stage(&format!("running {place}"));
+        talk.stage(&format!("running {place}"));
         let before = match original.run(&batch.inputs) {
             Ok(outputs) => outputs,
             Err(error) => {
@@ -230,6 +230,7 @@ fn verify_on_set(
         };
         report.comparison.merge(compare(&before, &after, claim));
         report.samples += batch.samples;
+        talk.progress(report.samples, set.len(), "samples");
         if !report.comparison.failures.is_empty() {
             report.sizes.push(place);
             break;
@@ -313,7 +314,7 @@ mod tests {
         let (a, b) = (reference.to_bytes(), candidate.to_bytes());
         let inputs = Inputs::Random(InputSpec { seed: 1, shapes: Vec::new() });
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
-        verify(engine(), reference, Source::Bytes(&a), Source::Bytes(&b), &inputs, claim, &options, &mut |_| {})
+        verify(engine(), reference, Source::Bytes(&a), Source::Bytes(&b), &inputs, claim, &options, &mut |_: &str| {})
             .unwrap()
     }
 

@@ -11,7 +11,9 @@ use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
 use lathe_passes::{Context, Kind, PASSES, Pass, Target};
-use lathe_runtime::{BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, LoadOptions, SetSpec, Verdict};
+use lathe_runtime::{
+    BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SetSpec, Verdict,
+};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -75,6 +77,8 @@ pub struct Options {
     pub memory: Option<u64>,
     /// The program that runs models for this one; `None` is this executable itself.
     pub worker: Option<PathBuf>,
+    /// Who hears how far long work is.
+    pub progress: Listener,
     /// The command line, for the report.
     pub command: Vec<String>,
 }
@@ -109,6 +113,7 @@ fn runner_options(options: &Options) -> RunnerOptions {
         timeout: options.timeout,
         memory: options.memory,
         worker: options.worker.clone(),
+        progress: options.progress.clone(),
     }
 }
 
@@ -286,8 +291,9 @@ impl Job<'_> {
             }
         };
         let count = |model: &Model| flops(model);
+        let tell = |done: usize| self.options.progress.hear(&Progress::new(done, passes.len(), "passes"));
         let count: Option<&dyn Fn(&Model) -> u64> = if self.options.detailed { Some(&count) } else { None };
-        let settings = Run { passes, limit: usize::MAX, watch: &mut watch, count_flops: count };
+        let settings = Run { passes, limit: usize::MAX, watch: &mut watch, count_flops: count, tell: &tell };
         let result = pipeline::run(&mut model, &cx, settings);
         if let Some(error) = trouble {
             return Err(error.into());

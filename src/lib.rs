@@ -11,6 +11,7 @@ mod failure;
 mod job;
 mod latency;
 mod pipeline;
+mod progress;
 mod recipe;
 mod report;
 mod runner;

@@ -88,6 +88,8 @@ pub(crate) struct Run<'a> {
     pub watch: &'a mut Watch<'a>,
     /// Counts the floating-point operations of one run of a model, for the report.
     pub count_flops: Option<&'a dyn Fn(&Model) -> u64>,
+    /// Hears how many passes of a round are done.
+    pub tell: &'a dyn Fn(usize),
 }
 
 /// A pass that broke its claim, or broke down.
@@ -137,6 +139,7 @@ pub(crate) fn run(model: &mut Model, cx: &Context, run: Run) -> Result<(Vec<Pass
     for _ in 0..ROUNDS {
         let before_round = applied;
         for (index, pass) in run.passes.iter().enumerate() {
+            (run.tell)(index);
             if applied >= run.limit {
                 return Ok((records, applied));
             }
@@ -210,7 +213,7 @@ pub(crate) fn bisect(
             last = Some(pass.info().name);
             Ok(None)
         };
-        let settings = Run { passes, limit: middle, watch: &mut watch, count_flops: None };
+        let settings = Run { passes, limit: middle, watch: &mut watch, count_flops: None, tell: &|_| {} };
         run(&mut model, cx, settings).map_err(|b| anyhow!("pass `{}`: {}", b.pass, b.reason))?;
         if middle < bad && holds(&model).context("while looking for the pass that broke the model")? {
             good = middle;

@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits,
+    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits, Listener,
     LoadOptions, Measured, OrtEngine, Request, RuntimeError, Search, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
@@ -29,6 +29,8 @@ pub(crate) struct RunnerOptions {
     pub memory: Option<u64>,
     /// The program to start; `None` is this executable.
     pub worker: Option<PathBuf>,
+    /// Who hears how far long work is.
+    pub progress: Listener,
 }
 
 /// Where ONNX Runtime may be: the command line, the environment, beside the program, the data folder, Python, the system.
@@ -83,7 +85,7 @@ impl Runner {
         let mut arguments = vec![OsString::from(SERVE)];
         arguments.extend(options.library.map(PathBuf::into_os_string));
         let limits = Limits { timeout: Some(options.timeout), memory: options.memory };
-        Ok(Runner { child: Child::new(program, arguments, limits), load: options.load })
+        Ok(Runner { child: Child::new(program, arguments, limits).heard_by(options.progress), load: options.load })
     }
 
     /// Runs two model files on the same inputs and compares what they give.

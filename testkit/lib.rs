@@ -59,6 +59,15 @@ pub fn verdict(reference: &Model, candidate: &Model, claim: Claim, seed: u64) ->
     let inputs = Inputs::Random(InputSpec { seed, shapes: Vec::new() });
     let options = LoadOptions { threads: 1, ..LoadOptions::default() };
     let engine: &dyn Engine = engine();
-    verify(engine, reference, Source::Bytes(&expected), Source::Bytes(&found), &inputs, claim, &options, &mut |_| {})
-        .map_err(|e| e.to_string())
+    verify(
+        engine,
+        reference,
+        Source::Bytes(&expected),
+        Source::Bytes(&found),
+        &inputs,
+        claim,
+        &options,
+        &mut |_: &str| {},
+    )
+    .map_err(|e| e.to_string())
 }

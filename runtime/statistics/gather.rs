@@ -5,7 +5,7 @@ use super::{
     request::Request,
     store::{self, Array, Head},
 };
-use crate::{Datum, Engine, LoadOptions, Sample, SampleSet, Session, SetSpec, Source};
+use crate::{Datum, Engine, LoadOptions, Sample, SampleSet, Session, SetSpec, Source, Talk};
 use lathe_ir::{DataType, Model, Tensor};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -52,26 +52,27 @@ struct Sums {
 }
 
 /// Loads the copy of a job and runs it on the job's set.
-pub(crate) fn serve(engine: &dyn Engine, job: &Job, stage: &mut dyn FnMut(&str)) -> Result<Gathered, String> {
-    stage("opening the set");
+pub(crate) fn serve(engine: &dyn Engine, job: &Job, talk: &mut dyn Talk) -> Result<Gathered, String> {
+    talk.stage("opening the set");
     let model = Model::read(&job.model).map_err(|e| e.to_string())?.model;
     let set = SampleSet::open(&job.set, &model).map_err(|e| e.to_string())?;
     drop(model);
-    stage("loading the model that computes statistics");
+    talk.stage("loading the model that computes statistics");
     let mut session = engine.load(Source::Path(&job.model), &job.options).map_err(|e| e.to_string())?;
     let mut batches = set.batches().map(|batch| match batch {
         Ok(batch) => Ok((batch.inputs, batch.samples)),
         Err(error) => Err(error.to_string()),
     });
-    gather(session.as_mut(), &mut batches, job, stage)
+    gather(session.as_mut(), &mut batches, set.len(), job, talk)
 }
 
-/// Runs `session` on every batch and writes the sums. `batches` come with their number of samples; `stage` hears of each.
+/// Runs `session` on every batch and writes the sums. `batches` come with their number of samples, `total` in all.
 fn gather(
     session: &mut dyn Session,
     batches: &mut dyn Iterator<Item = Result<(Sample, usize), String>>,
+    total: usize,
     job: &Job,
-    stage: &mut dyn FnMut(&str),
+    talk: &mut dyn Talk,
 ) -> Result<Gathered, String> {
     let outputs = job.entries.iter().flat_map(|e| &e.outputs).chain(&job.direct);
     let folds: BTreeMap<&str, Fold> = outputs.map(|o| (o.value.as_str(), o.fold)).collect();
@@ -79,7 +80,7 @@ fn gather(
     let mut gathered = Gathered::default();
     for batch in batches {
         let (inputs, samples) = batch?;
-        stage(&format!("collecting statistics of batch {}", gathered.batches + 1));
+        talk.stage(&format!("collecting statistics of batch {}", gathered.batches + 1));
         let mut wrong = None;
         session
             .visit(&inputs, &mut |name, datum| {
@@ -93,6 +94,7 @@ fn gather(
         }
         gathered.samples += samples;
         gathered.batches += 1;
+        talk.progress(gathered.samples, total, "samples");
         if job.first_only {
             break;
         }
@@ -102,7 +104,7 @@ fn gather(
     }
     let missing = |o: &Output| format!("the runtime does not give `{}`", o.value);
     for entry in &job.entries {
-        stage("writing statistics");
+        talk.stage("writing statistics");
         let taken = entry.outputs.iter().map(|o| sums.remove(&o.value).ok_or_else(|| missing(o)));
         let taken: Vec<Sums> = taken.collect::<Result<_, _>>()?;
         let array = |(output, sums): (&Output, &Sums)| Array {

@@ -5,7 +5,9 @@ use crate::{
     Failure,
     cli::{RunArgs, print, say},
     latency::{Latency, LatencySide, Measurement, digits},
+    progress::Meter,
     report::mib,
+    runner::RunnerOptions,
 };
 use clap::Args;
 use comfy_table::{Cell, CellAlignment, Table, presets};
@@ -93,7 +95,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         }
         None => BenchInputs::Random(input_spec(&args.run)?),
     };
-    let options = runner_options(&args.run)?;
+    let meter = Meter::new("timing", false);
+    let options = RunnerOptions { progress: meter.listener(), ..runner_options(&args.run)? };
     let measurement = Measurement { options: &options, models: &models, inputs: &inputs, seconds: args.seconds };
     let latency = measurement.run(&mut |_| {})?;
     let profiles = if args.profile {
@@ -103,6 +106,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     } else {
         None
     };
+    drop(meter);
     for note in latency.notes() {
         say(&format!("note: {note}"));
     }

@@ -1,6 +1,6 @@
 //! `optimize doctor`: which runtime is used, what it offers, and installing one.
 
-use crate::{Failure, cli::print, runner};
+use crate::{Failure, cli::print, progress::Meter, runner};
 use anyhow::anyhow;
 use clap::Args;
 use std::{
@@ -25,7 +25,9 @@ pub(crate) struct DoctorArgs {
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     if args.install {
         let folder = runner::data_dir().ok_or_else(|| anyhow!("there is no data folder: HOME is not set"))?;
+        let meter = Meter::new("fetching ONNX Runtime", false);
         let files = lathe_runtime::install(args.gpu, &folder, Path::new("python3")).map_err(|e| anyhow!(e))?;
+        drop(meter);
         for file in files {
             print(&format!("installed {}\n", file.display()));
         }

@@ -16,7 +16,7 @@ use crate::{
     runner::{self, RunnerOptions},
 };
 use lathe_ir::{Loaded, Model};
-use lathe_runtime::{InputSpec, LoadOptions};
+use lathe_runtime::{InputSpec, Listener, LoadOptions};
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
@@ -78,6 +78,7 @@ pub(crate) fn runner_options(args: &RunArgs) -> Result<RunnerOptions, Failure> {
         timeout: Duration::from_secs(args.timeout),
         memory: args.memory.as_deref().map(size).transpose()?,
         worker: None,
+        progress: Listener::default(),
     })
 }
 

@@ -4,11 +4,13 @@ use super::{input_spec, load_options, size};
 use crate::{
     Failure, Options, Report, Selection,
     cli::{ExternalArg, OptimizeArgs, TargetArg, print, say},
+    progress::Meter,
     recipe, summary,
 };
 use anyhow::{Context as _, anyhow};
 use lathe_ir::External;
 use lathe_passes::Target;
+use lathe_runtime::Listener;
 use std::{collections::BTreeMap, ffi::OsString, path::Path, time::Duration};
 
 /// The kinds of report there are.
@@ -27,7 +29,7 @@ fn report_kind(path: &Path) -> Result<ReportKind, Failure> {
 }
 
 pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failure> {
-    let options = options(args, command)?;
+    let mut options = options(args, command)?;
     let mut reports = Vec::new();
     for path in &args.report {
         reports.push((path, report_kind(path)?));
@@ -35,7 +37,10 @@ pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failu
     if let Some(path) = &args.save_recipe {
         recipe::save(args, path)?;
     }
+    let meter = Meter::new("optimizing", args.talk.quiet);
+    options.progress = meter.listener();
     let done = crate::optimize(&options)?;
+    drop(meter);
     for warning in &done.report.warnings {
         say(&format!("warning: {warning}"));
     }
@@ -120,6 +125,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         timeout: Duration::from_secs(args.run.timeout),
         memory: args.run.memory.as_deref().map(size).transpose()?,
         worker: None,
+        progress: Listener::default(),
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
 }

@@ -4,7 +4,8 @@ use super::{runner_options, size};
 use crate::{
     Failure,
     cli::{RunArgs, TalkArgs, print, say},
-    runner::{self, Runner},
+    progress::Meter,
+    runner::{self, Runner, RunnerOptions},
     summary,
 };
 use anyhow::{Context as _, anyhow};
@@ -92,7 +93,8 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
         Some(name) => MaskInput::Named(name.to_owned()),
     };
     let collect = CollectOptions { memory, mask, ..CollectOptions::new(options.load.clone(), cache) };
-    let runner = Runner::new(options)?;
+    let meter = Meter::new("collecting statistics", args.talk.quiet);
+    let runner = Runner::new(RunnerOptions { progress: meter.listener(), ..options })?;
     if let Some(count) = args.calib_select {
         let chosen = runner.select(&args.model, &set, count, args.run.seed)?;
         if !args.talk.quiet {
@@ -103,6 +105,7 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     let start = Instant::now();
     let statistics = runner.collect(&model, &set, &requests, &collect).map_err(anyhow::Error::from)?;
     let seconds = start.elapsed().as_secs_f32();
+    drop(meter);
     let mut text = String::new();
     write(args, &statistics, &mut text).with_context(|| format!("cannot write `{}`", args.output.display()))?;
     let work = statistics.work;

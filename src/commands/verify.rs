@@ -5,8 +5,9 @@ use crate::{
     Failure, Sets,
     cli::{RunArgs, print},
     job,
+    progress::Meter,
     report::{OutputLine, Verify},
-    runner::Runner,
+    runner::{Runner, RunnerOptions},
     validate::{self, Bound, significant},
 };
 use anyhow::anyhow;
@@ -57,18 +58,20 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let sets = sets(args, &inputs)?;
     let model = super::read(&args.a)?.model;
     super::read(&args.b)?;
-    let runner = Runner::new(runner_options(&args.run)?)?;
+    let meter = Meter::new("comparing", false);
+    let runner = Runner::new(RunnerOptions { progress: meter.listener(), ..runner_options(&args.run)? })?;
     let exact = args.bits || args.rtol.is_some();
     let (inputs, set_name) = match sets.check(&model)? {
         Some((set, set_name)) if !exact => {
             let metric = args.metric.clone().unwrap_or_else(|| "auto".to_owned());
-            return measure(args, &runner, &Bound { set, set_name, metric, max_drop: args.max_drop });
+            return measure(args, &runner, meter, &Bound { set, set_name, metric, max_drop: args.max_drop });
         }
         Some((set, set_name)) => (Inputs::Set(set), set_name),
         None => (Inputs::Random(inputs), "random"),
     };
     let claim = if args.bits { Claim::Identical } else { Claim::Equivalent { rtol: args.rtol } };
     let verdict = runner.compare(&args.a, &args.b, &inputs, claim)?;
+    drop(meter);
     let sentence = verdict.describe();
     let report = match verdict {
         Verdict::Compared(report) => report,
@@ -98,8 +101,9 @@ fn sets(args: &VerifyArgs, inputs: &InputSpec) -> Result<Sets, Failure> {
     Ok(sets)
 }
 
-fn measure(args: &VerifyArgs, runner: &Runner, bound: &Bound) -> Result<(), Failure> {
+fn measure(args: &VerifyArgs, runner: &Runner, meter: Meter, bound: &Bound) -> Result<(), Failure> {
     let found = validate::validate(runner, &args.a, &args.b, bound)?;
+    drop(meter);
     let sentence = validate::describe(&found);
     show(args, &found, &sentence);
     if found.passed {

@@ -46,6 +46,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         timeout: Duration::from_secs(60),
         memory: None,
         worker: Some(env!("CARGO_BIN_EXE_optimize").into()),
+        progress: Default::default(),
         command: Vec::new(),
     }
 }
