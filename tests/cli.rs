@@ -634,3 +634,29 @@ fn an_interrupt_leaves_nothing() {
     }
     assert!(interrupted > 0, "no run was interrupted");
 }
+
+#[test]
+fn inspect_counts_units_and_what_could_be_saved() {
+    let model = fixture("transformer.onnx");
+    let output = run(&["inspect", model.to_str().unwrap(), "--json"]);
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let units = found["units"].as_array().unwrap();
+    let kinds: Vec<&str> = units.iter().map(|u| u["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["attention", "mlp", "attention", "mlp"]);
+    assert_eq!(found["chains"], serde_json::json!([{"units": [0, 1, 2, 3], "period": 2}]));
+    // What is in units and what is outside of them is the whole model.
+    for quantity in ["flops", "weight_bytes", "parameters"] {
+        let kinds = found["unit_kinds"].as_array().unwrap();
+        let sum: u64 = kinds.iter().map(|kind| kind[quantity].as_u64().unwrap()).sum();
+        assert_eq!(sum, found["model"][quantity].as_u64().unwrap(), "{quantity}");
+    }
+    let methods: Vec<&str> =
+        found["ceilings"].as_array().unwrap().iter().map(|c| c["method"].as_str().unwrap()).collect();
+    assert_eq!(methods, ["int8 weights", "int4 weights", "low-rank layers", "dropped units", "fewer tokens"]);
+    let listed = stdout(&run(&["inspect", model.to_str().unwrap(), "--units"]));
+    assert!(listed.contains("encoder/layer.1/attention"), "{listed}");
+    // An image classifier has no tokens, and convolutions that could give way.
+    let model = fixture("mobilenet.onnx");
+    let said = stdout(&run(&["inspect", model.to_str().unwrap()]));
+    assert!(said.contains("spatial substitution") && !said.contains("fewer tokens"), "{said}");
+}

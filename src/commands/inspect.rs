@@ -1,23 +1,28 @@
-//! `optimize inspect`: what a model is.
+//! `optimize inspect`: what a model is, where its bytes and FLOPs are, and what could be saved.
 
-use crate::{
-    Failure,
-    cli::print,
-    job,
-    report::{grouped, mib},
-};
+mod anatomy;
+mod ceilings;
+mod text;
+
+use crate::{Failure, cli::print, job, report::Side};
+use anatomy::Anatomy;
 use clap::Args;
-use comfy_table::{Cell, CellAlignment, Table, presets};
-use lathe_analysis::{Bindings, Cost, Facts};
+use lathe_analysis::{Facts, NodeCost, UnitId};
 use lathe_ir::{Model, ValueId};
-use serde_json::json;
-use std::{fmt::Write as _, path::PathBuf};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// How many of the layers that cost most are shown.
+const DEAREST: usize = 8;
 
 /// What to look at.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// The model.
     model: PathBuf,
+    /// List every residual unit.
+    #[arg(long)]
+    units: bool,
     /// As JSON.
     #[arg(long)]
     json: bool,
@@ -36,6 +41,15 @@ fn value_line(model: &Model, facts: &Facts, value: ValueId) -> (String, String) 
     (info.name.clone(), ty)
 }
 
+/// What both forms of the answer start from.
+struct Found<'a> {
+    side: Side,
+    anatomy: Anatomy<'a>,
+    inputs: Vec<(String, String)>,
+    outputs: Vec<(String, String)>,
+    warnings: Vec<String>,
+}
+
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     let loaded = super::read(&args.model)?;
     let mut model = loaded.model;
@@ -44,61 +58,70 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     let data: u64 = loaded.data_files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
     let side = job::side(&args.model, &model, loaded.file_bytes + data);
     let facts = Facts::infer(&model);
-    let cost = Cost::of(&model, &facts, &Bindings::default());
     let lines = |values: &[ValueId]| -> Vec<(String, String)> {
         values.iter().map(|&v| value_line(&model, &facts, v)).collect()
     };
     let (inputs, outputs) = (lines(model.graph.main().inputs()), lines(model.graph.main().outputs()));
+    let found = Found { side, anatomy: Anatomy::of(&model, &facts), inputs, outputs, warnings };
     if args.json {
-        let values = |lines: &[(String, String)]| -> Vec<_> {
-            lines.iter().map(|(name, ty)| json!({"name": name, "type": ty})).collect()
-        };
-        let operators: Vec<_> = cost
-            .operators
-            .iter()
-            .map(|o| json!({"op": o.op_type, "count": o.count, "flops": o.flops, "weight_bytes": o.weight_bytes}))
-            .collect();
-        let found = json!({
-            "model": side, "ir_version": model.ir_version, "producer": model.producer_name, "inputs": values(&inputs),
-            "outputs": values(&outputs), "functions": model.functions.len(), "operators": operators,
-            "uncounted": cost.uncounted, "warnings": warnings,
-        });
-        print(&format!("{}\n", serde_json::to_string_pretty(&found).expect("only names and numbers")));
-        return Ok(());
+        print(&format!("{}\n", serde_json::to_string_pretty(&as_json(&found)).expect("only names and numbers")));
+    } else {
+        print(&text::page(&found, args.units));
     }
-    let mut out = format!(
-        "{}\nformat {} · opset {} · {} {}\n\n",
-        side.path, model.ir_version, side.opset, model.producer_name, model.producer_version
-    );
-    for (title, lines) in [("inputs", &inputs), ("outputs", &outputs)] {
-        let _ = writeln!(out, "{title}");
-        for (name, ty) in lines {
-            let _ = writeln!(out, "  {name}  {ty}");
-        }
-    }
-    let (nodes, all) = (grouped(side.nodes), grouped(side.nodes_total));
-    let _ = writeln!(out, "\nnodes            {nodes} ({all} with subgraphs and functions)");
-    let _ = writeln!(out, "parameters       {}", grouped(side.parameters));
-    let _ = writeln!(out, "file             {} (constants {})", mib(side.file_bytes), mib(side.weight_bytes));
-    let _ = writeln!(out, "FLOPs            {} (open batch sizes as 1, other open sizes as 128)", grouped(side.flops));
-    let _ = writeln!(out, "peak activation  {}\n", mib(side.peak_activation_bytes));
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
-    let heads = ["nodes", "FLOPs", "constants"].map(|head| right(head.to_owned()));
-    table.set_header([vec![Cell::new("operator")], heads.to_vec()].concat());
-    for o in &cost.operators {
-        let numbers = [grouped(o.count as u64), grouped(o.flops), mib(o.weight_bytes)].map(right);
-        table.add_row([vec![Cell::new(&o.op_type)], numbers.to_vec()].concat());
-    }
-    let _ = writeln!(out, "{table}");
-    if !cost.uncounted.is_empty() {
-        let names: Vec<String> = cost.uncounted.iter().map(|(op, count)| format!("{op} ×{count}")).collect();
-        let _ = writeln!(out, "\nFLOPs not known for: {}", names.join(", "));
-    }
-    for warning in warnings {
-        let _ = writeln!(out, "warning: {warning}");
-    }
-    print(&out);
     Ok(())
+}
+
+fn as_json(found: &Found) -> Value {
+    let (anatomy, model) = (&found.anatomy, found.anatomy.model);
+    let values = |lines: &[(String, String)]| -> Vec<_> {
+        lines.iter().map(|(name, ty)| json!({"name": name, "type": ty})).collect()
+    };
+    let operators: Vec<_> = anatomy
+        .cost
+        .operators
+        .iter()
+        .map(|o| json!({"op": o.op_type, "count": o.count, "flops": o.flops, "weight_bytes": o.weight_bytes}))
+        .collect();
+    let cost = |c: &NodeCost| json!({"parameters": c.parameters, "weight_bytes": c.weight_bytes, "flops": c.flops});
+    let with = |mut object: Value, more: Value| {
+        if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
+            object.extend(more);
+        }
+        object
+    };
+    let graph = anatomy.graph();
+    let layers = anatomy.dearest(DEAREST).into_iter().map(|id| {
+        let about = json!({"node": text::node_name(graph, id), "op": graph.node(id).op_type});
+        with(about, cost(&anatomy.cost.by_node[id.index()]))
+    });
+    let kinds =
+        anatomy.by_kind().into_iter().map(|(kind, count, sum)| with(json!({"kind": kind, "count": count}), cost(&sum)));
+    let chains = anatomy.units.chains().iter().enumerate().map(|(index, chain)| {
+        json!({"units": chain.iter().map(|id| id.index()).collect::<Vec<_>>(), "period": anatomy.units.period(index)})
+    });
+    let rejected = anatomy.units.rejected().iter();
+    let rejected = rejected.map(|r| json!({"join": text::node_name(graph, r.join), "reason": r.reason.to_string()}));
+    json!({
+        "model": found.side, "ir_version": model.ir_version, "producer": model.producer_name,
+        "inputs": values(&found.inputs), "outputs": values(&found.outputs), "functions": model.functions.len(),
+        "operators": operators, "uncounted": anatomy.cost.uncounted, "layers": layers.collect::<Vec<_>>(),
+        "unit_kinds": kinds.collect::<Vec<_>>(), "chains": chains.collect::<Vec<_>>(),
+        "units": anatomy.units.iter().map(|(id, _)| with(unit_json(anatomy, id), cost(&anatomy.of_unit[id.index()])))
+            .collect::<Vec<_>>(),
+        "rejected_sums": rejected.collect::<Vec<_>>(), "ceilings": ceilings::ceilings(anatomy),
+        "warnings": found.warnings,
+    })
+}
+
+fn unit_json(anatomy: &Anatomy, id: UnitId) -> Value {
+    let (graph, unit) = (anatomy.graph(), anatomy.units.get(id));
+    let name = |v: ValueId| graph.value(v).name.clone();
+    let names = |values: &[ValueId]| values.iter().map(|&v| name(v)).collect::<Vec<_>>();
+    json!({
+        "unit": id.index(), "label": anatomy.units.label(graph, id), "kind": unit.kind.name(), "chain": unit.chain,
+        "position": unit.position, "parent": unit.parent.map(UnitId::index), "nodes": unit.nodes.len(),
+        "join": text::node_name(graph, unit.join), "stream_in": name(unit.stream_in),
+        "stream_out": name(unit.stream_out), "side_inputs": names(&unit.side_inputs), "outputs": names(&unit.outputs),
+        "shape_taps": names(&unit.shape_taps), "barrier": unit.barrier.map(|b| b.to_string()),
+    })
 }

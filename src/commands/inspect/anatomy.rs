@@ -1,0 +1,139 @@
+//! Where the bytes and the work of a model are: nodes, weights and residual units with their cost.
+
+use lathe_analysis::{Bindings, Cost, Facts, NodeCost, UnitId, UnitKind, Units};
+use lathe_ir::{Graph, Model, NodeId, Tensor, ValueId};
+use std::collections::BTreeSet;
+
+/// A model with everything that is known about it.
+pub(super) struct Anatomy<'a> {
+    pub model: &'a Model,
+    pub facts: &'a Facts,
+    pub cost: Cost,
+    pub units: Units,
+    /// What each unit costs with all that lies in it.
+    pub of_unit: Vec<NodeCost>,
+}
+
+/// The weight of a layer: a constant float matrix or kernel that a node multiplies by, or picks rows from.
+pub(super) struct Weight<'a> {
+    pub node: NodeId,
+    pub tensor: &'a Tensor,
+}
+
+impl<'a> Anatomy<'a> {
+    pub fn of(model: &'a Model, facts: &'a Facts) -> Anatomy<'a> {
+        let cost = Cost::of(model, facts, &Bindings::default());
+        let units = Units::find(model, facts);
+        let mut of_unit = vec![NodeCost::default(); units.len()];
+        for id in model.graph.all_nodes() {
+            let mut around = units.of_node(id);
+            while let Some(unit) = around {
+                add(&mut of_unit[unit.index()], &cost.by_node[id.index()]);
+                around = units.get(unit).parent;
+            }
+        }
+        Anatomy { model, facts, cost, units, of_unit }
+    }
+
+    pub fn graph(&self) -> &'a Graph {
+        &self.model.graph
+    }
+
+    pub fn flops(&self, id: NodeId) -> u64 {
+        self.cost.by_node[id.index()].flops
+    }
+
+    /// The nodes that cost most: first by FLOPs, then by bytes.
+    pub fn dearest(&self, count: usize) -> Vec<NodeId> {
+        let mut all = self.graph().all_nodes();
+        let key = |id: &NodeId| {
+            let cost = &self.cost.by_node[id.index()];
+            (cost.flops, cost.weight_bytes)
+        };
+        all.retain(|id| key(id) != (0, 0));
+        all.sort_by_key(|id| std::cmp::Reverse(key(id)));
+        all.truncate(count);
+        all
+    }
+
+    /// For each kind of unit, how many outermost units of it there are and what they cost; last, what is in no unit.
+    pub fn by_kind(&self) -> Vec<(&'static str, usize, NodeCost)> {
+        let mut rows: Vec<(&'static str, usize, NodeCost)> = Vec::new();
+        for kind in UnitKind::ALL {
+            let of_kind = |id: &UnitId| self.units.get(*id).kind == kind && self.units.get(*id).parent.is_none();
+            let ids: Vec<UnitId> = self.units.iter().map(|(id, _)| id).filter(of_kind).collect();
+            let mut sum = NodeCost::default();
+            ids.iter().for_each(|id| add(&mut sum, &self.of_unit[id.index()]));
+            if !ids.is_empty() {
+                rows.push((kind.name(), ids.len(), sum));
+            }
+        }
+        let mut outside = NodeCost::default();
+        let free = self.graph().all_nodes().into_iter().filter(|&id| self.units.of_node(id).is_none());
+        free.for_each(|id| add(&mut outside, &self.cost.by_node[id.index()]));
+        rows.push(("outside", 0, outside));
+        rows
+    }
+
+    /// The weights of the nodes of these operators, each with one node that uses it.
+    pub fn weights(&self, operators: &[&str]) -> Vec<Weight<'a>> {
+        let graph = self.graph();
+        let mut seen = BTreeSet::new();
+        let mut found = Vec::new();
+        for node in graph.all_nodes() {
+            if !operators.iter().any(|op| graph.node(node).is(op)) {
+                continue;
+            }
+            let inputs = graph.node(node).inputs().iter().take(2).flatten();
+            let Some((value, tensor)) = inputs.filter_map(|&v| behind(graph, v)).next() else { continue };
+            if tensor.dtype().is_float() && tensor.dims().len() >= 2 && seen.insert(value) {
+                found.push(Weight { node, tensor });
+            }
+        }
+        found
+    }
+
+    /// The FLOPs of nodes of these operators that have a weight.
+    pub fn flops_of_layers(&self, operators: &[&str]) -> u64 {
+        let graph = self.graph();
+        let with_weight = |id: &NodeId| {
+            let node = graph.node(*id);
+            operators.iter().any(|op| node.is(op))
+                && node.inputs().iter().flatten().any(|&v| behind(graph, v).is_some())
+        };
+        graph.all_nodes().into_iter().filter(with_weight).map(|id| self.flops(id)).sum()
+    }
+
+    pub fn share_of_flops(&self, flops: u64) -> f64 {
+        share(flops as f64, self.cost.flops)
+    }
+
+    pub fn share_of_bytes(&self, bytes: f64) -> f64 {
+        share(bytes, self.cost.weight_bytes)
+    }
+}
+
+fn share(part: f64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { (part / whole as f64).min(1.0) }
+}
+
+fn add(sum: &mut NodeCost, more: &NodeCost) {
+    sum.flops = sum.flops.saturating_add(more.flops);
+    sum.parameters += more.parameters;
+    sum.weight_bytes += more.weight_bytes;
+}
+
+/// The constant that a value is, perhaps transposed or cast on the way.
+fn behind(graph: &Graph, mut value: ValueId) -> Option<(ValueId, &Tensor)> {
+    for _ in 0..4 {
+        if let Some(tensor) = graph.constant(value) {
+            return Some((value, tensor));
+        }
+        let node = graph.node(graph.producer(value)?);
+        if !["Transpose", "Cast", "Identity", "Reshape"].iter().any(|op| node.is(op)) {
+            return None;
+        }
+        value = node.input(0)?;
+    }
+    None
+}

@@ -1,0 +1,183 @@
+//! What `optimize inspect` prints for people.
+
+use super::{DEAREST, Found, anatomy::Anatomy, ceilings};
+use crate::report::{grouped, mib};
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use lathe_analysis::NodeCost;
+use lathe_ir::{Graph, NodeId};
+use std::fmt::Write as _;
+
+/// A node's name, else that of its first output.
+pub(super) fn node_name(graph: &Graph, id: NodeId) -> String {
+    let node = graph.node(id);
+    let output = || node.outputs().iter().flatten().next().map(|&v| graph.value(v).name.clone());
+    if node.name.is_empty() { output().unwrap_or_default() } else { node.name.clone() }
+}
+
+fn right(text: String) -> Cell {
+    Cell::new(text).set_alignment(CellAlignment::Right)
+}
+
+/// A table whose first column and the columns after `numbers` more are text.
+fn table(heads: &[&str], numbers: usize) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(cells(heads.iter().map(|head| (*head).to_owned()).collect(), numbers));
+    table
+}
+
+fn cells(texts: Vec<String>, numbers: usize) -> Vec<Cell> {
+    let cell = |(i, text): (usize, String)| if (1..=numbers).contains(&i) { right(text) } else { Cell::new(text) };
+    texts.into_iter().enumerate().map(cell).collect()
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", share * 100.0)
+}
+
+fn costs(anatomy: &Anatomy, cost: &NodeCost) -> [String; 4] {
+    [
+        grouped(cost.flops),
+        percent(anatomy.share_of_flops(cost.flops)),
+        mib(cost.weight_bytes),
+        percent(anatomy.share_of_bytes(cost.weight_bytes as f64)),
+    ]
+}
+
+/// The whole answer; with `list` every unit has a line.
+pub(super) fn page(found: &Found, list: bool) -> String {
+    let (side, anatomy, model) = (&found.side, &found.anatomy, found.anatomy.model);
+    let mut out = format!(
+        "{}\nformat {} · opset {} · {} {}\n\n",
+        side.path, model.ir_version, side.opset, model.producer_name, model.producer_version
+    );
+    for (title, lines) in [("inputs", &found.inputs), ("outputs", &found.outputs)] {
+        let _ = writeln!(out, "{title}");
+        for (name, ty) in lines {
+            let _ = writeln!(out, "  {name}  {ty}");
+        }
+    }
+    let (nodes, all) = (grouped(side.nodes), grouped(side.nodes_total));
+    let _ = writeln!(out, "\nnodes            {nodes} ({all} with subgraphs and functions)");
+    let _ = writeln!(out, "parameters       {}", grouped(side.parameters));
+    let _ = writeln!(out, "file             {} (constants {})", mib(side.file_bytes), mib(side.weight_bytes));
+    let _ = writeln!(out, "FLOPs            {} (open batch sizes as 1, other open sizes as 128)", grouped(side.flops));
+    let _ = writeln!(out, "peak activation  {}\n", mib(side.peak_activation_bytes));
+    let mut operators = table(&["operator", "nodes", "FLOPs", "constants"], 3);
+    for o in &anatomy.cost.operators {
+        let row = vec![o.op_type.clone(), grouped(o.count as u64), grouped(o.flops), mib(o.weight_bytes)];
+        operators.add_row(cells(row, 3));
+    }
+    let _ = writeln!(out, "{}", trimmed(&operators));
+    if !anatomy.cost.uncounted.is_empty() {
+        let names: Vec<String> = anatomy.cost.uncounted.iter().map(|(op, count)| format!("{op} ×{count}")).collect();
+        let _ = writeln!(out, "\nFLOPs not known for: {}", names.join(", "));
+    }
+    layers(&mut out, anatomy);
+    units(&mut out, anatomy, list);
+    savings(&mut out, anatomy);
+    for warning in &found.warnings {
+        let _ = writeln!(out, "warning: {warning}");
+    }
+    out
+}
+
+fn trimmed(table: &Table) -> String {
+    let lines: Vec<String> = table.to_string().lines().map(|line| line.trim_end().to_owned()).collect();
+    lines.join("\n")
+}
+
+fn layers(out: &mut String, anatomy: &Anatomy) {
+    let graph = anatomy.graph();
+    let dearest = anatomy.dearest(DEAREST);
+    if dearest.is_empty() {
+        return;
+    }
+    let mut rows = table(&["dearest nodes", "FLOPs", "", "constants", "", "operator"], 4);
+    for id in dearest {
+        let mut row = vec![node_name(graph, id)];
+        row.extend(costs(anatomy, &anatomy.cost.by_node[id.index()]));
+        row.push(graph.node(id).op_type.clone());
+        rows.add_row(cells(row, 4));
+    }
+    let _ = writeln!(out, "\n{}", trimmed(&rows));
+}
+
+fn units(out: &mut String, anatomy: &Anatomy, list: bool) {
+    let (graph, units) = (anatomy.graph(), &anatomy.units);
+    if units.is_empty() {
+        let _ = writeln!(out, "\nresidual units: none found");
+    } else {
+        let mut kinds = table(&["residual units", "units", "FLOPs", "", "constants", ""], 5);
+        for (kind, count, cost) in anatomy.by_kind() {
+            let mut row = vec![kind.to_owned(), if count == 0 { String::new() } else { grouped(count as u64) }];
+            row.extend(costs(anatomy, &cost));
+            kinds.add_row(cells(row, 5));
+        }
+        let _ = writeln!(out, "\n{}", trimmed(&kinds));
+        let chain = |(index, chain): (usize, &Vec<_>)| match units.period(index) {
+            Some(period) if period > 1 => format!("{} in blocks of {period}", chain.len()),
+            _ => chain.len().to_string(),
+        };
+        let chains: Vec<String> = units.chains().iter().enumerate().map(chain).collect();
+        let projected = units.iter().filter(|(_, unit)| unit.barrier.is_some()).count();
+        let projected = if projected > 0 { format!("; projected skips: {projected}") } else { String::new() };
+        let _ = writeln!(out, "units in chains: {}{projected}", chains.join(", "));
+    }
+    let mut reasons: Vec<(String, usize)> = Vec::new();
+    for rejected in units.rejected() {
+        let reason = rejected.reason.to_string();
+        match reasons.iter_mut().find(|(r, _)| *r == reason) {
+            Some((_, count)) => *count += 1,
+            None => reasons.push((reason, 1)),
+        }
+    }
+    for (reason, count) in reasons {
+        let _ = writeln!(out, "sums that end no unit, because {reason}: {count}");
+    }
+    if !list || units.is_empty() {
+        return;
+    }
+    let heads = ["unit", "nodes", "parameters", "FLOPs", "", "kind", "chain", "stream", "remarks"];
+    let mut rows = table(&heads, 4);
+    for (id, unit) in units.iter() {
+        let cost = &anatomy.of_unit[id.index()];
+        let mut remarks: Vec<String> = unit.barrier.iter().map(ToString::to_string).collect();
+        for (what, values) in [("side inputs", &unit.side_inputs), ("outputs", &unit.outputs)] {
+            if !values.is_empty() {
+                let names: Vec<&str> = values.iter().map(|&v| graph.value(v).name.as_str()).collect();
+                remarks.push(format!("{what}: {}", names.join(", ")));
+            }
+        }
+        let row = vec![
+            format!("{}{}", "  ".repeat(unit.depth.min(8)), units.label(graph, id)),
+            grouped(unit.nodes.len() as u64),
+            grouped(cost.parameters),
+            grouped(cost.flops),
+            percent(anatomy.share_of_flops(cost.flops)),
+            unit.kind.name().to_owned(),
+            format!("{}.{}", unit.chain, unit.position),
+            format!("{} → {}", graph.value(unit.stream_in).name, graph.value(unit.stream_out).name),
+            remarks.join("; "),
+        ];
+        rows.add_row(cells(row, 4));
+    }
+    let _ = writeln!(out, "\n{}", trimmed(&rows));
+}
+
+fn savings(out: &mut String, anatomy: &Anatomy) {
+    let found = ceilings::ceilings(anatomy);
+    if found.is_empty() {
+        return;
+    }
+    let mut rows = table(&["could be saved at most", "constants", "FLOPs", "at", "supposing"], 2);
+    for ceiling in found {
+        let share = |share: Option<f64>| share.map_or_else(|| "–".to_owned(), percent);
+        let (bytes, flops) = (share(ceiling.weight_bytes_share), share(ceiling.flops_share));
+        rows.add_row(cells(
+            vec![ceiling.method.to_owned(), bytes, flops, ceiling.sites, ceiling.supposing.to_owned()],
+            2,
+        ));
+    }
+    let _ = writeln!(out, "\n{}", trimmed(&rows));
+}
