@@ -80,7 +80,11 @@ fn wrong_sets_are_refused_in_one_sentence_before_any_work() {
     let (folder, model, out) = workplace();
     for (path, expected) in table {
         let path = path.to_str().unwrap();
-        for arguments in [vec![&model, "-o", &out, "--validate", path], vec![&model, "-o", &out, "--calib", path]] {
+        for arguments in [
+            vec![&model, "-o", &out, "--validate", path],
+            vec![&model, "-o", &out, "--calib", path],
+            vec!["verify", &model, &model, "--validate", path],
+        ] {
             let output = run(&arguments);
             let said = stderr(&output);
             let name = Path::new(path).file_name().unwrap().display();
