@@ -44,7 +44,7 @@ impl Default for LoadOptions {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RuntimeError {
     /// There is nothing to run models with.
-    #[error("no usable ONNX Runtime was found; tried {}", .tried.join("; "))]
+    #[error("no usable ONNX Runtime was found; tried {}", places(.tried))]
     NoLibrary {
         /// Every place that was looked at and what was there.
         tried: Vec<String>,
@@ -106,6 +106,17 @@ pub enum RuntimeError {
     /// The child process ended, took too long or used too much memory.
     #[error("{0}")]
     Child(String),
+}
+
+/// The places where something was found that cannot be used; all of them if there was nothing anywhere.
+fn places(tried: &[String]) -> String {
+    let nothing = |line: &&String| line.ends_with("(no library there)") || line.ends_with("(none known)");
+    let found: Vec<&str> = tried.iter().filter(|line| !nothing(line)).map(String::as_str).collect();
+    match tried.len() - found.len() {
+        0 => found.join("; "),
+        _ if found.is_empty() => tried.join("; "),
+        others => format!("{}; and {others} places without a library", found.join("; ")),
+    }
 }
 
 impl From<RuntimeError> for EvaluateError {

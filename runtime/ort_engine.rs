@@ -88,7 +88,7 @@ impl OrtEngine {
     /// A builder, and the name that the nodes of its provider carry.
     // The binding's own error hands the builder back, whatever its size.
     #[allow(clippy::result_large_err)]
-    fn builder(&self, options: &LoadOptions) -> Result<(SessionBuilder, String), RuntimeError> {
+    fn builder(&self, options: &LoadOptions, timing: bool) -> Result<(SessionBuilder, String), RuntimeError> {
         let refused = |message: String| RuntimeError::Load { engine: self.name(), message };
         let level = if options.optimize { GraphOptimizationLevel::All } else { GraphOptimizationLevel::Disable };
         let builder = ort::session::Session::builder(&self.environment).map_err(|e| refused(sentence(e.message())))?;
@@ -98,7 +98,7 @@ impl OrtEngine {
             .and_then(|b| b.with_intra_op_spinning(options.spin))
             .and_then(|b| b.with_log_level(LogLevel::Fatal));
         let builder = configured.map_err(|e| refused(sentence(e.message())))?;
-        providers::register(&self.environment, builder, options, &self.name(), &self.found.path)
+        providers::register(&self.environment, builder, options, &self.name(), &self.found.path, timing)
     }
 
     fn commit(&self, mut builder: SessionBuilder, source: Source<'_>) -> Result<ort::session::Session, RuntimeError> {
@@ -120,7 +120,7 @@ impl OrtEngine {
 fn load(path: &Path) -> Result<Environment, String> {
     // A library that lacks the expected entry points makes the binding panic rather than fail.
     let started = catch_unwind(|| {
-        let builder = ort::init_from(path).map_err(|e| sentence(&e.to_string()))?;
+        let builder = ort::init_from(path).map_err(|e| too_old(&e.to_string()).unwrap_or(sentence(&e.to_string())))?;
         // Whatever matters comes back as an error; the runtime's own log would only be printed a second time. What it
         // logs about a provider that it cannot load says more than its error, and is kept.
         let logger = Arc::new(|level: LogLevel, _: &str, _: &str, _: &str, message: &str| {
@@ -138,7 +138,7 @@ fn load(path: &Path) -> Result<Environment, String> {
 
 impl Engine for OrtEngine {
     fn load(&self, source: Source<'_>, options: &LoadOptions) -> Result<Box<dyn Session>, RuntimeError> {
-        let (builder, _) = self.builder(options)?;
+        let (builder, _) = self.builder(options, false)?;
         Ok(Box::new(OrtSession { session: self.commit(builder, source)?, engine: self.name() }))
     }
 
@@ -346,6 +346,16 @@ fn map_from_ort(value: DynValue) -> Result<Datum, String> {
     Ok(Datum::Map { keys: keys.map_err(|e| e.to_string())?, values: values.map_err(|e| e.to_string())? })
 }
 
+/// What is wrong with a library of a version before the first that serves, out of what the binding says about it.
+fn too_old(message: &str) -> Option<String> {
+    let (_, after) = message.split_once("expected version >= '")?;
+    let (needed, after) = after.split_once('\'')?;
+    let (_, after) = after.split_once("got '")?;
+    let (found, _) = after.split_once('\'')?;
+    let needed = needed.trim_end_matches(".x");
+    Some(format!("it is ONNX Runtime {found}, and this program needs {needed} or later"))
+}
+
 /// One line out of what ONNX Runtime says.
 fn sentence(message: &str) -> String {
     let mut text = message.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -489,6 +499,15 @@ mod tests {
         let options = LoadOptions { provider: "abacus".into(), ..LoadOptions::default() };
         let error = engine().load(Source::Bytes(&bytes), &options).err().unwrap();
         assert!(error.to_string().contains("has no execution provider `abacus`; it has cpu"), "{error}");
+    }
+
+    #[test]
+    fn an_old_library_is_told_by_its_version() {
+        let said = "ort 2.0 is not compatible with the ONNX Runtime binary found at `a.so`; expected version >= '1.22.x', \
+                    but got '1.20.1'";
+        let expected = "it is ONNX Runtime 1.20.1, and this program needs 1.22 or later";
+        assert_eq!(too_old(said).as_deref(), Some(expected));
+        assert_eq!(too_old("no such file"), None);
     }
 
     #[test]

@@ -51,7 +51,8 @@ struct Known {
     /// ONNX Runtime's name.
     full: &'static str,
     available: fn() -> ort::Result<bool>,
-    append: fn(i32) -> Vec<ExecutionProviderDispatch>,
+    /// For a device, and whether for timing.
+    append: fn(i32, bool) -> Vec<ExecutionProviderDispatch>,
     /// The memory it computes in, where that is not the host's.
     memory: Option<AllocationDevice<'static>>,
     /// What must be installed besides.
@@ -62,8 +63,10 @@ fn has<E: ExecutionProvider>() -> ort::Result<bool> {
     E::is_available()
 }
 
-fn cuda(device: i32) -> ExecutionProviderDispatch {
-    ep::CUDA::default().with_device_id(device).build().error_on_failure()
+/// Only timing runs as the provider does by default: with matrix products in TF32, whose ten bits of mantissa would hide
+/// or invent differences in a comparison.
+fn cuda(device: i32, timing: bool) -> ExecutionProviderDispatch {
+    ep::CUDA::default().with_device_id(device).with_tf32(timing).build().error_on_failure()
 }
 
 /// The devices of OpenVINO are counted among GPUs; without a number it chooses by itself.
@@ -78,7 +81,7 @@ const KNOWN: &[Known] = &[
         short: "cpu",
         full: "CPUExecutionProvider",
         available: has::<ep::CPU>,
-        append: |_| Vec::new(),
+        append: |_, _| Vec::new(),
         memory: None,
         needs: "",
     },
@@ -86,7 +89,7 @@ const KNOWN: &[Known] = &[
         short: "cuda",
         full: "CUDAExecutionProvider",
         available: has::<ep::CUDA>,
-        append: |device| vec![cuda(device)],
+        append: |device, timing| vec![cuda(device, timing)],
         memory: Some(AllocationDevice::CUDA),
         needs: "an NVIDIA driver, and the CUDA and cuDNN libraries where the loader finds them (LD_LIBRARY_PATH)",
     },
@@ -95,7 +98,9 @@ const KNOWN: &[Known] = &[
         full: "TensorrtExecutionProvider",
         available: has::<ep::TensorRT>,
         // What TensorRT does not take belongs on the same device, not on the CPU.
-        append: |device| vec![ep::TensorRT::default().with_device_id(device).build().error_on_failure(), cuda(device)],
+        append: |device, timing| {
+            vec![ep::TensorRT::default().with_device_id(device).build().error_on_failure(), cuda(device, timing)]
+        },
         memory: Some(AllocationDevice::CUDA),
         needs: "an NVIDIA driver, and the TensorRT, CUDA and cuDNN libraries where the loader finds them \
                 (LD_LIBRARY_PATH)",
@@ -104,7 +109,7 @@ const KNOWN: &[Known] = &[
         short: "webgpu",
         full: "WebGpuExecutionProvider",
         available: has::<ep::WebGPU>,
-        append: |device| vec![ep::WebGPU::default().with_device_id(device).build().error_on_failure()],
+        append: |device, _| vec![ep::WebGPU::default().with_device_id(device).build().error_on_failure()],
         memory: Some(AllocationDevice::WEBGPU_BUFFER),
         needs: "a GPU with a Vulkan, Metal or Direct3D 12 driver",
     },
@@ -112,7 +117,7 @@ const KNOWN: &[Known] = &[
         short: "openvino",
         full: "OpenVINOExecutionProvider",
         available: has::<ep::OpenVINO>,
-        append: |device| vec![openvino(device)],
+        append: |device, _| vec![openvino(device)],
         memory: None,
         needs: "the OpenVINO libraries where the loader finds them",
     },
@@ -120,7 +125,7 @@ const KNOWN: &[Known] = &[
         short: "coreml",
         full: "CoreMLExecutionProvider",
         available: has::<ep::CoreML>,
-        append: |_| vec![ep::CoreML::default().with_subgraphs(true).build().error_on_failure()],
+        append: |_, _| vec![ep::CoreML::default().with_subgraphs(true).build().error_on_failure()],
         memory: None,
         needs: "macOS",
     },
@@ -128,7 +133,7 @@ const KNOWN: &[Known] = &[
         short: "directml",
         full: "DmlExecutionProvider",
         available: has::<ep::DirectML>,
-        append: |device| vec![ep::DirectML::default().with_device_id(device).build().error_on_failure()],
+        append: |device, _| vec![ep::DirectML::default().with_device_id(device).build().error_on_failure()],
         memory: Some(AllocationDevice::DIRECTML),
         needs: "Windows with a Direct3D 12 device",
     },
@@ -136,7 +141,7 @@ const KNOWN: &[Known] = &[
         short: "migraphx",
         full: "MIGraphXExecutionProvider",
         available: has::<ep::MIGraphX>,
-        append: |device| vec![ep::MIGraphX::default().with_device_id(device).build().error_on_failure()],
+        append: |device, _| vec![ep::MIGraphX::default().with_device_id(device).build().error_on_failure()],
         memory: Some(AllocationDevice::HIP),
         needs: "an AMD GPU with ROCm and MIGraphX",
     },
@@ -144,7 +149,7 @@ const KNOWN: &[Known] = &[
         short: "rocm",
         full: "ROCMExecutionProvider",
         available: has::<ep::ROCm>,
-        append: |device| {
+        append: |device, _| {
             vec![ep::ROCm::default().with_arbitrary_config("device_id", device).build().error_on_failure()]
         },
         memory: Some(AllocationDevice::HIP),
@@ -154,7 +159,7 @@ const KNOWN: &[Known] = &[
         short: "qnn",
         full: "QNNExecutionProvider",
         available: has::<ep::QNN>,
-        append: |_| vec![ep::QNN::default().build().error_on_failure()],
+        append: |_, _| vec![ep::QNN::default().build().error_on_failure()],
         memory: None,
         needs: "the Qualcomm AI Engine Direct libraries",
     },
@@ -162,7 +167,7 @@ const KNOWN: &[Known] = &[
         short: "xnnpack",
         full: "XnnpackExecutionProvider",
         available: has::<ep::XNNPACK>,
-        append: |_| vec![ep::XNNPACK::default().build().error_on_failure()],
+        append: |_, _| vec![ep::XNNPACK::default().build().error_on_failure()],
         memory: None,
         needs: "",
     },
@@ -170,7 +175,7 @@ const KNOWN: &[Known] = &[
         short: "onednn",
         full: "DnnlExecutionProvider",
         available: has::<ep::OneDNN>,
-        append: |_| vec![ep::OneDNN::default().build().error_on_failure()],
+        append: |_, _| vec![ep::OneDNN::default().build().error_on_failure()],
         memory: None,
         needs: "",
     },
@@ -211,12 +216,13 @@ pub(crate) fn register(
     options: &LoadOptions,
     engine: &str,
     library: &Path,
+    timing: bool,
 ) -> Result<(SessionBuilder, String), RuntimeError> {
     let unavailable = |message: String| RuntimeError::Unavailable { provider: options.provider.clone(), message };
     let (name, path) = match parse(&options.provider) {
         Asked::Named(name) => match KNOWN.iter().find(|known| known.short == name) {
             Some(known) if (known.available)().unwrap_or(false) => {
-                let builder = built_in(environment, builder, known, options.device).map_err(unavailable)?;
+                let builder = built_in(environment, builder, known, options.device, timing).map_err(unavailable)?;
                 return Ok((builder, known.full.to_owned()));
             }
             Some(known) => match beside(library, &name) {
@@ -246,8 +252,9 @@ fn built_in(
     builder: SessionBuilder,
     known: &Known,
     device: i32,
+    timing: bool,
 ) -> Result<SessionBuilder, String> {
-    let providers = (known.append)(device);
+    let providers = (known.append)(device, timing);
     if providers.is_empty() {
         return Ok(builder);
     }

@@ -39,7 +39,7 @@ pub(super) fn load(
 ) -> Result<Box<dyn Timed>, RuntimeError> {
     let name = crate::Engine::name(engine);
     let refused = |e: &ort::Error| RuntimeError::Load { engine: name.clone(), message: sentence(e.message()) };
-    let (mut builder, provider) = engine.builder(options)?;
+    let (mut builder, provider) = engine.builder(options, true)?;
     if let Some(folder) = profile {
         builder = builder
             .with_profiling(folder.join("profile"))

@@ -44,7 +44,8 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
         }
         None => {
             let _ = writeln!(out, "no ONNX Runtime; `optimize doctor --install` fetches one");
-            if let Some(problem) = &found.problem {
+            // Where places were looked at, they are listed below.
+            if let Some(problem) = found.problem.as_ref().filter(|_| found.tried.is_empty()) {
                 let _ = writeln!(out, "  {problem}");
             }
         }
