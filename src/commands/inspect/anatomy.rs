@@ -2,7 +2,7 @@
 
 use lathe_analysis::{Bindings, Cost, Facts, NodeCost, UnitId, UnitKind, Units};
 use lathe_ir::{Graph, Model, NodeId, Tensor, ValueId};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 /// A model with everything that is known about it.
 pub(super) struct Anatomy<'a> {
@@ -14,10 +14,11 @@ pub(super) struct Anatomy<'a> {
     pub of_unit: Vec<NodeCost>,
 }
 
-/// The weight of a layer: a constant float matrix or kernel that a node multiplies by, or picks rows from.
+/// The weight of layers: a constant float matrix or kernel that nodes multiply by, or pick rows from.
 pub(super) struct Weight<'a> {
-    pub node: NodeId,
     pub tensor: &'a Tensor,
+    /// What all the nodes that use it compute.
+    pub flops: u64,
 }
 
 impl<'a> Anatomy<'a> {
@@ -37,10 +38,6 @@ impl<'a> Anatomy<'a> {
 
     pub fn graph(&self) -> &'a Graph {
         &self.model.graph
-    }
-
-    pub fn flops(&self, id: NodeId) -> u64 {
-        self.cost.by_node[id.index()].flops
     }
 
     /// The nodes that cost most: first by FLOPs, then by bytes.
@@ -75,33 +72,28 @@ impl<'a> Anatomy<'a> {
         rows
     }
 
-    /// The weights of the nodes of these operators, each with one node that uses it.
+    /// The weights of the nodes of these operators, in the order of their first use.
     pub fn weights(&self, operators: &[&str]) -> Vec<Weight<'a>> {
         let graph = self.graph();
-        let mut seen = BTreeSet::new();
-        let mut found = Vec::new();
-        for node in graph.all_nodes() {
-            if !operators.iter().any(|op| graph.node(node).is(op)) {
+        let mut places: BTreeMap<ValueId, usize> = BTreeMap::new();
+        let mut found: Vec<Weight> = Vec::new();
+        for id in graph.all_nodes() {
+            let node = graph.node(id);
+            if !operators.iter().any(|op| node.is(op)) {
                 continue;
             }
-            let inputs = graph.node(node).inputs().iter().take(2).flatten();
+            let inputs = node.inputs().iter().take(2).flatten();
             let Some((value, tensor)) = inputs.filter_map(|&v| behind(graph, v)).next() else { continue };
-            if tensor.dtype().is_float() && tensor.dims().len() >= 2 && seen.insert(value) {
-                found.push(Weight { node, tensor });
+            if !tensor.dtype().is_float() || tensor.dims().len() < 2 {
+                continue;
             }
+            let place = *places.entry(value).or_insert(found.len());
+            if place == found.len() {
+                found.push(Weight { tensor, flops: 0 });
+            }
+            found[place].flops = found[place].flops.saturating_add(self.cost.by_node[id.index()].flops);
         }
         found
-    }
-
-    /// The FLOPs of nodes of these operators that have a weight.
-    pub fn flops_of_layers(&self, operators: &[&str]) -> u64 {
-        let graph = self.graph();
-        let with_weight = |id: &NodeId| {
-            let node = graph.node(*id);
-            operators.iter().any(|op| node.is(op))
-                && node.inputs().iter().flatten().any(|&v| behind(graph, v).is_some())
-        };
-        graph.all_nodes().into_iter().filter(with_weight).map(|id| self.flops(id)).sum()
     }
 
     pub fn share_of_flops(&self, flops: u64) -> f64 {

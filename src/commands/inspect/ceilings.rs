@@ -78,8 +78,8 @@ fn low_rank(anatomy: &Anatomy) -> Option<Ceiling> {
         method: "low-rank layers",
         sites: counted(weights.len(), "matrix").replace("matrixs", "matrices"),
         weight_bytes_share: Some(anatomy.share_of_bytes(bytes)),
-        flops_share: Some(anatomy.share_of_flops(anatomy.flops_of_layers(LINEAR))),
-        supposing: "all of the linear layers; rank r keeps r(m + n) / mn of an m × n matrix",
+        flops_share: Some(anatomy.share_of_flops(weights.iter().map(|w| w.flops).sum())),
+        supposing: "all linear layers of at least 32 × 32; rank r keeps r(m + n) / mn of an m × n matrix",
     })
 }
 
@@ -104,9 +104,9 @@ fn replace_convolutions(anatomy: &Anatomy) -> Option<Ceiling> {
     let bytes: f64 = spatial.iter().map(|w| w.tensor.byte_len() as f64).sum();
     (!spatial.is_empty()).then(|| Ceiling {
         method: "spatial substitution",
-        sites: counted(spatial.len(), "convolution"),
+        sites: counted(spatial.len(), "kernel"),
         weight_bytes_share: Some(anatomy.share_of_bytes(bytes)),
-        flops_share: Some(anatomy.share_of_flops(spatial.iter().map(|w| anatomy.flops(w.node)).sum())),
+        flops_share: Some(anatomy.share_of_flops(spatial.iter().map(|w| w.flops).sum())),
         supposing: "kernels larger than 1 × 1 give way to shifts or pooling",
     })
 }
