@@ -27,9 +27,6 @@ const WHOLE: Claim = Claim::Equivalent { rtol: None };
 /// Passes that are dropped one after another before the tool gives up on a model.
 const MOST_CULPRITS: usize = 8;
 
-/// Time that `--bench` spends on runs.
-const TIMING_SECONDS: f64 = 10.0;
-
 /// What to do to which model.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -53,8 +50,8 @@ pub struct Options {
     pub external: External,
     /// Whether the result is run beside the original.
     pub verify: bool,
-    /// Whether it is timed beside the original.
-    pub bench: bool,
+    /// Seconds to spend on timing it beside the original; `None` does not time it.
+    pub bench: Option<f64>,
     /// Whether it is run after every pass.
     pub paranoid: bool,
     /// Whether the report counts the FLOPs that each pass saves.
@@ -338,8 +335,13 @@ impl Job<'_> {
             None => BenchInputs::Random(InputSpec { seed: self.options.seed, shapes: self.options.shapes.clone() }),
         };
         let models = [self.options.model.as_path(), candidate];
-        let measurement = Measurement { options: &options, models: &models, inputs: &inputs, seconds: TIMING_SECONDS };
-        if self.options.bench {
+        let measurement = Measurement {
+            options: &options,
+            models: &models,
+            inputs: &inputs,
+            seconds: self.options.bench.unwrap_or(0.0),
+        };
+        if self.options.bench.is_some() {
             let mut latency = measurement.run(&mut |_| {}).context("the latency cannot be measured")?;
             if let Some(after) = &mut latency.after {
                 after.path = target.display().to_string();
@@ -347,9 +349,9 @@ impl Job<'_> {
             warnings.extend(latency.notes());
             return Ok(Some(latency));
         }
-        if self.options.verify && self.options.load.provider != "cpu" {
+        if self.options.verify {
             let alone = Measurement { models: &models[1..], ..measurement };
-            warnings.extend(alone.profiles()?.iter().filter_map(|p| p.placement.note()));
+            warnings.extend(alone.left_behind()?);
         }
         Ok(None)
     }

@@ -116,6 +116,14 @@ impl Measurement<'_> {
         })
     }
 
+    /// Sentences about nodes that the provider leaves to others; an error where it takes none.
+    pub(crate) fn left_behind(&self) -> anyhow::Result<Vec<String>> {
+        if self.options.load.provider == "cpu" {
+            return Ok(Vec::new());
+        }
+        Ok(self.profiles()?.iter().filter_map(|profile| profile.placement.note()).collect())
+    }
+
     /// Where the time of a run of each model goes.
     pub(crate) fn profiles(&self) -> anyhow::Result<Vec<Profile>> {
         let mut profiles = Vec::new();

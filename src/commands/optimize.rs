@@ -13,6 +13,9 @@ use lathe_passes::Target;
 use lathe_runtime::Listener;
 use std::{collections::BTreeMap, ffi::OsString, path::Path, time::Duration};
 
+/// Time that `--bench` spends on runs.
+const TIMING_SECONDS: f64 = 10.0;
+
 /// The kinds of report there are.
 #[derive(Clone, Copy)]
 enum ReportKind {
@@ -114,7 +117,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         },
         verify: !args.no_verify,
         paranoid: args.paranoid,
-        bench: args.bench,
+        bench: args.bench.then_some(TIMING_SECONDS),
         detailed: !args.report.is_empty(),
         sets,
         calib_select: args.calib_select,

@@ -3,8 +3,9 @@
 use super::{input_spec, runner_options, sets::SetArgs};
 use crate::{
     Failure, Sets,
-    cli::{RunArgs, print},
+    cli::{RunArgs, print, say},
     job,
+    latency::Measurement,
     progress::Meter,
     report::{OutputLine, Verify},
     runner::{Runner, RunnerOptions},
@@ -15,7 +16,7 @@ use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser},
 };
-use lathe_runtime::{Claim, InputSpec, Inputs, Verdict};
+use lathe_runtime::{BenchInputs, Claim, InputSpec, Inputs, Verdict};
 use std::{fmt::Write as _, path::PathBuf};
 
 /// What to compare.
@@ -61,7 +62,17 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let meter = Meter::new("comparing", false);
     let runner = Runner::new(RunnerOptions { progress: meter.listener(), ..runner_options(&args.run)? })?;
     let exact = args.bits || args.rtol.is_some();
-    let (inputs, set_name) = match sets.check(&model)? {
+    let set = sets.check(&model)?;
+    let fed = match &set {
+        Some((set, _)) => BenchInputs::Set(set.clone()),
+        None => BenchInputs::Random(inputs.clone()),
+    };
+    let options = runner_options(&args.run)?;
+    let placed = Measurement { options: &options, models: &[&args.b], inputs: &fed, seconds: 0.0 };
+    for note in placed.left_behind()? {
+        say(&format!("note: {note}"));
+    }
+    let (inputs, set_name) = match set {
         Some((set, set_name)) if !exact => {
             let metric = args.metric.clone().unwrap_or_else(|| "auto".to_owned());
             return measure(args, &runner, meter, &Bound { set, set_name, metric, max_drop: args.max_drop });

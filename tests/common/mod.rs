@@ -35,7 +35,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         external: External::Auto,
         verify: false,
         paranoid: false,
-        bench: false,
+        bench: None,
         detailed: false,
         sets: Default::default(),
         calib_select: None,

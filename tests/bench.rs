@@ -1,0 +1,71 @@
+//! Timing on the command line, and providers that are not there.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{fixture, options};
+use serde_json::Value;
+use std::process::{Command, Output};
+
+fn run(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+    command.args(arguments).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_model_is_not_faster_than_itself() {
+    let model = fixture("transformer.onnx");
+    let model = model.to_str().unwrap();
+    let output = run(&["bench", model, model, "--json", "--profile", "--seconds", "0", "--threads", "1"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["verdict"], "no difference", "{json:#}");
+    assert_eq!((&json["ep"], &json["threads"]), (&Value::from("cpu"), &Value::from(1)));
+    for key in ["before_ms", "after_ms", "ratio", "spread"] {
+        assert!(json[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    let ratio = json["after_ms"].as_f64().unwrap() / json["before_ms"].as_f64().unwrap();
+    assert!((json["ratio"].as_f64().unwrap() - ratio).abs() < 1e-9);
+    let sum = |of: &str| -> f64 {
+        json["profile"][0][of].as_array().unwrap().iter().map(|share| share["ms"].as_f64().unwrap()).sum()
+    };
+    assert!((sum("operators") - sum("units")).abs() < 1e-9, "every node is in a unit or outside of units");
+    assert!(json["profile"][0]["units"].as_array().unwrap().len() > 1);
+}
+
+#[test]
+fn what_cannot_be_used_is_an_error_everywhere() {
+    let model = fixture("transformer.onnx");
+    let model = model.to_str().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.onnx");
+    let main = [model, "-o", out.to_str().unwrap()];
+    let commands: [&[&str]; 3] = [&["bench", model], &["verify", model, model], &main];
+    for command in commands {
+        for (provider, reason) in [("abacus", "has no execution provider `abacus`"), ("odd=no/such.so", "cannot find")]
+        {
+            let output = run(&[command, &["--ep", provider]].concat());
+            assert_eq!(output.status.code(), Some(1), "{command:?}");
+            assert!(stderr(&output).contains(reason), "{}", stderr(&output));
+        }
+    }
+    assert!(!out.exists());
+}
+
+#[test]
+fn the_main_job_reports_latency_when_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.onnx");
+    let mut options = options(&fixture("transformer.onnx"), &out);
+    assert!(onnx_lathe::optimize(&options).unwrap().report.latency.is_none());
+    options.bench = Some(0.0);
+    let latency = onnx_lathe::optimize(&options).unwrap().report.latency.unwrap();
+    assert!(latency.before_ms > 0.0 && latency.after_ms.unwrap() > 0.0);
+    assert_eq!(latency.after.unwrap().path, out.display().to_string());
+}
