@@ -21,9 +21,11 @@ impl Progress {
     }
 }
 
+type Hear = dyn Fn(&Progress) + Send + Sync;
+
 /// Who hears of progress; by default nobody. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Listener(Option<Arc<dyn Fn(&Progress) + Send + Sync>>);
+pub struct Listener(Option<Arc<Hear>>);
 
 impl Listener {
     /// Calls `hear` with every report.
