@@ -87,6 +87,9 @@ pub struct Series {
     pub copy_in_ms: Option<f64>,
     /// Copying the outputs from it.
     pub copy_out_ms: Option<f64>,
+    /// Whether such copies are in the times of the runs, because they could not be kept out.
+    #[serde(default)]
+    pub copies_in_run: bool,
 }
 
 /// Why nothing was measured.
@@ -261,6 +264,7 @@ impl Bench<'_> {
                 let failed = |error| BenchError::Model { path: path.clone(), error };
                 if sitting == 0 && copies {
                     timings.models[index].copy_in_ms = copied.map(ms);
+                    timings.models[index].copies_in_run = timed.copies_in_run();
                     timings.models[index].copy_out_ms = timed.fetch().map_err(failed)?.map(ms);
                 }
                 turn(timed.as_mut()).map_err(failed)?;

@@ -152,6 +152,11 @@ pub trait Timed {
     /// Copies the outputs of a run to host memory and says how long that took; `None` where they are there already.
     fn fetch(&mut self) -> Result<Option<Duration>, RuntimeError>;
 
+    /// Whether runs copy values between a device and the host all the same, because its memory cannot be bound to.
+    fn copies_in_run(&self) -> bool {
+        false
+    }
+
     /// Ends the profile that was asked for and returns where it is; `None` where there is none.
     fn profile(&mut self) -> Result<Option<PathBuf>, RuntimeError>;
 

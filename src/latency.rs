@@ -65,6 +65,9 @@ pub struct LatencySide {
     pub copy_in_ms: Option<f64>,
     /// Copying the outputs from it.
     pub copy_out_ms: Option<f64>,
+    /// Whether such copies are in the times, because they could not be kept out.
+    #[serde(default)]
+    pub copies_in_run: bool,
     /// Which nodes the provider took; `null` on the CPU, which takes all.
     pub placement: Option<Placement>,
 }
@@ -173,6 +176,7 @@ impl Measurement<'_> {
             peak_rss_bytes: loading.peak_rss_bytes,
             copy_in_ms: series.copy_in_ms,
             copy_out_ms: series.copy_out_ms,
+            copies_in_run: series.copies_in_run,
             placement: placement.cloned(),
         }
     }
@@ -211,6 +215,9 @@ impl Latency {
         let mut out = format!("{} on {}", self.runtime, self.ep);
         if self.ep != "cpu" {
             let _ = write!(out, ", device {}", self.device);
+        }
+        if self.before.copies_in_run {
+            out.push_str(", copies to and from it included");
         }
         format!("{out}, {threads}, inputs {}", self.inputs)
     }

@@ -187,13 +187,18 @@ pub(crate) fn available() -> Vec<String> {
     built_in.map(|known| known.short.to_owned()).collect()
 }
 
+/// Whether the loaded library was built with what `--ep` names.
+pub(super) fn is_built_in(provider: &str) -> bool {
+    KNOWN.iter().any(|known| known.short == provider && (known.available)().unwrap_or(false))
+}
+
 /// The device memory of a provider, where it has its own and the binding can name it.
 pub(crate) fn memory(provider: &str) -> Option<AllocationDevice<'static>> {
     KNOWN.iter().find(|known| known.short == provider)?.memory.clone()
 }
 
 /// What the library complained about last. Its errors often name less than its log does.
-pub(crate) static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// Keeps an error that the library logs.
 pub(crate) fn complain(message: &str) {

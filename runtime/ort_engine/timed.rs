@@ -26,6 +26,7 @@ struct OrtTimed {
     /// The memory of the device, if it has its own and can be bound to.
     memory: Option<AllocationDevice<'static>>,
     device: i32,
+    copies_in_run: bool,
     profiled: bool,
     provider: String,
     engine: String,
@@ -55,6 +56,8 @@ pub(super) fn load(
         outputs,
         memory: providers::memory(&options.provider),
         device: options.device,
+        // A plugin may have memory of any name.
+        copies_in_run: !providers::is_built_in(&options.provider),
         profiled: profile.is_some(),
         provider,
         engine: name,
@@ -125,9 +128,16 @@ impl Timed for OrtTimed {
         bound.and_then(|()| self.binding.synchronize_inputs()).map_err(|e| self.failed(&e))?;
         let took = start.elapsed();
         self.values = values;
-        let memory = self.memory.clone();
-        self.bind_outputs(memory.as_ref())?;
-        Ok(memory.is_some().then_some(took))
+        if let Some(memory) = self.memory.clone() {
+            if self.bind_outputs(Some(&memory)).is_ok() {
+                return Ok(Some(took));
+            }
+            // Names of device memory differ between versions of the runtime.
+            self.memory = None;
+            self.copies_in_run = true;
+        }
+        self.bind_outputs(None)?;
+        Ok(None)
     }
 
     fn run(&mut self) -> Result<Duration, RuntimeError> {
@@ -148,6 +158,10 @@ impl Timed for OrtTimed {
         let comes = median(self)?;
         self.bind_outputs(Some(&memory))?;
         Ok(Some(comes.saturating_sub(stays)))
+    }
+
+    fn copies_in_run(&self) -> bool {
+        self.copies_in_run
     }
 
     fn profile(&mut self) -> Result<Option<PathBuf>, RuntimeError> {
