@@ -126,7 +126,7 @@ pub(crate) struct OptimizeArgs {
     /// Run the model after every pass.
     #[arg(long, conflicts_with = "no_verify")]
     pub paranoid: bool,
-    /// Write a report: .json or .md. May be given several times.
+    /// Write a report: .html, .json or .md. May be given several times.
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub report: Vec<PathBuf>,

@@ -3,6 +3,7 @@
 use crate::{
     Failure, PassRecord, Report, Selection, Sets,
     latency::{Latency, Measurement},
+    layers,
     pipeline::{self, Broken, Run},
     report::{self, OutputLine, PassLine, Refusal, Side, Verify},
     runner::{Runner, RunnerOptions},
@@ -229,6 +230,7 @@ impl Job<'_> {
                 plan: None,
                 verify,
                 latency,
+                layers: layers::largest(&model, &cost(&model)),
                 warnings,
                 seconds: start.elapsed().as_secs_f64(),
                 peak_rss_bytes: report::peak_rss_bytes(),
@@ -460,13 +462,17 @@ fn state_outputs(model: &mut Model) {
     }
 }
 
+fn cost(model: &Model) -> Cost {
+    Cost::of(model, &Facts::infer(model), &Bindings::default())
+}
+
 fn flops(model: &Model) -> u64 {
-    Cost::of(model, &Facts::infer(model), &Bindings::default()).flops
+    cost(model).flops
 }
 
 /// What the report says about one model.
 pub(crate) fn side(path: &Path, model: &Model, file_bytes: u64) -> Side {
-    let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
+    let cost = cost(model);
     Side {
         path: path.display().to_string(),
         file_bytes,

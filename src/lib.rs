@@ -8,8 +8,10 @@
 pub mod cli;
 mod commands;
 mod failure;
+mod html;
 mod job;
 mod latency;
+mod layers;
 mod pipeline;
 mod progress;
 mod recipe;
@@ -22,5 +24,6 @@ pub use commands::sets::Sets;
 pub use failure::Failure;
 pub use job::{Done, Options, optimize};
 pub use latency::{Latency, LatencySide};
+pub use layers::LayerLine;
 pub use pipeline::{PassRecord, Selection};
 pub use report::Report;

@@ -1,6 +1,6 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
-use crate::Latency;
+use crate::{Latency, html, layers::LayerLine};
 use lathe_runtime::ChosenSamples;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt::Write as _;
@@ -159,6 +159,9 @@ pub struct Report {
     pub verify: Option<Verify>,
     /// The measured latency; `null` where it was not measured.
     pub latency: Option<Latency>,
+    /// The nodes of the result with the largest share of FLOPs or weights, in the model's order.
+    #[serde(default)]
+    pub layers: Vec<LayerLine>,
     /// What was odd about the input.
     pub warnings: Vec<String>,
     /// Time of the whole run.
@@ -171,6 +174,11 @@ impl Report {
     /// The report as JSON.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("a report has only names and numbers")
+    }
+
+    /// The report as one HTML page that needs nothing else.
+    pub fn to_html(&self) -> String {
+        html::page(self)
     }
 
     /// The report as Markdown.

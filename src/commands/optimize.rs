@@ -19,15 +19,17 @@ const TIMING_SECONDS: f64 = 10.0;
 /// The kinds of report there are.
 #[derive(Clone, Copy)]
 enum ReportKind {
+    Html,
     Json,
     Markdown,
 }
 
 fn report_kind(path: &Path) -> Result<ReportKind, Failure> {
     match path.extension().and_then(|e| e.to_str()) {
+        Some("html") => Ok(ReportKind::Html),
         Some("json") => Ok(ReportKind::Json),
         Some("md") => Ok(ReportKind::Markdown),
-        _ => Err(Failure::Usage(format!("report `{}` ends neither in .json nor in .md", path.display()))),
+        _ => Err(Failure::Usage(format!("report `{}` ends in none of .html, .json and .md", path.display()))),
     }
 }
 
@@ -58,6 +60,7 @@ pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failu
 
 fn write_report(report: &Report, path: &Path, kind: ReportKind) -> Result<(), Failure> {
     let text = match kind {
+        ReportKind::Html => report.to_html(),
         ReportKind::Json => report.to_json(),
         ReportKind::Markdown => report.to_markdown(),
     };
