@@ -18,8 +18,8 @@ import tempfile
 
 VIEWS = {
     "desktop": ["--window-size=1200,2600"],
-    "phone": ["--window-size=500,3600", "--force-device-scale-factor=1"],
-    "dark": ["--window-size=1200,2600", "--blink-settings=preferredColorScheme=0", "--force-dark-mode"],
+    "phone": ["--window-size=500,3200"],
+    "dark": ["--window-size=1200,2600", "--blink-settings=preferredColorScheme=0"],
 }
 
 
@@ -35,6 +35,7 @@ def chromium(browser, profile, *arguments):
 
 def text_of(dom):
     """What a reader sees: no style, no data."""
+    dom = dom.replace("<wbr>", "")
     dom = re.sub(r"(?s)<(script|style|title)\b.*?</\1>", " ", dom)
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom)))
 
@@ -93,8 +94,12 @@ def main():
         problems += [f"{key}: `{number}` is not in the page" for key, number in wanted if number not in text]
         if options.shots:
             options.shots.mkdir(parents=True, exist_ok=True)
+            # A window is no narrower than 500 pixels, a phone is.
+            phone = pathlib.Path(profile, "phone.html")
+            phone.write_text(f'<body style="margin:0"><iframe src="{address}" width="390" height="3200" style="border:0">')
             for name, arguments in VIEWS.items():
-                chromium(options.browser, profile, f"--screenshot={options.shots / name}.png", *arguments, address)
+                shown = phone.as_uri() if name == "phone" else address
+                chromium(options.browser, profile, f"--screenshot={options.shots / name}.png", *arguments, shown)
             chromium(options.browser, profile, "--no-pdf-header-footer", f"--print-to-pdf={options.shots / 'print'}.pdf", address)
     for problem in problems:
         print(problem)

@@ -24,15 +24,15 @@ pub(super) fn decades(error: f64) -> f64 {
     if error > 0.0 { ((error.log10() + 9.0) / 9.0).clamp(0.0, 1.0) } else { 0.0 }
 }
 
-/// The middle half of runs as a box from `q1` to `q3`, and their median as a line in it, on a scale from 0 to `most`.
+/// A bar to `median` on a scale from 0 to `most`, and a whisker from `q1` to `q3` around its end.
 pub(super) fn quartiles(q1: f64, median: f64, q3: f64, most: f64, class: &str, label: &str) -> Markup {
-    let at = |x: f64| if most > 0.0 { (x / most * 100.0).clamp(0.0, 100.0) } else { 0.0 };
-    let (left, right, middle) = (at(q1), at(q3), at(median));
+    let at = |x: f64| format!("{:.2}", if most > 0.0 { (x / most * 100.0).clamp(0.0, 100.0) } else { 0.0 });
     html! {
         svg.bar viewBox="0 0 100 8" preserveAspectRatio="none" role="img" aria-label=(label) {
-            line x1="0" x2="100" y1="4" y2="4" opacity="0.4" {}
-            rect class=(class) x=(format!("{left:.2}")) y="0" width=(format!("{:.2}", (right - left).max(0.6))) height="8" {}
-            line.middle x1=(format!("{middle:.2}")) x2=(format!("{middle:.2}")) y1="0" y2="8" {}
+            rect.track x="0" y="0" width="100" height="8" opacity="0.5" {}
+            rect class=(class) x="0" y="0" width=(at(median)) height="8" {}
+            line x1=(at(q1)) x2=(at(q3)) y1="4" y2="4" {}
+            @for end in [q1, q3] { line x1=(at(end)) x2=(at(end)) y1="-2" y2="10" {} }
         }
     }
 }

@@ -49,7 +49,7 @@ pub(crate) fn page(report: &Report) -> String {
                     @if let Some(verify) = &report.verify { (outputs(verify)) }
                     @if let Some(latency) = &report.latency { (timings(latency)) }
                     @if let Some(plan) = &report.plan { (plan::section(plan)) }
-                    @if !report.layers.is_empty() { (layers(&report.layers)) }
+                    @if !report.layers.is_empty() { (layers(report)) }
                     (passes(&report.passes))
                     h2 { "Reproduce" }
                     p.caption { "Seed " (report.seed) ". Paths are relative to the folder it ran in." }
@@ -111,7 +111,7 @@ fn multiple(name: &str, before: (f64, String), after: (f64, String)) -> Markup {
     };
     html! {
         figure.multiple {
-            span.change { (change) }
+            span.change { (minus(&change)) }
             h3 { (name) }
             @for (label, (value, text)) in [("before", &before), ("after", &after)] {
                 div.row {
@@ -140,7 +140,7 @@ fn error(verify: &Verify) -> Markup {
     html! {
         figure.multiple {
             span.change { @if verify.passed { "holds" } @else { "exceeded" } }
-            h3 { "Error, " (verify.metric) }
+            h3 { "Error, " (verify.metric) ", log scale" }
             div.row {
                 span.label { "limit" } span.value { (limit) }
                 (bar(decades(verify.limit), "before", &format!("limit {limit}, logarithmic")))
@@ -163,7 +163,7 @@ fn sizes(report: &Report) -> Markup {
             thead { tr { th { "" } th.number { "before" } th.number { "after" } th.number { "change" } } }
             tbody {
                 @for [name, before, after, change] in rows(&report.input, &report.output) {
-                    tr { td { (name) } td.number { (before) } td.number { (after) } td.number { (change) } }
+                    tr { td { (name) } td.number { (before) } td.number { (after) } td.number { (minus(&change)) } }
                 }
             }
         }
@@ -201,7 +201,7 @@ fn outputs(verify: &Verify) -> Markup {
                 } }
                 tbody { @for o in &verify.outputs {
                     tr {
-                        td.name { code { (o.name) } }
+                        td.name { code { (breakable(&o.name)) } }
                         td.number { (scientific(o.rel_l2)) }
                         td.chart { (bar(decades(o.rel_l2), "after", &format!("relative L2 {}", scientific(o.rel_l2)))) }
                         td.number { (scientific(o.max_abs)) }
@@ -222,19 +222,19 @@ fn timings(latency: &Latency) -> Markup {
         h2 { "Latency" }
         p { (latency.describe()) "." }
         p.caption {
-            (latency.setting()) ". The runtime's own optimizations are on for both. Boxes hold the middle half of the runs, "
-            "the line in them is the median, and the scale starts at zero."
+            (latency.setting()) ". The runtime's own optimizations are on for both. Bars end at the median, "
+            "whiskers hold the middle half of the runs, and the scale starts at zero."
         }
         div.scroll { table #latency {
             thead { tr {
-                th { "" } th.number { "median, ms" } th.number { "quartiles, ms" } th { "" }
+                th { "" } th.number { "median, ms" } th.number.wide { "quartiles, ms" } th { "" }
                 th.number.wide { "load, ms" } th.number.wide { "first run, ms" } th.number { "peak memory" }
             } }
             tbody { @for (label, s) in sides {
                 tr {
                     td { (label) }
                     td.number { (digits(s.median_ms)) }
-                    td.number { (digits(s.q1_ms)) " – " (digits(s.q3_ms)) }
+                    td.number.wide { (digits(s.q1_ms)) " – " (digits(s.q3_ms)) }
                     td.chart { (quartiles(s.q1_ms, s.median_ms, s.q3_ms, most, label, &format!("{label}: {} ms", digits(s.median_ms)))) }
                     td.number.wide { (digits(s.load_ms)) }
                     td.number.wide { (digits(s.first_run_ms)) }
@@ -245,33 +245,51 @@ fn timings(latency: &Latency) -> Markup {
     }
 }
 
-fn layers(layers: &[LayerLine]) -> Markup {
-    let most = |of: fn(&LayerLine) -> u64| layers.iter().map(of).max().unwrap_or(0).max(1) as f64;
-    let (most_flops, most_bytes) = (most(|l| l.flops), most(|l| l.weight_bytes));
-    let measured = layers.iter().any(|l| l.error.is_some());
+fn layers(report: &Report) -> Markup {
+    let most = |of: fn(&LayerLine) -> u64| report.layers.iter().map(of).max().unwrap_or(0).max(1);
+    let most = (most(|l| l.flops), most(|l| l.weight_bytes));
+    let small = |part: u64, all: u64| part.saturating_mul(100) < all;
+    let (minor, major): (Vec<_>, Vec<_>) = report.layers.iter().partition(|l| {
+        small(l.flops, report.output.flops) && small(l.weight_bytes, report.output.weight_bytes) && l.error.is_none()
+    });
     html! {
         h2 { "Layers of the result" }
         p.caption {
-            "The " (layers.len()) " nodes with the largest share of FLOPs or weights, in the model's order. "
+            "Nodes with at least one percent of the FLOPs or of the weight bytes, in the model's order. "
             "Bars are relative to the largest node."
-            @if measured { " Error is the relative L2 error of the node's output, on a logarithmic scale from 1e-9 to 1." }
         }
-        div.scroll { table #layers {
+        (layer_table("layers", &major, most))
+        @if !minor.is_empty() {
+            details {
+                summary { (minor.len()) " smaller nodes" }
+                (layer_table("minor", &minor, most))
+            }
+        }
+    }
+}
+
+/// `most` is the most FLOPs and weight bytes that a node has.
+fn layer_table(id: &str, layers: &[&LayerLine], most: (u64, u64)) -> Markup {
+    let measured = layers.iter().any(|l| l.error.is_some());
+    let share = |part: u64, most: u64| part as f64 / most as f64;
+    html! {
+        div.scroll { table id=(id) {
             thead { tr {
                 th { "node" } th.wide { "operator" } th.number { "FLOPs" } th { "" } th.number { "weights" } th { "" }
-                @if measured { th.number { "error" } th { "" } }
+                @if measured { th.number { "error" } th { "relative L2, log scale" } }
             } }
             tbody { @for l in layers {
                 tr {
-                    td.name { code { (l.name) } }
+                    td.name { code { (breakable(&l.name)) } }
                     td.wide { (l.op) }
                     td.number { (flops(l.flops)) }
-                    td.chart { (bar(l.flops as f64 / most_flops, "after", &flops(l.flops))) }
-                    td.number { (mib(l.weight_bytes)) }
-                    td.chart { (bar(l.weight_bytes as f64 / most_bytes, "after", &mib(l.weight_bytes))) }
+                    td.chart { (bar(share(l.flops, most.0), "after", &flops(l.flops))) }
+                    td.number { (bytes(l.weight_bytes)) }
+                    td.chart { (bar(share(l.weight_bytes, most.1), "after", &bytes(l.weight_bytes))) }
                     @if measured {
-                        td.number { (l.error.map_or("–".to_owned(), scientific)) }
-                        td.chart { (bar(decades(l.error.unwrap_or(0.0)), "bad", "error")) }
+                        @let said = l.error.map_or("–".to_owned(), scientific);
+                        td.number { (said) }
+                        td.chart { (bar(decades(l.error.unwrap_or(0.0)), "bad", &said)) }
                     }
                 }
             } }
@@ -355,11 +373,33 @@ fn scientific(x: f64) -> String {
     }
 }
 
+/// Bytes as the unit that suits them; nothing for none.
+fn bytes(count: u64) -> String {
+    match count {
+        0 => "–".to_owned(),
+        1..1024 => format!("{count} B"),
+        _ => mib(count),
+    }
+}
+
+/// A change with the sign that is as wide as a plus.
+fn minus(change: &str) -> String {
+    change.replace('-', "−")
+}
+
+/// A name that may be broken behind its separators, and elsewhere only where one part alone is too long.
+fn breakable(name: &str) -> Markup {
+    html! {
+        @for part in name.split_inclusive(['/', '.', '_', ':']) { (part) wbr; }
+    }
+}
+
 /// FLOPs in the unit that leaves one to three digits before the point.
 fn flops(count: u64) -> String {
     let scaled = |unit: f64, name: &str| format!("{:.2} {name}", count as f64 / unit);
     match count {
-        0..1_000 => grouped(count),
+        0 => "–".to_owned(),
+        1..1_000 => grouped(count),
         1_000..1_000_000 => scaled(1e3, "k"),
         1_000_000..1_000_000_000 => scaled(1e6, "M"),
         1_000_000_000..1_000_000_000_000 => scaled(1e9, "G"),

@@ -39,7 +39,7 @@ pub(super) fn section(plan: &Value) -> Markup {
                 } }
                 tbody { @for choice in choices {
                     tr {
-                        td.name { code { (choice.get("site").and_then(Value::as_str).unwrap_or("–")) } }
+                        td.name { code { (super::breakable(choice.get("site").and_then(Value::as_str).unwrap_or("–"))) } }
                         td { (choice.get("option").and_then(Value::as_str).unwrap_or("–")) }
                         @for key in &costs {
                             @let x = cost(choice, key);
