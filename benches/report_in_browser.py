@@ -17,9 +17,9 @@ import sys
 import tempfile
 
 VIEWS = {
-    "desktop": ["--window-size=1200,2600"],
+    "desktop": ["--window-size=1200,2400"],
     "phone": ["--window-size=500,3200"],
-    "dark": ["--window-size=1200,2600", "--blink-settings=preferredColorScheme=0"],
+    "dark": ["--window-size=1200,2400", "--blink-settings=preferredColorScheme=0"],
 }
 
 

@@ -270,7 +270,11 @@ pub(crate) fn rows(before: &Side, after: &Side) -> Vec<[String; 4]> {
         (0, _) => "new".to_owned(),
         (a, b) => {
             let percent = (b as f64 / a as f64 - 1.0) * 100.0;
-            if percent.abs() < 0.1 { format!("{percent:+.2} %") } else { format!("{percent:+.1} %") }
+            match percent.abs() {
+                size if size < 0.005 => format!("{}<0.01 %", if percent < 0.0 { "-" } else { "+" }),
+                size if size < 0.1 => format!("{percent:+.2} %"),
+                _ => format!("{percent:+.1} %"),
+            }
         }
     };
     let count = |name: &str, a: u64, b: u64| [name.to_owned(), grouped(a), grouped(b), change(a, b)];

@@ -49,8 +49,8 @@ pub(crate) fn page(report: &Report) -> String {
                     @if let Some(verify) = &report.verify { (outputs(verify)) }
                     @if let Some(latency) = &report.latency { (timings(latency)) }
                     @if let Some(plan) = &report.plan { (plan::section(plan)) }
-                    @if !report.layers.is_empty() { (layers(report)) }
                     (passes(&report.passes))
+                    @if !report.layers.is_empty() { (layers(report)) }
                     h2 { "Reproduce" }
                     p.caption { "Seed " (report.seed) ". Paths are relative to the folder it ran in." }
                     pre { (shell(&report.command)) }
@@ -80,38 +80,57 @@ fn verdict(report: &Report) -> Markup {
     }
 }
 
-/// Small multiples: one quantity each, before and after on one scale.
+/// Small multiples, one quantity each.
 fn overview(report: &Report) -> Markup {
     let (a, b) = (&report.input, &report.output);
-    let pair = |name: &str, before: u64, after: u64, say: &dyn Fn(u64) -> String| {
+    let count = |name: &str, before: u64, after: u64, say: &dyn Fn(u64) -> String| {
         multiple(name, (before as f64, say(before)), (after as f64, say(after)))
     };
     html! {
         section.multiples aria-label="Before and after" {
-            (pair("File size", a.file_bytes, b.file_bytes, &mib))
-            (pair("FLOPs of one run", a.flops, b.flops, &flops))
-            (pair("Peak activation", a.peak_activation_bytes, b.peak_activation_bytes, &mib))
-            (pair("Nodes", a.nodes_total, b.nodes_total, &grouped))
-            @if let Some(Latency { before_ms, after_ms: Some(after), .. }) = &report.latency {
-                (multiple("Latency, median", (*before_ms, format!("{} ms", digits(*before_ms))), (*after, format!("{} ms", digits(*after)))))
-            }
+            (count("File size", a.file_bytes, b.file_bytes, &mib))
+            (count("FLOPs of one run", a.flops, b.flops, &flops))
+            (count("Peak activation", a.peak_activation_bytes, b.peak_activation_bytes, &mib))
+            (count("Nodes", a.nodes_total, b.nodes_total, &grouped))
+            @if let Some(latency) = &report.latency { (median(latency)) }
             @if let Some(verify) = report.verify.as_ref().filter(|v| v.samples > 0) { (error(verify)) }
         }
     }
 }
 
+/// The medians; a difference that may be chance is not given as a number.
+fn median(latency: &Latency) -> Markup {
+    let Some(after) = latency.after_ms else { return html! {} };
+    let side = |ms: f64| (ms, format!("{} ms", digits(ms)));
+    let change = match latency.verdict.as_deref() {
+        Some("faster" | "slower") => percent(latency.before_ms, after),
+        _ => "≈".to_owned(),
+    };
+    pair("Latency, median", side(latency.before_ms), side(after), &change)
+}
+
 fn multiple(name: &str, before: (f64, String), after: (f64, String)) -> Markup {
+    let change = percent(before.0, after.0);
+    pair(name, before, after, &change)
+}
+
+/// The change of a quantity.
+fn percent(before: f64, after: f64) -> String {
+    match (after / before - 1.0) * 100.0 {
+        p if !p.is_finite() || p == 0.0 => "=".to_owned(),
+        p if p.abs() < 0.005 => "≈".to_owned(),
+        p if p.abs() < 0.1 => minus(&format!("{p:+.2} %")),
+        p => minus(&format!("{p:+.1} %")),
+    }
+}
+
+/// One quantity, before and after on one scale.
+fn pair(name: &str, before: (f64, String), after: (f64, String), change: &str) -> Markup {
     let most = before.0.max(after.0);
     let share = |x: f64| if most > 0.0 { x / most } else { 0.0 };
-    let percent = (after.0 / before.0 - 1.0) * 100.0;
-    let change = match percent {
-        p if !p.is_finite() || p == 0.0 => "=".to_owned(),
-        p if p.abs() < 0.1 => format!("{p:+.2} %"),
-        p => format!("{p:+.1} %"),
-    };
     html! {
         figure.multiple {
-            span.change { (minus(&change)) }
+            span.change { (change) }
             h3 { (name) }
             @for (label, (value, text)) in [("before", &before), ("after", &after)] {
                 div.row {
