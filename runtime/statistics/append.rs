@@ -10,6 +10,10 @@ use std::collections::BTreeMap;
 /// Rows of one product in float32. Longer sums are cut into parts of this many rows that are added in float64.
 const PART: usize = 512;
 
+/// Products of matrices with at most this many features are float64 throughout: they cost little, and a channel that
+/// holds the same value in most rows (the background of images) is rounded the same way in every step of a float32 sum.
+const NARROW: usize = 128;
+
 /// The oldest operator set that has everything that is appended.
 const OLDEST_OPSET: i64 = 9;
 
@@ -121,6 +125,8 @@ struct Matrix {
     tokens: Option<ValueId>,
     /// Rows in the first batch.
     rows: usize,
+    /// Columns.
+    features: usize,
     /// Whether it is double.
     wide: bool,
 }
@@ -187,7 +193,7 @@ impl<'a> Append<'a> {
     fn gram(&mut self, rows: &Rows) -> Result<Vec<Output>, StatisticsError> {
         let matrix = self.matrix(rows)?;
         let (x, counts) = self.kept_alone(rows, matrix);
-        let (gram, dtype) = self.product(x, x, matrix.rows, matrix.wide);
+        let (gram, dtype) = self.product(x, x, matrix.rows, matrix.wide || matrix.features <= NARROW);
         let sum = self.column_sum(x);
         Ok(vec![
             self.output(gram, dtype, "gram", Fold::Triangle),
@@ -221,7 +227,7 @@ impl<'a> Append<'a> {
             return Err(StatisticsError::Rows { x: x.label(), y: y.label(), found: (a.rows, b.rows) });
         }
         let (x, y, counts) = self.kept_together(a, b);
-        let (cross, dtype) = self.product(x, y, a.rows, a.wide || b.wide);
+        let (cross, dtype) = self.product(x, y, a.rows, a.wide || b.wide || a.features.max(b.features) <= NARROW);
         let mut outputs = vec![self.output(cross, dtype, "cross", Fold::Sum)];
         for (value, sum, square_sum) in [(x, "x_sum", "x_square_sum"), (y, "y_sum", "y_square_sum")] {
             let wide = self.cast(value, DataType::Double);
@@ -362,7 +368,7 @@ impl<'a> Append<'a> {
         let broken = self.op("IsNaN", &[zero]);
         let finite = self.op("Not", &[broken]);
         let wide = self.facts.elem(resolve(self.model, &rows.value)?) == Some(DataType::Double);
-        let matrix = Matrix { value, finite, tokens, rows: count, wide };
+        let matrix = Matrix { value, finite, tokens, rows: count, features, wide };
         self.rows.insert(rows.clone(), matrix);
         Ok(matrix)
     }
