@@ -358,8 +358,7 @@ impl Collector<'_> {
         let graph = &self.model.graph;
         let inputs: Vec<_> = graph.main().inputs().iter().copied().filter(|&v| self.facts.shape(v).is_some()).collect();
         direct.extend(inputs.iter().map(|&v| append.size_of(v)));
-        let copy = append.finish();
-        let shown = self.gather(&copy, scratch, Vec::new(), direct)?.direct;
+        let shown = self.gather(&append.finish(), scratch, Vec::new(), direct)?.direct;
         let shown: Vec<Vec<usize>> = shown.iter().map(|s| s.iter().map(|&d| d as usize).collect()).collect();
         let mut bindings = Bindings::default();
         for (&input, sizes) in inputs.iter().zip(&shown[rows.len()..]) {
@@ -370,8 +369,14 @@ impl Collector<'_> {
                 }
             }
         }
-        // What the copy leaves out (a language model's output, above all) takes no memory.
-        let cost = Cost::of(&copy, &Facts::infer(&copy), &bindings);
+        // What the copies leave out (a language model's output, above all) takes no memory.
+        let depths = self.depths();
+        let mut needed = Append::new(self.model, &self.facts, &empty, self.mask)?;
+        if let Some(last) = rows.iter().max_by_key(|r| depths.get(r.value.as_str())) {
+            needed.shapes(last)?;
+        }
+        let needed = needed.finish();
+        let cost = Cost::of(&needed, &Facts::infer(&needed), &bindings);
         let sizes = rows.into_iter().cloned().zip(shown).collect();
         Ok((sizes, RUNTIME_ITSELF + cost.weight_bytes + cost.activation_peak_bytes))
     }
