@@ -441,12 +441,12 @@ fn footprint(request: &Request, sizes: &Sizes) -> (u64, u64) {
     match request {
         Request::Gram(x) => {
             let x = shape(x);
-            // Out of the runtime in float32 (or float64, from parts), and half a matrix of sums in float64.
-            (x.0 * x.0 * (8 + 4), passing(x) + x.0 * x.0 * 12)
+            // Out of the runtime in float32 (float64 where it is narrow), and half a matrix of sums in float64.
+            (x.0 * x.0 * (4 + 4), passing(x) + x.0 * x.0 * 24)
         }
         Request::Cross(x, y) => {
             let (x, y) = (shape(x), shape(y));
-            (x.0 * y.0 * (8 + 8), passing(x) + passing(y) + x.0 * y.0 * 12)
+            (x.0 * y.0 * (4 + 8), passing(x) + passing(y) + x.0 * y.0 * 24)
         }
         Request::Columns(x) => (shape(x).0 * 64, passing(shape(x))),
         Request::Cosine(x, y) => (128, passing(shape(x)) + passing(shape(y))),

@@ -260,7 +260,7 @@ fn what_cannot_be_had_is_refused() {
 fn finished_groups_are_kept_and_damage_is_repaired() {
     let bench = Bench::new(linear(17, "64"), &[("x", floats(&[3, 2, 64], 1))]);
     // Enough for one of the large statistics, so that there are two groups.
-    let bench = Bench { memory: 150 << 10, ..bench };
+    let bench = Bench { memory: 250 << 10, ..bench };
     let requests = [Request::Gram(Rows::last("x")), Request::Gram(Rows::last("h"))];
     bench.runs.set(2);
     let interrupted = bench.collect(&requests).unwrap_err();
