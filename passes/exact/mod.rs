@@ -8,6 +8,7 @@ mod drop_duplicate_units;
 mod drop_identities;
 mod drop_neutral;
 mod drop_noop_layout;
+mod drop_trace_info;
 mod fold_batch_norm;
 mod fold_bias;
 mod fold_compute;
@@ -50,6 +51,7 @@ pub use drop_duplicate_units::DropDuplicateUnits;
 pub use drop_identities::DropIdentities;
 pub use drop_neutral::DropNeutral;
 pub use drop_noop_layout::DropNoopLayout;
+pub use drop_trace_info::DropTraceInfo;
 pub use fold_batch_norm::FoldBatchNorm;
 pub use fold_bias::FoldBias;
 pub use fold_constants::FoldConstants;
@@ -94,6 +96,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &UpgradeOpset,
     &InlineFunctions,
     &NormaliseModel,
+    &DropTraceInfo,
     &DropIdentities,
     &DropNeutral,
     &DropNoopLayout,

@@ -1,0 +1,116 @@
+//! Drops what an exporter wrote down for its own developers: stack traces, module names, rewriting history.
+
+use crate::{Context, Error, Info, Kind, Outcome, Pass};
+use lathe_ir::{Graph, Metadata, Model};
+
+/// See [`INFO`].
+pub struct DropTraceInfo;
+
+static INFO: Info = Info {
+    name: "drop-trace-info",
+    summary: "drops the exporter's traces: where in its source each node came from",
+    doc: "Drops metadata that PyTorch's exporter attaches to nodes, values and graphs for debugging: stack traces with \
+          the paths of source files, module hierarchies, the nodes of its own graph. No runtime reads it, and in a \
+          large model it is megabytes. Metadata of other makers, and everything said about the model as a whole, stays.",
+    options: &[],
+    kind: Kind::Identical,
+    lowers: &[],
+    source: None,
+};
+
+/// How the keys begin under which PyTorch's exporter keeps its notes.
+const PREFIXES: &[&str] = &["pkg.torch.", "pkg.onnxscript."];
+
+/// A key without a prefix that PyTorch's exporter writes beside the others.
+const NAMESPACE: &str = "namespace";
+
+fn is_note(key: &str) -> bool {
+    PREFIXES.iter().any(|prefix| key.starts_with(prefix))
+}
+
+/// Whether the exporter left notes here. Asked before anything is edited: an edit makes all that is known about a
+/// graph out of date.
+fn has_notes(metadata: &Metadata) -> bool {
+    metadata.iter().any(|(key, _)| is_note(key))
+}
+
+fn drop_notes(metadata: &mut Metadata) {
+    metadata.retain(|(key, _)| !is_note(key) && key != NAMESPACE);
+}
+
+fn drop_in(graph: &mut Graph, outcome: &mut Outcome) {
+    for scope in graph.scopes() {
+        if has_notes(&graph.scope(scope).metadata) {
+            drop_notes(&mut graph.scope_mut(scope).metadata);
+            outcome.change("drop-graph-notes", format!("graph `{}`", graph.scope(scope).name));
+        }
+        let made = graph.nodes(scope).flat_map(|id| graph.node(id).outputs().iter().flatten().copied());
+        let values = graph.scope(scope).inputs().iter().copied().chain(graph.initializers(scope)).chain(made);
+        let noted: Vec<_> = values.filter(|&value| has_notes(&graph.value(value).metadata)).collect();
+        for value in noted {
+            drop_notes(&mut graph.value_mut(value).metadata);
+            outcome.change("drop-value-notes", format!("value `{}`", graph.value(value).name));
+        }
+    }
+    for id in graph.all_nodes() {
+        if has_notes(&graph.node(id).metadata) {
+            drop_notes(&mut graph.node_mut(id).metadata);
+            outcome.change("drop-node-notes", graph.describe(id));
+        }
+    }
+}
+
+impl Pass for DropTraceInfo {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+        let mut outcome = Outcome::default();
+        for (graph, _) in model.graphs_mut() {
+            drop_in(graph, &mut outcome);
+        }
+        Ok(outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::model;
+
+    fn pairs(keys: &[&str]) -> Metadata {
+        keys.iter().map(|key| ((*key).to_owned(), "x".to_owned())).collect()
+    }
+
+    #[test]
+    fn drops_traces_in_subgraphs_too_and_keeps_the_rest() {
+        let mut m = model(
+            "g (bool c, float[2] x) => (float[2] y) {
+                y = If (c) <then_branch = t () => (float[2] a) { a = Neg (x) },
+                            else_branch = e () => (float[2] b) { b = Abs (x) }>
+            }",
+        );
+        m.metadata = pairs(&["pkg.torch.export.kept", "maker"]);
+        for id in m.graph.all_nodes() {
+            m.graph.node_mut(id).metadata = pairs(&["pkg.torch.onnx.stack_trace", "namespace", "mine"]);
+        }
+        let x = m.graph.main().inputs()[1];
+        m.graph.value_mut(x).metadata = pairs(&["pkg.onnxscript.optimizer.folded_from"]);
+        let outcome = DropTraceInfo.apply(&mut m, &Context::default()).unwrap();
+        assert_eq!(outcome.changes.len(), 4);
+        assert!(m.graph.all_nodes().iter().all(|&id| m.graph.node(id).metadata == pairs(&["mine"])));
+        assert!(m.graph.value(x).metadata.is_empty());
+        assert_eq!(m.metadata.len(), 2);
+        assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+    }
+
+    #[test]
+    fn leaves_the_notes_of_others() {
+        let mut m = model("g (float[2] x) => (float[2] y) { y = Neg (x) }");
+        let id = m.graph.all_nodes()[0];
+        m.graph.node_mut(id).metadata = pairs(&["namespace", "owner"]);
+        assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(m.graph.node(id).metadata.len(), 2);
+    }
+}
