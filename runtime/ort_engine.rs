@@ -96,6 +96,7 @@ impl OrtEngine {
             .with_optimization_level(level)
             .and_then(|b| b.with_intra_threads(options.threads))
             .and_then(|b| b.with_intra_op_spinning(options.spin))
+            .and_then(|b| b.with_prepacking(options.prepack))
             .and_then(|b| b.with_log_level(LogLevel::Fatal));
         let builder = configured.map_err(|e| refused(sentence(e.message())))?;
         providers::register(&self.environment, builder, options, &self.name(), &self.found.path, timing)

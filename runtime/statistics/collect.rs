@@ -345,7 +345,8 @@ impl Collector<'_> {
         let path = scratch.join("statistics.onnx");
         copy.write_linked(&path)?;
         let first_only = entries.is_empty();
-        let (set, options) = (self.set.clone(), self.options.load.clone());
+        // Batches are large: packing weights once and for all saves little time and takes their memory twice.
+        let (set, options) = (self.set.clone(), LoadOptions { prepack: false, ..self.options.load.clone() });
         Ok((self.worker.gather)(&Job { model: path, set, first_only, options, entries, direct })?)
     }
 
