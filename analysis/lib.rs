@@ -3,18 +3,22 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod affine;
+mod calibrate;
 mod cost;
 mod dim;
 mod evaluate;
 pub mod kernels;
 mod liveness;
+mod rows;
 mod shapes;
 mod units;
 
 pub use affine::{Affine, Affines};
+pub use calibrate::{Calibrate, Gram, SymMatrix};
 pub use cost::{Bindings, Cost, NodeCost, OperatorCost};
 pub use dim::{DimExpr, Symbol};
 pub use evaluate::{Evaluate, EvaluateError};
 pub use liveness::{Liveness, dead_nodes, unused_initializers};
+pub use rows::{Rows, View, Window, weight_inputs};
 pub use shapes::{Contents, Facts};
 pub use units::{Barrier, NoUnit, NoUnitReason, PostOp, Unit, UnitId, UnitKind, Units};

@@ -51,7 +51,6 @@ pub use select::ChosenSamples;
 pub use serve::serve;
 pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{
-    CollectOptions, Counts, Field, MaskInput, Request, Rows, Statistics, StatisticsError, SymMatrix, View, Window,
-    Work, quarter_of_memory, weight_inputs,
+    CollectOptions, Counts, Field, MaskInput, Request, Statistics, StatisticsError, Work, quarter_of_memory,
 };
 pub use verify::{Inputs, Report, Sample, Verdict, VerifyError, verify};

@@ -17,8 +17,6 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use collect::{
-    CollectOptions, Counts, Field, MaskInput, Statistics, StatisticsError, SymMatrix, Work, quarter_of_memory,
-};
+pub use collect::{CollectOptions, Counts, Field, MaskInput, Statistics, StatisticsError, Work, quarter_of_memory};
 pub(crate) use gather::{Gathered, Job, serve};
-pub use request::{Request, Rows, View, Window, weight_inputs};
+pub use request::Request;

@@ -1,8 +1,8 @@
 //! A copy of a model that computes statistics and nothing else.
 
-use super::request::{Request, Rows, View, Window};
+use super::request::Request;
 use crate::StatisticsError;
-use lathe_analysis::{DimExpr, Facts, unused_initializers};
+use lathe_analysis::{DimExpr, Facts, Rows, View, Window, unused_initializers};
 use lathe_ir::{AttributeValue, DataType, Graph, Model, Node, Origin, ScopeId, Tensor, Type, ValueId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -3,11 +3,11 @@
 use super::{
     append::{Append, Mask, Output, Sizes, resolve},
     gather::{Entry, Gathered, Job},
-    request::{Request, Rows, View},
+    request::Request,
     store::{self, Stored},
 };
 use crate::{Child, LoadOptions, RuntimeError, SampleSet, SetError, SetSpec};
-use lathe_analysis::{Bindings, Cost, Facts};
+use lathe_analysis::{Bindings, Cost, Facts, Rows, SymMatrix, View};
 use lathe_ir::{Dim, Model, ScopeId, WriteError};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -98,38 +98,6 @@ pub struct Counts {
     pub padded: u64,
     /// Other rows that hold a NaN or an infinity.
     pub broken: u64,
-}
-
-/// A symmetric matrix.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SymMatrix {
-    size: usize,
-    upper: Vec<f64>,
-}
-
-impl SymMatrix {
-    /// Rows, and columns.
-    pub fn size(&self) -> usize {
-        self.size
-    }
-
-    /// One element. Panics outside of the matrix.
-    pub fn get(&self, row: usize, column: usize) -> f64 {
-        assert!(row < self.size && column < self.size, "outside of the matrix");
-        let (row, column) = (row.min(column), row.max(column));
-        self.upper[row * self.size - row * (row + 1) / 2 + column]
-    }
-
-    /// The upper triangle with the diagonal, row by row: `size · (size + 1) / 2` numbers.
-    pub fn upper(&self) -> &[f64] {
-        &self.upper
-    }
-
-    /// All elements, row by row.
-    pub fn to_full(&self) -> Vec<f64> {
-        let all = (0..self.size).flat_map(|row| (0..self.size).map(move |column| (row, column)));
-        all.map(|(row, column)| self.get(row, column)).collect()
-    }
 }
 
 /// One array of a statistic.
@@ -237,7 +205,8 @@ impl Statistics {
         let mut stored = self.stored(&Request::Gram(rows.clone()))?;
         let at = index_of(&stored, "gram").expect("a Gram matrix is stored under this name");
         let size = stored.head.arrays[at].dims[0];
-        Ok(SymMatrix { size, upper: std::mem::take(&mut stored.data[at]) })
+        let upper = std::mem::take(&mut stored.data[at]);
+        Ok(SymMatrix::from_upper(size, upper).expect("a stored triangle has the length that its size says"))
     }
 
     /// One array of a statistic with its shape, by the name that [`Request`] gives it, and matrices in full.
@@ -252,7 +221,13 @@ impl Statistics {
         let arrays = stored.head.arrays.into_iter().zip(stored.data).filter(|(a, _)| a.field != "counts");
         let full = arrays.map(|(array, data)| {
             let size = array.dims.first().copied().unwrap_or_default();
-            let data = if array.triangle { SymMatrix { size, upper: data }.to_full() } else { data };
+            let data = if array.triangle {
+                SymMatrix::from_upper(size, data)
+                    .expect("a stored triangle has the length that its size says")
+                    .to_full()
+            } else {
+                data
+            };
             Field { name: array.field, dims: array.dims, data }
         });
         Ok(full.collect())

@@ -170,7 +170,7 @@ pub(crate) fn evict(cache: &Path, current: &Path, limit: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::statistics::Rows;
+    use lathe_analysis::Rows;
 
     #[test]
     fn damage_is_noticed() {

@@ -1,12 +1,13 @@
 use super::{
     collect::{CollectOptions, Counts, MaskInput, Statistics, StatisticsError, Worker},
     gather,
-    request::{Request, Rows, View, weight_inputs},
+    request::Request,
 };
 use crate::{
     LoadOptions, NpzWriter, RuntimeError, SetSpec,
     testing::{Build, engine},
 };
+use lathe_analysis::{Rows, View, weight_inputs};
 use lathe_ir::{DataType, Model, Node, Tensor, Type};
 use std::{cell::Cell, path::PathBuf};
 use tempfile::TempDir;

@@ -10,10 +10,9 @@ use crate::{
 };
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
+use lathe_analysis::{Rows, View, weight_inputs};
 use lathe_ir::{DataType, Model, Tensor};
-use lathe_runtime::{
-    CollectOptions, MaskInput, NpzWriter, Request, Rows, SetSpec, Statistics, View, quarter_of_memory, weight_inputs,
-};
+use lathe_runtime::{CollectOptions, MaskInput, NpzWriter, Request, SetSpec, Statistics, quarter_of_memory};
 use std::{fmt::Write as _, path::PathBuf, time::Instant};
 
 /// What to collect.

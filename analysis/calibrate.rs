@@ -1,0 +1,58 @@
+//! What a model does on a calibration set, without knowing who ran it.
+
+use crate::{EvaluateError, Rows};
+
+/// A symmetric matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SymMatrix {
+    size: usize,
+    upper: Vec<f64>,
+}
+
+impl SymMatrix {
+    /// Of the upper triangle with the diagonal, row by row; `None` unless that is `size · (size + 1) / 2` numbers.
+    pub fn from_upper(size: usize, upper: Vec<f64>) -> Option<SymMatrix> {
+        let expected = size.checked_mul(size.checked_add(1)?)? / 2;
+        (upper.len() == expected).then_some(SymMatrix { size, upper })
+    }
+
+    /// Rows, and columns.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// One element. Panics outside of the matrix.
+    pub fn get(&self, row: usize, column: usize) -> f64 {
+        assert!(row < self.size && column < self.size, "outside of the matrix");
+        let (row, column) = (row.min(column), row.max(column));
+        self.upper[row * self.size - row * (row + 1) / 2 + column]
+    }
+
+    /// The upper triangle with the diagonal, row by row: `size · (size + 1) / 2` numbers.
+    pub fn upper(&self) -> &[f64] {
+        &self.upper
+    }
+
+    /// All elements, row by row.
+    pub fn to_full(&self) -> Vec<f64> {
+        let all = (0..self.size).flat_map(|row| (0..self.size).map(move |column| (row, column)));
+        all.map(|(row, column)| self.get(row, column)).collect()
+    }
+}
+
+/// Second moments of what a layer reads.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gram {
+    /// `XᵀX / rows`, `[k, k]`.
+    pub matrix: SymMatrix,
+    /// The mean row, `[k]`.
+    pub mean: Vec<f64>,
+    /// Rows that count.
+    pub rows: u64,
+}
+
+/// Statistics of the model that is being compressed, over its calibration set.
+pub trait Calibrate {
+    /// Second moments of a value of the original model. Fails if the value was not collected.
+    fn gram(&self, rows: &Rows) -> Result<Gram, EvaluateError>;
+}
