@@ -23,6 +23,7 @@ mod progress;
 mod random;
 mod roles;
 mod select;
+mod sensitivity;
 mod serve;
 mod sets;
 mod statistics;
@@ -48,6 +49,7 @@ pub use profile::{NodeTime, Placement, Profile};
 pub use progress::{Listener, Progress, Talk};
 pub use random::Random;
 pub use select::ChosenSamples;
+pub use sensitivity::{Distance, Probe, ProbeOptions, sensitivities};
 pub use serve::serve;
 pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{

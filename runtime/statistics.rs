@@ -17,6 +17,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use append::{Fold, Output, resolve};
 pub use collect::{CollectOptions, Counts, Field, MaskInput, Statistics, StatisticsError, Work, quarter_of_memory};
 pub(crate) use gather::{Gathered, Job, serve};
 pub use request::Request;

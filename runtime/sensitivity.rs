@@ -1,0 +1,349 @@
+//! How much the outputs of a model move per unit of relative error of values inside it.
+//!
+//! A copy of the model gets one input more, a table of amplitudes with one column per probed value. To every probed
+//! value it adds the amplitude times the value's own features, permuted and with random signs: an error as large as
+//! asked for, that is linear in the value as the error of a changed weight is. The rows of a batch run with different
+//! amplitudes beside a first row without any, and the distance of their outputs from the first row's is computed in the
+//! graph. So one session and a few batches serve hundreds of values.
+
+use crate::{
+    Child, LoadOptions, NpzWriter, Random, RuntimeError, SampleSet, SetError, SetSpec,
+    statistics::{Fold, Gathered, Job, Output, StatisticsError, resolve},
+};
+use lathe_analysis::{Facts, View};
+use lathe_ir::{AttributeValue, DataType, Model, Node, ScopeId, Tensor, Type, Use, ValueId};
+use std::path::Path;
+
+/// The relative error that is tried: small enough for outputs to answer in proportion to its square, large enough to
+/// stand out of rounding.
+const AMPLITUDE: f64 = 0.1;
+
+/// Rows of a batch: the first is the reference.
+const BATCH: usize = 4;
+
+/// The oldest operator set that has what is appended in the form it is appended.
+const OLDEST_OPSET: i64 = 13;
+
+/// The input of amplitudes.
+const INPUT: &str = "probe_amplitudes";
+
+/// How far outputs are from where they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Distance {
+    /// Mean Kullback–Leibler divergence of the softmax over the last axis, in nats.
+    Divergence,
+    /// Squared difference over squared norm.
+    Relative,
+}
+
+/// A value to probe, with the axis of its features.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probe {
+    /// The name of the value.
+    pub value: String,
+    /// Which axis holds the features.
+    pub view: View,
+}
+
+/// What a probe needs besides the model.
+#[derive(Debug, Clone)]
+pub struct ProbeOptions {
+    /// Threads, provider and device.
+    pub load: LoadOptions,
+    /// How outputs are compared.
+    pub distance: Distance,
+    /// Seeds the permutations and signs.
+    pub seed: u64,
+}
+
+/// The rise of the outputs' distance per squared relative error of each value; `None` where a value cannot be probed,
+/// because its first axis is not the samples' or the size of its features is not known.
+///
+/// Every value is tried on one sample; the samples take turns.
+pub fn sensitivities(
+    child: &Child,
+    model: &Model,
+    set: &SetSpec,
+    probes: &[Probe],
+    options: &ProbeOptions,
+) -> Result<Vec<Option<f64>>, StatisticsError> {
+    sensitivities_with(&|job| child.gather(job), model, set, probes, options)
+}
+
+fn sensitivities_with(
+    gather: &dyn Fn(&Job) -> Result<Gathered, RuntimeError>,
+    model: &Model,
+    set: &SetSpec,
+    probes: &[Probe],
+    options: &ProbeOptions,
+) -> Result<Vec<Option<f64>>, StatisticsError> {
+    if model.opset() < OLDEST_OPSET {
+        return Err(StatisticsError::OldOpset { found: model.opset(), needed: OLDEST_OPSET });
+    }
+    let mut copy = Copy::new(model, options)?;
+    let mut columns = Vec::new();
+    for (index, probe) in probes.iter().enumerate() {
+        let value = resolve(model, &probe.value)?;
+        if copy.disturb(value, &probe.view, columns.len()) {
+            columns.push(index);
+        }
+    }
+    let mut found = vec![None; probes.len()];
+    if columns.is_empty() {
+        return Ok(found);
+    }
+    let output = copy.finish(options.distance, columns.len());
+    let Some(output) = output else { return Ok(found) };
+    let failed = |source| StatisticsError::Io { path: std::env::temp_dir(), source };
+    let scratch = tempfile::tempdir().map_err(failed)?;
+    let path = scratch.path().join("probe.onnx");
+    copy.model.graph.sort().expect("what is added needs only what was there");
+    copy.model.write_linked(&path)?;
+    let inputs = scratch.path().join("probe.npz");
+    write_inputs(&inputs, model, set, columns.len())?;
+    let set = SetSpec { batch: Some(BATCH), ..SetSpec::all(&inputs) };
+    let load = LoadOptions { prepack: false, ..options.load.clone() };
+    let job = Job { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: vec![output] };
+    let gathered = gather(&job)?;
+    let sums = gathered.direct.first().map(Vec::as_slice).unwrap_or_default();
+    for (&index, &sum) in columns.iter().zip(sums) {
+        // The sum is of distances times amplitudes, and one row has this amplitude.
+        let rise = sum / AMPLITUDE.powi(3);
+        found[index] = rise.is_finite().then_some(rise.max(0.0));
+    }
+    Ok(found)
+}
+
+/// The samples that run, and the amplitudes: `BATCH` copies of one sample in every batch, the first undisturbed.
+fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Result<(), StatisticsError> {
+    let failed = |source| StatisticsError::Io { path: path.to_owned(), source };
+    let batches = columns.div_ceil(BATCH - 1);
+    let samples = SampleSet::open(&SetSpec { batch: Some(1), ..set.clone() }, model)?;
+    let chosen: Vec<_> = samples.batches().take(batches).collect::<Result<_, SetError>>()?;
+    let Some(first) = chosen.first() else { return Ok(()) };
+    let mut npz = NpzWriter::create(path).map_err(failed)?;
+    for (at, (name, tensor)) in first.inputs.iter().enumerate() {
+        let mut bytes = Vec::with_capacity(tensor.byte_len() * batches * BATCH);
+        for batch in 0..batches {
+            let sample = &chosen[batch % chosen.len()].inputs[at].1;
+            (0..BATCH).for_each(|_| bytes.extend_from_slice(sample.bytes()));
+        }
+        let dims: Vec<usize> = std::iter::once(batches * BATCH).chain(tensor.dims()[1..].iter().copied()).collect();
+        let tensor = Tensor::new(tensor.dtype(), dims, bytes).expect("equal samples fill their shape");
+        npz.add(name, &tensor).map_err(failed)?;
+    }
+    let mut table = vec![0f32; batches * BATCH * columns];
+    for column in 0..columns {
+        let row = column / (BATCH - 1) * BATCH + 1 + column % (BATCH - 1);
+        table[row * columns + column] = AMPLITUDE as f32;
+    }
+    npz.add(INPUT, &Tensor::from_f32s(&[batches * BATCH, columns], &table)).map_err(failed)?;
+    npz.finish().map_err(failed)
+}
+
+/// The copy under construction.
+struct Copy {
+    model: Model,
+    facts: Facts,
+    table: ValueId,
+    random: Random,
+}
+
+impl Copy {
+    fn new(model: &Model, options: &ProbeOptions) -> Result<Copy, StatisticsError> {
+        let facts = Facts::infer(model);
+        let mut model = Model { training: Vec::new(), ..model.clone() };
+        let graph = &mut model.graph;
+        let name = graph.fresh_name(INPUT);
+        let table = graph.add_value(name, None);
+        graph.add_input(ScopeId::MAIN, table);
+        Ok(Copy { model, facts, table, random: Random::new(options.seed) })
+    }
+
+    /// Adds an error to `value` for everyone who reads it; `false` if that cannot be done per sample.
+    fn disturb(&mut self, value: ValueId, view: &View, column: usize) -> bool {
+        let View::Axis(axis) = *view else { return false };
+        let Some(shape) = self.facts.shape(value) else { return false };
+        let ndim = shape.len() as i64;
+        let axis = if axis < 0 { axis + ndim } else { axis };
+        let samples = self.model.graph.main().inputs().iter().find_map(|&v| self.facts.shape(v)?.first().cloned());
+        let per_sample = samples.is_some_and(|s| s.as_known().is_none() && shape.first() == Some(&s));
+        let features = usize::try_from(axis).ok().and_then(|a| shape.get(a)?.as_known());
+        let Some(features) = features.filter(|&f| per_sample && axis > 0 && f > 0) else { return false };
+        let dtype = self.facts.elem(value);
+        let Some(dtype) = dtype.filter(|t| matches!(t, DataType::Float | DataType::Float16)) else { return false };
+        let uses: Vec<Use> = self.model.graph.value(value).uses().iter().copied().collect();
+        let mut order: Vec<i64> = (0..features).collect();
+        for last in (1..order.len()).rev() {
+            order.swap(last, self.random.below(last as u64 + 1) as usize);
+        }
+        let signs: Vec<f64> = order.iter().map(|_| if self.random.below(2) == 0 { 1.0 } else { -1.0 }).collect();
+        let mut spread = vec![1usize; ndim as usize];
+        spread[axis as usize] = features as usize;
+        let signs = Tensor::from_f64s(dtype, &spread, &signs).expect("signs are numbers of every float type");
+        let order = self.constant(Tensor::int64s(&order));
+        let signs = self.constant(signs);
+        let moved = self.op(Node::new("Gather").with("axis", axis), &[value, order]);
+        let moved = self.op(Node::new("Mul"), &[moved, signs]);
+        let at = self.constant(Tensor::int64s(&[column as i64]));
+        let amplitude = self.op(Node::new("Gather").with("axis", 1i64), &[self.table, at]);
+        let ones: Vec<i64> = std::iter::once(-1).chain(vec![1; ndim as usize - 1]).collect();
+        let ones = self.constant(Tensor::int64s(&ones));
+        let mut amplitude = self.op(Node::new("Reshape"), &[amplitude, ones]);
+        if dtype != DataType::Float {
+            amplitude = self.cast(amplitude, dtype);
+        }
+        let error = self.op(Node::new("Mul"), &[moved, amplitude]);
+        let disturbed = self.op(Node::new("Add"), &[value, error]);
+        let graph = &mut self.model.graph;
+        for place in uses {
+            match place {
+                Use::Node(node, index) => graph.set_input(node, index, Some(disturbed)),
+                Use::Output(scope, index) => graph.set_output(scope, index, disturbed),
+                Use::Annotation(_) => {}
+            }
+        }
+        true
+    }
+
+    /// Replaces the outputs by the distances, weighted by amplitudes and summed over the batch, `[columns]`.
+    fn finish(&mut self, distance: Distance, columns: usize) -> Option<Output> {
+        let outputs: Vec<ValueId> = self.model.graph.main().outputs().to_vec();
+        for index in (0..outputs.len()).rev() {
+            self.model.graph.remove_output(ScopeId::MAIN, index);
+        }
+        let mut total: Option<ValueId> = None;
+        for output in outputs {
+            let known = self.facts.elem(output).or_else(|| self.model.graph.value(output).ty.as_ref()?.elem());
+            if known.is_some_and(|t| !t.is_float()) {
+                continue;
+            }
+            let one = self.cast(output, DataType::Float);
+            let one = match distance {
+                Distance::Divergence => self.divergence(one),
+                Distance::Relative => self.relative(one),
+            };
+            total = Some(match total {
+                Some(sum) => self.op(Node::new("Add"), &[sum, one]),
+                None => one,
+            });
+        }
+        let weighted = self.op(Node::new("Mul"), &[total?, self.table]);
+        let sum = self.sum(weighted, 0, false);
+        let sum = self.cast(sum, DataType::Double);
+        let (table, graph) = (self.table, &mut self.model.graph);
+        graph.value_mut(sum).ty = Some(Type::unshaped(DataType::Double));
+        graph.add_output(ScopeId::MAIN, sum);
+        let samples =
+            graph.main().inputs().first().and_then(|&v| graph.value(v).ty.as_ref()?.shape()?.dims.first().cloned());
+        let dims = vec![samples.unwrap_or(lathe_ir::Dim::Unknown), lathe_ir::Dim::Known(columns as i64)];
+        graph.value_mut(table).ty = Some(Type::tensor(DataType::Float, dims));
+        Some(Output { value: graph.value(sum).name.clone(), field: "probe".to_owned(), fold: Fold::Sum })
+    }
+
+    /// Mean over all but the first axis of Σ p₀ (log p₀ − log p), `[batch, 1]`.
+    fn divergence(&mut self, logits: ValueId) -> ValueId {
+        let logs = self.op(Node::new("LogSoftmax").with("axis", -1i64), &[logits]);
+        let first = self.first(logs);
+        let (weights, lost) = (self.op(Node::new("Exp"), &[first]), self.op(Node::new("Sub"), &[first, logs]));
+        let parts = self.op(Node::new("Mul"), &[weights, lost]);
+        let rows = self.sum(parts, -1, true);
+        let flat = self.flat(rows);
+        let axes = AttributeValue::Ints(vec![1]);
+        if self.model.opset() < 18 {
+            return self.op(Node::new("ReduceMean").with("axes", axes).with("keepdims", 1i64), &[flat]);
+        }
+        let axes = self.constant(Tensor::int64s(&[1]));
+        self.op(Node::new("ReduceMean").with("keepdims", 1i64), &[flat, axes])
+    }
+
+    /// ‖y − y₀‖² / ‖y₀‖², `[batch, 1]`.
+    fn relative(&mut self, output: ValueId) -> ValueId {
+        let flat = self.flat(output);
+        let first = self.first(flat);
+        let difference = self.op(Node::new("Sub"), &[flat, first]);
+        let squares = self.op(Node::new("Mul"), &[difference, difference]);
+        let norms = self.op(Node::new("Mul"), &[first, first]);
+        let (squares, norm) = (self.sum(squares, 1, true), self.sum(norms, 1, true));
+        let tiny = self.constant(Tensor::from_f32s(&[], &[f32::MIN_POSITIVE]));
+        let norm = self.op(Node::new("Max"), &[norm, tiny]);
+        self.op(Node::new("Div"), &[squares, norm])
+    }
+
+    fn flat(&mut self, value: ValueId) -> ValueId {
+        let shape = self.constant(Tensor::int64s(&[0, -1]));
+        self.op(Node::new("Reshape"), &[value, shape])
+    }
+
+    /// The first sample of the batch, with its axis.
+    fn first(&mut self, value: ValueId) -> ValueId {
+        let (start, end) = (self.constant(Tensor::int64s(&[0])), self.constant(Tensor::int64s(&[1])));
+        self.op(Node::new("Slice"), &[value, start, end, start])
+    }
+
+    fn sum(&mut self, value: ValueId, axis: i64, keep: bool) -> ValueId {
+        let axes = self.constant(Tensor::int64s(&[axis]));
+        self.op(Node::new("ReduceSum").with("keepdims", i64::from(keep)), &[value, axes])
+    }
+
+    fn cast(&mut self, value: ValueId, dtype: DataType) -> ValueId {
+        self.op(Node::new("Cast").with("to", AttributeValue::Int(i64::from(dtype.code()))), &[value])
+    }
+
+    fn op(&mut self, node: Node, inputs: &[ValueId]) -> ValueId {
+        self.model.graph.append(ScopeId::MAIN, node, inputs, "probe")
+    }
+
+    fn constant(&mut self, tensor: Tensor) -> ValueId {
+        self.model.graph.add_initializer(ScopeId::MAIN, "probe", tensor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        statistics::serve,
+        testing::{Build, engine},
+    };
+
+    /// `y = a + 2a` where `a = x·w`.
+    fn model() -> Model {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["n", "3"]);
+        let weight = [1.0, 2.0, 0.0, 1.0, 0.0, 1.0, 1.0, -1.0, 2.0, 0.0, 1.0, 1.0];
+        let w = build.constant("w", Tensor::from_f32s(&[3, 4], &weight));
+        let two = build.constant("two", Tensor::from_f32s(&[], &[2.0]));
+        let a = build.node(Node::new("MatMul"), &[x, w], "a");
+        let b = build.node(Node::new("Mul"), &[a, two], "b");
+        let y = build.node(Node::new("Add"), &[a, b], "y");
+        build.output(y, Type::unshaped(DataType::Float)).model()
+    }
+
+    fn probe(names: &[&str]) -> Vec<Option<f64>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("set.npz");
+        let mut npz = NpzWriter::create(&path).unwrap();
+        npz.add("x", &Tensor::from_f32s(&[2, 3], &[1.0, 2.0, 3.0, -1.0, 0.5, 2.0])).unwrap();
+        npz.finish().unwrap();
+        let probes: Vec<Probe> = names.iter().map(|&n| Probe { value: n.to_owned(), view: View::Axis(-1) }).collect();
+        let gather = |job: &Job| serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child);
+        let options = ProbeOptions { load: LoadOptions::default(), distance: Distance::Relative, seed: 1 };
+        sensitivities_with(&gather, &model(), &SetSpec::all(&path), &probes, &options).unwrap()
+    }
+
+    #[test]
+    fn an_error_of_the_output_counts_once_and_one_of_a_part_by_its_share() {
+        // y = 3a: an error of a moves y as much as a itself, one of b = 2a by two thirds of it.
+        let found = probe(&["a", "b", "y"]);
+        let expected = [1.0, 4.0 / 9.0, 1.0];
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found.unwrap() - expected).abs() < 1e-4, "{found:?} is not {expected}");
+        }
+    }
+
+    #[test]
+    fn an_input_can_be_probed() {
+        assert!(probe(&["x"])[0].unwrap() > 0.0);
+    }
+}
