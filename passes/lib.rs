@@ -4,6 +4,7 @@
 
 mod driver;
 pub mod exact;
+pub mod lossy;
 mod operands;
 mod pass;
 mod rule;

@@ -1,6 +1,6 @@
 //! What a pass is, what it may know, and what it reports.
 
-use lathe_analysis::{Evaluate, Facts};
+use lathe_analysis::{Calibrate, Evaluate, EvaluateError, Facts};
 use lathe_ir::{Function, Graph, Model};
 use std::{
     cell::{Cell, RefCell},
@@ -100,6 +100,8 @@ pub struct Context<'a> {
     pub grown: Cell<u64>,
     /// Runs models, if anything can.
     pub evaluator: Option<&'a dyn Evaluate>,
+    /// What was seen on the calibration set, for lossy methods.
+    pub calibration: Option<&'a dyn Calibrate>,
     /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
     pub settings: BTreeMap<String, String>,
     /// Facts of graphs that have not changed since they were inferred.
@@ -149,6 +151,9 @@ pub enum Error {
     /// The nodes of a graph need one another.
     #[error(transparent)]
     Cycle(#[from] lathe_ir::Cycle),
+    /// The calibration cannot be read.
+    #[error(transparent)]
+    Calibration(#[from] EvaluateError),
 }
 
 impl Context<'_> {
