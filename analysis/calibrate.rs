@@ -51,8 +51,20 @@ pub struct Gram {
     pub rows: u64,
 }
 
+/// Means over the rows of a value, per feature.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Moments {
+    /// Of the squares, `[k]`.
+    pub square: Vec<f64>,
+    /// Rows that count.
+    pub rows: u64,
+}
+
 /// Statistics of the model that is being compressed, over its calibration set.
 pub trait Calibrate {
-    /// Second moments of a value of the original model. Fails if the value was not collected.
-    fn gram(&self, rows: &Rows) -> Result<Gram, EvaluateError>;
+    /// Second moments of a value of the original model; `None` if they were not collected.
+    fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError>;
+
+    /// Mean squares of a value of the original model; `None` if they were not collected.
+    fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError>;
 }

@@ -1,109 +1,98 @@
-//! Layers with constant weights, as matrices.
+//! Constants that layers and tables are made of, and where they are used.
 
-use lathe_analysis::{Rows, View};
-use lathe_ir::{DataType, Graph, NodeId, ScopeId, Use, ValueId};
+use lathe_analysis::Rows;
+use lathe_ir::{DataType, Graph, NodeId, Origin, ScopeId, Use, ValueId};
+use std::collections::BTreeMap;
 
-/// Smaller weights are not worth a node of their own.
+/// Smaller constants are not worth a node of their own, in elements.
 const SMALLEST: usize = 1 << 12;
 
-/// `y = x·W`, with `W` `[inputs, outputs]`: a `MatMul` or `Gemm` of the main graph whose weight is a stored constant.
+/// A use of a constant whose output can be watched.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Layer {
+pub struct Tap {
     /// The node.
     pub node: NodeId,
-    /// As reports call it: the name of its node, else of its output.
-    pub name: String,
-    /// What it reads.
-    pub data: ValueId,
-    /// The stored weight: `[inputs, outputs]`, or `[outputs, inputs]` if `transposed`.
-    pub weight: ValueId,
     /// What it gives.
     pub output: ValueId,
-    /// K, the length of a row that it reads.
-    pub inputs: usize,
-    /// N, the length of a row that it gives.
-    pub outputs: usize,
-    /// Whether the weight is stored transposed.
-    pub transposed: bool,
-    /// What its input is for calibration.
-    pub rows: Rows,
+    /// What it multiplies the constant with; `None` where it picks rows of it.
+    pub rows: Option<Rows>,
+    /// Which axis of the stored constant its products are summed over; for picked rows, the axis of the features.
+    pub inputs_axis: usize,
+    /// What its output is as rows.
+    pub output_rows: Rows,
 }
 
-impl Layer {
-    /// The matrix `W`, `[inputs, outputs]` row by row, without the `alpha` of a `Gemm`; `None` if a number of it is
-    /// not finite.
-    pub fn matrix(&self, graph: &Graph) -> Option<Vec<f32>> {
-        let stored = graph.constant(self.weight)?.to_f32s()?;
-        if !stored.iter().all(|x| x.is_finite()) {
-            return None;
-        }
-        if !self.transposed {
-            return Some(stored);
-        }
-        let mut matrix = vec![0.0; stored.len()];
-        for (column, line) in stored.chunks_exact(self.inputs).enumerate() {
-            for (row, &x) in line.iter().enumerate() {
-                matrix[row * self.outputs + column] = x;
+/// A float constant of two axes in the main graph, with everything that uses it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weight {
+    /// The constant.
+    pub value: ValueId,
+    /// Its shape.
+    pub dims: [usize; 2],
+    /// Its uses: products, and tables that rows are picked of.
+    pub taps: Vec<Tap>,
+}
+
+/// The weights of the main graph in order of their first use, and what was passed over with the reason.
+pub fn weights(graph: &Graph) -> (Vec<Weight>, Vec<(ValueId, &'static str)>) {
+    let mut order = Vec::new();
+    let mut seen = BTreeMap::new();
+    for id in graph.nodes(ScopeId::MAIN) {
+        for &value in graph.node(id).inputs().iter().flatten() {
+            let large = graph.constant(value).is_some_and(|t| t.len() >= SMALLEST && t.dtype().is_float());
+            if large && seen.insert(value, ()).is_none() {
+                order.push(value);
             }
         }
-        Some(matrix)
     }
-
-    /// Whether nothing else reads the weight.
-    pub fn owns_weight(&self, graph: &Graph) -> bool {
-        let uses = graph.value(self.weight).uses();
-        uses.iter().all(|place| matches!(place, Use::Node(node, 1) if *node == self.node))
-    }
-}
-
-/// The layers of the main graph in order of their nodes, and what was passed over with the reason.
-pub fn layers(graph: &Graph) -> (Vec<Layer>, Vec<(NodeId, &'static str)>) {
     let (mut found, mut refused) = (Vec::new(), Vec::new());
-    for id in graph.nodes(ScopeId::MAIN) {
-        match layer(graph, id) {
-            Some(Ok(layer)) => found.push(layer),
-            Some(Err(reason)) => refused.push((id, reason)),
-            None => {}
+    for value in order {
+        match weight(graph, value) {
+            Ok(weight) => found.push(weight),
+            Err(reason) => refused.push((value, reason)),
         }
     }
     (found, refused)
 }
 
-/// `None` for nodes that are no layers.
-fn layer(graph: &Graph, id: NodeId) -> Option<Result<Layer, &'static str>> {
-    let node = graph.node(id);
-    let gemm = node.is("Gemm");
-    if !(gemm || node.is("MatMul")) {
-        return None;
+fn weight(graph: &Graph, value: ValueId) -> Result<Weight, &'static str> {
+    let tensor = graph.constant(value).expect("only constants are asked about");
+    if tensor.dtype() != DataType::Float {
+        return Err("the constant is not float32");
     }
-    let (data, weight, output) = (node.input(0)?, node.input(1)?, node.output(0)?);
-    let Some(tensor) = graph.constant(weight) else {
-        let constant = graph.constant(data).is_some();
-        return constant.then_some(Err("the weight is the left operand"));
-    };
-    if graph.constant(data).is_some() {
-        return None;
+    let &[rows, columns] = tensor.dims() else { return Err("the constant has other than two axes") };
+    if !matches!(graph.value(value).origin(), Origin::Initializer(ScopeId::MAIN)) {
+        return Err("the constant is not stored as an initializer of the main graph");
     }
-    let &[rows, columns] = tensor.dims() else { return Some(Err("the weight has other than two axes")) };
-    let transposed = gemm && node.int("transB") == Some(1);
-    let (inputs, outputs) = if transposed { (columns, rows) } else { (rows, columns) };
-    let problem = if !matches!(tensor.dtype(), DataType::Float | DataType::Float16 | DataType::Bfloat16) {
-        Some("the weight is of a type that is not compressed")
-    } else if tensor.len() < SMALLEST {
-        Some("the weight is too small to pay")
-    } else if gemm && node.int("transA") == Some(1) {
-        Some("the rows of its input are along the last axis")
-    } else if graph.is_output(weight) {
-        Some("the weight is also an output of the model")
-    } else if graph.scope_of(data) != Some(ScopeId::MAIN) {
-        Some("it reads a value of another graph")
-    } else {
-        None
-    };
-    if let Some(reason) = problem {
-        return Some(Err(reason));
+    let taps = taps(graph, value, false)?;
+    Ok(Weight { value, dims: [rows, columns], taps })
+}
+
+/// What uses a constant; `turned` if it passed through a transposition.
+fn taps(graph: &Graph, value: ValueId, turned: bool) -> Result<Vec<Tap>, &'static str> {
+    let mut found = Vec::new();
+    for place in graph.value(value).uses() {
+        let &Use::Node(id, index) = place else { return Err("the constant is also an output of the model") };
+        let node = graph.node(id);
+        let output = node.output(0).ok_or("a node that reads the constant has no output")?;
+        if node.scope() != ScopeId::MAIN {
+            return Err("the constant is read in a subgraph");
+        }
+        if node.is("Transpose") && !turned {
+            found.extend(taps(graph, output, true)?);
+            continue;
+        }
+        let rows = |value: ValueId| Rows::last(graph.value(value).name.clone());
+        let watched = |data: Option<ValueId>| data.filter(|&v| graph.constant(v).is_none());
+        if node.is("Gather") && index == 0 && node.int("axis").unwrap_or(0) == 0 && !turned {
+            found.push(Tap { node: id, output, rows: None, inputs_axis: 1, output_rows: rows(output) });
+            continue;
+        }
+        let product = (node.is("MatMul") || (node.is("Gemm") && node.int("transA") != Some(1))) && index == 1;
+        let data = watched(node.input(0)).filter(|_| product).ok_or("the constant is read by other than products")?;
+        let stored_turned = turned != (node.is("Gemm") && node.int("transB") == Some(1));
+        let inputs_axis = usize::from(stored_turned);
+        found.push(Tap { node: id, output, rows: Some(rows(data)), inputs_axis, output_rows: rows(output) });
     }
-    let name = if node.name.is_empty() { graph.value(output).name.clone() } else { node.name.clone() };
-    let rows = Rows { value: graph.value(data).name.clone(), view: View::Axis(-1) };
-    Some(Ok(Layer { node: id, name, data, weight, output, inputs, outputs, transposed, rows }))
+    Ok(found)
 }

@@ -2,12 +2,16 @@
 //!
 //! A method proposes and carries out; it never chooses. All options of all methods compete in one allocation.
 
+mod allocate;
 mod layers;
+mod quantize;
 
-pub use layers::{Layer, layers};
+pub use allocate::{AllocateError, Allocation, Item, allocate};
+pub use layers::{Tap, Weight, weights};
+pub use quantize::Quantize;
 
 use crate::{Context, Error, Info, Outcome};
-use lathe_ir::{Model, NodeId};
+use lathe_ir::{Model, ValueId};
 
 /// What something takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -27,17 +31,19 @@ pub struct Choice {
     pub name: String,
     /// What it takes.
     pub spent: Spent,
-    /// ‖X(W − Ŵ)‖ / ‖XW‖ over the calibration set: the relative L2 error of the site's output.
-    pub error: f64,
+    /// The relative L2 error of every tap of the site over the calibration set: ‖X(W − Ŵ)‖ / ‖Y‖.
+    pub errors: Vec<f64>,
 }
 
 /// A place where a method could act.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Site {
-    /// The node whose weight would change; sites at one node exclude each other.
-    pub node: NodeId,
-    /// As reports call it.
+    /// The constant that would change; sites of one constant exclude each other.
+    pub weight: ValueId,
+    /// As reports call it: the name of the constant.
     pub name: String,
+    /// The values whose error is told: the outputs of the nodes that use the constant.
+    pub taps: Vec<ValueId>,
     /// What it takes as it is.
     pub kept: Spent,
     /// What could be done instead.
@@ -64,3 +70,6 @@ pub trait Method: Sync {
     /// Carries out one choice of a site that [`Method::propose`] named, for a model whose other sites may have changed.
     fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error>;
 }
+
+/// Every lossy method.
+pub const METHODS: &[&dyn Method] = &[&Quantize];

@@ -1,0 +1,360 @@
+//! Weights as whole numbers of 8 or 4 bits with one scale per block, dequantized where they are used.
+
+use super::{Choice, Method, Proposal, Site, Spent, Tap, Weight, weights};
+use crate::{Context, Error, Info, Kind, Outcome, Quantity};
+use lathe_analysis::Calibrate;
+use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, ValueId};
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
+
+/// Stores weights as 4-bit or 8-bit blocks.
+pub struct Quantize;
+
+static INFO: Info = Info {
+    name: "quantize",
+    summary: "store weights as blocks of 4-bit or 8-bit whole numbers",
+    doc: "Offers every float32 constant of two axes that products or table look-ups use as int4 or int8 with one float32 \
+          scale per 32, 64 or 128 numbers along the axis that products are summed over, behind a blocked \
+          `DequantizeLinear`. Scales are chosen to lose least on what the calibration set multiplies the weight with. \
+          Activations stay float32. Needs operator set 21 (`--opset 21` upgrades); declines where a constant has other \
+          uses, is not finite, or would not become smaller.",
+    options: &[],
+    kind: Kind::Lossy,
+    lowers: &[Quantity::Parameters],
+    source: Some("ONNX DequantizeLinear-21; block-wise round to nearest with clipping search"),
+};
+
+/// The oldest operator set with blocked `DequantizeLinear`.
+const OPSET: i64 = 21;
+
+/// Shares of the largest magnitude that a block's range may be cut to.
+const CLIPS: [f32; 7] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7];
+
+/// Bytes that a node and the names of two tensors add to a file, roughly.
+const OVERHEAD: u64 = 200;
+
+/// Bits and numbers per scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Scheme {
+    bits: usize,
+    block: usize,
+}
+
+const SCHEMES: [Scheme; 6] = [
+    Scheme { bits: 8, block: 32 },
+    Scheme { bits: 8, block: 64 },
+    Scheme { bits: 8, block: 128 },
+    Scheme { bits: 4, block: 32 },
+    Scheme { bits: 4, block: 64 },
+    Scheme { bits: 4, block: 128 },
+];
+
+impl Scheme {
+    fn name(self) -> String {
+        format!("int{} block {}", self.bits, self.block)
+    }
+
+    /// The range of codes.
+    fn range(self) -> (f32, f32) {
+        let half = 1i32 << (self.bits - 1);
+        (-half as f32, (half - 1) as f32)
+    }
+
+    fn spent(self, layout: &Layout) -> Spent {
+        let elements = layout.outer * layout.length * layout.inner;
+        let scales = layout.outer * layout.length.div_ceil(self.block) * layout.inner;
+        Spent {
+            bytes: ((elements * self.bits).div_ceil(8) + scales * 4) as u64 + OVERHEAD,
+            parameters: elements as u64,
+            flops_per_row: 2 * elements as u64,
+        }
+    }
+}
+
+/// A stored matrix as `[outer, length, inner]`, quantized along `length`.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    outer: usize,
+    length: usize,
+    inner: usize,
+    axis: usize,
+}
+
+impl Layout {
+    fn of(weight: &Weight) -> Layout {
+        let axis = weight.taps.first().map_or(0, |tap| tap.inputs_axis);
+        match axis {
+            0 => Layout { outer: 1, length: weight.dims[0], inner: weight.dims[1], axis },
+            _ => Layout { outer: weight.dims[0], length: weight.dims[1], inner: 1, axis },
+        }
+    }
+}
+
+/// Codes and scales.
+struct Blocks {
+    codes: Vec<i8>,
+    scales: Vec<f32>,
+}
+
+/// Quantizes `matrix` so that Σ importance · (w − ŵ)² is small.
+fn quantize(matrix: &[f32], layout: Layout, scheme: Scheme, importance: &[f64]) -> Blocks {
+    let blocks = layout.length.div_ceil(scheme.block);
+    let mut codes = vec![0i8; matrix.len()];
+    let mut scales = vec![0f32; layout.outer * blocks * layout.inner];
+    let (low, high) = scheme.range();
+    let mut line = Vec::with_capacity(scheme.block);
+    for outer in 0..layout.outer {
+        for block in 0..blocks {
+            let rows = block * scheme.block..layout.length.min((block + 1) * scheme.block);
+            for inner in 0..layout.inner {
+                let at = |row: usize| (outer * layout.length + row) * layout.inner + inner;
+                line.clear();
+                line.extend(rows.clone().map(|row| matrix[at(row)]));
+                let scale = best_scale(&line, &importance[rows.clone()], low, high);
+                scales[(outer * blocks + block) * layout.inner + inner] = scale;
+                for (row, &w) in rows.clone().zip(&line) {
+                    codes[at(row)] = code(w, scale, low, high) as i8;
+                }
+            }
+        }
+    }
+    Blocks { codes, scales }
+}
+
+fn code(w: f32, scale: f32, low: f32, high: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { (w / scale).round_ties_even().clamp(low, high) }
+}
+
+/// The scale that loses least: the number of largest magnitude, or a share of it, becomes the lowest code, which has no
+/// positive counterpart.
+fn best_scale(line: &[f32], importance: &[f64], low: f32, high: f32) -> f32 {
+    let largest = line.iter().copied().fold(0.0f32, |best, w| if w.abs() > best.abs() { w } else { best });
+    if largest == 0.0 {
+        return 0.0;
+    }
+    let mut best = (f64::INFINITY, 0.0);
+    for clip in CLIPS {
+        let scale = largest * clip / low;
+        if scale == 0.0 || !scale.is_finite() {
+            continue;
+        }
+        let mut lost = 0.0;
+        for (&w, &weight) in line.iter().zip(importance) {
+            let off = f64::from(w - code(w, scale, low, high) * scale);
+            lost += weight * off * off;
+        }
+        if lost < best.0 {
+            best = (lost, scale);
+        }
+    }
+    best.1
+}
+
+/// How much a change of a stored number moves a tap's output: mean squares of what it is multiplied with.
+struct Importance {
+    inputs: Vec<f64>,
+    /// Mean square norm of a row of the output.
+    output: f64,
+}
+
+/// `None` if the tap was not seen on the calibration set.
+fn importance(tap: &Tap, weight: &Weight, calibration: Option<&dyn Calibrate>) -> Result<Option<Importance>, Error> {
+    let Some(calibration) = calibration else { return Ok(None) };
+    let Some(output) = calibration.moments(&tap.output_rows)? else { return Ok(None) };
+    let output: f64 = output.square.iter().sum();
+    let inputs = match &tap.rows {
+        Some(rows) => match calibration.moments(rows)? {
+            Some(moments) => moments.square,
+            None => return Ok(None),
+        },
+        // Rows are picked: each is as likely as any other.
+        None => vec![1.0 / weight.dims[0] as f64; weight.dims[1]],
+    };
+    let fits =
+        inputs.len() == weight.dims[tap.inputs_axis] && output.is_finite() && inputs.iter().all(|x| x.is_finite());
+    Ok((fits && output > 0.0).then_some(Importance { inputs, output }))
+}
+
+/// Σ over the matrix of the squared error, per position along the quantized axis.
+fn losses(matrix: &[f32], blocks: &Blocks, layout: Layout, scheme: Scheme) -> Vec<f64> {
+    let count = layout.length.div_ceil(scheme.block);
+    let mut lost = vec![0.0; layout.length];
+    for outer in 0..layout.outer {
+        for (row, lost) in lost.iter_mut().enumerate() {
+            for inner in 0..layout.inner {
+                let at = (outer * layout.length + row) * layout.inner + inner;
+                let scale = blocks.scales[(outer * count + row / scheme.block) * layout.inner + inner];
+                let off = f64::from(matrix[at] - f32::from(blocks.codes[at]) * scale);
+                *lost += off * off;
+            }
+        }
+    }
+    lost
+}
+
+/// What every scheme would make of a weight.
+fn site(graph: &Graph, weight: &Weight, seen: &[Importance]) -> Result<Site, &'static str> {
+    let layout = Layout::of(weight);
+    let tensor = graph.constant(weight.value).expect("weights are constants");
+    let Some(matrix) = tensor.to_f32s().filter(|m| m.iter().all(|w| w.is_finite())) else {
+        return Err("the constant holds a NaN or an infinity");
+    };
+    tensor.release();
+    let joint = joint(seen, layout);
+    let elements = matrix.len() as u64;
+    let kept = Spent { bytes: elements * 4, parameters: elements, flops_per_row: 2 * elements };
+    let mut choices = Vec::new();
+    for scheme in SCHEMES {
+        let spent = scheme.spent(&layout);
+        if spent.bytes >= kept.bytes {
+            continue;
+        }
+        let blocks = quantize(&matrix, layout, scheme, &joint);
+        let lost = losses(&matrix, &blocks, layout, scheme);
+        let error = |tap: &Importance| {
+            let total: f64 = lost.iter().zip(&tap.inputs).map(|(lost, x)| lost * x).sum();
+            (total / tap.output).sqrt()
+        };
+        choices.push(Choice { name: scheme.name(), spent, errors: seen.iter().map(error).collect() });
+    }
+    let taps = weight.taps.iter().map(|tap| tap.output).collect();
+    Ok(Site { weight: weight.value, name: graph.value(weight.value).name.clone(), taps, kept, choices })
+}
+
+/// What was seen of every tap, or why the weight is passed over.
+fn seen(weight: &Weight, cx: &Context) -> Result<Result<Vec<Importance>, &'static str>, Error> {
+    let axis = Layout::of(weight).axis;
+    if weight.taps.iter().any(|tap| tap.inputs_axis != axis) {
+        return Ok(Err("its uses sum over different axes"));
+    }
+    let mut found = Vec::new();
+    for tap in &weight.taps {
+        match importance(tap, weight, cx.calibration)? {
+            Some(importance) => found.push(importance),
+            None => return Ok(Err("nothing was seen of it on the calibration set")),
+        }
+    }
+    Ok(Ok(found))
+}
+
+/// Applies `work` to every item on all cores; results in the order of the items.
+fn on_all_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
+    let next = AtomicUsize::new(0);
+    let run = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else { return done };
+            done.push((index, work(item)));
+        }
+    };
+    let mut all: Vec<(usize, R)> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        workers.into_iter().flat_map(|w| w.join().expect("a worker only computes")).collect()
+    });
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, result)| result).collect()
+}
+
+/// One importance for all taps: each counts by its share of its own output.
+fn joint(seen: &[Importance], layout: Layout) -> Vec<f64> {
+    let mut joint = vec![0.0; layout.length];
+    for tap in seen {
+        for (sum, x) in joint.iter_mut().zip(&tap.inputs) {
+            *sum += x / tap.output;
+        }
+    }
+    // Inputs that were never active still keep their weights near what they were.
+    let floor = joint.iter().copied().fold(0.0, f64::max) * 1e-6;
+    joint.iter_mut().for_each(|x| *x += floor);
+    joint
+}
+
+impl Method for Quantize {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+        let mut proposal = Proposal::default();
+        let (found, refused) = weights(&model.graph);
+        for (value, reason) in refused {
+            proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(value).name));
+        }
+        if model.opset() < OPSET {
+            proposal.outcome.refuse("blocked DequantizeLinear needs operator set 21; --opset 21 upgrades", "the model");
+            return Ok(proposal);
+        }
+        let mut work = Vec::new();
+        for weight in &found {
+            match seen(weight, cx)? {
+                Ok(seen) => work.push((weight, seen)),
+                Err(reason) => proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(weight.value).name)),
+            }
+        }
+        let sites = on_all_cores(&work, |(weight, seen)| site(&model.graph, weight, seen));
+        for ((weight, _), site) in work.iter().zip(sites) {
+            match site {
+                Ok(site) => proposal.sites.push(site),
+                Err(reason) => proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(weight.value).name)),
+            }
+        }
+        Ok(proposal)
+    }
+
+    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
+        let mut outcome = Outcome::default();
+        let name = &site.choices[choice].name;
+        let scheme = SCHEMES.into_iter().find(|s| s.name() == *name).expect("a choice is one of the schemes");
+        let (found, _) = weights(&model.graph);
+        let Some(weight) = found.iter().find(|w| w.value == site.weight) else {
+            outcome.refuse("the constant is no longer used as it was", format!("`{}`", site.name));
+            return Ok(outcome);
+        };
+        let layout = Layout::of(weight);
+        let seen = match seen(weight, cx)? {
+            Ok(seen) => seen,
+            Err(reason) => {
+                outcome.refuse(reason, format!("`{}`", site.name));
+                return Ok(outcome);
+            }
+        };
+        let tensor = model.graph.constant(site.weight).expect("weights are constants");
+        let matrix = tensor.to_f32s().expect("sites are float32");
+        let blocks = quantize(&matrix, layout, scheme, &joint(&seen, layout));
+        tensor.release();
+        emit(model, site.weight, weight.dims, layout, scheme, &blocks);
+        outcome.change(name.clone(), format!("`{}`", site.name));
+        Ok(outcome)
+    }
+}
+
+/// Replaces the constant by codes and scales and a node that puts it together again, under its old name.
+fn emit(model: &mut Model, weight: ValueId, dims: [usize; 2], layout: Layout, scheme: Scheme, blocks: &Blocks) {
+    let (dtype, bytes) = match scheme.bits {
+        8 => (DataType::Int8, blocks.codes.iter().map(|&c| c as u8).collect::<Vec<u8>>()),
+        _ => (DataType::Int4, blocks.codes.chunks(2).map(nibbles).collect()),
+    };
+    let codes = Tensor::new(dtype, dims.to_vec(), bytes).expect("there is a code for every number");
+    let mut scale_dims = dims;
+    scale_dims[layout.axis] = layout.length.div_ceil(scheme.block);
+    let scales = Tensor::from_f32s(&scale_dims, &blocks.scales);
+    let graph = &mut model.graph;
+    let name = graph.value(weight).name.clone();
+    let codes_name = graph.fresh_name(&format!("{name}_quantized"));
+    let codes = graph.add_initializer(ScopeId::MAIN, &codes_name, codes);
+    let scales_name = graph.fresh_name(&format!("{name}_scale"));
+    let scales = graph.add_initializer(ScopeId::MAIN, &scales_name, scales);
+    let node = Node::new("DequantizeLinear").with("axis", layout.axis as i64).with("block_size", scheme.block as i64);
+    let restored = graph.append(ScopeId::MAIN, node, &[codes, scales], &format!("{name}_dequantized"));
+    graph.replace_uses(weight, restored);
+    graph.remove_initializer(weight);
+}
+
+fn nibbles(pair: &[i8]) -> u8 {
+    let low = pair[0] as u8 & 0x0f;
+    pair.get(1).map_or(low, |&high| low | (high as u8) << 4)
+}
