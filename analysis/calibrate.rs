@@ -33,6 +33,11 @@ impl SymMatrix {
         &self.upper
     }
 
+    /// Multiplies every element.
+    pub fn scale(&mut self, factor: f64) {
+        self.upper.iter_mut().for_each(|x| *x *= factor);
+    }
+
     /// All elements, row by row.
     pub fn to_full(&self) -> Vec<f64> {
         let all = (0..self.size).flat_map(|row| (0..self.size).map(move |column| (row, column)));

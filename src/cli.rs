@@ -141,6 +141,18 @@ pub(crate) struct OptimizeArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub sets: commands::sets::SetArgs,
+    /// Share of the file's bytes to keep (0.5); lossy methods spend the rest where it hurts least. Needs --calib.
+    #[arg(long, value_name = "R", value_parser = share)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<f64>,
+    /// The largest drop of the metric on held-out samples; a larger one ends with exit code 3.
+    #[arg(long, value_name = "X", requires = "size")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_drop: Option<f64>,
+    /// What is measured on held-out samples.
+    #[arg(long, value_name = "METRIC", requires = "size", value_parser = commands::verify::metric_names())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metric: Option<String>,
     /// Choose N samples of the calibration set: half for spanning what it holds, half at random.
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -151,6 +163,12 @@ pub(crate) struct OptimizeArgs {
     #[command(flatten)]
     #[serde(skip)]
     pub talk: TalkArgs,
+}
+
+/// A share above 0 and at most 1.
+fn share(text: &str) -> Result<f64, String> {
+    let share: f64 = text.parse().map_err(|_| "expected a number such as 0.5".to_owned())?;
+    if share > 0.0 && share <= 1.0 { Ok(share) } else { Err("expected a share above 0 and at most 1".to_owned()) }
 }
 
 /// How models are run.

@@ -1,19 +1,21 @@
 //! The main job: read, simplify, prove, write, report.
 
 use crate::{
-    Failure, PassRecord, Report, Selection, Sets,
+    Budget, Failure, PassRecord, Report, Selection, Sets,
+    compress::Compressor,
     latency::{Latency, Measurement},
     layers,
     pipeline::{self, Broken, Run},
     report::{self, OutputLine, PassLine, Refusal, Side, Verify},
     runner::{Runner, RunnerOptions},
+    validate::{self, Bound, validate},
 };
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
-use lathe_passes::{Context, Kind, PASSES, Pass, Target};
+use lathe_passes::{Context, Kind, PASSES, Pass, Target, lossy::METHODS};
 use lathe_runtime::{
-    BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SetSpec, Verdict,
+    BenchInputs, ChosenSamples, Claim, Distance, InputSpec, Inputs, Listener, LoadOptions, Progress, SetSpec, Verdict,
 };
 use std::{
     collections::BTreeMap,
@@ -24,6 +26,12 @@ use std::{
 /// The claim about a whole run. Bits are expected of a single pass only: a runtime packs weights that have become
 /// constant, and then sums in another order.
 const WHOLE: Claim = Claim::Equivalent { rtol: None };
+
+/// Allocations that are tried until the file is as small as it must be.
+const SIZE_ATTEMPTS: usize = 4;
+
+/// The operator set that weights of few bits need.
+const LOSSY_OPSET: i64 = 21;
 
 /// Passes that are dropped one after another before the tool gives up on a model.
 const MOST_CULPRITS: usize = 8;
@@ -59,6 +67,8 @@ pub struct Options {
     pub detailed: bool,
     /// Sets that the result is run on instead of random inputs.
     pub sets: Sets,
+    /// What lossy methods may spend; without a size to reach none runs.
+    pub budget: Budget,
     /// How many samples to choose of the calibration set; `None` keeps all.
     pub calib_select: Option<usize>,
     /// Shapes of inputs for the run.
@@ -100,7 +110,9 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     check_settings(options)?;
     let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
     let set = options.sets.check(&loaded.model)?;
-    let job = Job { options, set, runner: Runner::new(runner_options(options))? };
+    let old = options.budget.size.is_some() && loaded.model.opset() < LOSSY_OPSET;
+    let opset = options.opset.or(old.then_some(LOSSY_OPSET));
+    let job = Job { options, set, runner: Runner::new(runner_options(options))?, opset };
     job.run(loaded, chosen, start)
 }
 
@@ -133,9 +145,10 @@ fn check_output(model: &Path, output: &Path, overwrite: bool) -> Result<(), Fail
 /// Settings must name options that exist.
 fn check_settings(options: &Options) -> Result<(), Failure> {
     for key in options.settings.keys() {
-        let known = PASSES
-            .iter()
-            .any(|p| p.info().options.iter().any(|o| key.strip_prefix(p.info().name) == Some(&format!(".{}", o.name))));
+        let infos = PASSES.iter().map(|p| p.info()).chain(METHODS.iter().map(|m| m.info()));
+        let known = infos
+            .into_iter()
+            .any(|info| info.options.iter().any(|o| key.strip_prefix(info.name) == Some(&format!(".{}", o.name))));
         if !known {
             let message = format!("there is no option `{key}`; `optimize explain PASS` lists the options of a pass");
             return Err(Failure::Usage(message));
@@ -149,6 +162,17 @@ struct Job<'a> {
     /// The set that the result is compared on, and which one it is; random inputs without one.
     set: Option<(SetSpec, &'static str)>,
     runner: Runner,
+    /// The standard operator set to upgrade to.
+    opset: Option<i64>,
+}
+
+/// A result within the size budget, before it is written.
+struct Spent {
+    model: Model,
+    staged: lathe_ir::Staged,
+    verify: Option<Verify>,
+    plan: serde_json::Value,
+    records: Vec<PassRecord>,
 }
 
 /// The result of the passes, before it is written.
@@ -203,6 +227,17 @@ impl Job<'_> {
                     }
                 }
             }
+            let mut plan = None;
+            let mut staged = staged;
+            if let Some(share) = options.budget.size {
+                let written = staged.written();
+                let exact = written.file_bytes + written.data_bytes;
+                let allowed = (input.file_bytes as f64 * share) as u64;
+                let found = self.compress(&model, (exact, allowed), (&target, &write), &mut warnings)?;
+                (model, staged, verify) = (found.model, found.staged, found.verify.or(verify));
+                plan = Some(found.plan);
+                records.extend(found.records);
+            }
             let latency = self.measure(staged.path(), &target, &mut warnings)?;
             let written = staged.written().clone();
             let mut output = side(&target, &model, written.file_bytes + written.data_bytes);
@@ -227,7 +262,7 @@ impl Job<'_> {
                 input,
                 output,
                 passes: records.iter().map(pass_line).collect(),
-                plan: None,
+                plan,
                 verify,
                 latency,
                 layers: layers::largest(&model, &cost(&model)),
@@ -249,7 +284,7 @@ impl Job<'_> {
 
     fn context(&self) -> Context<'_> {
         let mut settings = self.options.settings.clone();
-        if let Some(opset) = self.options.opset {
+        if let Some(opset) = self.opset {
             settings.insert("upgrade-opset.to".to_owned(), opset.to_string());
         }
         Context {
@@ -298,6 +333,78 @@ impl Job<'_> {
             return Err(error.into());
         }
         Ok(result.map(|(records, applied)| Simplified { model, records, applied }))
+    }
+
+    /// Spends the size budget: `exact` bytes of a file that is right, of which `allowed` may stay.
+    fn compress(
+        &self,
+        model: &Model,
+        (exact, allowed): (u64, u64),
+        (target, write): (&Path, &WriteOptions),
+        warnings: &mut Vec<String>,
+    ) -> Result<Spent, Failure> {
+        let options = self.options;
+        let calibration = options.sets.calibration.as_ref().expect("a budget comes with a calibration set");
+        let cx = self.context();
+        let compressor = Compressor {
+            runner: &self.runner,
+            cx: self.context(),
+            set: calibration,
+            load: &options.load,
+            memory: options.memory,
+            seed: options.seed,
+            admits: &|name| options.selection.admits(name),
+            distance: self.distance(model),
+        };
+        let table = compressor.table(model, warnings)?;
+        let fixed = exact.saturating_sub(table.kept_bytes());
+        let too_small = |reached: u64| {
+            let [reached, allowed] = [reached, allowed].map(|bytes| bytes as f64 / (1 << 20) as f64);
+            Failure::Refused(format!(
+                "{allowed:.1} MiB are allowed, and {reached:.1} MiB are the least that can be reached"
+            ))
+        };
+        let mut bytes = allowed.checked_sub(fixed).ok_or_else(|| too_small(fixed))?;
+        for _ in 0..SIZE_ATTEMPTS {
+            let found = table.compress(model, bytes, &cx, &|smallest| too_small(smallest + fixed))?;
+            found.model.check().context("the result is not a valid model; this is a fault of this program")?;
+            let staged = found.model.stage(target, write).map_err(|e| Failure::Error(e.into()))?;
+            let size = staged.written().file_bytes + staged.written().data_bytes;
+            if size > allowed {
+                // Names and attributes took more than was reckoned.
+                bytes = bytes.checked_sub(size - allowed).ok_or_else(|| too_small(size))?;
+                continue;
+            }
+            let verify = match &self.set {
+                Some((set, set_name)) if options.verify => {
+                    let metric = options.budget.metric.clone().unwrap_or_else(|| "auto".to_owned());
+                    let max_drop = options.budget.max_drop;
+                    let bound = Bound { set: set.clone(), set_name, metric, max_drop };
+                    let found = validate(&self.runner, &options.model, staged.path(), &bound)?;
+                    if !found.passed {
+                        return Err(Failure::Refused(validate::describe(&found)));
+                    }
+                    Some(found)
+                }
+                _ => None,
+            };
+            return Ok(Spent { model: found.model, staged, verify, plan: found.plan, records: found.records });
+        }
+        Err(Failure::Refused("the size of the result does not settle within the budget".to_owned()))
+    }
+
+    /// How outputs are compared while the sensitivity of layers is measured: as distributions where they are logits.
+    fn distance(&self, model: &Model) -> Distance {
+        let graph = &model.graph;
+        let logits = |&v: &lathe_ir::ValueId| graph.value(v).name.to_ascii_lowercase().contains("logit");
+        let divergence = match self.options.budget.metric.as_deref() {
+            Some(metric) => matches!(metric, "perplexity" | "kl" | "top1" | "accuracy"),
+            None => {
+                self.options.sets.calibration.as_ref().is_some_and(|s| s.labels.is_some())
+                    || graph.main().outputs().iter().any(logits)
+            }
+        };
+        if divergence { Distance::Divergence } else { Distance::Relative }
     }
 
     fn inputs(&self) -> Inputs {

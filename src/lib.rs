@@ -7,6 +7,7 @@
 
 pub mod cli;
 mod commands;
+mod compress;
 mod failure;
 mod html;
 mod job;
@@ -21,6 +22,7 @@ mod summary;
 mod validate;
 
 pub use commands::sets::Sets;
+pub use compress::Budget;
 pub use failure::Failure;
 pub use job::{Done, Options, optimize};
 pub use latency::{Latency, LatencySide};

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Initializer, Model, ScopeId};
-use lathe_passes::{Context, Kind, Outcome, Pass};
+use lathe_passes::{Context, Kind, Outcome, Pass, lossy::METHODS};
 use std::{
     collections::BTreeSet,
     panic::{self, AssertUnwindSafe},
@@ -24,14 +24,17 @@ pub struct Selection {
 impl Selection {
     /// The passes of `all` that are selected. Fails on a name that no pass has.
     pub fn of<'a>(&self, all: &[&'a dyn Pass]) -> Result<Vec<&'a dyn Pass>, String> {
-        let known = |name: &String| all.iter().any(|p| p.info().name == name);
+        let lossy = |name: &String| METHODS.iter().any(|m| m.info().name == name);
+        let known = |name: &String| all.iter().any(|p| p.info().name == name) || lossy(name);
         if let Some(unknown) = self.only.iter().flatten().chain(&self.skip).find(|name| !known(name)) {
             return Err(format!("there is no pass `{unknown}`; `optimize passes` lists them"));
         }
-        let chosen = |name: &str| {
-            self.only.as_ref().is_none_or(|only| only.iter().any(|n| n == name)) && !self.skip.contains(name)
-        };
-        Ok(all.iter().copied().filter(|p| chosen(p.info().name)).collect())
+        Ok(all.iter().copied().filter(|p| self.admits(p.info().name)).collect())
+    }
+
+    /// Whether a pass or method is selected.
+    pub fn admits(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| only.iter().any(|n| n == name)) && !self.skip.contains(name)
     }
 }
 

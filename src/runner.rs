@@ -88,6 +88,11 @@ impl Runner {
         Ok(Runner { child: Child::new(program, arguments, limits).heard_by(options.progress), load: options.load })
     }
 
+    /// The process that runs models.
+    pub(crate) fn child(&self) -> &Child {
+        &self.child
+    }
+
     /// Runs two model files on the same inputs and compares what they give.
     pub(crate) fn compare(
         &self,

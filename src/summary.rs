@@ -3,6 +3,7 @@
 use crate::{
     Report,
     report::{PassLine, mib, rows},
+    validate,
 };
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use lathe_runtime::ChosenSamples;
@@ -51,7 +52,9 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
         if let Some(note) = &verify.note {
             out.push_str(&format!("\nnote: {note}\n"));
         }
-        if verify.samples > 0 {
+        if verify.samples > 0 && !matches!(verify.metric.as_str(), "bits" | "rel-l2") {
+            out.push_str(&format!("\nmeasured on {}: {}\n", verify.runtime, validate::describe(verify)));
+        } else if verify.samples > 0 {
             let on = match verify.set.as_str() {
                 "random" => format!("{} sets of random inputs", verify.samples),
                 set => format!("{} samples of the {set} set", verify.samples),

@@ -2,7 +2,7 @@
 
 use super::{input_spec, load_options, size};
 use crate::{
-    Failure, Options, Report, Selection,
+    Budget, Failure, Options, Report, Selection,
     cli::{ExternalArg, OptimizeArgs, TargetArg, print, say},
     progress::Meter,
     recipe, summary,
@@ -90,6 +90,10 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
     let inputs = input_spec(&args.run)?;
     let sets = args.sets.sets()?;
     sets.instead_of(&inputs)?;
+    if args.size.is_some() && sets.calibration.is_none() {
+        let message = "--size spends a loss that is measured on samples, and none are given; --calib names a set";
+        return Err(Failure::Usage(message.to_owned()));
+    }
     match args.calib_select {
         Some(_) if sets.calibration.is_none() => {
             let message = "--calib-select chooses samples of a calibration set, and none is given; --calib names one";
@@ -123,6 +127,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         bench: args.bench.then_some(TIMING_SECONDS),
         detailed: !args.report.is_empty(),
         sets,
+        budget: Budget { size: args.size, max_drop: args.max_drop, metric: args.metric.clone() },
         calib_select: args.calib_select,
         shapes: inputs.shapes,
         seed: args.run.seed,

@@ -47,7 +47,7 @@ pub(crate) struct VerifyArgs {
     run: RunArgs,
 }
 
-fn metric_names() -> PossibleValuesParser {
+pub(crate) fn metric_names() -> PossibleValuesParser {
     let auto = PossibleValue::new("auto").help("what fits the model; the choice is explained");
     let named =
         |m: &lathe_runtime::Metric| PossibleValue::new(m.name).help(format!("{} [drop: {}]", m.summary, m.drop));
