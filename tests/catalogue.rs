@@ -22,12 +22,13 @@ fn the_readme_shows_the_catalogue() {
 
 #[test]
 fn every_pass_is_the_file_of_its_name_and_every_such_file_is_registered() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("passes/exact");
+    let folders = ["passes/exact", "passes/lossy"].map(|f| Path::new(env!("CARGO_MANIFEST_DIR")).join(f));
     let mut files: Vec<String> = Vec::new();
-    for entry in fs::read_dir(folder).expect("the folder is there") {
+    for entry in folders.iter().flat_map(|folder| fs::read_dir(folder).expect("the folder is there")) {
         let path = entry.expect("it can be listed").path();
+        let registers = |text: String| text.contains("\nimpl Pass for ") || text.contains("\nimpl Method for ");
         let is_pass = path.extension().is_some_and(|e| e == "rs")
-            && fs::read_to_string(&path).expect("a source file is text").contains("\nimpl Pass for ");
+            && registers(fs::read_to_string(&path).expect("a source file is text"));
         if is_pass {
             files.push(path.file_stem().expect("a name").to_string_lossy().replace('_', "-"));
         }

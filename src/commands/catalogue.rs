@@ -2,7 +2,7 @@
 
 use crate::{Failure, cli::print};
 use clap::Args;
-use lathe_passes::{Info, Kind, PASSES};
+use lathe_passes::{Info, Kind, PASSES, lossy::METHODS};
 use serde_json::json;
 use std::fmt::Write as _;
 
@@ -32,8 +32,13 @@ fn claim(kind: Kind) -> String {
     }
 }
 
+/// Every pass and every lossy method, in the order in which they run.
+fn infos() -> impl Iterator<Item = &'static Info> {
+    PASSES.iter().map(|p| p.info()).chain(METHODS.iter().map(|m| m.info()))
+}
+
 pub(crate) fn passes(args: &PassesArgs) -> Result<(), Failure> {
-    let infos = PASSES.iter().map(|p| p.info());
+    let infos = infos();
     let mut out = String::new();
     if args.json {
         let list: Vec<_> = infos
@@ -47,7 +52,7 @@ pub(crate) fn passes(args: &PassesArgs) -> Result<(), Failure> {
             let _ = writeln!(out, "| `{}` | {} | {} |", info.name, info.kind.name(), info.summary);
         }
     } else {
-        let width = PASSES.iter().map(|p| p.info().name.len()).max().unwrap_or(0);
+        let width = self::infos().map(|i| i.name.len()).max().unwrap_or(0);
         for info in infos {
             let _ = writeln!(out, "{:width$}  {:10}  {}", info.name, info.kind.name(), info.summary);
         }
@@ -62,10 +67,9 @@ fn options(info: &Info) -> Vec<serde_json::Value> {
 }
 
 pub(crate) fn explain(args: &ExplainArgs) -> Result<(), Failure> {
-    let Some(pass) = PASSES.iter().find(|p| p.info().name == args.pass) else {
+    let Some(info) = infos().find(|i| i.name == args.pass) else {
         return Err(Failure::Usage(format!("there is no pass `{}`; `optimize passes` lists them", args.pass)));
     };
-    let info = pass.info();
     let mut out = format!("{}: {}\n\n{}\n\n", info.name, info.summary, info.doc);
     let _ = writeln!(out, "Claim: {}.", claim(info.kind));
     let lowers: Vec<String> = info.lowers.iter().map(|q| format!("{q:?}").to_lowercase()).collect();

@@ -38,6 +38,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         bench: None,
         detailed: false,
         sets: Default::default(),
+        budget: Default::default(),
         calib_select: None,
         shapes: Vec::new(),
         seed: 0,

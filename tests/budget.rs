@@ -1,0 +1,150 @@
+//! A size budget end to end: met, measured, predicted in bytes, or refused with what can be reached.
+
+#![allow(clippy::unwrap_used)]
+
+use lathe_ir::{Model, Tensor, text};
+use lathe_runtime::NpzWriter;
+use serde_json::Value;
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Output},
+};
+use tempfile::TempDir;
+
+/// A table of tokens that is also the head, and a unit between; weights are made by [`Bench::new`].
+const MODEL: &str = "<ir_version: 10, opset_import: [\"\" : 21]>
+g (int64[n, 6] ids) => (float[n, 6, 96] logits) <float[96, 64] table = {}, float[64, 128] up = {}, float[128, 64] down = {}> {
+    x = Gather (table, ids)
+    h = MatMul (x, up)
+    a = Relu (h)
+    d = MatMul (a, down)
+    y = Add (x, d)
+    head = Transpose <perm = [1, 0]> (table)
+    logits = MatMul (y, head)
+}";
+
+/// Numbers near a bell curve, from a fixed seed.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 33
+    }
+
+    fn numbers(&mut self, count: usize, scale: f32) -> Vec<f32> {
+        let mut one = || (0..6).map(|_| self.next() as f32 / (1u64 << 31) as f32 - 0.5).sum::<f32>() * scale;
+        (0..count).map(|_| one()).collect()
+    }
+}
+
+struct Bench {
+    folder: TempDir,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let folder = tempfile::tempdir().unwrap();
+        let mut noise = Noise(5);
+        let constants = [("table", [96, 64], 0.5), ("up", [64, 128], 0.2), ("down", [128, 64], 0.2)];
+        let mut source = MODEL.to_owned();
+        for (name, [rows, columns], scale) in constants {
+            let numbers: Vec<String> = noise.numbers(rows * columns, scale).iter().map(|x| format!("{x:e}")).collect();
+            source = source.replace(&format!("{name} = {{}}"), &format!("{name} = {{{}}}", numbers.join(", ")));
+        }
+        fs::write(folder.path().join("model.onnx"), text::parse(&source).unwrap().to_bytes()).unwrap();
+        let ids: Vec<i64> = (0..64 * 6).map(|_| (noise.next() % 96) as i64).collect();
+        let mut npz = NpzWriter::create(&folder.path().join("set.npz")).unwrap();
+        npz.add("ids", &Tensor::from_i64s(&[64, 6], &ids)).unwrap();
+        npz.finish().unwrap();
+        Bench { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn run(&self, options: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.env("XDG_DATA_HOME", self.folder.path()).arg(self.path("model.onnx"));
+        command.arg("-o").arg(self.path("out.onnx")).args(options).output().unwrap()
+    }
+
+    /// The report of a run that must succeed.
+    fn report(&self, options: &[&str]) -> Value {
+        let (set, report) = (self.path("set.npz"), self.path("report.json"));
+        let fixed = ["--calib", set.to_str().unwrap(), "--report", report.to_str().unwrap()];
+        let output = self.run(&[&fixed, options].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_str(&fs::read_to_string(report).unwrap()).unwrap()
+    }
+}
+
+fn choices(report: &Value) -> Vec<(&str, &str)> {
+    let all = report["plan"]["choices"].as_array().unwrap();
+    all.iter().map(|c| (c["site"].as_str().unwrap(), c["option"].as_str().unwrap())).collect()
+}
+
+#[test]
+fn a_size_is_met_and_every_byte_was_reckoned() {
+    let bench = Bench::new();
+    let report = bench.report(&["--size", "0.4"]);
+    let size = fs::metadata(bench.path("out.onnx")).unwrap().len();
+    let original = fs::metadata(bench.path("model.onnx")).unwrap().len();
+    assert!(size as f64 <= 0.4 * original as f64, "{size} of {original} bytes");
+    assert_eq!(report["output"]["file_bytes"], size);
+    assert_eq!(report["plan"]["status"], "optimal");
+    // What the constants take in the file is what the plan says, but for names and attributes.
+    let used = report["plan"]["used"]["bytes"].as_f64().unwrap();
+    let weights = report["output"]["weight_bytes"].as_f64().unwrap();
+    assert!((used - weights).abs() < 0.03 * weights, "{used} reckoned, {weights} stored");
+    // The tied table is stored once, for its look-up and its product.
+    assert_eq!(choices(&report).iter().filter(|(site, _)| *site == "table").count(), 1);
+    assert!(choices(&report).iter().any(|(_, option)| option.starts_with("int")));
+    let verify = &report["verify"];
+    assert_eq!((verify["set"].as_str(), verify["passed"].as_bool()), (Some("validation"), Some(true)));
+    assert!(Model::read(&bench.path("out.onnx")).is_ok());
+}
+
+#[test]
+fn a_smaller_size_loses_more_and_the_same_run_gives_the_same_bytes() {
+    let bench = Bench::new();
+    let objective = |size: &str| bench.report(&["--size", size])["plan"]["objective"].as_f64().unwrap();
+    let (large, small) = (objective("0.5"), objective("0.22"));
+    assert!(0.0 < large && large < small, "{large} and {small}");
+    let first = fs::read(bench.path("out.onnx")).unwrap();
+    objective("0.22");
+    assert_eq!(first, fs::read(bench.path("out.onnx")).unwrap());
+}
+
+#[test]
+fn the_whole_size_changes_no_weight() {
+    let report = Bench::new().report(&["--size", "1"]);
+    assert!(choices(&report).iter().all(|(_, option)| *option == "as it is"));
+    assert_eq!(report["plan"]["objective"], 0.0);
+}
+
+#[test]
+fn what_cannot_be_reached_is_refused_with_what_can() {
+    let bench = Bench::new();
+    let set = bench.path("set.npz");
+    let output = bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.05"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{message}");
+    assert!(message.contains("MiB are the least that can be reached"), "{message}");
+    let output =
+        bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.2", "--metric", "rel-l2", "--max-drop", "1e-9"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{message}");
+    assert!(message.contains("where 1.00e-9 is allowed"), "{message}");
+    assert!(!bench.path("out.onnx").exists());
+}
+
+#[test]
+fn a_budget_needs_samples() {
+    let output = Bench::new().run(&["--size", "0.5"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--calib names a set"));
+}
