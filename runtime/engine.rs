@@ -32,13 +32,13 @@ pub struct LoadOptions {
     pub device: i32,
     /// Whether idle threads spin: faster when timing, a waste otherwise.
     pub spin: bool,
-    /// Whether the engine may keep a second, packed copy of weights: faster in small batches, twice the memory.
-    pub prepack: bool,
+    /// Whether the engine saves memory at the cost of time: no packed copies of weights, no pool of freed tensors.
+    pub lean: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
-        LoadOptions { optimize: false, threads: 0, provider: "cpu".to_owned(), device: 0, spin: false, prepack: true }
+        LoadOptions { optimize: false, threads: 0, provider: "cpu".to_owned(), device: 0, spin: false, lean: false }
     }
 }
 

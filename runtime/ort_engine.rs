@@ -96,7 +96,8 @@ impl OrtEngine {
             .with_optimization_level(level)
             .and_then(|b| b.with_intra_threads(options.threads))
             .and_then(|b| b.with_intra_op_spinning(options.spin))
-            .and_then(|b| b.with_prepacking(options.prepack))
+            .and_then(|b| b.with_prepacking(!options.lean))
+            .and_then(|b| if options.lean { b.with_execution_providers([unpooled()]) } else { Ok(b) })
             .and_then(|b| b.with_log_level(LogLevel::Fatal));
         let builder = configured.map_err(|e| refused(sentence(e.message())))?;
         providers::register(&self.environment, builder, options, &self.name(), &self.found.path, timing)
@@ -115,6 +116,11 @@ impl OrtEngine {
         };
         Err(RuntimeError::Load { engine: self.name(), message })
     }
+}
+
+/// The CPU without a pool: what is freed goes back to the system.
+fn unpooled() -> ort::ep::ExecutionProviderDispatch {
+    ort::ep::CPU::default().with_arena_allocator(false).build()
 }
 
 /// Loads the library at `path` and creates the process's environment.

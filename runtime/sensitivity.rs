@@ -102,7 +102,7 @@ fn sensitivities_with(
     let inputs = scratch.path().join("probe.npz");
     write_inputs(&inputs, model, set, columns.len())?;
     let set = SetSpec { batch: Some(BATCH), ..SetSpec::all(&inputs) };
-    let load = LoadOptions { prepack: false, ..options.load.clone() };
+    let load = LoadOptions { lean: true, ..options.load.clone() };
     let job = Job { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: vec![output] };
     let gathered = gather(&job)?;
     let sums = gathered.direct.first().map(Vec::as_slice).unwrap_or_default();

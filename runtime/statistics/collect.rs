@@ -321,7 +321,7 @@ impl Collector<'_> {
         copy.write_linked(&path)?;
         let first_only = entries.is_empty();
         // Batches are large: packing weights once and for all saves little time and takes their memory twice.
-        let (set, options) = (self.set.clone(), LoadOptions { prepack: false, ..self.options.load.clone() });
+        let (set, options) = (self.set.clone(), LoadOptions { lean: true, ..self.options.load.clone() });
         Ok((self.worker.gather)(&Job { model: path, set, first_only, options, entries, direct })?)
     }
 
