@@ -1,7 +1,7 @@
 //! Drops what an exporter wrote down for its own developers: stack traces, module names, rewriting history.
 
 use crate::{Context, Error, Info, Kind, Outcome, Pass};
-use lathe_ir::{Graph, Metadata, Model};
+use lathe_ir::{Graph, Metadata, Model, ValueId};
 
 /// See [`INFO`].
 pub struct DropTraceInfo;
@@ -11,7 +11,8 @@ static INFO: Info = Info {
     summary: "drops the exporter's traces: where in its source each node came from",
     doc: "Drops metadata that PyTorch's exporter attaches to nodes, values and graphs for debugging: stack traces with \
           the paths of source files, module hierarchies, the nodes of its own graph. No runtime reads it, and in a \
-          large model it is megabytes. Metadata of other makers, and everything said about the model as a whole, stays.",
+          large model it is megabytes. Types of initializers that only repeat their tensors' go too. Metadata of other \
+          makers, and everything said about the model as a whole, stays.",
     options: &[],
     kind: Kind::Identical,
     lowers: &[],
@@ -38,6 +39,14 @@ fn drop_notes(metadata: &mut Metadata) {
     metadata.retain(|(key, _)| !is_note(key) && key != NAMESPACE);
 }
 
+/// Whether the file says of an initializer, beside its tensor, only what the tensor says.
+fn is_stated_twice(graph: &Graph, value: ValueId) -> bool {
+    let (Some(tensor), Some(ty)) = (graph.constant(value), &graph.value(value).ty) else { return false };
+    let dims: Vec<i64> = tensor.dims().iter().map(|&d| d as i64).collect();
+    let same = ty.elem() == Some(tensor.dtype()) && ty.shape().and_then(|s| s.sizes()) == Some(dims);
+    same && graph.value(value).metadata.is_empty() && !graph.is_output(value)
+}
+
 fn drop_in(graph: &mut Graph, outcome: &mut Outcome) {
     for scope in graph.scopes() {
         if has_notes(&graph.scope(scope).metadata) {
@@ -50,6 +59,13 @@ fn drop_in(graph: &mut Graph, outcome: &mut Outcome) {
         for value in noted {
             drop_notes(&mut graph.value_mut(value).metadata);
             outcome.change("drop-value-notes", format!("value `{}`", graph.value(value).name));
+        }
+    }
+    for scope in graph.scopes() {
+        let stated: Vec<_> = graph.initializers(scope).filter(|&value| is_stated_twice(graph, value)).collect();
+        for value in stated {
+            graph.value_mut(value).ty = None;
+            outcome.change("drop-second-type", format!("value `{}`", graph.value(value).name));
         }
     }
     for id in graph.all_nodes() {
@@ -78,6 +94,7 @@ impl Pass for DropTraceInfo {
 mod tests {
     use super::*;
     use crate::testing::model;
+    use lathe_ir::{DataType, Dim, Type};
 
     fn pairs(keys: &[&str]) -> Metadata {
         keys.iter().map(|key| ((*key).to_owned(), "x".to_owned())).collect()
@@ -102,6 +119,17 @@ mod tests {
         assert!(m.graph.all_nodes().iter().all(|&id| m.graph.node(id).metadata == pairs(&["mine"])));
         assert!(m.graph.value(x).metadata.is_empty());
         assert_eq!(m.metadata.len(), 2);
+        assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+    }
+
+    #[test]
+    fn drops_the_types_of_initializers_that_their_tensors_state() {
+        let mut m = model("g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Add (x, w) }");
+        let w = m.graph.find_value("w").unwrap();
+        m.graph.value_mut(w).ty = Some(Type::tensor(DataType::Float, vec![Dim::Known(2)]));
+        assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap().changes.len(), 1);
+        assert_eq!(m.graph.value(w).ty, None);
+        m.graph.value_mut(w).ty = Some(Type::tensor(DataType::Float, vec![Dim::Symbol("n".to_owned())]));
         assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
     }
 
