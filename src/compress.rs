@@ -20,6 +20,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     time::Instant,
 };
+use tempfile::TempDir;
 
 /// What may be spent, and what may be lost.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -51,6 +52,8 @@ pub(crate) struct Table {
     sites: Vec<Place>,
     records: BTreeMap<&'static str, PassRecord>,
     statistics: Seen,
+    /// Holds the statistics where the user has no data folder.
+    _scratch: TempDir,
 }
 
 /// One weight with the options of all methods.
@@ -163,7 +166,7 @@ impl Compressor<'_> {
             };
             records.insert(method.info().name, record);
         }
-        Ok(Table { sites: sites.into_values().collect(), records, statistics })
+        Ok(Table { sites: sites.into_values().collect(), records, statistics, _scratch: temporary })
     }
 
     /// How much the outputs answer to every value. Where that cannot be measured, the median of those where it can.

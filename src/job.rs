@@ -192,6 +192,12 @@ impl Job<'_> {
         let calibration = self.select()?;
         let mut prepared = original.clone();
         warnings.extend(prepare(&mut prepared)?);
+        if let (None, Some(opset)) = (options.opset, self.opset) {
+            warnings.push(format!(
+                "the model is upgraded from operator set {} to {opset}: weights of few bits need it",
+                original.opset()
+            ));
+        }
         let external = if loaded.data_files.is_empty() { options.external } else { External::Always };
         let write = WriteOptions { external };
         let target = options.output.clone().unwrap_or_else(|| options.model.with_extension("optimized.onnx"));
@@ -233,7 +239,8 @@ impl Job<'_> {
                 let written = staged.written();
                 let exact = written.file_bytes + written.data_bytes;
                 let allowed = (input.file_bytes as f64 * share) as u64;
-                let found = self.compress(&model, (exact, allowed), (&target, &write), &mut warnings)?;
+                let chosen = calibration.as_ref().map(|c| c.chosen.clone());
+                let found = self.compress(&model, chosen, (exact, allowed), (&target, &write), &mut warnings)?;
                 (model, staged, verify) = (found.model, found.staged, found.verify.or(verify));
                 plan = Some(found.plan);
                 records.extend(found.records);
@@ -335,16 +342,20 @@ impl Job<'_> {
         Ok(result.map(|(records, applied)| Simplified { model, records, applied }))
     }
 
-    /// Spends the size budget: `exact` bytes of a file that is right, of which `allowed` may stay.
+    /// Spends the size budget: `exact` bytes of a file that is right, of which `allowed` may stay. Methods see the
+    /// `chosen` samples of the calibration set, or all.
     fn compress(
         &self,
         model: &Model,
+        chosen: Option<Vec<usize>>,
         (exact, allowed): (u64, u64),
         (target, write): (&Path, &WriteOptions),
         warnings: &mut Vec<String>,
     ) -> Result<Spent, Failure> {
         let options = self.options;
-        let calibration = options.sets.calibration.as_ref().expect("a budget comes with a calibration set");
+        let given = options.sets.calibration.as_ref();
+        let given = given.context("a size is spent by what is seen on a calibration set, and none is given")?;
+        let calibration = &SetSpec { chosen: chosen.or_else(|| given.chosen.clone()), ..given.clone() };
         let cx = self.context();
         let compressor = Compressor {
             runner: &self.runner,

@@ -143,6 +143,25 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
 }
 
 #[test]
+fn methods_see_the_samples_that_were_chosen() {
+    let bench = Bench::new();
+    let objective = |options: &[&str]| bench.report(options)["plan"]["objective"].as_f64().unwrap();
+    let (all, few) = (objective(&["--size", "0.3"]), objective(&["--size", "0.3", "--calib-select", "4"]));
+    assert!(all != few, "{all} either way");
+}
+
+#[test]
+fn works_without_a_data_folder() {
+    let bench = Bench::new();
+    let set = bench.path("set.npz");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("XDG_DATA_HOME").env_remove("HOME");
+    command.arg(bench.path("model.onnx")).arg("-o").arg(bench.path("out.onnx"));
+    let output = command.args(["--size", "0.3", "--calib", set.to_str().unwrap()]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn a_budget_needs_samples() {
     let output = Bench::new().run(&["--size", "0.5"]);
     assert_eq!(output.status.code(), Some(2));
