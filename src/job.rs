@@ -1,21 +1,21 @@
 //! The main job: read, simplify, prove, write, report.
 
+mod spend;
+
 use crate::{
     Budget, Failure, PassRecord, Report, Selection, Sets,
-    compress::Compressor,
     latency::{Latency, Measurement},
     layers,
     pipeline::{self, Broken, Run},
     report::{self, OutputLine, PassLine, Refusal, Side, Verify},
     runner::{Runner, RunnerOptions},
-    validate::{self, Bound, validate},
 };
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
 use lathe_passes::{Context, Kind, PASSES, Pass, Target, lossy::METHODS};
 use lathe_runtime::{
-    BenchInputs, ChosenSamples, Claim, Distance, InputSpec, Inputs, Listener, LoadOptions, Progress, SetSpec, Verdict,
+    BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SetSpec, Verdict,
 };
 use std::{
     collections::BTreeMap,
@@ -26,9 +26,6 @@ use std::{
 /// The claim about a whole run. Bits are expected of a single pass only: a runtime packs weights that have become
 /// constant, and then sums in another order.
 const WHOLE: Claim = Claim::Equivalent { rtol: None };
-
-/// Allocations that are tried until the file is as small as it must be.
-const SIZE_ATTEMPTS: usize = 4;
 
 /// The operator set that weights of few bits need.
 const LOSSY_OPSET: i64 = 21;
@@ -166,15 +163,6 @@ struct Job<'a> {
     opset: Option<i64>,
 }
 
-/// A result within the size budget, before it is written.
-struct Spent {
-    model: Model,
-    staged: lathe_ir::Staged,
-    verify: Option<Verify>,
-    plan: serde_json::Value,
-    records: Vec<PassRecord>,
-}
-
 /// The result of the passes, before it is written.
 struct Simplified {
     model: Model,
@@ -240,7 +228,13 @@ impl Job<'_> {
                 let exact = written.file_bytes + written.data_bytes;
                 let allowed = (input.file_bytes as f64 * share) as u64;
                 let chosen = calibration.as_ref().map(|c| c.chosen.clone());
-                let found = self.compress(&model, chosen, (exact, allowed), (&target, &write), &mut warnings)?;
+                let found = self.compress(
+                    &model,
+                    chosen,
+                    (input.file_bytes, exact, allowed),
+                    (&target, &write),
+                    &mut warnings,
+                )?;
                 (model, staged, verify) = (found.model, found.staged, found.verify.or(verify));
                 plan = Some(found.plan);
                 records.extend(found.records);
@@ -340,82 +334,6 @@ impl Job<'_> {
             return Err(error.into());
         }
         Ok(result.map(|(records, applied)| Simplified { model, records, applied }))
-    }
-
-    /// Spends the size budget: `exact` bytes of a file that is right, of which `allowed` may stay. Methods see the
-    /// `chosen` samples of the calibration set, or all.
-    fn compress(
-        &self,
-        model: &Model,
-        chosen: Option<Vec<usize>>,
-        (exact, allowed): (u64, u64),
-        (target, write): (&Path, &WriteOptions),
-        warnings: &mut Vec<String>,
-    ) -> Result<Spent, Failure> {
-        let options = self.options;
-        let given = options.sets.calibration.as_ref();
-        let given = given.context("a size is spent by what is seen on a calibration set, and none is given")?;
-        let calibration = &SetSpec { chosen: chosen.or_else(|| given.chosen.clone()), ..given.clone() };
-        let cx = self.context();
-        let compressor = Compressor {
-            runner: &self.runner,
-            cx: self.context(),
-            set: calibration,
-            load: &options.load,
-            memory: options.memory,
-            seed: options.seed,
-            admits: &|name| options.selection.admits(name),
-            distance: self.distance(model),
-        };
-        let table = compressor.table(model, warnings)?;
-        let fixed = exact.saturating_sub(table.kept_bytes());
-        let too_small = |reached: u64| {
-            let [reached, allowed] = [reached, allowed].map(|bytes| bytes as f64 / (1 << 20) as f64);
-            Failure::Refused(format!(
-                "{allowed:.1} MiB are allowed, and {reached:.1} MiB are the least that can be reached"
-            ))
-        };
-        let mut bytes = allowed.checked_sub(fixed).ok_or_else(|| too_small(fixed))?;
-        for _ in 0..SIZE_ATTEMPTS {
-            let found = table.compress(model, bytes, &cx, &|smallest| too_small(smallest + fixed))?;
-            found.model.check().context("the result is not a valid model; this is a fault of this program")?;
-            let staged = found.model.stage(target, write).map_err(|e| Failure::Error(e.into()))?;
-            let size = staged.written().file_bytes + staged.written().data_bytes;
-            if size > allowed {
-                // Names and attributes took more than was reckoned.
-                bytes = bytes.checked_sub(size - allowed).ok_or_else(|| too_small(size))?;
-                continue;
-            }
-            let verify = match &self.set {
-                Some((set, set_name)) if options.verify => {
-                    let metric = options.budget.metric.clone().unwrap_or_else(|| "auto".to_owned());
-                    let max_drop = options.budget.max_drop;
-                    let bound = Bound { set: set.clone(), set_name, metric, max_drop };
-                    let found = validate(&self.runner, &options.model, staged.path(), &bound)?;
-                    if !found.passed {
-                        return Err(Failure::Refused(validate::describe(&found)));
-                    }
-                    Some(found)
-                }
-                _ => None,
-            };
-            return Ok(Spent { model: found.model, staged, verify, plan: found.plan, records: found.records });
-        }
-        Err(Failure::Refused("the size of the result does not settle within the budget".to_owned()))
-    }
-
-    /// How outputs are compared while the sensitivity of layers is measured: as distributions where they are logits.
-    fn distance(&self, model: &Model) -> Distance {
-        let graph = &model.graph;
-        let logits = |&v: &lathe_ir::ValueId| graph.value(v).name.to_ascii_lowercase().contains("logit");
-        let divergence = match self.options.budget.metric.as_deref() {
-            Some(metric) => matches!(metric, "perplexity" | "kl" | "top1" | "accuracy"),
-            None => {
-                self.options.sets.calibration.as_ref().is_some_and(|s| s.labels.is_some())
-                    || graph.main().outputs().iter().any(logits)
-            }
-        };
-        if divergence { Distance::Divergence } else { Distance::Relative }
     }
 
     fn inputs(&self) -> Inputs {

@@ -138,7 +138,16 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
         bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.2", "--metric", "rel-l2", "--max-drop", "1e-9"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
-    assert!(message.contains("where 1.00e-9 is allowed"), "{message}");
+    assert!(message.contains("where 1.00e-9 is allowed; --size "), "{message}");
+    let output =
+        bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.2", "--metric", "rel-l2", "--max-drop", "0.02"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{message}");
+    // What the refusal proposes works.
+    let share = message.split("--size ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    let report = bench.report(&["--size", &share, "--metric", "rel-l2", "--max-drop", "0.02"]);
+    assert_eq!(report["verify"]["passed"], true);
+    fs::remove_file(bench.path("out.onnx")).unwrap();
     assert!(!bench.path("out.onnx").exists());
 }
 
