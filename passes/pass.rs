@@ -1,7 +1,8 @@
 //! What a pass is, what it may know, and what it reports.
 
+use crate::lossy::{Choice, allocate::Measure};
 use lathe_analysis::{Calibrate, Evaluate, EvaluateError, Facts};
-use lathe_ir::{Function, Graph, Model};
+use lathe_ir::{Function, Graph, Model, ValueId};
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
@@ -102,6 +103,10 @@ pub struct Context<'a> {
     pub evaluator: Option<&'a dyn Evaluate>,
     /// What was seen on the calibration set, for lossy methods.
     pub calibration: Option<&'a dyn Calibrate>,
+    /// What is limited, for lossy methods: what saves none of it need not be offered.
+    pub measures: Vec<Measure>,
+    /// What other methods have offered for the same constants: what these beat need not be offered.
+    pub rivals: BTreeMap<ValueId, Vec<Choice>>,
     /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
     pub settings: BTreeMap<String, String>,
     /// Facts of graphs that have not changed since they were inferred.

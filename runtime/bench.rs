@@ -34,6 +34,8 @@ pub enum BenchTask {
         /// Time to spend on runs, in seconds; a slow model takes longer.
         seconds: f64,
     },
+    /// Any number of small models, each with inputs made up for itself: the runtime of one run.
+    Each,
     /// Where the time of a run goes. The runtime writes its profile into this folder.
     Profile {
         /// An empty folder.
@@ -48,6 +50,8 @@ pub enum BenchResult {
     Loaded(Loading),
     /// For [`BenchTask::Time`].
     Timed(Timings),
+    /// For [`BenchTask::Each`]: the median of every model, in milliseconds.
+    Each(Vec<f64>),
     /// For [`BenchTask::Profile`], one for each model.
     Profiled(Vec<Profile>),
 }
@@ -142,7 +146,11 @@ const REST: Duration = Duration::from_millis(2);
 /// Runs under the profiler.
 const PROFILED_RUNS: usize = 12;
 
-/// Does one task. `models` are one or two files with the same inputs; the first one says what they are.
+/// Rounds of [`BenchTask::Each`].
+const EACH_ROUNDS: usize = 9;
+
+/// Does one task. `models` are one or two files with the same inputs, of which the first one says what they are; only
+/// [`BenchTask::Each`] takes more.
 pub fn bench(
     engine: &dyn Engine,
     models: &[PathBuf],
@@ -160,6 +168,7 @@ pub fn bench(
     match task {
         BenchTask::Load => bench.load(first, &mut chosen, talk).map(BenchResult::Loaded),
         BenchTask::Time { seconds } => bench.time(&mut chosen, *seconds, talk).map(BenchResult::Timed),
+        BenchTask::Each => bench.each(inputs, talk).map(BenchResult::Each),
         BenchTask::Profile { folder } => bench.profile(&mut chosen, folder, talk).map(BenchResult::Profiled),
     }
 }
@@ -301,6 +310,26 @@ impl Bench<'_> {
         Ok(timings)
     }
 
+    /// All models are loaded and take turns in every round, so that a disturbance meets all of them.
+    fn each(&self, inputs: &BenchInputs, talk: &mut dyn Talk) -> Result<Vec<f64>, BenchError> {
+        let mut sessions = Vec::new();
+        for path in self.models {
+            let mut chosen = Chosen { model: Model::read(path)?.model, inputs, fixed: None };
+            let mut timed = self.session(path, None)?;
+            chosen.start(timed.as_mut(), path)?;
+            sessions.push(timed);
+        }
+        let mut rounds = vec![Vec::new(); sessions.len()];
+        for round in 0..EACH_ROUNDS {
+            talk.progress(round, EACH_ROUNDS, "rounds");
+            for (index, timed) in sessions.iter_mut().enumerate() {
+                let failed = |error| BenchError::Model { path: self.models[index].clone(), error };
+                rounds[index].push(quantile(&turn_of(timed.as_mut(), TURN / 4).map_err(failed)?, 0.5));
+            }
+        }
+        Ok(rounds.iter().map(|medians| quantile(medians, 0.5)).collect())
+    }
+
     fn profile(&self, chosen: &mut Chosen<'_>, folder: &Path, talk: &mut dyn Talk) -> Result<Vec<Profile>, BenchError> {
         let mut profiles = Vec::new();
         for path in self.models {
@@ -333,10 +362,14 @@ impl Bench<'_> {
 /// Runs a model for a while; the first run, which finds the other's data in the caches, does not count if there are
 /// enough others.
 fn turn(timed: &mut dyn Timed) -> Result<Vec<f64>, RuntimeError> {
+    turn_of(timed, TURN)
+}
+
+fn turn_of(timed: &mut dyn Timed, length: Duration) -> Result<Vec<f64>, RuntimeError> {
     std::thread::sleep(REST);
     let start = Instant::now();
     let mut runs = Vec::new();
-    while runs.is_empty() || start.elapsed() < TURN {
+    while runs.is_empty() || start.elapsed() < length {
         runs.push(ms(timed.run()?));
     }
     if runs.len() > 3 {

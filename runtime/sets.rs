@@ -154,6 +154,13 @@ impl SampleSet {
         group.units.iter().map(|unit| start + unit).collect()
     }
 
+    /// The numbers of about `count` samples, spread evenly over these: what [`SetSpec::chosen`] names.
+    pub fn spread(&self, count: usize) -> Vec<usize> {
+        let all: Vec<usize> = (0..self.batch_count()).flat_map(|batch| self.units(batch)).collect();
+        let kept = (all.len() * count).div_ceil(self.len().max(1)).clamp(1, all.len().max(1));
+        (0..kept).filter_map(|i| all.get(i * all.len() / kept).copied()).collect()
+    }
+
     /// Which part of the set this is; [`Part::All`] where one run could not be divided.
     pub fn part(&self) -> Part {
         self.part

@@ -2,6 +2,7 @@
 
 use crate::{Failure, commands, recipe, runner};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use lathe_passes::lossy::allocate::Measure;
 use serde::Serialize;
 use std::{
     ffi::OsString,
@@ -145,12 +146,29 @@ pub(crate) struct OptimizeArgs {
     #[arg(long, value_name = "R", value_parser = share)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<f64>,
-    /// The largest drop of the metric on held-out samples; a larger one ends with exit code 3.
-    #[arg(long, value_name = "X", requires = "size")]
+    /// Share of the parameters to keep.
+    #[arg(long, value_name = "R", value_parser = share)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub params: Option<f64>,
+    /// Share of the floating-point operations to keep.
+    #[arg(long, value_name = "R", value_parser = share)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flops: Option<f64>,
+    /// Share of the latency to keep, as measured beside the original on this machine (at --input-shape, if given).
+    #[arg(long, value_name = "R", value_parser = share)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latency: Option<f64>,
+    /// The largest drop of the metric on held-out samples; a larger one ends with exit code 3. Without a share to keep,
+    /// the least that keeps to the drop is found.
+    #[arg(long, value_name = "X")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_drop: Option<f64>,
+    /// What becomes as little as --max-drop allows where no share to keep is given: latency unless told.
+    #[arg(long, value_name = "WHAT", requires = "max_drop", conflicts_with_all = ["size", "params", "flops", "latency"])]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub minimize: Option<Minimize>,
     /// What is measured on held-out samples.
-    #[arg(long, value_name = "METRIC", requires = "size", value_parser = commands::verify::metric_names())]
+    #[arg(long, value_name = "METRIC", value_parser = commands::verify::metric_names())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metric: Option<String>,
     /// Choose N samples of the calibration set: half for spanning what it holds, half at random.
@@ -293,4 +311,30 @@ fn stop_cleanly_on_interrupt() {
     };
     // Without the handler an interrupt still stops the program; only a temporary folder would stay.
     let _ = ctrlc::set_handler(stop);
+}
+
+/// What becomes as little as the drop allows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Minimize {
+    /// The measured latency.
+    #[default]
+    Latency,
+    /// Bytes of the file.
+    Size,
+    /// Stored numbers.
+    Params,
+    /// Floating-point operations.
+    Flops,
+}
+
+impl From<Minimize> for Measure {
+    fn from(minimize: Minimize) -> Measure {
+        match minimize {
+            Minimize::Latency => Measure::Latency,
+            Minimize::Size => Measure::Bytes,
+            Minimize::Params => Measure::Parameters,
+            Minimize::Flops => Measure::Flops,
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 mod spend;
 
+use self::spend::Exact;
 use crate::{
     Budget, Failure, PassRecord, Report, Selection, Sets,
     latency::{Latency, Measurement},
@@ -13,7 +14,10 @@ use crate::{
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
-use lathe_passes::{Context, Kind, PASSES, Pass, Target, lossy::METHODS};
+use lathe_passes::{
+    Context, Kind, PASSES, Pass, Target,
+    lossy::{METHODS, allocate},
+};
 use lathe_runtime::{
     BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SetSpec, Verdict,
 };
@@ -64,7 +68,7 @@ pub struct Options {
     pub detailed: bool,
     /// Sets that the result is run on instead of random inputs.
     pub sets: Sets,
-    /// What lossy methods may spend; without a size to reach none runs.
+    /// What lossy methods may spend; without a budget none runs.
     pub budget: Budget,
     /// How many samples to choose of the calibration set; `None` keeps all.
     pub calib_select: Option<usize>,
@@ -107,7 +111,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     check_settings(options)?;
     let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
     let set = options.sets.check(&loaded.model)?;
-    let old = options.budget.size.is_some() && loaded.model.opset() < LOSSY_OPSET;
+    let old = options.budget.is_given() && loaded.model.opset() < LOSSY_OPSET;
     let opset = options.opset.or(old.then_some(LOSSY_OPSET));
     let job = Job { options, set, runner: Runner::new(runner_options(options))?, opset };
     job.run(loaded, chosen, start)
@@ -142,7 +146,8 @@ fn check_output(model: &Path, output: &Path, overwrite: bool) -> Result<(), Fail
 /// Settings must name options that exist.
 fn check_settings(options: &Options) -> Result<(), Failure> {
     for key in options.settings.keys() {
-        let infos = PASSES.iter().map(|p| p.info()).chain(METHODS.iter().map(|m| m.info()));
+        let methods = METHODS.iter().map(|m| m.info()).chain([&allocate::INFO]);
+        let infos = PASSES.iter().map(|p| p.info()).chain(methods);
         let known = infos
             .into_iter()
             .any(|info| info.options.iter().any(|o| key.strip_prefix(info.name) == Some(&format!(".{}", o.name))));
@@ -223,23 +228,22 @@ impl Job<'_> {
             }
             let mut plan = None;
             let mut staged = staged;
-            if let Some(share) = options.budget.size {
-                let written = staged.written();
-                let exact = written.file_bytes + written.data_bytes;
-                let allowed = (input.file_bytes as f64 * share) as u64;
+            let mut latency = None;
+            if options.budget.is_given() {
+                let exact = Exact { model: &model, staged: &staged, original: &input, target: &target, write: &write };
                 let chosen = calibration.as_ref().map(|c| c.chosen.clone());
-                let found = self.compress(
-                    &model,
-                    chosen,
-                    (input.file_bytes, exact, allowed),
-                    (&target, &write),
-                    &mut warnings,
-                )?;
+                let found = self.compress(&exact, chosen, &mut warnings)?;
                 (model, staged, verify) = (found.model, found.staged, found.verify.or(verify));
-                plan = Some(found.plan);
+                (plan, latency) = (Some(found.plan), found.latency);
+                if let Some(after) = latency.as_mut().and_then(|l| l.after.as_mut()) {
+                    after.path = target.display().to_string();
+                }
                 records.extend(found.records);
             }
-            let latency = self.measure(staged.path(), &target, &mut warnings)?;
+            let latency = match latency {
+                Some(latency) => Some(latency),
+                None => self.measure(staged.path(), &target, &mut warnings)?,
+            };
             let written = staged.written().clone();
             let mut output = side(&target, &model, written.file_bytes + written.data_bytes);
             let mut files = Vec::new();

@@ -133,7 +133,7 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
     let output = bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.05"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
-    assert!(message.contains("MiB are the least that can be reached"), "{message}");
+    assert!(message.contains("of the original is asked for, and 0.147 is the least"), "{message}");
     let output =
         bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.2", "--metric", "rel-l2", "--max-drop", "1e-9"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -168,6 +168,30 @@ fn works_without_a_data_folder() {
     command.arg(bench.path("model.onnx")).arg("-o").arg(bench.path("out.onnx"));
     let output = command.args(["--size", "0.3", "--calib", set.to_str().unwrap()]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn kernels_get_a_scale_per_channel() {
+    let bench = Bench::new();
+    let mut noise = Noise(9);
+    let numbers = |numbers: Vec<f32>| numbers.iter().map(|x| format!("{x:e}")).collect::<Vec<_>>().join(", ");
+    let kernel = numbers(noise.numbers(64 * 8 * 9, 0.2));
+    let source = format!(
+        "<ir_version: 10, opset_import: [\"\" : 21]>
+        g (float[n, 8, 7, 7] x) => (float[n, 64, 4, 4] y) <float[64, 8, 3, 3] w = {{{kernel}}}> {{
+            y = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w)
+        }}"
+    );
+    fs::write(bench.path("model.onnx"), text::parse(&source).unwrap().to_bytes()).unwrap();
+    let mut npz = NpzWriter::create(&bench.path("set.npz")).unwrap();
+    npz.add("x", &Tensor::from_f32s(&[16, 8, 7, 7], &noise.numbers(16 * 8 * 49, 1.0))).unwrap();
+    npz.finish().unwrap();
+    let report = bench.report(&["--size", "0.35", "--metric", "rel-l2", "--max-drop", "0.02"]);
+    assert_eq!(choices(&report), [("w", "int8 per channel")]);
+    // One layer is the whole model: its predicted error is the measured one.
+    let (predicted, measured) =
+        (report["plan"]["objective"].as_f64().unwrap(), report["verify"]["after"].as_f64().unwrap());
+    assert!((predicted.sqrt() / measured - 1.0).abs() < 0.1, "{} predicted, {measured} measured", predicted.sqrt());
 }
 
 #[test]

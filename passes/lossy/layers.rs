@@ -1,5 +1,6 @@
 //! Constants that layers and tables are made of, and where they are used.
 
+use super::{Choice, Site, Spent};
 use lathe_analysis::Rows;
 use lathe_ir::{DataType, Graph, NodeId, Origin, ScopeId, Use, ValueId};
 use std::collections::BTreeMap;
@@ -16,21 +17,46 @@ pub struct Tap {
     pub output: ValueId,
     /// What it multiplies the constant with; `None` where it picks rows of it.
     pub rows: Option<Rows>,
-    /// Which axis of the stored constant its products are summed over; for picked rows, the axis of the features.
+    /// Which axis of the stored constant its products are summed over; for picked rows, the axis of the features. A
+    /// convolution sums over all axes from this one on.
     pub inputs_axis: usize,
     /// What its output is as rows.
     pub output_rows: Rows,
 }
 
-/// A float constant of two axes in the main graph, with everything that uses it.
+/// A float constant in the main graph with everything that uses it: a matrix, a table, or kernels of convolutions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Weight {
     /// The constant.
     pub value: ValueId,
-    /// Its shape.
-    pub dims: [usize; 2],
+    /// Its shape: two axes, or those of a convolution's weight.
+    pub dims: Vec<usize>,
     /// Its uses: products, and tables that rows are picked of.
     pub taps: Vec<Tap>,
+}
+
+impl Weight {
+    /// Which axis of the stored constant the products of its first use are summed over.
+    pub fn inputs_axis(&self) -> usize {
+        self.taps.first().map_or(0, |tap| tap.inputs_axis)
+    }
+
+    /// Inputs that one output sums over; for picked rows, the features of a row.
+    pub fn inputs(&self) -> usize {
+        super::factors::sides(self).0
+    }
+
+    /// The weight as a place with choices.
+    pub(super) fn site(&self, graph: &Graph, choices: Vec<Choice>) -> Site {
+        let elements: u64 = self.dims.iter().product::<usize>() as u64;
+        Site {
+            weight: self.value,
+            name: graph.value(self.value).name.clone(),
+            taps: self.taps.iter().map(|tap| tap.output).collect(),
+            kept: Spent { bytes: elements * 4, parameters: elements, flops_per_row: 2 * elements },
+            choices,
+        }
+    }
 }
 
 /// The weights of the main graph in order of their first use, and what was passed over with the reason.
@@ -60,12 +86,16 @@ fn weight(graph: &Graph, value: ValueId) -> Result<Weight, &'static str> {
     if tensor.dtype() != DataType::Float {
         return Err("the constant is not float32");
     }
-    let &[rows, columns] = tensor.dims() else { return Err("the constant has other than two axes") };
+    let dims = tensor.dims().to_vec();
     if !matches!(graph.value(value).origin(), Origin::Initializer(ScopeId::MAIN)) {
         return Err("the constant is not stored as an initializer of the main graph");
     }
     let taps = taps(graph, value, false)?;
-    Ok(Weight { value, dims: [rows, columns], taps })
+    let kernels = taps.iter().all(|tap| graph.node(tap.node).is("Conv"));
+    if !(dims.len() == 2 && !taps.iter().any(|tap| graph.node(tap.node).is("Conv")) || dims.len() > 2 && kernels) {
+        return Err("the constant is neither a matrix nor a convolution's weight");
+    }
+    Ok(Weight { value, dims, taps })
 }
 
 /// What uses a constant; `turned` if it passed through a transposition.
@@ -86,6 +116,15 @@ fn taps(graph: &Graph, value: ValueId, turned: bool) -> Result<Vec<Tap>, &'stati
         let watched = |data: Option<ValueId>| data.filter(|&v| graph.constant(v).is_none());
         if node.is("Gather") && index == 0 && node.int("axis").unwrap_or(0) == 0 && !turned {
             found.push(Tap { node: id, output, rows: None, inputs_axis: 1, output_rows: rows(output) });
+            continue;
+        }
+        if node.is("Conv") && index == 1 && !turned {
+            if node.int("group").unwrap_or(1) != 1 {
+                return Err("the convolution has groups");
+            }
+            let rows = Rows::of_conv(graph, id).ok_or("the convolution's window is not known")?;
+            let output_rows = Rows::channels(graph.value(output).name.clone());
+            found.push(Tap { node: id, output, rows: Some(rows), inputs_axis: 1, output_rows });
             continue;
         }
         let product = (node.is("MatMul") || (node.is("Gemm") && node.int("transA") != Some(1))) && index == 1;

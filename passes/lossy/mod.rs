@@ -2,16 +2,30 @@
 //!
 //! A method proposes and carries out; it never chooses. All options of all methods compete in one allocation.
 
-mod allocate;
+pub mod allocate;
+mod dictionary;
+mod factorize;
+mod factors;
 mod layers;
 mod quantize;
+mod spectrum;
 
-pub use allocate::{AllocateError, Allocation, Item, allocate};
+pub use dictionary::Dictionary;
+pub use factorize::Factorize;
+pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{Tap, Weight, weights};
 pub use quantize::Quantize;
 
 use crate::{Context, Error, Info, Outcome};
+use factors::Seen;
 use lathe_ir::{Model, ValueId};
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
+
+/// Bytes that a node and the names of two tensors add to a file, roughly.
+const OVERHEAD: u64 = 200;
 
 /// What something takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -72,4 +86,56 @@ pub trait Method: Sync {
 }
 
 /// Every lossy method.
-pub const METHODS: &[&dyn Method] = &[&Quantize];
+pub const METHODS: &[&dyn Method] = &[&Quantize, &Factorize, &Dictionary];
+
+/// Layers whose second moments are in memory at a time.
+const BATCH: usize = 8;
+
+/// What a method makes of one layer.
+type Work<'a> = dyn Fn(&Weight, &Seen) -> Result<Vec<Choice>, &'static str> + Sync + 'a;
+
+/// What `work` makes of every layer that can be factored, a few layers at a time.
+fn in_batches(model: &Model, cx: &Context, work: &Work<'_>) -> Result<Proposal, Error> {
+    let mut proposal = Proposal::default();
+    let graph = &model.graph;
+    let place = |value: ValueId| format!("`{}`", graph.value(value).name);
+    let (found, refused) = weights(graph);
+    refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
+    for batch in found.chunks(BATCH) {
+        let mut ready = Vec::new();
+        for weight in batch {
+            match factors::seen(graph, weight, cx)? {
+                Ok(seen) => ready.push((weight, seen)),
+                Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
+            }
+        }
+        let done = on_all_cores(&ready, |(weight, seen)| work(weight, seen));
+        for ((weight, _), choices) in ready.iter().zip(done) {
+            match choices {
+                Ok(choices) => proposal.sites.push(weight.site(graph, choices)),
+                Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
+            }
+        }
+    }
+    Ok(proposal)
+}
+
+/// Applies `work` to every item on all cores; results in the order of the items.
+fn on_all_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
+    let next = AtomicUsize::new(0);
+    let run = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else { return done };
+            done.push((index, work(item)));
+        }
+    };
+    let mut all: Vec<(usize, R)> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        workers.into_iter().flat_map(|w| w.join().expect("a worker only computes")).collect()
+    });
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, result)| result).collect()
+}

@@ -1,13 +1,9 @@
 //! Weights as whole numbers of 8 or 4 bits with one scale per block, dequantized where they are used.
 
-use super::{Choice, Method, Proposal, Site, Spent, Tap, Weight, weights};
+use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, on_all_cores, weights};
 use crate::{Context, Error, Info, Kind, Outcome, Quantity};
 use lathe_analysis::Calibrate;
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, ValueId};
-use std::{
-    sync::atomic::{AtomicUsize, Ordering},
-    thread,
-};
 
 /// Stores weights as 4-bit or 8-bit blocks.
 pub struct Quantize;
@@ -15,9 +11,9 @@ pub struct Quantize;
 static INFO: Info = Info {
     name: "quantize",
     summary: "store weights as blocks of 4-bit or 8-bit whole numbers",
-    doc: "Offers every float32 constant of two axes that products or table look-ups use as int4 or int8 with one float32 \
-          scale per 32, 64 or 128 numbers along the axis that products are summed over, behind a blocked \
-          `DequantizeLinear`. Scales are chosen to lose least on what the calibration set multiplies the weight with. \
+    doc: "Offers every float32 matrix that products or table look-ups use as int4 or int8 with one float32 scale per 32, \
+          64 or 128 numbers along the axis that products are summed over, behind a blocked `DequantizeLinear`, and the \
+          weights of ungrouped convolutions with one scale per output channel. Scales are chosen to lose least on what the calibration set multiplies the weight with. \
           Activations stay float32. Needs operator set 21 (`--opset 21` upgrades); declines where a constant has other \
           uses, is not finite, or would not become smaller.",
     options: &[],
@@ -32,14 +28,20 @@ const OPSET: i64 = 21;
 /// Shares of the largest magnitude that a block's range may be cut to.
 const CLIPS: [f32; 7] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7];
 
-/// Bytes that a node and the names of two tensors add to a file, roughly.
-const OVERHEAD: u64 = 200;
-
 /// Bits and numbers per scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Scheme {
     bits: usize,
+    /// `usize::MAX` for one scale per output channel.
     block: usize,
+}
+
+/// Kernels have axes that blocks cannot run over: one scale per output channel.
+const KERNEL_SCHEMES: [Scheme; 2] = [Scheme { bits: 8, block: usize::MAX }, Scheme { bits: 4, block: usize::MAX }];
+
+/// The schemes for a weight.
+fn schemes(weight: &Weight) -> &'static [Scheme] {
+    if weight.dims.len() > 2 { &KERNEL_SCHEMES } else { &SCHEMES }
 }
 
 const SCHEMES: [Scheme; 6] = [
@@ -53,6 +55,9 @@ const SCHEMES: [Scheme; 6] = [
 
 impl Scheme {
     fn name(self) -> String {
+        if self.block == usize::MAX {
+            return format!("int{} per channel", self.bits);
+        }
         format!("int{} block {}", self.bits, self.block)
     }
 
@@ -87,7 +92,7 @@ impl Layout {
         let axis = weight.taps.first().map_or(0, |tap| tap.inputs_axis);
         match axis {
             0 => Layout { outer: 1, length: weight.dims[0], inner: weight.dims[1], axis },
-            _ => Layout { outer: weight.dims[0], length: weight.dims[1], inner: 1, axis },
+            _ => Layout { outer: weight.dims[0], length: weight.dims[1..].iter().product(), inner: 1, axis },
         }
     }
 }
@@ -104,10 +109,11 @@ fn quantize(matrix: &[f32], layout: Layout, scheme: Scheme, importance: &[f64]) 
     let mut codes = vec![0i8; matrix.len()];
     let mut scales = vec![0f32; layout.outer * blocks * layout.inner];
     let (low, high) = scheme.range();
-    let mut line = Vec::with_capacity(scheme.block);
+    let mut line = Vec::with_capacity(scheme.block.min(layout.length));
     for outer in 0..layout.outer {
         for block in 0..blocks {
-            let rows = block * scheme.block..layout.length.min((block + 1) * scheme.block);
+            let start = block * scheme.block.min(layout.length);
+            let rows = start..layout.length.min(start.saturating_add(scheme.block));
             for inner in 0..layout.inner {
                 let at = |row: usize| (outer * layout.length + row) * layout.inner + inner;
                 line.clear();
@@ -172,8 +178,7 @@ fn importance(tap: &Tap, weight: &Weight, calibration: Option<&dyn Calibrate>) -
         // Rows are picked: each is as likely as any other.
         None => vec![1.0 / weight.dims[0] as f64; weight.dims[1]],
     };
-    let fits =
-        inputs.len() == weight.dims[tap.inputs_axis] && output.is_finite() && inputs.iter().all(|x| x.is_finite());
+    let fits = inputs.len() == weight.inputs() && output.is_finite() && inputs.iter().all(|x| x.is_finite());
     Ok((fits && output > 0.0).then_some(Importance { inputs, output }))
 }
 
@@ -203,12 +208,11 @@ fn site(graph: &Graph, weight: &Weight, seen: &[Importance]) -> Result<Site, &'s
     };
     tensor.release();
     let joint = joint(seen, layout);
-    let elements = matrix.len() as u64;
-    let kept = Spent { bytes: elements * 4, parameters: elements, flops_per_row: 2 * elements };
+    let kept = matrix.len() as u64 * 4;
     let mut choices = Vec::new();
-    for scheme in SCHEMES {
+    for &scheme in schemes(weight) {
         let spent = scheme.spent(&layout);
-        if spent.bytes >= kept.bytes {
+        if spent.bytes >= kept {
             continue;
         }
         let blocks = quantize(&matrix, layout, scheme, &joint);
@@ -219,8 +223,7 @@ fn site(graph: &Graph, weight: &Weight, seen: &[Importance]) -> Result<Site, &'s
         };
         choices.push(Choice { name: scheme.name(), spent, errors: seen.iter().map(error).collect() });
     }
-    let taps = weight.taps.iter().map(|tap| tap.output).collect();
-    Ok(Site { weight: weight.value, name: graph.value(weight.value).name.clone(), taps, kept, choices })
+    Ok(weight.site(graph, choices))
 }
 
 /// What was seen of every tap, or why the weight is passed over.
@@ -237,26 +240,6 @@ fn seen(weight: &Weight, cx: &Context) -> Result<Result<Vec<Importance>, &'stati
         }
     }
     Ok(Ok(found))
-}
-
-/// Applies `work` to every item on all cores; results in the order of the items.
-fn on_all_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
-    let next = AtomicUsize::new(0);
-    let run = || {
-        let mut done = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(item) = items.get(index) else { return done };
-            done.push((index, work(item)));
-        }
-    };
-    let mut all: Vec<(usize, R)> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
-        workers.into_iter().flat_map(|w| w.join().expect("a worker only computes")).collect()
-    });
-    all.sort_by_key(|(index, _)| *index);
-    all.into_iter().map(|(_, result)| result).collect()
 }
 
 /// One importance for all taps: each counts by its share of its own output.
@@ -308,7 +291,11 @@ impl Method for Quantize {
     fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let name = &site.choices[choice].name;
-        let scheme = SCHEMES.into_iter().find(|s| s.name() == *name).expect("a choice is one of the schemes");
+        let scheme = SCHEMES
+            .into_iter()
+            .chain(KERNEL_SCHEMES)
+            .find(|s| s.name() == *name)
+            .expect("a choice is one of the schemes");
         let (found, _) = weights(&model.graph);
         let Some(weight) = found.iter().find(|w| w.value == site.weight) else {
             outcome.refuse("the constant is no longer used as it was", format!("`{}`", site.name));
@@ -326,21 +313,26 @@ impl Method for Quantize {
         let matrix = tensor.to_f32s().expect("sites are float32");
         let blocks = quantize(&matrix, layout, scheme, &joint(&seen, layout));
         tensor.release();
-        emit(model, site.weight, weight.dims, layout, scheme, &blocks);
+        emit(model, site.weight, weight.dims.clone(), layout, scheme, &blocks);
         outcome.change(name.clone(), format!("`{}`", site.name));
         Ok(outcome)
     }
 }
 
 /// Replaces the constant by codes and scales and a node that puts it together again, under its old name.
-fn emit(model: &mut Model, weight: ValueId, dims: [usize; 2], layout: Layout, scheme: Scheme, blocks: &Blocks) {
+fn emit(model: &mut Model, weight: ValueId, dims: Vec<usize>, layout: Layout, scheme: Scheme, blocks: &Blocks) {
     let (dtype, bytes) = match scheme.bits {
         8 => (DataType::Int8, blocks.codes.iter().map(|&c| c as u8).collect::<Vec<u8>>()),
         _ => (DataType::Int4, blocks.codes.chunks(2).map(nibbles).collect()),
     };
-    let codes = Tensor::new(dtype, dims.to_vec(), bytes).expect("there is a code for every number");
+    let per_channel = scheme.block == usize::MAX;
+    let codes = Tensor::new(dtype, dims.clone(), bytes).expect("there is a code for every number");
     let mut scale_dims = dims;
-    scale_dims[layout.axis] = layout.length.div_ceil(scheme.block);
+    if per_channel {
+        scale_dims.truncate(1);
+    } else {
+        scale_dims[layout.axis] = layout.length.div_ceil(scheme.block);
+    }
     let scales = Tensor::from_f32s(&scale_dims, &blocks.scales);
     let graph = &mut model.graph;
     let name = graph.value(weight).name.clone();
@@ -348,7 +340,11 @@ fn emit(model: &mut Model, weight: ValueId, dims: [usize; 2], layout: Layout, sc
     let codes = graph.add_initializer(ScopeId::MAIN, &codes_name, codes);
     let scales_name = graph.fresh_name(&format!("{name}_scale"));
     let scales = graph.add_initializer(ScopeId::MAIN, &scales_name, scales);
-    let node = Node::new("DequantizeLinear").with("axis", layout.axis as i64).with("block_size", scheme.block as i64);
+    let node = Node::new("DequantizeLinear");
+    let node = match per_channel {
+        true => node.with("axis", 0i64),
+        false => node.with("axis", layout.axis as i64).with("block_size", scheme.block as i64),
+    };
     let restored = graph.append(ScopeId::MAIN, node, &[codes, scales], &format!("{name}_dequantized"));
     graph.replace_uses(weight, restored);
     graph.remove_initializer(weight);

@@ -89,7 +89,12 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
     }
     let inputs = input_spec(&args.run)?;
     let sets = args.sets.sets()?;
-    sets.instead_of(&inputs)?;
+    // Time is measured at given shapes, whatever the set's are.
+    let timed =
+        args.latency.is_some() || (args.max_drop.is_some() && args.size.or(args.params).or(args.flops).is_none());
+    if !timed {
+        sets.instead_of(&inputs)?;
+    }
     if args.size.is_some() && sets.calibration.is_none() {
         let message = "--size spends a loss that is measured on samples, and none are given; --calib names a set";
         return Err(Failure::Usage(message.to_owned()));
@@ -127,7 +132,15 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         bench: args.bench.then_some(TIMING_SECONDS),
         detailed: !args.report.is_empty(),
         sets,
-        budget: Budget { size: args.size, max_drop: args.max_drop, metric: args.metric.clone() },
+        budget: Budget {
+            size: args.size,
+            params: args.params,
+            flops: args.flops,
+            latency: args.latency,
+            minimize: args.minimize.unwrap_or_default().into(),
+            max_drop: args.max_drop,
+            metric: args.metric.clone(),
+        },
         calib_select: args.calib_select,
         shapes: inputs.shapes,
         seed: args.run.seed,

@@ -1,48 +1,129 @@
-//! The part of the main job that spends a size budget and holds the loss against what is allowed.
+//! The part of the main job that spends budgets and holds the loss against what is allowed.
 
 use super::Job;
 use crate::{
     Failure, PassRecord,
-    compress::Compressor,
-    report::Verify,
+    compress::{Compressor, Table},
+    latency::{Latency, Measurement},
+    report::{Side, Verify},
     validate::{self, Bound, validate},
 };
-use anyhow::Context as _;
-use lathe_ir::{Model, WriteOptions};
-use lathe_runtime::{Distance, SetSpec};
+use anyhow::{Context as _, anyhow};
+use lathe_ir::{Model, Staged, WriteOptions};
+use lathe_passes::{
+    Context,
+    lossy::allocate::{self, Measure, SolveError, Solver},
+};
+use lathe_runtime::{BenchInputs, Distance, InputSpec, SetSpec};
+use serde_json::json;
 use std::path::Path;
 
-/// Allocations that are tried until the file is as small as it must be.
-const SIZE_ATTEMPTS: usize = 4;
+/// Allocations that are tried until the result is as small and as fast as it must be.
+const ATTEMPTS: usize = 6;
 
-/// Larger sizes that are tried to say what would keep to the allowed drop.
-const REACHABLE_ATTEMPTS: usize = 4;
+/// Share of a run that layers with weights can take at most.
+const MOST_OF_LATENCY: f64 = 0.9;
 
-/// A result within the size budget, before it is written.
+/// What is aimed for beyond a budget of latency that was missed: the next measurement differs a little again.
+const LATENCY_MARGIN: f64 = 1.05;
+
+/// Larger budgets that are tried to say what would keep to the allowed drop, and smaller ones to find the least.
+const BISECTIONS: usize = 4;
+
+/// A result within the budgets, before it is written.
 pub(super) struct Spent {
     pub(super) model: Model,
-    pub(super) staged: lathe_ir::Staged,
+    pub(super) staged: Staged,
     pub(super) verify: Option<Verify>,
     pub(super) plan: serde_json::Value,
     pub(super) records: Vec<PassRecord>,
+    pub(super) latency: Option<Latency>,
+}
+
+/// What the exact passes left.
+pub(super) struct Exact<'a> {
+    pub(super) model: &'a Model,
+    pub(super) staged: &'a Staged,
+    /// The original.
+    pub(super) original: &'a Side,
+    pub(super) target: &'a Path,
+    pub(super) write: &'a WriteOptions,
+}
+
+/// A quantity with its share to keep, and what the original and the exact result take of it.
+#[derive(Clone, Copy)]
+struct Limit {
+    measure: Measure,
+    share: f64,
+    original: f64,
+    exact: f64,
+    /// What the constants that could change take.
+    kept: u64,
+}
+
+impl Limit {
+    /// What these constants may take at most; what is missing if everything else takes too much already.
+    fn of_sites(&self) -> Result<u64, f64> {
+        let rest = self.exact - self.kept as f64;
+        let allowed = self.share * self.original - rest;
+        if allowed >= 0.0 { Ok(allowed as u64) } else { Err(rest / self.original) }
+    }
+
+    fn name(&self) -> &'static str {
+        match self.measure {
+            Measure::Bytes => "size",
+            Measure::Parameters => "parameters",
+            Measure::Flops => "FLOPs",
+            Measure::Latency => "latency",
+        }
+    }
+
+    fn option(&self) -> &'static str {
+        match self.measure {
+            Measure::Bytes => "--size",
+            Measure::Parameters => "--params",
+            Measure::Flops => "--flops",
+            Measure::Latency => "--latency",
+        }
+    }
+
+    /// That even the smallest share is larger than what is allowed.
+    fn unreachable(&self, least: f64) -> Failure {
+        let (name, share) = (self.name(), self.share);
+        Failure::Refused(format!("a {name} of {share:.3} of the original is asked for, and {least:.3} is the least"))
+    }
+}
+
+/// Everything that is the same for every allocation that is tried.
+struct Attempt<'a> {
+    exact: &'a Exact<'a>,
+    table: &'a Table,
+    inputs: &'a BenchInputs,
+    solver: Solver,
 }
 
 impl Job<'_> {
-    /// Spends the size budget: of a file of `original` bytes passes left `exact`, of which `allowed` may stay. Methods
-    /// see the `chosen` samples of the calibration set, or all.
+    /// Spends the budgets. Methods see the `chosen` samples of the calibration set, or all.
     pub(super) fn compress(
         &self,
-        model: &Model,
+        exact: &Exact<'_>,
         chosen: Option<Vec<usize>>,
-        (original, exact, allowed): (u64, u64, u64),
-        (target, write): (&Path, &WriteOptions),
         warnings: &mut Vec<String>,
     ) -> Result<Spent, Failure> {
         let options = self.options;
         let given = options.sets.calibration.as_ref();
-        let given = given.context("a size is spent by what is seen on a calibration set, and none is given")?;
+        let given = given.context("a budget is spent by what is seen on a calibration set, and none is given")?;
         let calibration = &SetSpec { chosen: chosen.or_else(|| given.chosen.clone()), ..given.clone() };
-        let cx = self.context();
+        let solver = self.context().setting(&allocate::INFO, "solver").map_err(anyhow::Error::from)?;
+        let mut shares = options.budget.shares();
+        let least = shares.is_empty();
+        if least {
+            shares.push((options.budget.minimize, 1.0));
+        }
+        let inputs = match options.shapes.is_empty() {
+            true => BenchInputs::Set(calibration.clone()),
+            false => BenchInputs::Random(InputSpec { seed: options.seed, shapes: options.shapes.clone() }),
+        };
         let compressor = Compressor {
             runner: &self.runner,
             cx: self.context(),
@@ -51,50 +132,174 @@ impl Job<'_> {
             memory: options.memory,
             seed: options.seed,
             admits: &|name| options.selection.admits(name),
-            distance: self.distance(model),
+            distance: self.distance(exact.model),
+            inputs: inputs.clone(),
+            measures: shares.iter().map(|s| s.0).collect(),
         };
-        let table = compressor.table(model, warnings)?;
-        let fixed = exact.saturating_sub(table.kept_bytes());
-        let too_small = |reached: u64| {
-            let [reached, allowed] = [reached, allowed].map(|bytes| bytes as f64 / (1 << 20) as f64);
-            Failure::Refused(format!(
-                "{allowed:.1} MiB are allowed, and {reached:.1} MiB are the least that can be reached"
-            ))
-        };
-        let within = |allowed: u64| -> Result<Spent, Failure> {
-            let mut bytes = allowed.checked_sub(fixed).ok_or_else(|| too_small(fixed))?;
-            for _ in 0..SIZE_ATTEMPTS {
-                let found = table.compress(model, bytes, &cx, &|smallest| too_small(smallest + fixed))?;
-                found.model.check().context("the result is not a valid model; this is a fault of this program")?;
-                let staged = found.model.stage(target, write).map_err(|e| Failure::Error(e.into()))?;
-                let size = staged.written().file_bytes + staged.written().data_bytes;
-                if size <= allowed {
-                    let verify = self.held_out(staged.path())?;
-                    return Ok(Spent { model: found.model, staged, verify, plan: found.plan, records: found.records });
-                }
-                // Names and attributes took more than was reckoned.
-                bytes = bytes.checked_sub(size - allowed).ok_or_else(|| too_small(size))?;
+        let mut table = compressor.table(exact.model, warnings)?;
+        let mut limits = Vec::new();
+        for (measure, share) in shares {
+            let (original, left) = self.totals(measure, exact, &inputs)?;
+            if measure == Measure::Latency {
+                table.scale_latency(MOST_OF_LATENCY * left);
             }
-            Err(Failure::Refused("the size of the result does not settle within the budget".to_owned()))
-        };
-        let spent = within(allowed)?;
+            let kept = table.kept();
+            limits.push(Limit { measure, share, original, exact: left, kept: kept[measure as usize] });
+        }
+        let attempt = Attempt { exact, table: &table, inputs: &inputs, solver };
+        if least {
+            return self.least(&attempt, &limits);
+        }
+        let spent = self.within(&attempt, &limits)?;
         let Some(failed) = spent.verify.as_ref().filter(|v| !v.passed).map(validate::describe) else {
             return Ok(spent);
         };
         drop(spent);
         // What would pass, found by bisection, so that the user knows what to ask for.
-        let (mut low, mut high) = (allowed, exact);
-        for _ in 0..REACHABLE_ATTEMPTS {
-            let middle = low + (high - low) / 2;
-            if within(middle)?.verify.is_none_or(|v| v.passed) { high = middle } else { low = middle }
+        let (mut low, mut high) = (0.0, 1.0);
+        for _ in 0..BISECTIONS {
+            let middle = (low + high) / 2.0;
+            let found = self.within(&attempt, &relaxed(&limits, middle))?;
+            if found.verify.is_none_or(|v| v.passed) { high = middle } else { low = middle }
         }
-        let share = high as f64 / original as f64;
-        let reachable = if share <= 1.0 {
-            format!("; --size {:.2} keeps to it", (share * 100.0).ceil() / 100.0)
-        } else {
-            String::new()
+        let asked = relaxed(&limits, high);
+        let share = |l: &Limit| format!("{} {:.2}", l.option(), (l.share * 100.0).ceil() / 100.0);
+        let reachable = match asked.iter().all(|l| l.share <= 1.0) {
+            true => format!("; {} keeps to it", asked.iter().map(share).collect::<Vec<_>>().join(" ")),
+            false => String::new(),
         };
         Err(Failure::Refused(format!("{failed}{reachable}")))
+    }
+
+    /// The smallest share of one quantity whose loss is allowed, by bisection.
+    fn least(&self, attempt: &Attempt<'_>, limits: &[Limit]) -> Result<Spent, Failure> {
+        let (mut low, mut high) = (0.0, 1.0);
+        let mut best = None;
+        for _ in 0..BISECTIONS + 2 {
+            let middle = (low + high) / 2.0;
+            match self.within(attempt, &relaxed(&[Limit { share: 0.0, ..limits[0] }], middle)) {
+                Ok(found) if found.verify.as_ref().is_none_or(|v| v.passed) => {
+                    (high, best) = (middle, Some(found));
+                }
+                Ok(_) | Err(Failure::Refused(_)) => low = middle,
+                Err(error) => return Err(error),
+            }
+        }
+        best.ok_or_else(|| {
+            let name = limits[0].name();
+            Failure::Refused(format!("no {name} below the original's keeps to the allowed drop"))
+        })
+    }
+
+    /// What the original and the exact result take.
+    fn totals(&self, measure: Measure, exact: &Exact<'_>, inputs: &BenchInputs) -> Result<(f64, f64), Failure> {
+        Ok(match measure {
+            Measure::Latency => {
+                let latency = self.time(exact.staged.path(), inputs)?;
+                (latency.before_ms * 1e6, latency.after_ms.unwrap_or(f64::NAN) * 1e6)
+            }
+            _ => (of_side(measure, exact.original), taken(measure, exact.model, exact.staged)),
+        })
+    }
+
+    /// The latency of the original and of a candidate.
+    fn time(&self, candidate: &Path, inputs: &BenchInputs) -> Result<Latency, Failure> {
+        let options = super::runner_options(self.options);
+        let models = [self.options.model.as_path(), candidate];
+        let seconds = self.options.bench.unwrap_or(0.0);
+        let measurement = Measurement { options: &options, models: &models, inputs, seconds };
+        Ok(measurement.run(&mut |_| {}).context("the latency cannot be measured")?)
+    }
+
+    /// A result within the limits, whose loss may still be too large.
+    fn within(&self, attempt: &Attempt<'_>, limits: &[Limit]) -> Result<Spent, Failure> {
+        let exact = attempt.exact;
+        let cx = self.context();
+        let mut most = Vec::new();
+        for limit in limits {
+            most.push(limit.of_sites().map_err(|least| limit.unreachable(least))?);
+        }
+        let mut reached: Vec<f64> = Vec::new();
+        let mut smallest_tried = false;
+        for _ in 0..ATTEMPTS {
+            let mut budget = allocate::Budget::default();
+            for (limit, &most) in limits.iter().zip(&most) {
+                budget.set(limit.measure, most);
+            }
+            let (plan, seconds) = match attempt.table.choose(&budget, attempt.solver) {
+                Ok(found) => found,
+                // Measured, the smallest may still do.
+                Err(SolveError::Infeasible { smallest }) if !reached.is_empty() && !smallest_tried => {
+                    smallest_tried = true;
+                    smallest.iter().zip(&mut most).for_each(|((_, least, _), most)| *most = (*most).max(*least));
+                    continue;
+                }
+                Err(SolveError::Infeasible { .. }) if smallest_tried => break,
+                Err(SolveError::Infeasible { smallest }) => {
+                    let short = smallest.iter().find(|(_, least, most)| least > most).or(smallest.first());
+                    let &(measure, least, _) = short.expect("a limit is given");
+                    let limit = limits.iter().find(|l| l.measure == measure).expect("limits are those that were given");
+                    return Err(limit.unreachable((limit.exact - limit.kept as f64 + least as f64) / limit.original));
+                }
+                Err(error) => return Err(Failure::Error(anyhow!(error))),
+            };
+            let found = attempt.table.carry_out(exact.model, &plan, &cx)?;
+            let mut model = found.model;
+            drop_what_nothing_reads(&mut model, &cx)?;
+            model.check().context("the result is not a valid model; this is a fault of this program")?;
+            let staged = model.stage(exact.target, exact.write).map_err(|e| Failure::Error(e.into()))?;
+            let mut latency = None;
+            let mut over = false;
+            reached.clear();
+            for (limit, most) in limits.iter().zip(&mut most) {
+                let took = match limit.measure {
+                    Measure::Latency => {
+                        let measured = self.time(staged.path(), attempt.inputs)?;
+                        let ratio = measured.ratio.unwrap_or(f64::NAN);
+                        latency = Some(measured);
+                        ratio * limit.original
+                    }
+                    _ => taken(limit.measure, &model, &staged),
+                };
+                reached.push(took / limit.original);
+                let allowed = limit.share * limit.original;
+                if took > allowed {
+                    // Names and attributes take a little more than was reckoned; kernels save more or less.
+                    over = true;
+                    let used = plan.used[limit.measure as usize] as f64;
+                    let (reckoned, saved) = (limit.kept as f64 - used, limit.exact - took);
+                    *most = if limit.measure == Measure::Latency && saved > 0.0 {
+                        let needed = (limit.exact - allowed) * reckoned / saved * LATENCY_MARGIN;
+                        (limit.kept as f64 - needed).max(0.0).min(used) as u64
+                    } else {
+                        most.saturating_sub((took - allowed).ceil() as u64)
+                    };
+                }
+            }
+            if over {
+                continue;
+            }
+            let verify = self.held_out(staged.path())?;
+            let mut plan = found.plan;
+            let solver = match attempt.solver {
+                Solver::Auto if limits.len() == 1 => Solver::Pareto,
+                Solver::Auto => Solver::Ilp,
+                solver => solver,
+            };
+            plan["solver"] = json!(solver.name());
+            plan["seconds"] = json!(seconds);
+            plan["budget"] = limits
+                .iter()
+                .map(|l| (l.name().to_lowercase(), json!(l.share)))
+                .collect::<serde_json::Map<_, _>>()
+                .into();
+            return Ok(Spent { model, staged, verify, plan, records: found.records, latency });
+        }
+        let told = limits.iter().zip(&reached).filter(|(l, r)| **r > l.share);
+        let told = told.map(|(l, r)| {
+            format!("a {} of {:.3} of the original is asked for, and {r:.3} was measured", l.name(), l.share)
+        });
+        Err(Failure::Refused(told.collect::<Vec<_>>().join("; ")))
     }
 
     /// The loss of a candidate on held-out samples; `None` if it is not to be run.
@@ -119,4 +324,35 @@ impl Job<'_> {
         };
         if divergence { Distance::Divergence } else { Distance::Relative }
     }
+}
+
+/// The limits moved by a part of the way towards what the exact passes left, where nothing is lost.
+fn relaxed(limits: &[Limit], part: f64) -> Vec<Limit> {
+    let whole = |l: &Limit| (l.exact / l.original).max(l.share);
+    limits.iter().map(|l| Limit { share: l.share + part * (whole(l) - l.share), ..*l }).collect()
+}
+
+fn of_side(measure: Measure, side: &Side) -> f64 {
+    match measure {
+        Measure::Bytes => side.file_bytes as f64,
+        Measure::Parameters => side.parameters as f64,
+        Measure::Flops => side.flops as f64,
+        Measure::Latency => f64::NAN,
+    }
+}
+
+/// What a model that is written aside takes.
+fn taken(measure: Measure, model: &Model, staged: &Staged) -> f64 {
+    match measure {
+        Measure::Bytes => (staged.written().file_bytes + staged.written().data_bytes) as f64,
+        Measure::Parameters => super::cost(model).parameters as f64,
+        Measure::Flops => super::cost(model).flops as f64,
+        Measure::Latency => f64::NAN,
+    }
+}
+
+fn drop_what_nothing_reads(model: &mut Model, cx: &Context) -> Result<(), Failure> {
+    use lathe_passes::{Pass as _, exact::DropDead};
+    DropDead.apply(model, cx).map_err(anyhow::Error::from)?;
+    Ok(())
 }

@@ -1,0 +1,182 @@
+//! How long options take: each one's own small graph, timed on the provider at the shapes of a run.
+
+use super::{Compressor, Place};
+use crate::Failure;
+use anyhow::{Context as _, anyhow};
+use lathe_analysis::{Bindings, Facts};
+use lathe_ir::{DataType, Dim, External, Graph, Model, Node, ScopeId, Tensor, Type, ValueId, WriteOptions};
+use lathe_passes::{
+    Context,
+    lossy::{Site, Weight},
+};
+use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, SampleSet};
+use std::{collections::BTreeMap, path::PathBuf};
+
+impl Compressor<'_> {
+    /// Times every option of every place; equal shapes and options are timed once.
+    pub(super) fn time_options(
+        &self,
+        model: &Model,
+        found: &[Weight],
+        places: &mut [Place],
+        cx: &Context,
+        warnings: &mut Vec<String>,
+    ) -> Result<(), Failure> {
+        let facts = Facts::infer(model);
+        let bindings = self.run_sizes(model)?;
+        let size = |value: ValueId| -> Option<Vec<u64>> {
+            facts.shape(value)?.iter().map(|dim| bindings.evaluate(dim)).collect()
+        };
+        let mut known: BTreeMap<String, Vec<Option<u64>>> = BTreeMap::new();
+        let mut untimed = 0;
+        for place in places.iter_mut() {
+            let weight = found.iter().find(|w| w.value == place.site.weight);
+            let Some(fragment) = weight.and_then(|w| Fragment::of(model, w, &size)) else {
+                untimed += 1;
+                continue;
+            };
+            let names: Vec<&str> = place.site.choices.iter().map(|c| c.name.as_str()).collect();
+            let key = format!("{} {}", fragment.key, names.join(", "));
+            if !known.contains_key(&key) {
+                known.insert(key.clone(), self.time_fragment(&fragment, place, cx)?);
+            }
+            place.latency = known[&key].clone();
+        }
+        if untimed > 0 {
+            warnings.push(format!("{untimed} constants stay as they are: what reads them cannot be timed by itself"));
+        }
+        Ok(())
+    }
+
+    /// The sizes that symbols have in a run that is timed: as given, or of the first batch of the calibration set.
+    fn run_sizes(&self, model: &Model) -> Result<Bindings, Failure> {
+        if let BenchInputs::Random(spec) = &self.inputs {
+            let mut bindings = Bindings::default();
+            for (name, sizes) in &spec.shapes {
+                let input = model.graph.find_value(name).map(|v| model.graph.value(v));
+                let shape = input.and_then(|v| v.ty.as_ref()).and_then(|ty| ty.shape());
+                for (dim, &size) in shape.iter().flat_map(|s| &s.dims).zip(sizes) {
+                    if let Dim::Symbol(name) = dim {
+                        bindings.set(name.clone(), size as i64);
+                    }
+                }
+            }
+            return Ok(bindings);
+        }
+        let set = SampleSet::open(self.set, model).map_err(anyhow::Error::from)?;
+        let batch = set.batches().next().transpose().map_err(anyhow::Error::from)?;
+        let batch = batch.ok_or_else(|| anyhow!("the calibration set is empty"))?;
+        let mut bindings = Bindings::default();
+        for &input in model.graph.main().inputs() {
+            let value = model.graph.value(input);
+            let Some((_, tensor)) = batch.inputs.iter().find(|(name, _)| *name == value.name) else { continue };
+            let dims = value.ty.as_ref().and_then(|ty| ty.shape()).map(|shape| shape.dims.clone()).unwrap_or_default();
+            for (dim, &size) in dims.iter().zip(tensor.dims()) {
+                if let Dim::Symbol(name) = dim {
+                    bindings.set(name.to_string(), size as i64);
+                }
+            }
+        }
+        Ok(bindings)
+    }
+
+    fn time_fragment(&self, fragment: &Fragment, place: &Place, cx: &Context) -> Result<Vec<Option<u64>>, Failure> {
+        let folder = tempfile::tempdir().context("there is no place for small models")?;
+        let mut files: Vec<PathBuf> = Vec::new();
+        let mut of: Vec<usize> = Vec::new();
+        let mut save = |index: usize, model: &Model| -> Result<(), Failure> {
+            let path = folder.path().join(format!("{index}.onnx"));
+            let staged = model.stage(&path, &WriteOptions { external: External::Auto });
+            staged.and_then(|s| s.commit()).map_err(|e| Failure::Error(e.into()))?;
+            files.push(path);
+            of.push(index);
+            Ok(())
+        };
+        save(0, &fragment.model)?;
+        for index in 0..place.site.choices.len() {
+            let (method, own) = place.origin[index];
+            let mut changed = fragment.model.clone();
+            let weight = changed.graph.find_value(&place.site.name).expect("the weight keeps its name");
+            let site = Site { weight, ..place.of_method(index) };
+            let outcome = method.rewrite(&mut changed, &site, own, cx).map_err(anyhow::Error::from)?;
+            if !outcome.changes.is_empty() {
+                save(index + 1, &changed)?;
+            }
+        }
+        let inputs = BenchInputs::Random(InputSpec { seed: self.seed, shapes: Vec::new() });
+        let measured = self.runner.bench(&files, &inputs, BenchTask::Each)?;
+        let BenchResult::Each(medians) = measured else {
+            return Err(Failure::Error(anyhow!("the worker measured something else")));
+        };
+        let mut latency = vec![None; place.site.choices.len() + 1];
+        for (&index, ms) in of.iter().zip(medians) {
+            latency[index] = Some((ms * 1e6).round().max(1.0) as u64);
+        }
+        Ok(latency)
+    }
+}
+
+/// A weight with the layers that use it and nothing else.
+struct Fragment {
+    model: Model,
+    /// What its time depends on.
+    key: String,
+}
+
+impl Fragment {
+    /// `None` where a layer's input has no known size, or rows are picked of the weight.
+    fn of(model: &Model, weight: &Weight, size: &dyn Fn(ValueId) -> Option<Vec<u64>>) -> Option<Fragment> {
+        let from = &model.graph;
+        let mut graph = Graph::new("fragment");
+        let mut key = format!("{:?}", weight.dims);
+        let tensor: Tensor = from.constant(weight.value)?.clone();
+        let name = |value: ValueId| from.value(value).name.clone();
+        let mut copied: BTreeMap<ValueId, ValueId> = BTreeMap::new();
+        copied.insert(weight.value, graph.add_initializer(ScopeId::MAIN, &name(weight.value), tensor));
+        for tap in &weight.taps {
+            tap.rows.as_ref()?;
+            let node = from.node(tap.node);
+            let mut inputs = Vec::new();
+            for (index, input) in node.inputs().iter().enumerate() {
+                let Some(input) = *input else {
+                    inputs.push(None);
+                    continue;
+                };
+                let value = match copied.get(&input) {
+                    Some(&value) => value,
+                    None if index == 1 => {
+                        // The weight, turned.
+                        let turn = from.node(from.producer(input)?);
+                        let own = turn.clone();
+                        graph.append(ScopeId::MAIN, own, &[copied[&weight.value]], &name(input))
+                    }
+                    None => match from.constant(input) {
+                        Some(tensor) => graph.add_initializer(ScopeId::MAIN, &name(input), tensor.clone()),
+                        None => {
+                            let sizes = size(input)?;
+                            key += &format!(" {sizes:?}");
+                            let dims = sizes.iter().map(|&s| Dim::Known(s as i64)).collect();
+                            let ty = Type::tensor(DataType::Float, dims);
+                            let value = graph.add_value(name(input), Some(ty));
+                            graph.add_input(ScopeId::MAIN, value);
+                            value
+                        }
+                    },
+                };
+                copied.insert(input, value);
+                inputs.push(Some(value));
+            }
+            let mut own = node.clone();
+            own.name.clear();
+            key += &format!(" {} {:?}", own.op_type, own.attributes);
+            let output = graph.add_value(name(tap.output), None);
+            graph.add_node(ScopeId::MAIN, own, inputs, vec![Some(output)]);
+            // A layer that gives the model's output is left alone by some methods.
+            let shown = graph.append(ScopeId::MAIN, Node::new("Abs"), &[output], "shown");
+            graph.value_mut(shown).ty = Some(Type::unshaped(DataType::Float));
+            graph.add_output(ScopeId::MAIN, shown);
+        }
+        let fragment = Model { graph, functions: Vec::new(), training: Vec::new(), ..model.clone() };
+        Some(Fragment { model: fragment, key })
+    }
+}
