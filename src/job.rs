@@ -19,7 +19,7 @@ use lathe_passes::{
     lossy::{METHODS, allocate},
 };
 use lathe_runtime::{
-    BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SetSpec, Verdict,
+    BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SampleSet, SetSpec, Verdict,
 };
 use std::{
     collections::BTreeMap,
@@ -101,6 +101,9 @@ pub struct Done {
     pub files: Vec<PathBuf>,
 }
 
+/// Samples that exact passes are verified on where a budget is spent afterwards.
+const EXACT_SAMPLES: usize = 16;
+
 /// Does the main job. Nothing is written unless it succeeds.
 pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let start = Instant::now();
@@ -113,7 +116,13 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let set = options.sets.check(&loaded.model)?;
     let old = options.budget.is_given() && loaded.model.opset() < LOSSY_OPSET;
     let opset = options.opset.or(old.then_some(LOSSY_OPSET));
-    let job = Job { options, set, runner: Runner::new(runner_options(options))?, opset };
+    let few = match set.as_ref().filter(|_| options.budget.is_given()) {
+        Some((spec, _)) => {
+            Some(SampleSet::open(spec, &loaded.model).map_err(anyhow::Error::from)?.spread(EXACT_SAMPLES))
+        }
+        None => None,
+    };
+    let job = Job { options, set, few, runner: Runner::new(runner_options(options))?, opset };
     job.run(loaded, chosen, start)
 }
 
@@ -164,6 +173,8 @@ struct Job<'a> {
     /// The set that the result is compared on, and which one it is; random inputs without one.
     set: Option<(SetSpec, &'static str)>,
     runner: Runner,
+    /// Samples of that set on which exact passes are verified before a budget is spent; `None` for all.
+    few: Option<Vec<usize>>,
     /// The standard operator set to upgrade to.
     opset: Option<i64>,
 }
@@ -342,7 +353,11 @@ impl Job<'_> {
 
     fn inputs(&self) -> Inputs {
         match &self.set {
-            Some((spec, _)) => Inputs::Set(spec.clone()),
+            // Samples are many where a loss is measured; that the same function is left shows on a few.
+            Some((spec, _)) => Inputs::Set(match &self.few {
+                Some(few) => SetSpec { chosen: Some(few.clone()), ..spec.clone() },
+                None => spec.clone(),
+            }),
             None => Inputs::Random(InputSpec { seed: self.options.seed, shapes: self.options.shapes.clone() }),
         }
     }

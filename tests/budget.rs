@@ -200,3 +200,56 @@ fn a_budget_needs_samples() {
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("--calib names a set"));
 }
+
+/// Every method by itself, and what the plan says about the file.
+#[test]
+fn each_method_keeps_to_its_budget() {
+    for (method, option, share, prefix) in [
+        ("factorize", "--params", 0.8, "rank "),
+        ("factorize", "--flops", 0.85, "rank "),
+        ("dictionary", "--params", 0.85, "dictionary "),
+        ("dictionary", "--size", 0.9, "dictionary "),
+        ("compensate", "--size", 0.75, "int4 block 128 + rank "),
+    ] {
+        let bench = Bench::new();
+        let report = bench.report(&["--passes", method, option, &share.to_string()]);
+        let chosen = choices(&report);
+        assert!(chosen.iter().any(|(_, option)| option.starts_with(prefix)), "{method} {option}: {chosen:?}");
+        let key = match option {
+            "--params" => "parameters",
+            "--flops" => "flops",
+            _ => "file_bytes",
+        };
+        let figure = |side: &str| report[side][key].as_f64().unwrap();
+        assert!(figure("output") <= share * figure("input"), "{method} {option}");
+        assert!(report["verify"]["drop"].as_f64().unwrap() < 1.0, "{}", report["verify"]);
+        assert_eq!(report["plan"]["status"], "optimal");
+    }
+}
+
+#[test]
+fn several_budgets_are_kept_together() {
+    let report = Bench::new().report(&["--size", "0.5", "--params", "0.9"]);
+    assert_eq!(report["plan"]["solver"], "ilp");
+    for (key, share) in [("file_bytes", 0.5), ("parameters", 0.9)] {
+        assert!(report["output"][key].as_f64().unwrap() <= share * report["input"][key].as_f64().unwrap(), "{key}");
+    }
+}
+
+#[test]
+fn a_latency_that_is_not_reached_is_refused_with_what_is() {
+    let bench = Bench::new();
+    let set = bench.path("set.npz");
+    let output = bench.run(&["--calib", set.to_str().unwrap(), "--latency", "0.02"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{message}");
+    assert!(message.contains("a latency of 0.020 of the original is asked for"), "{message}");
+}
+
+#[test]
+fn the_least_size_within_a_drop_is_found() {
+    let report = Bench::new().report(&["--max-drop", "0.2", "--metric", "rel-l2", "--minimize", "size"]);
+    assert!(report["verify"]["passed"].as_bool().unwrap());
+    let share = report["output"]["file_bytes"].as_f64().unwrap() / report["input"]["file_bytes"].as_f64().unwrap();
+    assert!(share < 0.35, "{share}");
+}

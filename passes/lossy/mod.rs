@@ -3,6 +3,7 @@
 //! A method proposes and carries out; it never chooses. All options of all methods compete in one allocation.
 
 pub mod allocate;
+mod compensate;
 mod dictionary;
 mod factorize;
 mod factors;
@@ -10,6 +11,7 @@ mod layers;
 mod quantize;
 mod spectrum;
 
+pub use compensate::Compensate;
 pub use dictionary::Dictionary;
 pub use factorize::Factorize;
 pub use factors::{MOST_INPUTS, gram_rows};
@@ -86,7 +88,7 @@ pub trait Method: Sync {
 }
 
 /// Every lossy method.
-pub const METHODS: &[&dyn Method] = &[&Quantize, &Factorize, &Dictionary];
+pub const METHODS: &[&dyn Method] = &[&Quantize, &Compensate, &Factorize, &Dictionary];
 
 /// Layers whose second moments are in memory at a time.
 const BATCH: usize = 8;

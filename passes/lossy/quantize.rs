@@ -23,7 +23,7 @@ static INFO: Info = Info {
 };
 
 /// The oldest operator set with blocked `DequantizeLinear`.
-const OPSET: i64 = 21;
+pub(super) const OPSET: i64 = 21;
 
 /// Shares of the largest magnitude that a block's range may be cut to.
 const CLIPS: [f32; 7] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7];
@@ -254,6 +254,52 @@ fn joint(seen: &[Importance], layout: Layout) -> Vec<f64> {
     let floor = joint.iter().copied().fold(0.0, f64::max) * 1e-6;
     joint.iter_mut().for_each(|x| *x += floor);
     joint
+}
+
+/// A weight in codes, for methods that add something to it.
+pub(super) struct Coded {
+    scheme: Scheme,
+    layout: Layout,
+    blocks: Blocks,
+}
+
+impl Coded {
+    /// The matrix in int4 of block 128, where a number counts by what its input is squared on average.
+    pub fn four_bits(graph: &Graph, weight: &Weight, squares: &[f64]) -> Result<Coded, &'static str> {
+        let (scheme, layout) = (Scheme { bits: 4, block: 128 }, Layout::of(weight));
+        let tensor = graph.constant(weight.value).expect("weights are constants");
+        let matrix = tensor.to_f32s().ok_or("the constant is not float32")?;
+        tensor.release();
+        let only = Importance { inputs: squares.to_vec(), output: 1.0 };
+        let blocks = quantize(&matrix, layout, scheme, &joint(&[only], layout));
+        Ok(Coded { scheme, layout, blocks })
+    }
+
+    /// As reports call it.
+    pub fn name(&self) -> String {
+        self.scheme.name()
+    }
+
+    /// What it takes.
+    pub fn spent(&self) -> Spent {
+        self.scheme.spent(&self.layout)
+    }
+
+    /// The numbers it stands for, in the order of the stored constant.
+    pub fn restored(&self) -> Vec<f32> {
+        let (layout, count) = (self.layout, self.layout.length.div_ceil(self.scheme.block));
+        let scale = |at: usize| {
+            let (inner, row, outer) =
+                (at % layout.inner, at / layout.inner % layout.length, at / layout.inner / layout.length);
+            self.blocks.scales[(outer * count + row / self.scheme.block) * layout.inner + inner]
+        };
+        self.blocks.codes.iter().enumerate().map(|(at, &code)| f32::from(code) * scale(at)).collect()
+    }
+
+    /// Stores it in place of the weight.
+    pub fn emit(&self, model: &mut Model, weight: &Weight) {
+        emit(model, weight.value, weight.dims.clone(), self.layout, self.scheme, &self.blocks);
+    }
 }
 
 impl Method for Quantize {

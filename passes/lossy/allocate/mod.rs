@@ -24,12 +24,17 @@ pub enum Solver {
     Ilp,
     /// The same share for every group, for comparison: one limit, no conflicts.
     Uniform,
+    /// Anything, from this seed, to see how well errors are predicted.
+    Random(u64),
 }
 
 impl std::str::FromStr for Solver {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
+        if let Some(seed) = text.strip_prefix("random:") {
+            return seed.parse().map(Solver::Random).map_err(|_| ());
+        }
         let all = [Solver::Auto, Solver::Pareto, Solver::Ilp, Solver::Uniform];
         all.into_iter().find(|s| s.name() == text).ok_or(())
     }
@@ -45,9 +50,10 @@ pub static INFO: Info = Info {
           one budget, by an integer linear programme for several.",
     options: &[Opt {
         name: "solver",
-        unit: "auto, pareto, ilp or uniform",
+        unit: "auto, pareto, ilp, uniform or random:SEED",
         default: "auto",
-        doc: "pareto takes one budget; ilp any number; uniform keeps the same share of every weight, for comparison",
+        doc: "pareto takes one budget; ilp any number; for comparison, uniform keeps the same share of every \
+              weight, and random takes anything, whatever the budget",
     }],
     kind: Kind::Lossy,
     lowers: &[Quantity::Parameters, Quantity::Flops],
@@ -62,6 +68,7 @@ impl Solver {
             Solver::Pareto => "pareto",
             Solver::Ilp => "ilp",
             Solver::Uniform => "uniform",
+            Solver::Random(_) => "random",
         }
     }
 }
@@ -82,6 +89,7 @@ pub fn solve(table: &Table, budget: &Budget, solver: Solver) -> Result<Plan, Sol
         }
         (Solver::Auto | Solver::Pareto, &[(of, limit)]) if conflicts.is_empty() => Ok(pareto::solve(&tree, of, limit)),
         (Solver::Uniform, &[(of, limit)]) if conflicts.is_empty() => Ok(greedy::uniform(&tree, of, limit)),
+        (Solver::Random(seed), _) => Ok(greedy::random(&tree, seed)),
         (Solver::Pareto | Solver::Uniform, limits) => {
             Err(SolveError::NotPareto { budgets: limits.len(), conflicts: conflicts.len() })
         }
