@@ -24,6 +24,15 @@ const BATCH: usize = 4;
 /// The oldest operator set that has what is appended in the form it is appended.
 const OLDEST_OPSET: i64 = 13;
 
+/// Samples that run at most, as a multiple of the set's.
+const PASSES: usize = 4;
+
+/// Samples that every value is tried on at most.
+const MOST_ROUNDS: usize = 64;
+
+/// Bytes of inputs at most.
+const MOST_BYTES: usize = 256 << 20;
+
 /// The input of amplitudes.
 const INPUT: &str = "probe_amplitudes";
 
@@ -59,7 +68,7 @@ pub struct ProbeOptions {
 /// The rise of the outputs' distance per squared relative error of each value; `None` where a value cannot be probed,
 /// because its first axis is not the samples' or the size of its features is not known.
 ///
-/// Every value is tried on one sample; the samples take turns.
+/// Every value is tried on as many samples as a few passes over the set allow, at least one; the samples take turns.
 pub fn sensitivities(
     child: &Child,
     model: &Model,
@@ -100,32 +109,41 @@ fn sensitivities_with(
     copy.model.graph.sort().expect("what is added needs only what was there");
     copy.model.write_linked(&path)?;
     let inputs = scratch.path().join("probe.npz");
-    write_inputs(&inputs, model, set, columns.len())?;
+    let rounds = write_inputs(&inputs, model, set, columns.len())?;
     let set = SetSpec { batch: Some(BATCH), ..SetSpec::all(&inputs) };
     let load = LoadOptions { lean: true, ..options.load.clone() };
     let job = Job { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: vec![output] };
     let gathered = gather(&job)?;
     let sums = gathered.direct.first().map(Vec::as_slice).unwrap_or_default();
     for (&index, &sum) in columns.iter().zip(sums) {
-        // The sum is of distances times amplitudes, and one row has this amplitude.
-        let rise = sum / AMPLITUDE.powi(3);
+        // The sum is of distances times amplitudes, and one row of every round has this amplitude.
+        let rise = sum / AMPLITUDE.powi(3) / rounds as f64;
         found[index] = rise.is_finite().then_some(rise.max(0.0));
     }
     Ok(found)
 }
 
-/// The samples that run, and the amplitudes: `BATCH` copies of one sample in every batch, the first undisturbed.
-fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Result<(), StatisticsError> {
+/// The samples that run, and the amplitudes: `BATCH` copies of one sample in every batch, the first undisturbed, until
+/// every column had its turn, and all that in several rounds on other samples. Returns the rounds.
+fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Result<usize, StatisticsError> {
     let failed = |source| StatisticsError::Io { path: path.to_owned(), source };
-    let batches = columns.div_ceil(BATCH - 1);
+    let groups = columns.div_ceil(BATCH - 1);
     let samples = SampleSet::open(&SetSpec { batch: Some(1), ..set.clone() }, model)?;
-    let chosen: Vec<_> = samples.batches().take(batches).collect::<Result<_, SetError>>()?;
-    let Some(first) = chosen.first() else { return Ok(()) };
+    let mut reader = samples.batches();
+    let Some(first) = reader.next().transpose()? else { return Ok(1) };
+    let sample_bytes: usize = first.inputs.iter().map(|(_, tensor)| tensor.byte_len()).sum();
+    let rounds = (PASSES * samples.len() / (groups * BATCH))
+        .min(MOST_BYTES / (groups * BATCH * sample_bytes.max(1)))
+        .clamp(1, MOST_ROUNDS);
+    let batches = groups * rounds;
+    let others = reader.take(batches - 1).collect::<Result<Vec<_>, SetError>>()?;
+    let chosen: Vec<_> = std::iter::once(first).chain(others).collect();
     let mut npz = NpzWriter::create(path).map_err(failed)?;
-    for (at, (name, tensor)) in first.inputs.iter().enumerate() {
+    for (at, (name, tensor)) in chosen[0].inputs.iter().enumerate() {
         let mut bytes = Vec::with_capacity(tensor.byte_len() * batches * BATCH);
         for batch in 0..batches {
-            let sample = &chosen[batch % chosen.len()].inputs[at].1;
+            // Where samples come again, they come to other columns.
+            let sample = &chosen[(batch + batch / chosen.len()) % chosen.len()].inputs[at].1;
             (0..BATCH).for_each(|_| bytes.extend_from_slice(sample.bytes()));
         }
         let dims: Vec<usize> = std::iter::once(batches * BATCH).chain(tensor.dims()[1..].iter().copied()).collect();
@@ -133,12 +151,15 @@ fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Re
         npz.add(name, &tensor).map_err(failed)?;
     }
     let mut table = vec![0f32; batches * BATCH * columns];
-    for column in 0..columns {
-        let row = column / (BATCH - 1) * BATCH + 1 + column % (BATCH - 1);
-        table[row * columns + column] = AMPLITUDE as f32;
+    for round in 0..rounds {
+        for column in 0..columns {
+            let row = (round * groups + column / (BATCH - 1)) * BATCH + 1 + column % (BATCH - 1);
+            table[row * columns + column] = AMPLITUDE as f32;
+        }
     }
     npz.add(INPUT, &Tensor::from_f32s(&[batches * BATCH, columns], &table)).map_err(failed)?;
-    npz.finish().map_err(failed)
+    npz.finish().map_err(failed)?;
+    Ok(rounds)
 }
 
 /// The copy under construction.
