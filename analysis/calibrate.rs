@@ -61,6 +61,8 @@ pub struct Gram {
 pub struct Moments {
     /// Of the squares, `[k]`.
     pub square: Vec<f64>,
+    /// The largest magnitude of any number of the rows; `None` if it was not watched.
+    pub largest: Option<f64>,
     /// Rows that count.
     pub rows: u64,
 }

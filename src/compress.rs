@@ -168,13 +168,14 @@ impl Calibrate for Seen {
         let request = Request::Columns(rows.clone());
         if !self.moments.requests().any(|r| *r == request) {
             let diagonal = |gram: &SymMatrix| (0..gram.size()).map(|i| gram.get(i, i)).collect();
-            return Ok(self.gram(rows)?.map(|g| Moments { square: diagonal(&g.matrix), rows: g.rows }));
+            return Ok(self.gram(rows)?.map(|g| Moments { square: diagonal(&g.matrix), largest: None, rows: g.rows }));
         }
         let failed = |e: lathe_runtime::StatisticsError| EvaluateError { message: e.to_string() };
         let rows = self.moments.counts(&request).map_err(failed)?.rows;
         let mut square = self.moments.field(&request, "square_sum").map_err(failed)?.data;
         square.iter_mut().for_each(|x| *x /= rows.max(1) as f64);
-        Ok((rows > 0).then_some(Moments { square, rows }))
+        let largest = self.moments.field(&request, "max_abs").map_err(failed)?.data.into_iter().fold(0.0, f64::max);
+        Ok((rows > 0).then_some(Moments { square, largest: Some(largest), rows }))
     }
 }
 

@@ -4,7 +4,7 @@ use super::{
     Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight,
     factors::{self, Layer, Seen},
     in_batches,
-    quantize::{self, Coded},
+    quantize::{self, Coded, Scheme},
     spectrum::{Spectrum, product},
     weights,
 };
@@ -33,8 +33,8 @@ const RANKS: [usize; 3] = [8, 16, 32];
 
 /// What is quantized, and what is off by how much.
 fn coded(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<(Coded, Spectrum), &'static str> {
-    let coded =
-        Coded::four_bits(graph, weight, &(0..layer.joint.nrows()).map(|i| layer.joint[(i, i)]).collect::<Vec<_>>())?;
+    let squares: Vec<f64> = (0..layer.joint.nrows()).map(|i| layer.joint[(i, i)]).collect();
+    let coded = Coded::of(graph, weight, Scheme { bits: 4, block: 128 }, &squares)?;
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
     let restored = coded.restored();
     let turned = weight.inputs_axis() == 1;

@@ -5,6 +5,7 @@
 pub mod allocate;
 mod compensate;
 mod dictionary;
+mod dynamic;
 mod factorize;
 mod factors;
 mod layers;
@@ -13,6 +14,7 @@ mod spectrum;
 
 pub use compensate::Compensate;
 pub use dictionary::Dictionary;
+pub use dynamic::Dynamic;
 pub use factorize::Factorize;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{Tap, Weight, weights};
@@ -88,7 +90,7 @@ pub trait Method: Sync {
 }
 
 /// Every lossy method.
-pub const METHODS: &[&dyn Method] = &[&Quantize, &Compensate, &Factorize, &Dictionary];
+pub const METHODS: &[&dyn Method] = &[&Quantize, &Dynamic, &Compensate, &Factorize, &Dictionary];
 
 /// Layers whose second moments are in memory at a time.
 const BATCH: usize = 8;

@@ -30,10 +30,10 @@ const CLIPS: [f32; 7] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7];
 
 /// Bits and numbers per scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Scheme {
-    bits: usize,
+pub(super) struct Scheme {
+    pub bits: usize,
     /// `usize::MAX` for one scale per output channel.
-    block: usize,
+    pub block: usize,
 }
 
 /// Kernels have axes that blocks cannot run over: one scale per output channel.
@@ -256,7 +256,7 @@ fn joint(seen: &[Importance], layout: Layout) -> Vec<f64> {
     joint
 }
 
-/// A weight in codes, for methods that add something to it.
+/// A weight in codes, for methods that build on it.
 pub(super) struct Coded {
     scheme: Scheme,
     layout: Layout,
@@ -264,12 +264,13 @@ pub(super) struct Coded {
 }
 
 impl Coded {
-    /// The matrix in int4 of block 128, where a number counts by what its input is squared on average.
-    pub fn four_bits(graph: &Graph, weight: &Weight, squares: &[f64]) -> Result<Coded, &'static str> {
-        let (scheme, layout) = (Scheme { bits: 4, block: 128 }, Layout::of(weight));
+    /// The matrix in codes, where a number counts by what its input is squared on average.
+    pub fn of(graph: &Graph, weight: &Weight, scheme: Scheme, squares: &[f64]) -> Result<Coded, &'static str> {
+        let layout = Layout::of(weight);
         let tensor = graph.constant(weight.value).expect("weights are constants");
-        let matrix = tensor.to_f32s().ok_or("the constant is not float32")?;
+        let matrix = tensor.to_f32s().filter(|m| m.iter().all(|w| w.is_finite()));
         tensor.release();
+        let matrix = matrix.ok_or("the constant holds a NaN or an infinity")?;
         let only = Importance { inputs: squares.to_vec(), output: 1.0 };
         let blocks = quantize(&matrix, layout, scheme, &joint(&[only], layout));
         Ok(Coded { scheme, layout, blocks })
@@ -294,6 +295,11 @@ impl Coded {
             self.blocks.scales[(outer * count + row / self.scheme.block) * layout.inner + inner]
         };
         self.blocks.codes.iter().enumerate().map(|(at, &code)| f32::from(code) * scale(at)).collect()
+    }
+
+    /// The codes as they are stored, one byte each, in the order of the stored constant, and the scales.
+    pub fn parts(&self) -> (&[i8], &[f32]) {
+        (&self.blocks.codes, &self.blocks.scales)
     }
 
     /// Stores it in place of the weight.

@@ -272,7 +272,8 @@ impl Job<'_> {
                         let needed = (limit.exact - allowed) * reckoned / saved * LATENCY_MARGIN;
                         (limit.kept as f64 - needed).max(0.0).min(used) as u64
                     } else {
-                        most.saturating_sub((took - allowed).ceil() as u64)
+                        // A plan may have left part of its budget, which it must not take now.
+                        plan.used[limit.measure as usize].min(*most).saturating_sub((took - allowed).ceil() as u64)
                     };
                 }
             }

@@ -1,0 +1,226 @@
+//! Products of whole numbers: weights stored so, inputs rounded anew in every run.
+
+use super::{
+    Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight, factors,
+    layers::Tap,
+    on_all_cores,
+    quantize::{Coded, Scheme},
+    weights,
+};
+use crate::{Context, Error, Info, Kind, Outcome, lossy::allocate::Measure};
+use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
+
+/// Multiplies whole numbers, whose inputs are rounded as they come.
+pub struct Dynamic;
+
+static INFO: Info = Info {
+    name: "quantize-dynamic",
+    summary: "multiply in whole numbers, rounding inputs in every run (dynamic quantization)",
+    doc: "Offers every float32 `MatMul` and `Gemm` with a constant weight as `DynamicQuantizeLinear` and `MatMulInteger`: \
+          inputs are rounded to 8 bits between the least and the largest number of the run's whole input, weights to 7 \
+          bits with one scale per output, so that no processor's 16-bit sums overflow. Offered only where latency is \
+          limited, and taken only where its own timing wins. What one sample gives then depends a little on the samples \
+          that share its batch.",
+    options: &[],
+    kind: Kind::Lossy,
+    lowers: &[],
+    source: Some("ONNX DynamicQuantizeLinear-11, MatMulInteger-10"),
+};
+
+/// Pairs of products of 8 and 7 bits fit 16 bits: processors without dot products of bytes add them so.
+const SCHEME: Scheme = Scheme { bits: 7, block: usize::MAX };
+
+const NAME: &str = "int8 products";
+
+/// What was seen of a use.
+struct Input {
+    /// Mean squares of what the weight is multiplied with, `[k]`.
+    squares: Vec<f64>,
+    /// The largest magnitude among it.
+    largest: f64,
+    /// Mean square norm of a row of the output.
+    output: f64,
+}
+
+/// What was seen of every use, or why the weight is passed over.
+fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Result<Vec<Input>, &'static str>, Error> {
+    if weight.dims.len() != 2 {
+        return Ok(Err("it is a convolution"));
+    }
+    let Some(calibration) = cx.calibration else { return Ok(Err("nothing was seen of it on the calibration set")) };
+    let mut inputs = Vec::new();
+    for tap in &weight.taps {
+        if tap.inputs_axis != weight.inputs_axis() {
+            return Ok(Err("its uses sum over different axes"));
+        }
+        let node = graph.node(tap.node);
+        if node.is("Gemm") && ["alpha", "beta"].iter().any(|f| node.float(f).is_some_and(|factor| factor != 1.0)) {
+            return Ok(Err("its Gemm scales the product or what it adds"));
+        }
+        let Some(rows) = &tap.rows else { return Ok(Err("rows are picked of the constant")) };
+        let (moments, output) = (calibration.moments(rows)?, calibration.moments(&tap.output_rows)?);
+        let (Some(moments), Some(output)) = (moments, output) else {
+            return Ok(Err("nothing was seen of it on the calibration set"));
+        };
+        let output: f64 = output.square.iter().sum();
+        let Some(largest) = moments.largest.filter(|l| l.is_finite()) else {
+            return Ok(Err("the range of what it reads was not watched or is not finite"));
+        };
+        if moments.square.len() != factors::sides(weight).0 || output.is_nan() || output <= 0.0 {
+            return Ok(Err("what it reads is not finite, or what it gives is all zero"));
+        }
+        inputs.push(Input { squares: moments.square, largest, output });
+    }
+    Ok(Ok(inputs))
+}
+
+fn coded(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Result<Coded, &'static str> {
+    let joint = |i: usize| inputs.iter().map(|input| input.squares[i] / input.output).sum();
+    let squares: Vec<f64> = (0..factors::sides(weight).0).map(joint).collect();
+    Coded::of(graph, weight, SCHEME, &squares)
+}
+
+/// What rounding weights and inputs loses of every use's output, relative to it.
+fn choice(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Result<Choice, &'static str> {
+    let coded = coded(graph, weight, inputs)?;
+    let matrix = factors::matrix(graph, weight)?;
+    let restored = coded.restored();
+    let (k, n) = factors::sides(weight);
+    let turned = weight.inputs_axis() == 1;
+    let (mut lost, mut energy) = (vec![0.0; k], vec![0.0; k]);
+    for row in 0..k {
+        for column in 0..n {
+            let w = f64::from(restored[if turned { column * k + row } else { row * n + column }]);
+            lost[row] += (matrix[(row, column)] - w).powi(2);
+            energy[row] += w * w;
+        }
+    }
+    let error = |input: &Input| {
+        // A range has both signs at worst; numbers far below a step are rounded to nothing.
+        let step = 2.0 * input.largest / 255.0;
+        let rounded = |square: f64| square.min(step * step / 12.0);
+        let total: f64 = (0..k).map(|i| lost[i] * input.squares[i] + energy[i] * rounded(input.squares[i])).sum();
+        (total / input.output).sqrt()
+    };
+    let elements = (k * n) as u64;
+    let spent = Spent {
+        bytes: elements + 4 * n as u64 + 5 * OVERHEAD * weight.taps.len() as u64,
+        parameters: elements,
+        flops_per_row: 2 * elements,
+    };
+    Ok(Choice { name: NAME.to_owned(), spent, errors: inputs.iter().map(error).collect() })
+}
+
+impl Method for Dynamic {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+        let mut proposal = Proposal::default();
+        if !cx.measures.contains(&Measure::Latency) {
+            proposal.outcome.refuse("it saves time, and latency is not limited", "the model");
+            return Ok(proposal);
+        }
+        let graph = &model.graph;
+        let place = |value: ValueId| format!("`{}`", graph.value(value).name);
+        let (found, refused) = weights(graph);
+        refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
+        let mut work = Vec::new();
+        for weight in &found {
+            match seen(graph, weight, cx)? {
+                Ok(inputs) => work.push((weight, inputs)),
+                Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
+            }
+        }
+        let choices = on_all_cores(&work, |(weight, inputs)| choice(graph, weight, inputs));
+        for ((weight, _), choice) in work.iter().zip(choices) {
+            match choice {
+                Ok(choice) => proposal.sites.push(weight.site(graph, vec![choice])),
+                Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
+            }
+        }
+        Ok(proposal)
+    }
+
+    fn rewrite(&self, model: &mut Model, site: &Site, _choice: usize, cx: &Context) -> Result<Outcome, Error> {
+        let mut outcome = Outcome::default();
+        let place = || format!("`{}`", site.name);
+        let (found, _) = weights(&model.graph);
+        let Some(weight) = found.iter().find(|w| w.value == site.weight) else {
+            outcome.refuse("the constant is no longer used as it was", place());
+            return Ok(outcome);
+        };
+        let made = seen(&model.graph, weight, cx)?.and_then(|inputs| coded(&model.graph, weight, &inputs));
+        match made {
+            Ok(coded) => {
+                emit(&mut model.graph, weight, &coded);
+                outcome.change(NAME, place());
+            }
+            Err(reason) => outcome.refuse(reason, place()),
+        }
+        Ok(outcome)
+    }
+}
+
+/// Replaces every use of a weight by a product of whole numbers. The weight has no uses afterwards.
+fn emit(graph: &mut Graph, weight: &Weight, coded: &Coded) {
+    let name = graph.value(weight.value).name.clone();
+    let (k, n) = factors::sides(weight);
+    let (codes, scales) = coded.parts();
+    let turned = weight.inputs_axis() == 1;
+    let code = |at: usize| codes[if turned { at % n * k + at / n } else { at }] as u8;
+    let codes = Tensor::new(DataType::Int8, vec![k, n], (0..k * n).map(code).collect::<Vec<u8>>())
+        .expect("there is a code for all");
+    let fresh = graph.fresh_name(&format!("{name}_quantized"));
+    let codes = graph.add_initializer(ScopeId::MAIN, &fresh, codes);
+    let fresh = graph.fresh_name(&format!("{name}_scale"));
+    let scales = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&[n], scales));
+    for tap in &weight.taps {
+        let data = graph.node(tap.node).input(0).expect("a tap multiplies data");
+        let added = graph.node(tap.node).input(2).filter(|_| graph.node(tap.node).is("Gemm"));
+        let [rounded, step, zero] = rounded(graph, data);
+        let mut then = |op: &str, inputs: &[ValueId], part: &str| {
+            let node = Node::new(op);
+            let node = if op == "Cast" { node.with("to", i64::from(DataType::Float.code())) } else { node };
+            graph.append(ScopeId::MAIN, node, inputs, &format!("{name}_{part}"))
+        };
+        let sums = then("MatMulInteger", &[rounded, codes, zero], "sums");
+        let sums = then("Cast", &[sums], "sums");
+        let scale = then("Mul", &[step, scales], "step");
+        let mut whole = then("Mul", &[sums, scale], "product");
+        if let Some(added) = added {
+            whole = then("Add", &[whole, added], "whole");
+        }
+        graph.replace_uses(tap.output, whole);
+        remove(graph, tap);
+    }
+}
+
+/// `data` in whole numbers, with their step and zero point; layers that read the same share them.
+fn rounded(graph: &mut Graph, data: ValueId) -> [ValueId; 3] {
+    let reader = |place: &Use| match *place {
+        Use::Node(id, 0) if graph.node(id).is("DynamicQuantizeLinear") => Some(id),
+        _ => None,
+    };
+    let known = graph.value(data).uses().iter().find_map(reader);
+    let id = known.unwrap_or_else(|| {
+        let base = graph.value(data).name.clone();
+        let outputs = ["rounded", "step", "zero"].map(|part| {
+            let name = graph.fresh_name(&format!("{base}_{part}"));
+            Some(graph.add_value(name, None))
+        });
+        graph.add_node(ScopeId::MAIN, Node::new("DynamicQuantizeLinear"), vec![Some(data)], outputs.to_vec())
+    });
+    [0, 1, 2].map(|index| graph.node(id).output(index).expect("it gives three values"))
+}
+
+/// Removes a product that nothing reads, and the transposition of the weight before it.
+fn remove(graph: &mut Graph, tap: &Tap) {
+    let weight = graph.node(tap.node).input(1);
+    graph.remove_node(tap.node);
+    let turn = weight.filter(|&w| graph.value(w).uses().is_empty()).and_then(|w| graph.producer(w));
+    if let Some(turn) = turn {
+        graph.remove_node(turn);
+    }
+}
