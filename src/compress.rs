@@ -6,7 +6,7 @@ use crate::{
     Failure, PassRecord,
     runner::{self, Runner},
 };
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Calibrate, EvaluateError, Facts, Gram, Moments, Rows, SymMatrix, View};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::{
@@ -360,6 +360,12 @@ impl Table {
                     let (method, own) = place.origin[index];
                     let outcome = method.rewrite(&mut result, &place.of_method(index), own, &cx);
                     let outcome = outcome.map_err(anyhow::Error::from)?;
+                    if outcome.changes.is_empty() {
+                        let (name, site) = (&choice.name, &site.name);
+                        let fault =
+                            anyhow!("`{site}` could not be made {name} as planned; this is a fault of this program");
+                        return Err(Failure::Error(fault));
+                    }
                     let record = records.get_mut(method.info().name).expect("a method that proposes has a record");
                     record.weight_bytes_delta += choice.spent.bytes as i64 - site.kept.bytes as i64;
                     let rows = place.rows as i64;

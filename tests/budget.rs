@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use lathe_ir::{Model, Tensor, text};
+use lathe_ir::{Model, ScopeId, Tensor, text};
 use lathe_runtime::NpzWriter;
 use serde_json::Value;
 use std::{
@@ -225,6 +225,21 @@ fn each_method_keeps_to_its_budget() {
         assert!(report["verify"]["drop"].as_f64().unwrap() < 1.0, "{}", report["verify"]);
         assert_eq!(report["plan"]["status"], "optimal");
     }
+}
+
+#[test]
+fn under_target_ort_one_table_serves_look_ups_and_the_head() {
+    let bench = Bench::new();
+    let portable = bench.report(&["--size", "0.4", "--passes", "quantize"]);
+    let own = bench.report(&["--size", "0.4", "--passes", "quantize", "--target", "ort"]);
+    let model = Model::read(&bench.path("out.onnx")).unwrap().model;
+    let nodes: Vec<_> = model.graph.nodes(ScopeId::MAIN).map(|id| model.graph.node(id).op_type.clone()).collect();
+    assert!(nodes.iter().any(|op| op == "GatherBlockQuantized"), "{nodes:?}");
+    assert!(nodes.iter().any(|op| op == "MatMulNBits"), "{nodes:?}");
+    assert!(!nodes.iter().any(|op| op == "DequantizeLinear"), "{nodes:?}");
+    assert_eq!(choices(&portable), choices(&own));
+    let drop = |report: &Value| report["verify"]["drop"].as_f64().unwrap();
+    assert!((drop(&portable) - drop(&own)).abs() < 0.2 * drop(&portable), "{} {}", drop(&portable), drop(&own));
 }
 
 #[test]

@@ -6,9 +6,9 @@ use super::{
     in_batches,
     quantize::{self, Coded, Scheme},
     spectrum::{Spectrum, product},
-    weights,
+    take_over, weights,
 };
-use crate::{Context, Error, Info, Kind, Outcome, Quantity, lossy::allocate::Measure};
+use crate::{Context, Error, Info, Kind, Outcome, Quantity, Target, lossy::allocate::Measure};
 use faer::Mat;
 use lathe_ir::{Graph, Model, Node, ScopeId, Tensor};
 
@@ -44,7 +44,7 @@ fn coded(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<(Coded, Spectr
     Ok((coded, found))
 }
 
-fn choices(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<Vec<Choice>, &'static str> {
+fn choices(graph: &Graph, weight: &Weight, layer: &Layer, target: Target) -> Result<Vec<Choice>, &'static str> {
     if weight.dims.len() > 2 {
         return Err("it is a convolution");
     }
@@ -57,7 +57,7 @@ fn choices(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<Vec<Choice>,
     let ranks = RANKS.into_iter().filter(|&r| 4 * r <= k.min(n) && r < found.len());
     let choice = |rank: usize| {
         let numbers = (rank * (k + n)) as u64;
-        let base = coded.spent();
+        let base = coded.spent(graph, weight, target);
         let errors = match layer.taps.len() {
             1 => vec![tails[rank].sqrt()],
             _ => {
@@ -91,9 +91,10 @@ impl Method for Compensate {
             proposal.outcome.refuse("it saves neither bytes nor time", "the model");
             return Ok(proposal);
         }
+        let target = cx.target;
         let work = |weight: &Weight, seen: &Seen| {
             let layer = Layer::new(&model.graph, weight, seen)?;
-            choices(&model.graph, weight, &layer)
+            choices(&model.graph, weight, &layer, target)
         };
         in_batches(model, cx, &work)
     }
@@ -118,7 +119,7 @@ impl Method for Compensate {
                 let mut right = found.right.subcols(0, rank).to_owned();
                 factors::balance(&mut left, &mut right);
                 emit(&mut model.graph, weight, &left, &right);
-                coded.emit(model, weight);
+                coded.emit(model, weight, cx.target);
                 outcome.change(name.clone(), place());
             }
             Err(reason) => outcome.refuse(reason, place()),
@@ -143,7 +144,7 @@ fn emit(graph: &mut Graph, weight: &Weight, left: &Mat<f64>, right: &Mat<f64>) {
         let bypass = graph.append(ScopeId::MAIN, Node::new("MatMul"), &[inner, b], &format!("{name}_bypass"));
         let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[tap.output, bypass], &format!("{name}_whole"));
         let add = graph.producer(sum).expect("it was just added");
-        graph.replace_uses(tap.output, sum);
+        take_over(graph, tap.output, sum);
         graph.set_input(add, 0, Some(tap.output));
     }
 }

@@ -5,7 +5,7 @@ use super::{
     layers::Tap,
     on_all_cores,
     quantize::{Coded, Scheme},
-    weights,
+    take_over, weights,
 };
 use crate::{Context, Error, Info, Kind, Outcome, lossy::allocate::Measure};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
@@ -192,7 +192,7 @@ fn emit(graph: &mut Graph, weight: &Weight, coded: &Coded) {
         if let Some(added) = added {
             whole = then("Add", &[whole, added], "whole");
         }
-        graph.replace_uses(tap.output, whole);
+        take_over(graph, tap.output, whole);
         remove(graph, tap);
     }
 }
@@ -222,5 +222,44 @@ fn remove(graph: &mut Graph, tap: &Tap) {
     let turn = weight.filter(|&w| graph.value(w).uses().is_empty()).and_then(|w| graph.producer(w));
     if let Some(turn) = turn {
         graph.remove_node(turn);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_ir::text;
+
+    fn check(parameters: &str, body: &str) {
+        let numbers: Vec<String> = (0..72 * 64).map(|i| format!("{:e}", (i * 37 % 101) as f32 / 50.0 - 1.0)).collect();
+        let source = format!(
+            "<ir_version: 10, opset_import: [\"\" : 18]> g (float[3, 72] x) => (float[3, 64] y) \
+             <{parameters}, float[64] c = {{{}}}> {{ {body} }}",
+            vec!["0.5"; 64].join(", ")
+        );
+        let model = text::parse(&source.replace("{}", &format!("{{{}}}", numbers.join(", ")))).unwrap();
+        let mut changed = model.clone();
+        let weight = weights(&changed.graph).0.remove(0);
+        let coded = Coded::of(&changed.graph, &weight, SCHEME, &[1.0; 72]).unwrap();
+        emit(&mut changed.graph, &weight, &coded);
+        changed.graph.remove_initializer(weight.value);
+        changed.check().unwrap();
+        lathe_testkit::equivalent(&model, &changed, Some(0.03), 1).unwrap_or_else(|why| panic!("{body}: {why}"));
+        let nodes: Vec<_> =
+            changed.graph.nodes(ScopeId::MAIN).map(|id| changed.graph.node(id).op_type.clone()).collect();
+        assert_eq!(nodes.iter().filter(|op| *op == "DynamicQuantizeLinear").count(), 1, "{nodes:?}");
+        assert!(!nodes.iter().any(|op| op == "MatMul" || op == "Gemm"), "{nodes:?}");
+    }
+
+    #[test]
+    fn products_of_whole_numbers_are_near_those_they_replace() {
+        check("float[72, 64] w = {}", "y = MatMul (x, w)");
+        check("float[64, 72] w = {}", "y = Gemm <transB = 1> (x, w, c)");
+        check("float[64, 72] w = {}", "t = Transpose <perm = [1, 0]> (w) y = MatMul (x, t)");
+    }
+
+    #[test]
+    fn layers_that_read_the_same_round_it_once() {
+        check("float[72, 64] w = {}", "a = MatMul (x, w) b = MatMul (x, w) y = Add (a, b)");
     }
 }

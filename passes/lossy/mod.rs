@@ -3,6 +3,7 @@
 //! A method proposes and carries out; it never chooses. All options of all methods compete in one allocation.
 
 pub mod allocate;
+mod blocks;
 mod compensate;
 mod dictionary;
 mod dynamic;
@@ -22,7 +23,7 @@ pub use quantize::Quantize;
 
 use crate::{Context, Error, Info, Outcome};
 use factors::Seen;
-use lathe_ir::{Model, ValueId};
+use lathe_ir::{Graph, Model, ValueId};
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
     thread,
@@ -122,6 +123,17 @@ fn in_batches(model: &Model, cx: &Context, work: &Work<'_>) -> Result<Proposal, 
         }
     }
     Ok(proposal)
+}
+
+/// Makes everything that reads `old` read `new` instead, under the old name: statistics are known by names.
+fn take_over(graph: &mut Graph, old: ValueId, new: ValueId) {
+    let name = graph.value(old).name.clone();
+    graph.replace_uses(old, new);
+    if graph.value(old).name == name {
+        let spare = graph.fresh_name(&name);
+        graph.rename(old, spare);
+        graph.rename(new, name);
+    }
 }
 
 /// Applies `work` to every item on all cores; results in the order of the items.

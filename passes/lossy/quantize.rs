@@ -1,9 +1,9 @@
 //! Weights as whole numbers of 8 or 4 bits with one scale per block, dequantized where they are used.
 
-use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, on_all_cores, weights};
-use crate::{Context, Error, Info, Kind, Outcome, Quantity};
+use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, blocks, on_all_cores, weights};
+use crate::{Context, Error, Info, Kind, Outcome, Quantity, Target};
 use lathe_analysis::Calibrate;
-use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, ValueId};
+use lathe_ir::{Graph, Model};
 
 /// Stores weights as 4-bit or 8-bit blocks.
 pub struct Quantize;
@@ -12,10 +12,11 @@ static INFO: Info = Info {
     name: "quantize",
     summary: "store weights as blocks of 4-bit or 8-bit whole numbers",
     doc: "Offers every float32 matrix that products or table look-ups use as int4 or int8 with one float32 scale per 32, \
-          64 or 128 numbers along the axis that products are summed over, behind a blocked `DequantizeLinear`, and the \
+          64 or 128 numbers along the axis that products are summed over, and the \
           weights of ungrouped convolutions with one scale per output channel. Scales are chosen to lose least on what the calibration set multiplies the weight with. \
-          Activations stay float32. Needs operator set 21 (`--opset 21` upgrades); declines where a constant has other \
-          uses, is not finite, or would not become smaller.",
+          Under `--target portable` a blocked `DequantizeLinear` restores them, which needs operator set 21 \
+          (`--opset 21` upgrades) and which ONNX Runtime turns into `MatMulNBits` by itself; under `--target ort` products are \
+          `MatMulNBits` with `accuracy_level` 4 and look-ups `GatherBlockQuantized` in the file already, and a table that is also a head is stored once for both. Declines where a constant has other uses, is not finite, or would not become smaller.",
     options: &[],
     kind: Kind::Lossy,
     lowers: &[Quantity::Parameters],
@@ -54,7 +55,8 @@ const SCHEMES: [Scheme; 6] = [
 ];
 
 impl Scheme {
-    fn name(self) -> String {
+    /// As reports call it.
+    pub fn name(self) -> String {
         if self.block == usize::MAX {
             return format!("int{} per channel", self.bits);
         }
@@ -67,11 +69,14 @@ impl Scheme {
         (-half as f32, (half - 1) as f32)
     }
 
-    fn spent(self, layout: &Layout) -> Spent {
+    /// What it takes; `whole` where the last block of a row is stored to its end.
+    fn spent(self, layout: &Layout, whole: bool) -> Spent {
         let elements = layout.outer * layout.length * layout.inner;
+        let stored =
+            if whole { elements / layout.length * layout.length.next_multiple_of(self.block) } else { elements };
         let scales = layout.outer * layout.length.div_ceil(self.block) * layout.inner;
         Spent {
-            bytes: ((elements * self.bits).div_ceil(8) + scales * 4) as u64 + OVERHEAD,
+            bytes: ((stored * self.bits).div_ceil(8) + scales * 4) as u64 + OVERHEAD,
             parameters: elements as u64,
             flops_per_row: 2 * elements as u64,
         }
@@ -80,11 +85,12 @@ impl Scheme {
 
 /// A stored matrix as `[outer, length, inner]`, quantized along `length`.
 #[derive(Debug, Clone, Copy)]
-struct Layout {
-    outer: usize,
-    length: usize,
-    inner: usize,
-    axis: usize,
+pub(super) struct Layout {
+    pub outer: usize,
+    pub length: usize,
+    pub inner: usize,
+    /// The axis of `length` in the stored constant.
+    pub axis: usize,
 }
 
 impl Layout {
@@ -98,9 +104,11 @@ impl Layout {
 }
 
 /// Codes and scales.
-struct Blocks {
-    codes: Vec<i8>,
-    scales: Vec<f32>,
+pub(super) struct Blocks {
+    /// In the order of the stored constant.
+    pub codes: Vec<i8>,
+    /// `[outer, blocks, inner]`.
+    pub scales: Vec<f32>,
 }
 
 /// Quantizes `matrix` so that Σ importance · (w − ŵ)² is small.
@@ -200,7 +208,7 @@ fn losses(matrix: &[f32], blocks: &Blocks, layout: Layout, scheme: Scheme) -> Ve
 }
 
 /// What every scheme would make of a weight.
-fn site(graph: &Graph, weight: &Weight, seen: &[Importance]) -> Result<Site, &'static str> {
+fn site(graph: &Graph, weight: &Weight, seen: &[Importance], target: Target) -> Result<Site, &'static str> {
     let layout = Layout::of(weight);
     let tensor = graph.constant(weight.value).expect("weights are constants");
     let Some(matrix) = tensor.to_f32s().filter(|m| m.iter().all(|w| w.is_finite())) else {
@@ -211,7 +219,7 @@ fn site(graph: &Graph, weight: &Weight, seen: &[Importance]) -> Result<Site, &'s
     let kept = matrix.len() as u64 * 4;
     let mut choices = Vec::new();
     for &scheme in schemes(weight) {
-        let spent = scheme.spent(&layout);
+        let spent = scheme.spent(&layout, blocks::are_whole(graph, weight, scheme.block, target));
         if spent.bytes >= kept {
             continue;
         }
@@ -281,9 +289,9 @@ impl Coded {
         self.scheme.name()
     }
 
-    /// What it takes.
-    pub fn spent(&self) -> Spent {
-        self.scheme.spent(&self.layout)
+    /// What it takes as a weight of `graph`.
+    pub fn spent(&self, graph: &Graph, weight: &Weight, target: Target) -> Spent {
+        self.scheme.spent(&self.layout, blocks::are_whole(graph, weight, self.scheme.block, target))
     }
 
     /// The numbers it stands for, in the order of the stored constant.
@@ -303,8 +311,8 @@ impl Coded {
     }
 
     /// Stores it in place of the weight.
-    pub fn emit(&self, model: &mut Model, weight: &Weight) {
-        emit(model, weight.value, weight.dims.clone(), self.layout, self.scheme, &self.blocks);
+    pub fn emit(&self, model: &mut Model, weight: &Weight, target: Target) {
+        blocks::emit(model, weight, self.layout, self.scheme, &self.blocks, target);
     }
 }
 
@@ -319,18 +327,26 @@ impl Method for Quantize {
         for (value, reason) in refused {
             proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(value).name));
         }
-        if model.opset() < OPSET {
+        let old = model.opset() < OPSET;
+        if old && cx.target == Target::Portable {
             proposal.outcome.refuse("blocked DequantizeLinear needs operator set 21; --opset 21 upgrades", "the model");
             return Ok(proposal);
         }
         let mut work = Vec::new();
         for weight in &found {
+            // ONNX Runtime's own operators need no operator set in particular.
+            if old && blocks::contrib(&model.graph, weight, SCHEMES[0].block).is_none() {
+                let reason = "DequantizeLinear needs operator set 21 for it; --opset 21 upgrades";
+                proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(weight.value).name));
+                continue;
+            }
             match seen(weight, cx)? {
                 Ok(seen) => work.push((weight, seen)),
                 Err(reason) => proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(weight.value).name)),
             }
         }
-        let sites = on_all_cores(&work, |(weight, seen)| site(&model.graph, weight, seen));
+        let target = cx.target;
+        let sites = on_all_cores(&work, |(weight, seen)| site(&model.graph, weight, seen, target));
         for ((weight, _), site) in work.iter().zip(sites) {
             match site {
                 Ok(site) => proposal.sites.push(site),
@@ -363,46 +379,10 @@ impl Method for Quantize {
         };
         let tensor = model.graph.constant(site.weight).expect("weights are constants");
         let matrix = tensor.to_f32s().expect("sites are float32");
-        let blocks = quantize(&matrix, layout, scheme, &joint(&seen, layout));
+        let coded = quantize(&matrix, layout, scheme, &joint(&seen, layout));
         tensor.release();
-        emit(model, site.weight, weight.dims.clone(), layout, scheme, &blocks);
+        blocks::emit(model, weight, layout, scheme, &coded, cx.target);
         outcome.change(name.clone(), format!("`{}`", site.name));
         Ok(outcome)
     }
-}
-
-/// Replaces the constant by codes and scales and a node that puts it together again, under its old name.
-fn emit(model: &mut Model, weight: ValueId, dims: Vec<usize>, layout: Layout, scheme: Scheme, blocks: &Blocks) {
-    let (dtype, bytes) = match scheme.bits {
-        8 => (DataType::Int8, blocks.codes.iter().map(|&c| c as u8).collect::<Vec<u8>>()),
-        _ => (DataType::Int4, blocks.codes.chunks(2).map(nibbles).collect()),
-    };
-    let per_channel = scheme.block == usize::MAX;
-    let codes = Tensor::new(dtype, dims.clone(), bytes).expect("there is a code for every number");
-    let mut scale_dims = dims;
-    if per_channel {
-        scale_dims.truncate(1);
-    } else {
-        scale_dims[layout.axis] = layout.length.div_ceil(scheme.block);
-    }
-    let scales = Tensor::from_f32s(&scale_dims, &blocks.scales);
-    let graph = &mut model.graph;
-    let name = graph.value(weight).name.clone();
-    let codes_name = graph.fresh_name(&format!("{name}_quantized"));
-    let codes = graph.add_initializer(ScopeId::MAIN, &codes_name, codes);
-    let scales_name = graph.fresh_name(&format!("{name}_scale"));
-    let scales = graph.add_initializer(ScopeId::MAIN, &scales_name, scales);
-    let node = Node::new("DequantizeLinear");
-    let node = match per_channel {
-        true => node.with("axis", 0i64),
-        false => node.with("axis", layout.axis as i64).with("block_size", scheme.block as i64),
-    };
-    let restored = graph.append(ScopeId::MAIN, node, &[codes, scales], &format!("{name}_dequantized"));
-    graph.replace_uses(weight, restored);
-    graph.remove_initializer(weight);
-}
-
-fn nibbles(pair: &[i8]) -> u8 {
-    let low = pair[0] as u8 & 0x0f;
-    pair.get(1).map_or(low, |&high| low | (high as u8) << 4)
 }
