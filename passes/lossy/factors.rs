@@ -233,3 +233,45 @@ pub(super) fn emit(graph: &mut Graph, weight: &Weight, left: MatRef<'_, f64>, ri
     }
     graph.remove_initializer(weight.value);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{spectrum::Spectrum, weights};
+    use super::*;
+    use lathe_ir::{Model, text};
+
+    /// Replaces the weight by factors of full rank, which must change nothing.
+    fn check(shape: &str, dims: &[usize], out: &str, body: &str) {
+        let count: usize = dims.iter().product();
+        let numbers: Vec<String> = (0..count).map(|i| format!("{:e}", (i * 37 % 101) as f32 / 50.0 - 1.0)).collect();
+        let sizes = dims.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        let bias = vec!["0.5"; 64].join(", ");
+        let source = format!(
+            "<ir_version: 10, opset_import: [\"\" : 18]> g (float[{shape}] x) => (float[{out}] y) \
+             <float[{sizes}] w = {{{}}}, float[64] c = {{{bias}}}> {{ h = {body} y = Relu (h) }}",
+            numbers.join(", ")
+        );
+        let model = text::parse(&source).unwrap();
+        let mut changed = model.clone();
+        let weight = weights(&changed.graph).0.remove(0);
+        let matrix = matrix(&changed.graph, &weight).unwrap();
+        let found =
+            Spectrum::of(matrix.as_ref(), Mat::<f64>::identity(matrix.nrows(), matrix.nrows()).as_ref()).unwrap();
+        emit(&mut changed.graph, &weight, found.left.as_ref(), found.right.as_ref());
+        changed.check().unwrap();
+        let layers = |model: &Model| model.graph.nodes(ScopeId::MAIN).count();
+        assert_eq!(layers(&changed), layers(&model) + 1, "{body}");
+        lathe_testkit::equivalent(&model, &changed, Some(1e-4), 1).unwrap_or_else(|why| panic!("{body}: {why}"));
+    }
+
+    #[test]
+    fn factors_of_full_rank_change_nothing_whatever_the_attributes() {
+        check("3, 72", &[72, 64], "3, 64", "MatMul (x, w)");
+        check("3, 72", &[72, 64], "3, 64", "Gemm <alpha = 0.5, beta = 2.0> (x, w, c)");
+        check("3, 72", &[64, 72], "3, 64", "Gemm <alpha = 0.5, transB = 1> (x, w, c)");
+        check("1, 8, 9, 9", &[64, 8, 3, 3], "1, 64, 7, 7", "Conv (x, w, c)");
+        check("1, 8, 9, 9", &[64, 8, 3, 3], "1, 64, 5, 5", "Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w)");
+        check("1, 8, 9, 9", &[64, 8, 3, 3], "1, 64, 6, 5", "Conv <dilations = [2, 2], pads = [1, 0, 0, 0]> (x, w, c)");
+        check("1, 8, 9, 9", &[64, 8, 3, 3], "1, 64, 9, 9", "Conv <auto_pad = \"SAME_UPPER\"> (x, w, c)");
+    }
+}
