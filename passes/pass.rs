@@ -107,6 +107,8 @@ pub struct Context<'a> {
     pub measures: Vec<Measure>,
     /// What other methods have offered for the same constants: what these beat need not be offered.
     pub rivals: BTreeMap<ValueId, Vec<Choice>>,
+    /// Rows of all products with every weight in one run, for lossy methods.
+    pub rows: BTreeMap<ValueId, u64>,
     /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
     pub settings: BTreeMap<String, String>,
     /// Facts of graphs that have not changed since they were inferred.

@@ -210,16 +210,19 @@ impl Compressor<'_> {
             target: self.cx.target,
             settings: self.cx.settings.clone(),
             measures: self.measures.clone(),
+            rows: found.iter().map(|w| (w.value, rows(w.value))).collect(),
             ..Context::default()
         };
-        let mut places: BTreeMap<ValueId, Place> = BTreeMap::new();
+        let mut places: BTreeMap<Vec<ValueId>, Place> = BTreeMap::new();
         let mut records = BTreeMap::new();
         for &method in METHODS.iter().filter(|m| (self.admits)(m.info().name)) {
             let start = Instant::now();
             let proposal = method.propose(model, &cx).map_err(anyhow::Error::from)?;
             for site in proposal.sites {
-                cx.rivals.entry(site.weight).or_default().extend(site.choices.iter().cloned());
-                let place = places.entry(site.weight).or_insert_with(|| Place {
+                if site.covers.len() == 1 {
+                    cx.rivals.entry(site.weight).or_default().extend(site.choices.iter().cloned());
+                }
+                let place = places.entry(site.covers.clone()).or_insert_with(|| Place {
                     sensitivity: site.taps.iter().map(|tap| sensitivity[tap]).collect(),
                     rows: rows(site.weight),
                     site: Site { choices: Vec::new(), ..site.clone() },
@@ -244,7 +247,7 @@ impl Compressor<'_> {
         }
         let mut places: Vec<Place> = places.into_values().collect();
         if self.measures.contains(&Measure::Latency) {
-            self.time_options(model, &found, &mut places, &cx, warnings)?;
+            self.time_options(model, &mut places, &cx, warnings)?;
         }
         drop(cx);
         Ok(Table { places, records, seen, _scratch: temporary })
@@ -325,15 +328,49 @@ impl Table {
     /// What the constants that could change take as they are: bytes, multiply-adds, numbers, nanoseconds, in the order
     /// of [`Measure::ALL`].
     pub(crate) fn kept(&self) -> [u64; 4] {
+        fn of(groups: &[Group], measure: Measure) -> u64 {
+            groups.iter().map(|g| g.options[0].cost(measure) + of(&g.options[0].inner, measure)).sum()
+        }
         let timed = self.places.iter().any(|p| !p.latency.is_empty());
-        let groups: Vec<Group> = self.places.iter().map(|p| p.group(timed)).collect();
-        Measure::ALL.map(|m| groups.iter().map(|g| g.options[0].cost(m)).sum())
+        let (groups, _) = self.groups(timed);
+        Measure::ALL.map(|m| of(&groups, m))
+    }
+
+    /// The places as groups, and the place of every group as the allocator counts them. A place of several constants
+    /// holds the places of each where it stays as it is.
+    fn groups(&self, timed: bool) -> (Vec<Group>, Vec<usize>) {
+        let (mut groups, mut order) = (Vec::new(), Vec::new());
+        let within = |place: &Place, outer: &Place| {
+            outer.site.covers.len() > place.site.covers.len()
+                && place.site.covers.iter().all(|value| outer.site.covers.contains(value))
+        };
+        for (index, place) in self.places.iter().enumerate() {
+            if self.places.iter().any(|outer| within(place, outer)) {
+                continue;
+            }
+            order.push(index);
+            let mut group = place.group(timed);
+            let inside = self.places.iter().enumerate().filter(|(_, inner)| within(inner, place));
+            for (at, inner) in inside {
+                order.push(at);
+                let (whole, part) = (&mut group.options[0], inner.group(timed));
+                // What is left are constants that nothing is offered for.
+                whole.bytes = whole.bytes.saturating_sub(part.options[0].bytes);
+                whole.flops = whole.flops.saturating_sub(part.options[0].flops);
+                whole.parameters = whole.parameters.saturating_sub(part.options[0].parameters);
+                whole.latency_ns =
+                    whole.latency_ns.map(|ns| ns.saturating_sub(part.options[0].latency_ns.unwrap_or(0)));
+                whole.inner.push(part);
+            }
+            groups.push(group);
+        }
+        (groups, order)
     }
 
     /// Chooses within the budget for these constants.
     pub(crate) fn choose(&self, budget: &allocate::Budget, solver: Solver) -> Result<(Plan, f64), SolveError> {
         let start = Instant::now();
-        let groups = self.places.iter().map(|p| p.group(budget.latency_ns.is_some())).collect();
+        let (groups, _) = self.groups(budget.latency_ns.is_some());
         let table = allocate::Table { groups, conflicts: Vec::new() };
         Ok((allocate::solve(&table, budget, solver)?, start.elapsed().as_secs_f64()))
     }
@@ -349,9 +386,15 @@ impl Table {
             settings: cx.settings.clone(),
             ..Context::default()
         };
-        for (place, chosen) in self.places.iter().zip(&plan.choices) {
+        let (_, order) = self.groups(false);
+        for (&index, chosen) in order.iter().zip(&plan.choices) {
+            // Inside a place that does not stay as it is, nothing is chosen.
+            let Some(chosen) = *chosen else { continue };
+            let place = &self.places[index];
             let site = &place.site;
-            let chosen = chosen.expect("places hold no others");
+            if chosen == 0 && site.covers.len() > 1 {
+                continue;
+            }
             // The first option is to leave the site as it is.
             let (option, method, spent, error) = match chosen.checked_sub(1) {
                 None => ("as it is".to_owned(), None, site.kept, 0.0),

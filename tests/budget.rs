@@ -209,6 +209,8 @@ fn each_method_keeps_to_its_budget() {
         ("factorize", "--flops", 0.85, "rank "),
         ("dictionary", "--params", 0.85, "dictionary "),
         ("dictionary", "--size", 0.9, "dictionary "),
+        ("prune-channels", "--params", 0.85, "keep "),
+        ("prune-channels", "--flops", 0.8, "keep "),
         ("compensate", "--size", 0.75, "int4 block 128 + rank "),
     ] {
         let bench = Bench::new();

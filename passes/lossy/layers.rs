@@ -49,8 +49,17 @@ impl Weight {
     /// The weight as a place with choices.
     pub(super) fn site(&self, graph: &Graph, choices: Vec<Choice>) -> Site {
         let elements: u64 = self.dims.iter().product::<usize>() as u64;
+        let turned = |tap: &Tap| {
+            let stored = graph.node(tap.node).input(1).filter(|_| tap.rows.is_some())?;
+            graph.producer(stored)
+        };
+        let mut nodes: Vec<NodeId> = self.taps.iter().flat_map(|tap| [turned(tap), Some(tap.node)]).flatten().collect();
+        nodes.sort_unstable();
+        nodes.dedup();
         Site {
             weight: self.value,
+            covers: vec![self.value],
+            nodes,
             name: graph.value(self.value).name.clone(),
             taps: self.taps.iter().map(|tap| tap.output).collect(),
             kept: Spent { bytes: elements * 4, parameters: elements, flops_per_row: 2 * elements },

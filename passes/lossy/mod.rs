@@ -10,6 +10,7 @@ mod dynamic;
 mod factorize;
 mod factors;
 mod layers;
+mod prune_channels;
 mod quantize;
 mod spectrum;
 
@@ -19,11 +20,12 @@ pub use dynamic::Dynamic;
 pub use factorize::Factorize;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{Tap, Weight, weights};
+pub use prune_channels::PruneChannels;
 pub use quantize::Quantize;
 
 use crate::{Context, Error, Info, Outcome};
 use factors::Seen;
-use lathe_ir::{Graph, Model, ValueId};
+use lathe_ir::{Graph, Model, NodeId, ValueId};
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
     thread,
@@ -57,8 +59,13 @@ pub struct Choice {
 /// A place where a method could act.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Site {
-    /// The constant that would change; sites of one constant exclude each other.
+    /// The constant whose products' error is told; sites of one constant exclude each other.
     pub weight: ValueId,
+    /// Every constant that would change, in order. A site of several holds those of each: they exist only where it stays
+    /// as it is. Such sites share no constant.
+    pub covers: Vec<ValueId>,
+    /// The nodes that would change, in order; for a single constant, those that use it.
+    pub nodes: Vec<NodeId>,
     /// As reports call it: the name of the constant.
     pub name: String,
     /// The values whose error is told: the outputs of the nodes that use the constant.
@@ -91,7 +98,7 @@ pub trait Method: Sync {
 }
 
 /// Every lossy method.
-pub const METHODS: &[&dyn Method] = &[&Quantize, &Dynamic, &Compensate, &Factorize, &Dictionary];
+pub const METHODS: &[&dyn Method] = &[&Quantize, &Dynamic, &Compensate, &Factorize, &Dictionary, &PruneChannels];
 
 /// Layers whose second moments are in memory at a time.
 const BATCH: usize = 8;

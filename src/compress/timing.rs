@@ -4,11 +4,8 @@ use super::{Compressor, Place};
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Facts};
-use lathe_ir::{DataType, Dim, External, Graph, Model, Node, ScopeId, Tensor, Type, ValueId, WriteOptions};
-use lathe_passes::{
-    Context,
-    lossy::{Site, Weight},
-};
+use lathe_ir::{DataType, Dim, External, Graph, Model, Node, ScopeId, Type, ValueId, WriteOptions};
+use lathe_passes::{Context, lossy::Site};
 use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, SampleSet};
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -17,7 +14,6 @@ impl Compressor<'_> {
     pub(super) fn time_options(
         &self,
         model: &Model,
-        found: &[Weight],
         places: &mut [Place],
         cx: &Context,
         warnings: &mut Vec<String>,
@@ -30,8 +26,7 @@ impl Compressor<'_> {
         let mut known: BTreeMap<String, Vec<Option<u64>>> = BTreeMap::new();
         let mut untimed = 0;
         for place in places.iter_mut() {
-            let weight = found.iter().find(|w| w.value == place.site.weight);
-            let Some(fragment) = weight.and_then(|w| Fragment::of(model, w, &size)) else {
+            let Some(fragment) = Fragment::of(model, &place.site, &size) else {
                 untimed += 1;
                 continue;
             };
@@ -41,6 +36,23 @@ impl Compressor<'_> {
                 known.insert(key.clone(), self.time_fragment(&fragment, place, cx)?);
             }
             place.latency = known[&key].clone();
+        }
+        // Times of a place of several constants are told in those of its parts, so that both add up alike.
+        let own: BTreeMap<ValueId, Option<u64>> = places
+            .iter()
+            .filter(|p| p.site.covers.len() == 1)
+            .map(|p| (p.site.weight, p.latency.first().copied().flatten()))
+            .collect();
+        for place in places.iter_mut().filter(|p| p.site.covers.len() > 1) {
+            let parts: Option<u64> = place.site.covers.iter().map(|value| own.get(value).copied().flatten()).sum();
+            let whole = place.latency.first().copied().flatten();
+            place.latency = match (parts, whole) {
+                (Some(parts), Some(whole)) => {
+                    let scaled = |ns: &Option<u64>| ns.map(|ns| (ns as f64 * parts as f64 / whole as f64) as u64);
+                    place.latency.iter().map(scaled).collect()
+                }
+                _ => Vec::new(),
+            };
         }
         if untimed > 0 {
             warnings.push(format!("{untimed} constants stay as they are: what reads them cannot be timed by itself"));
@@ -116,7 +128,7 @@ impl Compressor<'_> {
     }
 }
 
-/// A weight with the layers that use it and nothing else.
+/// The nodes of a site and nothing else.
 struct Fragment {
     model: Model,
     /// What its time depends on.
@@ -124,44 +136,39 @@ struct Fragment {
 }
 
 impl Fragment {
-    /// `None` where a layer's input has no known size, or rows are picked of the weight.
-    fn of(model: &Model, weight: &Weight, size: &dyn Fn(ValueId) -> Option<Vec<u64>>) -> Option<Fragment> {
+    /// `None` where what a node reads has no known size, or rows are picked of the weight.
+    fn of(model: &Model, site: &Site, size: &dyn Fn(ValueId) -> Option<Vec<u64>>) -> Option<Fragment> {
         let from = &model.graph;
         let mut graph = Graph::new("fragment");
-        let mut key = format!("{:?}", weight.dims);
-        let tensor: Tensor = from.constant(weight.value)?.clone();
+        let mut key = String::new();
         let name = |value: ValueId| from.value(value).name.clone();
         let mut copied: BTreeMap<ValueId, ValueId> = BTreeMap::new();
-        copied.insert(weight.value, graph.add_initializer(ScopeId::MAIN, &name(weight.value), tensor));
-        for tap in &weight.taps {
-            tap.rows.as_ref()?;
-            let node = from.node(tap.node);
+        for &id in &site.nodes {
+            let node = from.node(id);
+            if node.is("Gather") {
+                return None;
+            }
             let mut inputs = Vec::new();
-            for (index, input) in node.inputs().iter().enumerate() {
+            for input in node.inputs() {
                 let Some(input) = *input else {
                     inputs.push(None);
                     continue;
                 };
-                let value = match copied.get(&input) {
-                    Some(&value) => value,
-                    None if index == 1 => {
-                        // The weight, turned.
-                        let turn = from.node(from.producer(input)?);
-                        let own = turn.clone();
-                        graph.append(ScopeId::MAIN, own, &[copied[&weight.value]], &name(input))
+                let value = match (copied.get(&input), from.constant(input)) {
+                    (Some(&value), _) => value,
+                    (None, Some(tensor)) => {
+                        key += &format!(" {:?}", tensor.dims());
+                        graph.add_initializer(ScopeId::MAIN, &name(input), tensor.clone())
                     }
-                    None => match from.constant(input) {
-                        Some(tensor) => graph.add_initializer(ScopeId::MAIN, &name(input), tensor.clone()),
-                        None => {
-                            let sizes = size(input)?;
-                            key += &format!(" {sizes:?}");
-                            let dims = sizes.iter().map(|&s| Dim::Known(s as i64)).collect();
-                            let ty = Type::tensor(DataType::Float, dims);
-                            let value = graph.add_value(name(input), Some(ty));
-                            graph.add_input(ScopeId::MAIN, value);
-                            value
-                        }
-                    },
+                    (None, None) => {
+                        let sizes = size(input)?;
+                        key += &format!(" {sizes:?}");
+                        let dims = sizes.iter().map(|&s| Dim::Known(s as i64)).collect();
+                        let ty = Type::tensor(DataType::Float, dims);
+                        let value = graph.add_value(name(input), Some(ty));
+                        graph.add_input(ScopeId::MAIN, value);
+                        value
+                    }
                 };
                 copied.insert(input, value);
                 inputs.push(Some(value));
@@ -169,10 +176,19 @@ impl Fragment {
             let mut own = node.clone();
             own.name.clear();
             key += &format!(" {} {:?}", own.op_type, own.attributes);
-            let output = graph.add_value(name(tap.output), None);
-            graph.add_node(ScopeId::MAIN, own, inputs, vec![Some(output)]);
+            let mut outputs = Vec::new();
+            for output in node.outputs() {
+                outputs.push(output.map(|output| {
+                    let value = graph.add_value(name(output), None);
+                    copied.insert(output, value);
+                    value
+                }));
+            }
+            graph.add_node(ScopeId::MAIN, own, inputs, outputs);
+        }
+        for tap in &site.taps {
             // A layer that gives the model's output is left alone by some methods.
-            let shown = graph.append(ScopeId::MAIN, Node::new("Abs"), &[output], "shown");
+            let shown = graph.append(ScopeId::MAIN, Node::new("Abs"), &[*copied.get(tap)?], "shown");
             graph.value_mut(shown).ty = Some(Type::unshaped(DataType::Float));
             graph.add_output(ScopeId::MAIN, shown);
         }
