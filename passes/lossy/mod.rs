@@ -6,22 +6,22 @@ pub mod allocate;
 mod blocks;
 mod compensate;
 mod dictionary;
-mod dynamic;
 mod factorize;
 mod factors;
 mod layers;
 mod prune_channels;
 mod quantize;
+mod quantize_dynamic;
 mod spectrum;
 
 pub use compensate::Compensate;
 pub use dictionary::Dictionary;
-pub use dynamic::Dynamic;
 pub use factorize::Factorize;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{Tap, Weight, weights};
 pub use prune_channels::PruneChannels;
 pub use quantize::Quantize;
+pub use quantize_dynamic::QuantizeDynamic;
 
 use crate::{Context, Error, Info, Outcome};
 use factors::Seen;
@@ -98,7 +98,8 @@ pub trait Method: Sync {
 }
 
 /// Every lossy method.
-pub const METHODS: &[&dyn Method] = &[&Quantize, &Dynamic, &Compensate, &Factorize, &Dictionary, &PruneChannels];
+pub const METHODS: &[&dyn Method] =
+    &[&Quantize, &QuantizeDynamic, &Compensate, &Factorize, &Dictionary, &PruneChannels];
 
 /// Layers whose second moments are in memory at a time.
 const BATCH: usize = 8;

@@ -11,7 +11,7 @@ use crate::{Context, Error, Info, Kind, Outcome, lossy::allocate::Measure};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
 
 /// Multiplies whole numbers, whose inputs are rounded as they come.
-pub struct Dynamic;
+pub struct QuantizeDynamic;
 
 static INFO: Info = Info {
     name: "quantize-dynamic",
@@ -111,7 +111,7 @@ fn choice(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Result<Choice, &'
     Ok(Choice { name: NAME.to_owned(), spent, errors: inputs.iter().map(error).collect() })
 }
 
-impl Method for Dynamic {
+impl Method for QuantizeDynamic {
     fn info(&self) -> &'static Info {
         &INFO
     }
