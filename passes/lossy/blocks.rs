@@ -242,4 +242,48 @@ mod tests {
             }
         }
     }
+
+    /// The model with the numbers that the codes stand for in place of the weight.
+    fn rounded(model: &Model, coded: &Coded) -> Model {
+        let mut model = model.clone();
+        let weight = weights(&model.graph).0.remove(0);
+        let stored = Tensor::from_f32s(&weight.dims, &coded.restored());
+        let new = model.graph.add_initializer(ScopeId::MAIN, "rounded", stored);
+        model.graph.replace_uses(weight.value, new);
+        model.graph.remove_initializer(weight.value);
+        model
+    }
+
+    #[test]
+    fn the_runtime_computes_with_the_numbers_that_codes_stand_for() {
+        // 72 numbers in blocks of 32 leave a part of a block; three blocks of 4 bits have an odd number of zero points.
+        for (dims, product) in [("72, 64", "MatMul (x, w)"), ("64, 72", "Gemm <transB = 1> (x, w)")] {
+            let numbers: Vec<String> = (0..72 * 64).map(|i| format!("{:e}", (i * 37 % 101) as f32 - 50.0)).collect();
+            let source = format!(
+                "<ir_version: 10, opset_import: [\"\" : 21]> g (float[3, 72] x) => (float[3, 64] y) <float[{dims}] w = {{{}}}> \
+                 {{ h = {product} y = Relu (h) }}",
+                numbers.join(", ")
+            );
+            let model = text::parse(&source).unwrap();
+            for (bits, block) in [(8, 32), (4, 32), (4, 64), (4, 128)] {
+                let weight = weights(&model.graph).0.remove(0);
+                let coded = Coded::of(&model.graph, &weight, Scheme { bits, block }, &[1.0; 72]).unwrap();
+                let reference = rounded(&model, &coded);
+                for target in [Target::Portable, Target::Ort] {
+                    let mut changed = model.clone();
+                    coded.emit(&mut changed, &weight, target);
+                    let products: Vec<_> = changed
+                        .graph
+                        .nodes(ScopeId::MAIN)
+                        .filter(|&id| changed.graph.node(id).op_type == "MatMulNBits")
+                        .collect();
+                    assert_eq!(products.len(), usize::from(target == Target::Ort));
+                    // In float32, not in whole numbers.
+                    products.iter().for_each(|&id| changed.graph.node_mut(id).set_attribute("accuracy_level", 0i64));
+                    lathe_testkit::equivalent(&reference, &changed, Some(1e-5), 1)
+                        .unwrap_or_else(|why| panic!("{product} {bits} {block} {target:?}: {why}"));
+                }
+            }
+        }
+    }
 }

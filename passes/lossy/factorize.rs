@@ -1,15 +1,15 @@
 //! Layers as two thinner layers.
 
 use super::{
-    Choice, Method, Proposal, Site, factors,
+    Choice, Method, Proposal, Site, Weight, factors,
     factors::{Layer, Seen, sides},
     in_batches,
-    spectrum::Spectrum,
+    spectrum::{Spectrum, product},
     weights,
 };
 use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
 use faer::Mat;
-use lathe_ir::Model;
+use lathe_ir::{Graph, Model};
 
 /// Replaces layers by products of low rank.
 pub struct Factorize;
@@ -19,7 +19,8 @@ static INFO: Info = Info {
     summary: "replace layers by two thinner ones, fitted to what they read",
     doc: "Offers every float32 `MatMul`, `Gemm` and ungrouped `Conv` as `x·U` and `·V` of rank r: r(k + n) numbers and \
           multiply-adds per row instead of k·n. The factors lose least of the layer's output on the calibration set \
-          (whitened singular value decomposition), not of the weight. A convolution becomes one with r channels and a \
+          (whitened singular value decomposition), not of the weight, and what they lose of its mean is added to the \
+          bias where there is one. A convolution becomes one with r channels and a \
           1×1 one. Declines layers that give an output of the model, tables that rows are picked of, and those with \
           fewer than 32 inputs or outputs.",
     options: &[Opt {
@@ -58,12 +59,18 @@ impl std::str::FromStr for Metric {
     }
 }
 
-fn ranks(k: usize, n: usize) -> Vec<usize> {
+/// Ranks that are offered for a layer of these sides, or for several layers together.
+pub(super) fn ranks(k: usize, n: usize) -> Vec<usize> {
     let multiple = if k.min(n) < 8 * MULTIPLE { 4 } else { MULTIPLE };
     let mut ranks: Vec<usize> =
         SHARES.iter().map(|share| k * n * share / 100 / (k + n) / multiple * multiple).filter(|&r| r > 0).collect();
     ranks.dedup();
     ranks
+}
+
+/// Whether a bias gives back what the factors lose of the mean output; plain SVD has no such thing.
+fn centred(graph: &Graph, weight: &Weight, metric: Metric) -> bool {
+    metric == Metric::Output && factors::takes_bias(graph, weight)
 }
 
 fn spectrum(layer: &Layer, metric: Metric) -> Result<Spectrum, &'static str> {
@@ -91,7 +98,7 @@ fn choices(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Choice>, &'
     }
     let choice = |&r: &usize| {
         let (left, right) = (found.left.as_ref().subcols(0, r), found.right.as_ref().subcols(0, r));
-        let off = &layer.matrix - super::spectrum::product(left, right.transpose());
+        let off = &layer.matrix - product(left, right.transpose());
         Choice { name: name(r), spent: factors::spent(k, n, r, uses), errors: layer.errors(off.as_ref()) }
     };
     Ok(ranks.iter().map(choice).collect())
@@ -104,8 +111,8 @@ impl Method for Factorize {
 
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let metric: Metric = cx.setting(&INFO, "metric")?;
-        let work = |weight: &super::Weight, seen: &Seen| {
-            let layer = Layer::new(&model.graph, weight, seen)?;
+        let work = |weight: &Weight, seen: &Seen| {
+            let layer = Layer::around(&model.graph, weight, seen, centred(&model.graph, weight, metric))?;
             choices(&layer, metric, weight.taps.len())
         };
         in_batches(model, cx, &work)
@@ -122,21 +129,107 @@ impl Method for Factorize {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };
+        let centred = centred(&model.graph, weight, metric);
         let factored = factors::seen(&model.graph, weight, cx)?.and_then(|seen| {
-            let layer = Layer::new(&model.graph, weight, &seen)?;
-            spectrum(&layer, metric)
+            let layer = Layer::around(&model.graph, weight, &seen, centred)?;
+            let found = spectrum(&layer, metric)?;
+            Ok((seen, layer, found))
         });
         match factored {
-            Ok(found) => {
+            Ok((seen, layer, found)) => {
                 debug_assert_eq!(sides(weight), (found.left.nrows(), found.right.nrows()), "factors span the weight");
                 let mut left = found.left.subcols(0, rank).to_owned();
                 let mut right = found.right.subcols(0, rank).to_owned();
+                let off = &layer.matrix - product(left.as_ref(), right.transpose());
                 factors::balance(&mut left, &mut right);
                 factors::emit(&mut model.graph, weight, left.as_ref(), right.as_ref());
+                for (tap, gram) in weight.taps.iter().zip(&seen.grams).filter(|_| centred) {
+                    let mean = Mat::from_fn(1, gram.mean.len(), |_, column| gram.mean[column]);
+                    let alpha = model.graph.node(tap.node).float("alpha").map_or(1.0, f64::from);
+                    let change = product(mean.as_ref(), off.as_ref()) * faer::Scale(alpha);
+                    factors::add_to_bias(&mut model.graph, tap, &factors::numbers(change.as_ref()));
+                }
                 outcome.change(name.clone(), place());
             }
             Err(reason) => outcome.refuse(reason, place()),
         }
         Ok(outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::spectrum::tests::random;
+    use super::*;
+    use lathe_analysis::{Calibrate, EvaluateError, Gram, Moments, Rows, SymMatrix};
+    use lathe_ir::{ScopeId, text};
+
+    /// Rows with a mean, `[rows, k]`, and the products with a weight.
+    struct Seen {
+        rows: Mat<f64>,
+        outputs: Mat<f64>,
+    }
+
+    impl Calibrate for Seen {
+        fn gram(&self, _: &Rows) -> Result<Option<Gram>, EvaluateError> {
+            let (count, k) = (self.rows.nrows(), self.rows.ncols());
+            let full = super::super::spectrum::tests::gram(&self.rows);
+            let upper = (0..k).flat_map(|i| (i..k).map(move |j| (i, j))).map(|at| full[at]).collect();
+            let mean = (0..k).map(|i| self.rows.col(i).iter().sum::<f64>() / count as f64).collect();
+            Ok(SymMatrix::from_upper(k, upper).map(|matrix| Gram { matrix, mean, rows: count as u64 }))
+        }
+
+        fn moments(&self, _: &Rows) -> Result<Option<Moments>, EvaluateError> {
+            let square = |j: usize| self.outputs.col(j).squared_norm_l2() / self.outputs.nrows() as f64;
+            let square = (0..self.outputs.ncols()).map(square).collect();
+            Ok(Some(Moments { square, largest: None, rows: self.outputs.nrows() as u64 }))
+        }
+    }
+
+    fn run(body: &str) {
+        let weight = random(64, 96, 1);
+        let numbers =
+            |m: &Mat<f64>| factors::numbers(m.as_ref()).iter().map(|x| format!("{x:e}")).collect::<Vec<_>>().join(", ");
+        let source = format!(
+            "<ir_version: 10, opset_import: [\"\" : 18]> g (float[50, 64] x) => (float[50, 96] y) \
+             <float[64, 96] w = {{{}}}, float[96] c = {{{}}}> {{ {body} y = Relu (h) }}",
+            numbers(&weight),
+            numbers(&random(1, 96, 2))
+        );
+        let model = text::parse(&source).unwrap();
+        let rows = random(50, 64, 3) + Mat::from_fn(50, 64, |_, _| 3.0);
+        let seen = Seen { outputs: product(rows.as_ref(), weight.as_ref()), rows };
+        let cx = Context { calibration: Some(&seen), ..Context::default() };
+        let site = Factorize.propose(&model, &cx).unwrap().sites.remove(0);
+        let mut changed = model.clone();
+        let least = site.choices.len() - 1;
+        assert_eq!(Factorize.rewrite(&mut changed, &site, least, &cx).unwrap().changes.len(), 1);
+        changed.check().unwrap();
+        let layers = |model: &Model| model.graph.nodes(ScopeId::MAIN).count();
+        assert_eq!(layers(&changed), layers(&model) + 1, "{body}: the mean needs no node");
+        // What is told, with the mean given back, is what the rows lose; without, they would lose more.
+        let constant = |name: &str| changed.graph.constant(changed.graph.find_value(name).unwrap()).unwrap();
+        let floats = |name: &str, m: usize, n: usize| {
+            let numbers = constant(name).to_f32s().unwrap();
+            Mat::from_fn(m, n, |row, column| f64::from(numbers[row * n + column]))
+        };
+        let rank = constant("w_left").dims()[1];
+        let low = product(floats("w_left", 64, rank).as_ref(), floats("w_right", rank, 96).as_ref());
+        let named = changed.graph.find_value("h_bias").map_or("a_bias", |_| "h_bias");
+        let bias = constant(named).to_f32s().unwrap();
+        let old = random(1, 96, 2);
+        let off = product(seen.rows.as_ref(), (&weight - &low).as_ref());
+        let given = Mat::from_fn(50, 96, |_, column| f64::from(bias[column]) - f64::from(old[(0, column)] as f32));
+        let norm = seen.outputs.squared_norm_l2();
+        let lost = ((&off - &given).squared_norm_l2() / norm).sqrt();
+        let told = site.choices[least].errors[0];
+        assert!((lost - told).abs() < 1e-4 * told && told > 1e-3, "{body}: {lost} lost, {told} told");
+        assert!(off.squared_norm_l2() >= (&off - &given).squared_norm_l2());
+    }
+
+    #[test]
+    fn a_bias_gives_back_what_is_lost_of_the_mean() {
+        run("h = Gemm (x, w, c)");
+        run("a = MatMul (x, w) h = Add (a, c)");
     }
 }

@@ -4,7 +4,8 @@ use super::{Spent, Tap, Weight};
 use crate::{Context, Error};
 use faer::{Mat, MatRef};
 use lathe_analysis::{Gram, Rows};
-use lathe_ir::{Graph, Node, ScopeId, Tensor, Use, ValueId};
+use lathe_ir::{DataType, Graph, Node, NodeId, ScopeId, Tensor, Use, ValueId};
+use std::collections::BTreeMap;
 
 /// Matrices whose smaller side is below this are not worth two products.
 const SMALLEST_SIDE: usize = 32;
@@ -111,11 +112,17 @@ pub(super) fn matrix(graph: &Graph, weight: &Weight) -> Result<Mat<f64>, &'stati
 impl Layer {
     /// Reads the weight and scales what was seen; why it cannot be used otherwise.
     pub fn new(graph: &Graph, weight: &Weight, seen: &Seen) -> Result<Layer, &'static str> {
+        Layer::around(graph, weight, seen, false)
+    }
+
+    /// The same, of what is read less its mean if `centred`: what the mean loses of the output, a bias can give back.
+    pub fn around(graph: &Graph, weight: &Weight, seen: &Seen, centred: bool) -> Result<Layer, &'static str> {
         let matrix = matrix(graph, weight)?;
         let k = matrix.nrows();
         let scaled = |(gram, output): (&Gram, &f64)| {
             let full = gram.matrix.to_full();
-            Mat::from_fn(k, k, |row, column| full[row * k + column] / output)
+            let mean = |row: usize, column: usize| if centred { gram.mean[row] * gram.mean[column] } else { 0.0 };
+            Mat::from_fn(k, k, |row, column| (full[row * k + column] - mean(row, column)) / output)
         };
         let taps: Vec<Mat<f64>> = seen.grams.iter().zip(&seen.outputs).map(scaled).collect();
         let mut joint = taps[0].clone();
@@ -127,6 +134,81 @@ impl Layer {
     pub fn errors(&self, off: MatRef<'_, f64>) -> Vec<f64> {
         let error = |tap: &Mat<f64>| super::spectrum::energies(off, tap.as_ref()).iter().sum::<f64>().max(0.0).sqrt();
         self.taps.iter().map(error).collect()
+    }
+}
+
+/// Where a constant sum of a use's output can go without a node of its own.
+enum Bias {
+    /// The third input of the node itself, if it has one already: a constant with a number per output.
+    Own(Option<ValueId>),
+    /// A sum that is all that reads the output: its node, and which of its inputs is the constant.
+    After(NodeId, usize),
+}
+
+fn bias(graph: &Graph, tap: &Tap, outputs: usize) -> Option<Bias> {
+    let node = graph.node(tap.node);
+    let fits = |value: ValueId| {
+        let constant = graph.constant(value)?;
+        let per_output = constant.dtype() == DataType::Float && constant.len() == outputs;
+        (per_output && (node.is("Conv") || constant.dims().last() == Some(&outputs))).then_some(value)
+    };
+    if node.is("Conv") || node.is("Gemm") && node.float("beta").unwrap_or(1.0) != 0.0 {
+        return match node.input(2) {
+            Some(value) => fits(value).map(|value| Bias::Own(Some(value))),
+            None => Some(Bias::Own(None)),
+        };
+    }
+    let uses = graph.value(tap.output).uses();
+    let Some(&Use::Node(id, index)) = uses.first().filter(|_| uses.len() == 1 && node.is("MatMul")) else {
+        return None;
+    };
+    let (sum, other) = (graph.node(id), 1 - index.min(1));
+    let constant = sum.input(other).filter(|_| sum.is("Add") && sum.scope() == ScopeId::MAIN)?;
+    fits(constant).map(|_| Bias::After(id, other))
+}
+
+/// Whether a constant can be added to the output of every use without a node more.
+pub(super) fn takes_bias(graph: &Graph, weight: &Weight) -> bool {
+    let n = sides(weight).1;
+    weight.taps.iter().all(|tap| bias(graph, tap, n).is_some())
+}
+
+/// Adds a number per output to what a use gives: in its bias or the sum after it where there is one, else in a new sum.
+pub(super) fn add_to_bias(graph: &mut Graph, tap: &Tap, change: &[f32]) {
+    let name = graph.value(tap.output).name.clone();
+    let fresh = graph.fresh_name(&format!("{name}_bias"));
+    let place = bias(graph, tap, change.len());
+    let (node, index, old) = match place {
+        Some(Bias::Own(old)) => (tap.node, 2, old),
+        Some(Bias::After(node, index)) => (node, index, graph.node(node).input(index)),
+        None => {
+            let node = graph.node(tap.node);
+            let kernel = node.input(1).filter(|_| node.is("Conv")).and_then(|w| graph.constant(w));
+            let spatial = kernel.map_or(0, |kernel| kernel.dims().len().saturating_sub(2));
+            let dims: Vec<usize> = std::iter::once(change.len()).chain(vec![1; spatial]).collect();
+            let bias = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&dims, change));
+            let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[tap.output, bias], &format!("{name}_whole"));
+            let add = graph.producer(sum).expect("it was just added");
+            super::take_over(graph, tap.output, sum);
+            return graph.set_input(add, 0, Some(tap.output));
+        }
+    };
+    let kept =
+        old.and_then(|value| graph.constant(value)).map(|t| (t.dims().to_vec(), t.to_f32s().unwrap_or_default()));
+    // A product multiplies what it adds itself.
+    let factor = match node == tap.node && graph.node(node).is("Gemm") {
+        true => 1.0 / graph.node(node).float("beta").unwrap_or(1.0),
+        false => 1.0,
+    };
+    let (dims, numbers) = kept.unwrap_or_else(|| (vec![change.len()], vec![0.0; change.len()]));
+    let sum: Vec<f32> = numbers.iter().zip(change).map(|(a, b)| a + b * factor).collect();
+    let bias = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&dims, &sum));
+    let mut inputs: Vec<Option<ValueId>> = graph.node(node).inputs().to_vec();
+    inputs.resize(inputs.len().max(index + 1), None);
+    inputs[index] = Some(bias);
+    graph.set_inputs(node, inputs);
+    if let Some(old) = old.filter(|&old| graph.value(old).uses().is_empty()) {
+        graph.remove_initializer(old);
     }
 }
 
@@ -161,68 +243,53 @@ pub(super) fn numbers(matrix: MatRef<'_, f64>) -> Vec<f32> {
 /// A bias stays with the second. The weight goes if nothing else reads it.
 pub(super) fn emit(graph: &mut Graph, weight: &Weight, left: MatRef<'_, f64>, right: MatRef<'_, f64>) {
     let name = graph.value(weight.value).name.clone();
-    let rank = left.ncols();
-    let mut stored: Vec<(&str, ValueId)> = Vec::new();
+    let (rank, conv) = (left.ncols(), weight.dims.len() > 2);
+    let numbers = if conv { numbers(left.transpose()) } else { numbers(left) };
+    let dims = if conv { [&[rank], &weight.dims[1..]].concat() } else { vec![left.nrows(), rank] };
+    let fresh = graph.fresh_name(&format!("{name}_left"));
+    let stored = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&dims, &numbers));
+    let mut inner = Vec::new();
     for tap in &weight.taps {
-        let node = graph.node(tap.node);
-        let kind = match (node.is("Conv"), node.is("Gemm") && node.int("transB") == Some(1)) {
-            (true, _) => "Conv",
-            (_, true) => "Gemm",
-            _ => "MatMul",
-        };
-        let data = node.input(0).expect("a tap multiplies data");
-        let window = |name: &str| node.attribute(name).cloned();
-        let mut first = Node::new(if kind == "Conv" { "Conv" } else { "MatMul" });
-        if kind == "Conv" {
+        let node = graph.node_mut(tap.node);
+        let mut first = Node::new(if conv { "Conv" } else { "MatMul" });
+        if conv {
             for attribute in ["auto_pad", "dilations", "kernel_shape", "pads", "strides"] {
-                if let Some(value) = window(attribute) {
+                if let Some(value) = node.attribute(attribute).cloned() {
                     first = first.with(attribute, value);
+                    node.remove_attribute(attribute);
                 }
             }
         }
-        let thin = if kind == "Conv" { "Conv" } else { "MatMul" };
-        let mut store = |graph: &mut Graph, part: &str, which: &'static str, make: &dyn Fn() -> Tensor| match stored
-            .iter()
-            .find(|(w, _)| *w == which)
-        {
-            Some(&(_, value)) => value,
-            None => {
-                let fresh = graph.fresh_name(&format!("{name}_{part}"));
-                let value = graph.add_initializer(ScopeId::MAIN, &fresh, make());
-                stored.push((which, value));
-                value
-            }
-        };
-        let a = store(graph, "left", if thin == "Conv" { "left conv" } else { "left" }, &|| match thin {
-            "Conv" => {
-                let mut dims = weight.dims.clone();
-                dims[0] = rank;
-                Tensor::from_f32s(&dims, &numbers(left.transpose()))
-            }
-            _ => Tensor::from_f32s(&[left.nrows(), rank], &numbers(left)),
+        let data = node.input(0).expect("a tap multiplies data");
+        inner.push(graph.append(ScopeId::MAIN, first, &[data, stored], &format!("{name}_inner")));
+    }
+    second(graph, weight, &inner, right);
+}
+
+/// Makes every use of a weight a product of what `inner` has for it with `right: [n, r]`, transposed.
+///
+/// The weight goes if nothing else reads it.
+pub(super) fn second(graph: &mut Graph, weight: &Weight, inner: &[ValueId], right: MatRef<'_, f64>) {
+    let name = graph.value(weight.value).name.clone();
+    let (n, rank) = (right.nrows(), right.ncols());
+    let mut stored: BTreeMap<bool, ValueId> = BTreeMap::new();
+    for (tap, &inner) in weight.taps.iter().zip(inner) {
+        let node = graph.node(tap.node);
+        // As it is for convolutions and products that turn it themselves.
+        let plain = node.is("Conv") || node.is("Gemm") && node.int("transB") == Some(1);
+        let value = *stored.entry(plain).or_insert_with(|| {
+            let tensor = match (plain, weight.dims.len()) {
+                (false, _) => Tensor::from_f32s(&[rank, n], &numbers(right.transpose())),
+                (true, ndim) => {
+                    let dims: Vec<usize> = [n, rank].into_iter().chain(vec![1; ndim - 2]).collect();
+                    Tensor::from_f32s(&dims, &numbers(right))
+                }
+            };
+            let fresh = graph.fresh_name(&format!("{name}_right"));
+            graph.add_initializer(ScopeId::MAIN, &fresh, tensor)
         });
-        let b = match kind {
-            "Conv" => store(graph, "right", "right conv", &|| {
-                let mut dims = vec![1; weight.dims.len()];
-                (dims[0], dims[1]) = (right.nrows(), rank);
-                Tensor::from_f32s(&dims, &numbers(right))
-            }),
-            "Gemm" => {
-                store(graph, "right", "right gemm", &|| Tensor::from_f32s(&[right.nrows(), rank], &numbers(right)))
-            }
-            _ => store(graph, "right", "right", &|| {
-                Tensor::from_f32s(&[rank, right.nrows()], &numbers(right.transpose()))
-            }),
-        };
-        let between = graph.append(ScopeId::MAIN, first, &[data, a], &format!("{name}_inner"));
-        graph.set_input(tap.node, 0, Some(between));
-        graph.set_input(tap.node, 1, Some(b));
-        if kind == "Conv" {
-            let node = graph.node_mut(tap.node);
-            for attribute in ["auto_pad", "dilations", "kernel_shape", "pads", "strides"] {
-                node.remove_attribute(attribute);
-            }
-        }
+        graph.set_input(tap.node, 0, Some(inner));
+        graph.set_input(tap.node, 1, Some(value));
     }
     let left_over: Vec<_> = graph.value(weight.value).uses().iter().copied().collect();
     for place in left_over {

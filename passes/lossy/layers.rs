@@ -70,11 +70,20 @@ impl Weight {
 
 /// The weights of the main graph in order of their first use, and what was passed over with the reason.
 pub fn weights(graph: &Graph) -> (Vec<Weight>, Vec<(ValueId, &'static str)>) {
+    of_size(graph, SMALLEST)
+}
+
+/// The same, however few elements they have, for what is left of layers that were found before.
+pub(super) fn of_any_size(graph: &Graph) -> Vec<Weight> {
+    of_size(graph, 1).0
+}
+
+fn of_size(graph: &Graph, smallest: usize) -> (Vec<Weight>, Vec<(ValueId, &'static str)>) {
     let mut order = Vec::new();
     let mut seen = BTreeMap::new();
     for id in graph.nodes(ScopeId::MAIN) {
         for &value in graph.node(id).inputs().iter().flatten() {
-            let large = graph.constant(value).is_some_and(|t| t.len() >= SMALLEST && t.dtype().is_float());
+            let large = graph.constant(value).is_some_and(|t| t.len() >= smallest && t.dtype().is_float());
             if large && seen.insert(value, ()).is_none() {
                 order.push(value);
             }

@@ -7,6 +7,7 @@ mod blocks;
 mod compensate;
 mod dictionary;
 mod factorize;
+mod factorize_jointly;
 mod factors;
 mod layers;
 mod prune_channels;
@@ -17,6 +18,7 @@ mod spectrum;
 pub use compensate::Compensate;
 pub use dictionary::Dictionary;
 pub use factorize::Factorize;
+pub use factorize_jointly::FactorizeJointly;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{Tap, Weight, weights};
 pub use prune_channels::PruneChannels;
@@ -99,7 +101,7 @@ pub trait Method: Sync {
 
 /// Every lossy method.
 pub const METHODS: &[&dyn Method] =
-    &[&Quantize, &QuantizeDynamic, &Compensate, &Factorize, &Dictionary, &PruneChannels];
+    &[&Quantize, &QuantizeDynamic, &Compensate, &Factorize, &FactorizeJointly, &Dictionary, &PruneChannels];
 
 /// Layers whose second moments are in memory at a time.
 const BATCH: usize = 8;

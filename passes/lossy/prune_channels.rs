@@ -1,13 +1,17 @@
 //! Hidden units that the others can stand in for: fewer of them, and the next layer fitted anew.
 
+mod hidden;
+mod keep;
+
 use super::{
-    Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight,
-    factors::{self, Layer, Seen},
-    on_all_cores, take_over, weights,
+    BATCH, Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight,
+    factors::{self, Layer},
+    layers, on_all_cores, weights,
 };
 use crate::{Context, Error, Info, Kind, Outcome, Quantity};
-use faer::{Mat, MatRef, Side, linalg::triangular_solve::solve_upper_triangular_in_place};
-use lathe_ir::{Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
+use hidden::{Hidden, hidden};
+use keep::Chosen;
+use lathe_ir::{Graph, Model, NodeId, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Keeps the hidden units that span what the layer after them reads.
@@ -20,7 +24,8 @@ static INFO: Info = Info {
           convolutions or pooling in between, offers to keep fewer hidden units or channels: those that a pivoted \
           Cholesky factorization of their covariance on the calibration set, weighed by what the next layer makes of \
           them, takes first. The next layer's weight and bias are then fitted in closed form to its old output. All \
-          that makes the dropped units goes. Declines where anything else reads the units, where layers share their \
+          that makes the dropped units goes. Of three layers in a row, as in a bottleneck of convolutions, both places \
+          between them are offered together. Declines where anything else reads the units, where layers share their \
           weights, and where no activations were collected.",
     options: &[],
     kind: Kind::Lossy,
@@ -31,303 +36,189 @@ static INFO: Info = Info {
 /// Shares of the units that are offered, in hundredths.
 const SHARES: [usize; 8] = [95, 90, 80, 70, 60, 50, 40, 30];
 
+/// The same where two places are offered together.
+const SHARES_OF_TWO: [usize; 5] = [90, 75, 60, 45, 30];
+
 /// More units take too long to order.
 const MOST_UNITS: usize = 4096;
 
-/// Part of the mean square that is added to every direction, so that units that are spanned by others do no harm.
-const RIDGE: f64 = 1e-9;
-
-/// Operators that treat every unit by itself; other inputs are constants or further hidden values.
-const ELEMENTWISE: [&str; 25] = [
-    "Relu",
-    "Gelu",
-    "Sigmoid",
-    "Tanh",
-    "Erf",
-    "HardSwish",
-    "HardSigmoid",
-    "LeakyRelu",
-    "Clip",
-    "Elu",
-    "Selu",
-    "Softplus",
-    "Softsign",
-    "Mish",
-    "Identity",
-    "Abs",
-    "Neg",
-    "Exp",
-    "Sqrt",
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Pow",
-    "PRelu",
-];
-
-/// Operators that treat every channel by itself.
-const PER_CHANNEL: [&str; 3] = ["MaxPool", "AveragePool", "GlobalAveragePool"];
-
-/// Hidden units from the layers that make them to the one that reads them.
-struct Hidden<'a> {
-    /// The layer that reads them.
-    reader: &'a Weight,
-    /// The layers that make them.
-    makers: Vec<&'a Weight>,
-    /// Constants with a number per unit and the axis of the units.
-    sliced: BTreeMap<ValueId, usize>,
-    /// Depthwise convolutions.
-    depthwise: Vec<NodeId>,
-    /// All nodes, in order.
-    nodes: Vec<NodeId>,
-    units: usize,
-    /// Numbers that the reader multiplies per unit: the window of a convolution.
-    window: usize,
+/// One place with hidden units, or two in a row: the layer that reads the first makes the second.
+struct Run<'a> {
+    steps: Vec<Hidden<'a>>,
 }
 
-/// Walks from what a layer reads to the layers that make it.
-fn hidden<'a>(
-    graph: &Graph,
-    reader: &'a Weight,
-    layers: &BTreeMap<NodeId, &'a Weight>,
-) -> Result<Hidden<'a>, &'static str> {
-    let [tap] = reader.taps.as_slice() else { return Err("several layers share the weight") };
-    if tap.rows.is_none() {
-        return Err("rows are picked of the constant");
+impl<'a> Run<'a> {
+    /// Every weight that changes: those of the layers that make units and of those that read them.
+    fn weights(&self) -> Vec<&'a Weight> {
+        let of = |step: &Hidden<'a>| step.makers.iter().copied().chain([step.reader]).collect::<Vec<_>>();
+        let mut all: Vec<&Weight> = self.steps.iter().flat_map(of).collect();
+        all.sort_unstable_by_key(|weight| weight.value);
+        all.dedup_by_key(|weight| weight.value);
+        all
     }
-    let conv = graph.node(tap.node).is("Conv");
-    let units = if conv { reader.dims[1] } else { factors::sides(reader).0 };
-    let window = factors::sides(reader).0 / units;
-    let from_end = if conv { reader.dims.len() - 1 } else { 1 };
-    let mut found = Hidden {
-        reader,
-        makers: Vec::new(),
-        sliced: BTreeMap::new(),
-        depthwise: Vec::new(),
-        nodes: vec![],
-        units,
-        window,
-    };
-    let read = graph.node(tap.node).input(0).expect("a tap multiplies data");
-    let (mut open, mut values, mut region) = (vec![read], BTreeSet::new(), BTreeSet::from([tap.node]));
-    while let Some(value) = open.pop() {
-        if !values.insert(value) {
-            continue;
-        }
-        let id = graph.producer(value).ok_or("an input of the model or a constant is read")?;
-        let node = graph.node(id);
-        if node.scope() != ScopeId::MAIN || node.outputs().iter().flatten().count() != 1 {
-            return Err("an operator with several outputs makes the units");
-        }
-        if !region.insert(id) {
-            continue;
-        }
-        if let Some(&maker) = layers.get(&id) {
-            let turned = maker.inputs_axis();
-            if maker.taps.len() != 1 || factors::sides(maker).1 != units || node.is("Conv") != conv {
-                return Err("what makes the units shares its weight or has another shape");
+
+    /// Whether `next` reads what the last reader of the run makes, and that alone.
+    fn continues_with(&self, next: &Hidden<'_>) -> bool {
+        let last = self.steps.last().map(|step| step.reader.value);
+        next.makers.len() == 1 && last == next.makers.first().map(|maker| maker.value)
+    }
+
+    /// What was seen of what every step's units are read by, or why there is nothing.
+    fn seen(&self, graph: &Graph, cx: &Context) -> Result<Result<Vec<factors::Seen>, &'static str>, Error> {
+        let mut all = Vec::new();
+        for step in &self.steps {
+            match factors::seen(graph, step.reader, cx)? {
+                Ok(seen) => all.push(seen),
+                Err(reason) => return Ok(Err(reason)),
             }
-            if node.input(1) != Some(maker.value) {
-                return Err("the weight of what makes the units is turned");
-            }
-            found.makers.push(maker);
-            found.sliced.insert(maker.value, if conv { 0 } else { 1 - turned });
-            if let Some(bias) = node.input(2) {
-                slice(graph, &mut found, bias, if conv { 1 } else { from_end })?;
-            }
-            continue;
         }
-        let depthwise = node.is("Conv") && conv && node.int("group").unwrap_or(1) == units as i64;
-        if depthwise {
-            for input in node.inputs().iter().skip(1).flatten() {
-                let dims = graph.constant(*input).ok_or("a depthwise convolution's weight is no constant")?.dims();
-                if dims.first() != Some(&units) {
-                    return Err("a convolution makes several channels of one");
+        Ok(Ok(all))
+    }
+
+    fn site(&self, graph: &Graph, seen: &[factors::Seen], rows: &BTreeMap<ValueId, u64>) -> Result<Site, &'static str> {
+        let prepared = self.steps.iter().zip(seen).map(|(step, seen)| prepare(graph, step, seen));
+        let chosen: Vec<Chosen> = prepared.collect::<Result<_, _>>()?;
+        let first = self.steps[0].reader;
+        let own_rows = rows.get(&first.value).copied().unwrap_or(1).max(1);
+        let weights = self.weights();
+        let spent = |counts: &[usize]| {
+            let part = |weight: &&Weight| {
+                let mut elements = weight.dims.iter().product::<usize>();
+                for (step, count) in self.steps.iter().zip(counts) {
+                    let touched =
+                        step.reader.value == weight.value || step.makers.iter().any(|m| m.value == weight.value);
+                    elements = if touched { elements / step.units * count } else { elements };
                 }
-                found.sliced.insert(*input, 0);
-            }
-            found.depthwise.push(id);
-            open.push(node.input(0).expect("a convolution has data"));
-        } else if node.is("BatchNormalization") && conv {
-            for input in node.inputs().iter().skip(1).flatten() {
-                slice(graph, &mut found, *input, 1)?;
-            }
-            open.push(node.input(0).expect("a normalization has data"));
-        } else if ELEMENTWISE.iter().any(|op| node.is(op)) || conv && PER_CHANNEL.iter().any(|op| node.is(op)) {
-            for input in node.inputs().iter().flatten() {
-                match graph.constant(*input) {
-                    Some(_) => slice(graph, &mut found, *input, from_end)?,
-                    None => open.push(*input),
+                (elements as u64, 2 * elements as u64 * rows.get(&weight.value).copied().unwrap_or(own_rows))
+            };
+            let parts: Vec<(u64, u64)> = weights.iter().map(part).collect();
+            let elements: u64 = parts.iter().map(|p| p.0).sum();
+            let flops: u64 = parts.iter().map(|p| p.1).sum();
+            Spent { bytes: 4 * elements, parameters: elements, flops_per_row: flops / own_rows }
+        };
+        let choice = |counts: Vec<usize>| {
+            let mut spent = spent(&counts);
+            let mut errors = Vec::new();
+            for ((step, chosen), &count) in self.steps.iter().zip(&chosen).zip(&counts) {
+                let fewer = count < step.units;
+                if fewer {
+                    let outputs = factors::sides(step.reader).1 as u64;
+                    spent.bytes += 4 * outputs + OVERHEAD;
+                    spent.parameters += outputs;
                 }
+                errors.push(if fewer { chosen.error(count * step.window) } else { 0.0 });
             }
-        } else {
-            return Err("other than layers and element-wise operators make the units");
+            Choice { name: self.name(&counts), spent, errors }
+        };
+        let all: Vec<usize> = self.steps.iter().map(|step| step.units).collect();
+        let choices = self.combinations(&chosen).into_iter().map(choice).collect();
+        let region: BTreeSet<NodeId> = self.steps.iter().flat_map(|step| step.nodes.iter().copied()).collect();
+        Ok(Site {
+            kept: spent(&all),
+            covers: weights.iter().map(|weight| weight.value).collect(),
+            nodes: graph.nodes(lathe_ir::ScopeId::MAIN).filter(|id| region.contains(id)).collect(),
+            taps: self.steps.iter().map(|step| step.reader.taps[0].output).collect(),
+            ..first.site(graph, choices)
+        })
+    }
+
+    /// `keep 48 of 64 units`, `keep 48 of 64 and 40 of 64 units`.
+    fn name(&self, counts: &[usize]) -> String {
+        let part = |(step, count): (&Hidden<'_>, &usize)| format!("{count} of {}", step.units);
+        let parts: Vec<String> = self.steps.iter().zip(counts).map(part).collect();
+        format!("keep {} units", parts.join(" and "))
+    }
+
+    /// Numbers of units that are offered, all steps as they are left out.
+    fn combinations(&self, chosen: &[Chosen]) -> Vec<Vec<usize>> {
+        let shares: &[usize] = if self.steps.len() == 1 { &SHARES } else { &SHARES_OF_TWO };
+        let mut all: Vec<Vec<usize>> = vec![Vec::new()];
+        for (step, chosen) in self.steps.iter().zip(chosen) {
+            let mut counts = counts(step, chosen, shares);
+            counts.push(step.units);
+            let with = |before: &Vec<usize>| {
+                let before = before.clone();
+                counts.iter().map(move |&count| [before.as_slice(), &[count]].concat()).collect::<Vec<_>>()
+            };
+            all = all.iter().flat_map(with).collect();
         }
-    }
-    let inside = |place: &Use| match *place {
-        Use::Node(id, index) => region.contains(&id) && (id != tap.node || index == 0),
-        _ => false,
-    };
-    if values.iter().any(|&v| !graph.value(v).uses().iter().all(inside)) {
-        return Err("something else reads the units too");
-    }
-    if found.makers.is_empty() {
-        return Err("no layer makes the units");
-    }
-    found.nodes = graph.nodes(ScopeId::MAIN).filter(|id| region.contains(id)).collect();
-    Ok(found)
-}
-
-/// Notes that a constant has a number per unit, if it has.
-fn slice(graph: &Graph, found: &mut Hidden<'_>, value: ValueId, from_end: usize) -> Result<(), &'static str> {
-    let dims = graph.constant(value).ok_or("a factor or sum of the units is no constant")?.dims();
-    match dims.len().checked_sub(from_end).map(|axis| (axis, dims[axis])) {
-        None | Some((_, 1)) => Ok(()),
-        Some((axis, size)) if size == found.units => {
-            found.sliced.insert(value, axis);
-            Ok(())
-        }
-        _ => Err("a constant does not fit the units"),
+        all.retain(|counts| counts.iter().zip(&self.steps).any(|(&count, step)| count < step.units));
+        all
     }
 }
 
-/// The order in which units are taken, and what keeping the first of them costs.
-struct Chosen {
-    /// All units, the ones to keep first.
-    order: Vec<usize>,
-    /// `1` and then the numbers of the units, in that order: their second moments as `lower · lowerᵀ`.
-    lower: Mat<f64>,
-    /// The reader's weight in that order, `[1 + k, n]`; the first row is its bias, as a change.
-    matrix: Mat<f64>,
-    /// The squared relative error of the output when only that many rows are kept.
-    tails: Vec<f64>,
+/// The numbers of units of a choice's name.
+fn parse(name: &str) -> Option<Vec<usize>> {
+    let parts = name.strip_prefix("keep ")?.strip_suffix(" units")?.split(" and ");
+    parts.map(|part| part.split(' ').next()?.parse().ok()).collect()
 }
 
-fn chosen(layer: &Layer, mean: &[f64], output: f64, units: usize, window: usize) -> Option<Chosen> {
-    let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
-    let gram = &layer.joint;
-    // Units without their mean, which the bias takes, times what the reader makes of them.
-    let weight: Vec<f64> = (0..k).map(|row| layer.matrix.row(row).iter().map(|w| w * w).sum::<f64>().sqrt()).collect();
-    let kernel = Mat::from_fn(units, units, |a, b| {
-        let at = |o: usize| (a * window + o, b * window + o);
-        let moment = |(i, j): (usize, usize)| (gram[(i, j)] - mean[i] * mean[j] / output) * weight[i] * weight[j];
-        (0..window).map(|o| moment(at(o))).sum()
-    });
-    let order = pivoted(kernel);
-    let from: Vec<usize> = order.iter().flat_map(|&unit| (0..window).map(move |o| unit * window + o)).collect();
-    let moments = Mat::from_fn(k + 1, k + 1, |i, j| match (i.checked_sub(1), j.checked_sub(1)) {
-        (None, None) => 1.0 / output,
-        (None, Some(one)) | (Some(one), None) => mean[from[one]] / output,
-        (Some(i), Some(j)) => gram[(from[i], from[j])],
-    });
-    let level = (0..=k).map(|i| moments[(i, i)]).sum::<f64>() / (k + 1) as f64;
-    let mut ridge = RIDGE * level;
-    let lower = loop {
-        let mut damped = moments.clone();
-        (1..=k).for_each(|i| damped[(i, i)] += ridge);
-        match damped.llt(Side::Lower) {
-            Ok(found) => break found.L().to_owned(),
-            Err(_) if ridge < 1e-3 * level => ridge *= 10.0,
-            Err(_) => return None,
-        }
-    };
-    let matrix = Mat::from_fn(k + 1, n, |i, column| i.checked_sub(1).map_or(0.0, |i| layer.matrix[(from[i], column)]));
-    let turned = super::spectrum::product(lower.transpose(), matrix.as_ref());
-    let energy: Vec<f64> = (0..=k).map(|row| turned.row(row).iter().map(|x| x * x).sum()).collect();
-    let tails = super::spectrum::Spectrum::tails(&energy);
-    Some(Chosen { order, lower, matrix, tails })
-}
-
-/// All indices, at every step the one with most left that those before it do not span.
-fn pivoted(mut kernel: Mat<f64>) -> Vec<usize> {
-    let size = kernel.nrows();
-    let mut left: Vec<usize> = (0..size).collect();
-    let mut order = Vec::with_capacity(size);
-    while !left.is_empty() {
-        let best = (0..left.len()).fold(0, |best, at| {
-            if kernel[(left[at], left[at])] > kernel[(left[best], left[best])] { at } else { best }
-        });
-        let pivot = left.remove(best);
-        order.push(pivot);
-        let size = kernel[(pivot, pivot)];
-        if size > 0.0 {
-            let column: Vec<f64> = left.iter().map(|&row| kernel[(row, pivot)]).collect();
-            for (at, &j) in left.iter().enumerate() {
-                let factor = column[at] / size;
-                for (&i, c) in left.iter().zip(&column) {
-                    kernel[(i, j)] -= c * factor;
-                }
-            }
-        }
-    }
-    order
-}
-
-impl Chosen {
-    /// The reader's weight and the change of its bias for the first `rows` rows (with that of the bias), fitted to all.
-    fn fitted(&self, rows: usize) -> Mat<f64> {
-        let (all, n) = (self.matrix.nrows(), self.matrix.ncols());
-        let rest = self.matrix.as_ref().subrows(rows, all - rows);
-        let below = self.lower.as_ref().submatrix(rows, 0, all - rows, rows);
-        let mut fitted = super::spectrum::product(below.transpose(), rest);
-        let corner: MatRef<'_, f64> = self.lower.as_ref().submatrix(0, 0, rows, rows);
-        solve_upper_triangular_in_place(corner.transpose(), fitted.as_mut(), faer::Par::Seq);
-        fitted += self.matrix.as_ref().submatrix(0, 0, rows, n);
-        fitted
-    }
-}
-
-/// Numbers of units that are offered.
-fn counts(units: usize, tails: &[f64], window: usize) -> Vec<usize> {
-    let step = if units >= 64 { 8 } else { 4 };
-    let mut counts: Vec<usize> = SHARES.iter().map(|share| units * share / 100 / step * step).collect();
+/// Numbers of units of one place.
+fn counts(step: &Hidden<'_>, chosen: &Chosen, shares: &[usize]) -> Vec<usize> {
+    let units = step.units;
+    let multiple = if units >= 64 { 8 } else { 4 };
+    let mut counts: Vec<usize> = shares.iter().map(|share| units * share / 100 / multiple * multiple).collect();
     // As few as lose nothing at all.
-    let whole = (1..units).find(|&count| tails[1 + count * window] <= 1e-10);
-    counts.extend(whole.map(|count| count.next_multiple_of(step)));
+    let whole = (1..units).find(|&count| chosen.error(count * step.window) <= 1e-5);
+    counts.extend(whole.map(|count| count.next_multiple_of(multiple)));
     counts.retain(|&count| count > 0 && count < units);
     counts.sort_unstable();
     counts.dedup();
     counts
 }
 
-fn prepare(graph: &Graph, found: &Hidden<'_>, seen: &Seen) -> Result<(Layer, Chosen), &'static str> {
-    let layer = Layer::new(graph, found.reader, seen)?;
+fn prepare(graph: &Graph, step: &Hidden<'_>, seen: &factors::Seen) -> Result<Chosen, &'static str> {
+    let layer = Layer::new(graph, step.reader, seen)?;
     let (mean, output) = (&seen.grams[0].mean, seen.outputs[0]);
-    let chosen =
-        chosen(&layer, mean, output, found.units, found.window).ok_or("its decomposition does not converge")?;
-    Ok((layer, chosen))
-}
-
-fn site(graph: &Graph, found: &Hidden<'_>, seen: &Seen, rows: &BTreeMap<ValueId, u64>) -> Result<Site, &'static str> {
-    let (layer, chosen) = prepare(graph, found, seen)?;
-    let n = layer.matrix.ncols();
-    let own_rows = rows.get(&found.reader.value).copied().unwrap_or(1).max(1);
-    let spent = |count: usize| {
-        let part = |weight: &&Weight| {
-            let elements = weight.dims.iter().product::<usize>() * count / found.units;
-            (elements as u64, 2 * elements as u64 * rows.get(&weight.value).copied().unwrap_or(own_rows))
-        };
-        let parts: Vec<(u64, u64)> = found.makers.iter().chain([&found.reader]).map(part).collect();
-        let elements: u64 = parts.iter().map(|p| p.0).sum();
-        let flops: u64 = parts.iter().map(|p| p.1).sum();
-        Spent { bytes: 4 * elements, parameters: elements, flops_per_row: flops / own_rows }
-    };
-    let choice = |count: usize| {
-        let all = spent(count);
-        let spent = Spent { bytes: all.bytes + 4 * n as u64 + OVERHEAD, parameters: all.parameters + n as u64, ..all };
-        let errors = vec![chosen.tails[1 + count * found.window].max(0.0).sqrt()];
-        Choice { name: format!("keep {count} of {} units", found.units), spent, errors }
-    };
-    let mut covers: Vec<ValueId> = found.makers.iter().map(|w| w.value).chain([found.reader.value]).collect();
-    covers.sort_unstable();
-    let choices = counts(found.units, &chosen.tails, found.window).into_iter().map(choice).collect();
-    Ok(Site { kept: spent(found.units), covers, nodes: found.nodes.clone(), ..found.reader.site(graph, choices) })
+    Chosen::of(&layer, mean, output, step.units, step.window).ok_or("its decomposition does not converge")
 }
 
 fn by_node(found: &[Weight]) -> BTreeMap<NodeId, &Weight> {
     let layers = found.iter().filter(|w| w.taps.iter().all(|tap| tap.rows.is_some()));
     layers.flat_map(|w| w.taps.iter().map(move |tap| (tap.node, w))).collect()
+}
+
+/// Every place with hidden units, in runs that share no weight; why there is none before the other layers.
+fn runs<'a>(graph: &Graph, found: &'a [Weight], outcome: &mut Outcome) -> Vec<Run<'a>> {
+    let layers = by_node(found);
+    let mut runs: Vec<Run> = Vec::new();
+    let mut taken: BTreeSet<ValueId> = BTreeSet::new();
+    for reader in found {
+        let fits = hidden(graph, reader, &layers).and_then(|step| {
+            if step.units > MOST_UNITS {
+                return Err("there are too many units to put in order");
+            }
+            let before = runs.iter().position(|run| run.steps.len() == 1 && run.continues_with(&step));
+            let mut values = step.makers.iter().map(|w| w.value).filter(|_| before.is_none()).chain([reader.value]);
+            match values.any(|value| taken.contains(&value)) {
+                true => Err("a layer beside it is one that units may be dropped of already"),
+                false => Ok((step, before)),
+            }
+        });
+        match fits {
+            Ok((step, before)) => {
+                taken.extend(step.makers.iter().map(|w| w.value).chain([reader.value]));
+                match before {
+                    Some(index) => runs[index].steps.push(step),
+                    None => runs.push(Run { steps: vec![step] }),
+                }
+            }
+            Err(reason) => outcome.refuse(reason, format!("`{}`", graph.value(reader.value).name)),
+        }
+    }
+    runs
+}
+
+/// The run that starts with the layer that reads with this weight, of one or two steps.
+fn run_of<'a>(graph: &Graph, found: &'a [Weight], first: ValueId, steps: usize) -> Option<Run<'a>> {
+    let layers = by_node(found);
+    let first = found.iter().find(|w| w.value == first)?;
+    let mut run = Run { steps: vec![hidden(graph, first, &layers).ok()?] };
+    if steps > 1 {
+        let next = found.iter().filter_map(|reader| hidden(graph, reader, &layers).ok());
+        run.steps.push(next.into_iter().find(|step| run.continues_with(step))?);
+    }
+    Some(run)
 }
 
 impl Method for PruneChannels {
@@ -338,41 +229,20 @@ impl Method for PruneChannels {
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let graph = &model.graph;
-        let place = |value: ValueId| format!("`{}`", graph.value(value).name);
         let (found, _) = weights(graph);
-        let layers = by_node(&found);
-        let mut taken: BTreeSet<ValueId> = BTreeSet::new();
-        let mut work = Vec::new();
-        for reader in &found {
-            let ready = hidden(graph, reader, &layers).and_then(|hidden| {
-                if hidden.units > MOST_UNITS {
-                    return Err("there are too many units to put in order");
-                }
-                let constants = || hidden.makers.iter().map(|w| w.value).chain([reader.value]);
-                if constants().any(|value| taken.contains(&value)) {
-                    return Err("a layer beside it is one that units may be dropped of already");
-                }
-                Ok(hidden)
-            });
-            let ready = match ready {
-                Ok(hidden) => factors::seen(graph, reader, cx)?.map(|seen| (hidden, seen)),
-                Err(reason) => Err(reason),
-            };
-            match ready {
-                Ok((hidden, seen)) => {
-                    taken.extend(hidden.makers.iter().map(|w| w.value).chain([reader.value]));
-                    work.push((hidden, seen));
-                }
-                Err(reason) => proposal.outcome.refuse(reason, place(reader.value)),
-            }
-        }
-        for batch in work.chunks(super::BATCH) {
+        let runs = runs(graph, &found, &mut proposal.outcome);
+        for batch in runs.chunks(BATCH) {
+            let seen = batch.iter().map(|run| Ok((run, run.seen(graph, cx)?))).collect::<Result<Vec<_>, Error>>()?;
             let rows = &cx.rows;
-            let sites = on_all_cores(batch, |(hidden, seen)| site(graph, hidden, seen, rows));
-            for ((hidden, _), site) in batch.iter().zip(sites) {
+            let sites =
+                on_all_cores(&seen, |(run, seen)| run.site(graph, seen.as_ref().map_err(|reason| *reason)?, rows));
+            for (run, site) in batch.iter().zip(sites) {
                 match site {
                     Ok(site) => proposal.sites.push(site),
-                    Err(reason) => proposal.outcome.refuse(reason, place(hidden.reader.value)),
+                    Err(reason) => {
+                        let name = &graph.value(run.steps[0].reader.value).name;
+                        proposal.outcome.refuse(reason, format!("`{name}`"));
+                    }
                 }
             }
         }
@@ -381,118 +251,42 @@ impl Method for PruneChannels {
 
     fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
         let name = &site.choices[choice].name;
-        let count: usize = name.split(' ').nth(1).and_then(|c| c.parse().ok()).expect("a choice names its units");
-        let place = || format!("`{}`", site.name);
+        let counts = parse(name).expect("a choice names its units");
         let mut outcome = Outcome::default();
-        let (found, _) = weights(&model.graph);
-        let Some(reader) = found.iter().find(|w| w.value == site.weight) else {
-            outcome.refuse("the constant is no longer used as it was", place());
+        let place = format!("`{}`", site.name);
+        let graph = &mut model.graph;
+        let (found, _) = weights(graph);
+        let Some(run) = run_of(graph, &found, site.weight, counts.len()) else {
+            outcome.refuse("the constants are no longer used as they were", place);
             return Ok(outcome);
         };
-        let made = match hidden(&model.graph, reader, &by_node(&found)) {
-            Ok(hidden) => factors::seen(&model.graph, reader, cx)?.and_then(|seen| {
-                let (_, chosen) = prepare(&model.graph, &hidden, &seen)?;
-                Ok((hidden, chosen))
-            }),
-            Err(reason) => Err(reason),
-        };
-        match made {
-            Ok((hidden, chosen)) => {
-                emit(&mut model.graph, &hidden, &chosen, count);
-                outcome.change(name.clone(), place());
+        let seen = match run.seen(graph, cx)? {
+            Ok(seen) => seen,
+            Err(reason) => {
+                outcome.refuse(reason, place);
+                return Ok(outcome);
             }
-            Err(reason) => outcome.refuse(reason, place()),
-        }
-        Ok(outcome)
-    }
-}
-
-/// Numbers of a constant along an axis at these indices.
-fn along(tensor: &Tensor, axis: usize, kept: &[usize]) -> Tensor {
-    let numbers = tensor.to_f32s().expect("constants of float layers are floats");
-    let mut dims = tensor.dims().to_vec();
-    let inner: usize = dims[axis + 1..].iter().product();
-    let (outer, size): (usize, usize) = (dims[..axis].iter().product(), dims[axis]);
-    let line = |o: usize, at: usize| &numbers[(o * size + at) * inner..][..inner];
-    let sliced: Vec<f32> =
-        (0..outer).flat_map(|o| kept.iter().flat_map(move |&at| line(o, at).iter().copied())).collect();
-    dims[axis] = kept.len();
-    Tensor::from_f32s(&dims, &sliced)
-}
-
-fn emit(graph: &mut Graph, hidden: &Hidden<'_>, chosen: &Chosen, count: usize) {
-    let (reader, window) = (hidden.reader, hidden.window);
-    let fitted = chosen.fitted(1 + count * window);
-    let mut kept: Vec<(usize, usize)> =
-        chosen.order[..count].iter().copied().enumerate().map(|(at, u)| (u, at)).collect();
-    kept.sort_unstable();
-    let units: Vec<usize> = kept.iter().map(|(unit, _)| *unit).collect();
-    let replace = |graph: &mut Graph, old: ValueId, tensor: Tensor, nodes: &[NodeId]| {
-        let name = graph.fresh_name(&format!("{}_kept", graph.value(old).name));
-        let new = graph.add_initializer(ScopeId::MAIN, &name, tensor);
-        for &id in nodes {
-            for index in 0..graph.node(id).inputs().len() {
-                if graph.node(id).input(index) == Some(old) {
-                    graph.set_input(id, index, Some(new));
+        };
+        for ((step, seen), count) in run.steps.iter().zip(&seen).zip(counts) {
+            if count == step.units {
+                continue;
+            }
+            // The step before has changed the layer that makes these units, perhaps below what is worth a site.
+            let now = layers::of_any_size(graph);
+            let reader = now.iter().find(|w| w.value == step.reader.value);
+            let again = reader.ok_or("the constants are no longer used as they were");
+            let again = again.and_then(|reader| hidden(graph, reader, &by_node(&now)));
+            let made = again.and_then(|step| Ok((prepare(graph, &step, seen)?, step)));
+            match made {
+                Ok((chosen, step)) => chosen.emit(graph, &step, count),
+                Err(reason) => {
+                    outcome.refuse(reason, place);
+                    return Ok(outcome);
                 }
             }
         }
-        if graph.value(old).uses().is_empty() {
-            graph.remove_initializer(old);
-        }
-    };
-    for (&value, &axis) in &hidden.sliced {
-        let tensor = along(graph.constant(value).expect("only constants are sliced"), axis, &units);
-        replace(graph, value, tensor, &hidden.nodes);
-    }
-    for &id in &hidden.depthwise {
-        graph.node_mut(id).set_attribute("group", count as i64);
-    }
-    let n = fitted.ncols();
-    let row = |unit: usize, o: usize| 1 + kept[unit].1 * window + o;
-    let tap = &reader.taps[0];
-    let conv = graph.node(tap.node).is("Conv");
-    let mut dims = reader.dims.clone();
-    let numbers: Vec<f32> = if reader.inputs_axis() == 0 {
-        dims[0] = count;
-        (0..count)
-            .flat_map(|unit| (0..n).map(move |column| (unit, column)))
-            .map(|(u, c)| fitted[(row(u, 0), c)] as f32)
-            .collect()
-    } else {
-        dims[1] = count;
-        let at = (0..n).flat_map(|c| (0..count).flat_map(move |u| (0..window).map(move |o| (c, u, o))));
-        at.map(|(c, u, o)| fitted[(row(u, o), c)] as f32).collect()
-    };
-    // The weight may stand behind a transposition.
-    let readers: Vec<NodeId> = graph.value(reader.value).uses().iter().filter_map(node_of).collect();
-    replace(graph, reader.value, Tensor::from_f32s(&dims, &numbers), &readers);
-    let bias: Vec<f32> = (0..n).map(|column| fitted[(0, column)] as f32).collect();
-    let name = graph.value(tap.output).name.clone();
-    if let Some(old) = graph.node(tap.node).input(2).filter(|_| conv)
-        && let Some(numbers) = graph.constant(old).and_then(Tensor::to_f32s)
-    {
-        let sum: Vec<f32> = numbers.iter().zip(&bias).map(|(a, b)| a + b).collect();
-        return replace(graph, old, Tensor::from_f32s(&[n], &sum), &[tap.node]);
-    }
-    let fresh = graph.fresh_name(&format!("{name}_bias"));
-    if conv && graph.node(tap.node).input(2).is_none() {
-        let bias = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&[n], &bias));
-        let (data, weight) = (graph.node(tap.node).input(0), graph.node(tap.node).input(1));
-        return graph.set_inputs(tap.node, vec![data, weight, Some(bias)]);
-    }
-    let dims = if conv { [vec![n], vec![1; reader.dims.len() - 2]].concat() } else { vec![n] };
-    let bias = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&dims, &bias));
-    let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[tap.output, bias], &format!("{name}_whole"));
-    let add = graph.producer(sum).expect("it was just added");
-    take_over(graph, tap.output, sum);
-    graph.set_input(add, 0, Some(tap.output));
-}
-
-fn node_of(place: &Use) -> Option<NodeId> {
-    match *place {
-        Use::Node(id, _) => Some(id),
-        _ => None,
+        outcome.change(name.clone(), place);
+        Ok(outcome)
     }
 }
 
@@ -502,7 +296,8 @@ mod tests {
         product,
         tests::{gram, random},
     };
-    use super::*;
+    use super::{factors::Seen, *};
+    use faer::Mat;
     use lathe_analysis::{Gram, SymMatrix};
     use lathe_ir::text;
 
@@ -543,11 +338,11 @@ mod tests {
         let reader = found.iter().find(|w| w.dims[0] == HIDDEN).unwrap();
         let hidden = hidden(&model.graph, reader, &by_node(&found)).unwrap();
         let seen = seen(&rows, &down);
-        let (_, chosen) = prepare(&model.graph, &hidden, &seen).unwrap();
-        assert!(counts(hidden.units, &chosen.tails, hidden.window).contains(&64));
-        emit(&mut changed.graph, &hidden, &chosen, count);
+        let chosen = prepare(&model.graph, &hidden, &seen).unwrap();
+        assert!(counts(&hidden, &chosen, &SHARES).contains(&64));
+        chosen.emit(&mut changed.graph, &hidden, count);
         changed.check().unwrap();
-        (model, changed, chosen.tails[1 + count], chosen.order[..count].to_vec(), chosen.fitted(1 + count))
+        (model, changed, chosen.error(count).powi(2), chosen.order[..count].to_vec(), chosen.fitted(1 + count))
     }
 
     #[test]
@@ -572,6 +367,50 @@ mod tests {
         let off = &whole - product(read.as_ref(), fitted.as_ref());
         let found = off.squared_norm_l2() / whole.squared_norm_l2();
         assert!(found > 1e-3 && (found - lost).abs() < 1e-4 * found, "{found} {lost}");
+    }
+
+    #[test]
+    fn three_layers_in_a_row_are_one_site() {
+        let noise = |count: usize, seed: u64| {
+            let numbers = factors::numbers(random(1, count, seed).as_ref());
+            numbers.iter().map(|x| format!("{:e}", x * 0.1)).collect::<Vec<_>>().join(", ")
+        };
+        let source = format!(
+            "<ir_version: 10, opset_import: [\"\" : 18]> g (float[n, 64, 5, 5] x) => (float[n, 64, 5, 5] z) \
+             <float[64, 64, 1, 1] a = {{{}}}, float[64, 64, 3, 3] b = {{{}}}, float[64] c = {{{}}}, float[64, 64, 1, 1] d = {{{}}}> \
+             {{ p = Conv (x, a) q = Relu (p) r = Conv <pads = [1, 1, 1, 1]> (q, b, c) s = Relu (r) t = Conv (s, d) u = Add (t, x) z = Relu (u) }}",
+            noise(4096, 1),
+            noise(9 * 4096, 2),
+            noise(64, 3),
+            noise(4096, 4)
+        );
+        let model = text::parse(&source).unwrap();
+        let found = weights(&model.graph).0;
+        let all = runs(&model.graph, &found, &mut Outcome::default());
+        assert_eq!((all.len(), all[0].steps.len(), all[0].weights().len()), (1, 2, 3));
+        let seen: Vec<Seen> = all[0]
+            .steps
+            .iter()
+            .map(|step| {
+                let rows = random(900, step.units * step.window, 5);
+                let full = gram(&rows);
+                let k = rows.ncols();
+                let upper = (0..k).flat_map(|i| (i..k).map(move |j| (i, j))).map(|at| full[at]).collect();
+                let weight = factors::matrix(&model.graph, step.reader).unwrap();
+                let output = product(rows.as_ref(), weight.as_ref()).squared_norm_l2() / 900.0;
+                let gram = Gram { matrix: SymMatrix::from_upper(k, upper).unwrap(), mean: vec![0.0; k], rows: 900 };
+                Seen { grams: vec![gram], outputs: vec![output] }
+            })
+            .collect();
+        let site = all[0].site(&model.graph, &seen, &BTreeMap::new()).unwrap();
+        let at = |name: &str| site.choices.iter().find(|c| c.name == name).unwrap();
+        let both = at("keep 32 of 64 and 16 of 64 units");
+        // Half the 1 x 1 kernels, an eighth of the 3 x 3 ones, a quarter of the last; and a bias for each reader.
+        assert_eq!(both.spent.parameters, 2048 + 9 * 512 + 1024 + 128);
+        assert!(both.errors.iter().all(|&e| e > 0.0));
+        let one = at("keep 32 of 64 and 64 of 64 units");
+        assert_eq!((one.errors[1], one.errors[0]), (0.0, both.errors[0]));
+        assert_eq!((site.covers.len(), site.taps.len(), parse(&both.name)), (3, 2, Some(vec![32, 16])));
     }
 
     #[test]

@@ -147,4 +147,25 @@ pub(super) mod tests {
             assert!(lost(&x, &w, &low) < 1e-5 * found.energy[0], "four rows span four directions");
         }
     }
+
+    #[test]
+    fn constant_rows_and_repeated_columns() {
+        let constant = Mat::from_fn(50, 8, |_, column| 1.0 + column as f64);
+        for n in [5, 12] {
+            // A weight whose second half repeats the first has half the directions.
+            let half = random(8, n, 6);
+            let w = Mat::from_fn(8, 2 * n, |row, column| half[(row, column % n)]);
+            let found = Spectrum::of(w.as_ref(), gram(&random(50, 8, 7)).as_ref()).unwrap();
+            let tails = Spectrum::tails(&found.energy);
+            assert!(tails.get(n).is_none_or(|&tail| tail < 1e-6 * tails[0]), "{n}: {tails:?}");
+            // Rows that are all alike have one.
+            let found = Spectrum::of(w.as_ref(), gram(&constant).as_ref()).unwrap();
+            let low = product(found.left.as_ref().subcols(0, 1), found.right.as_ref().subcols(0, 1).transpose());
+            assert!(lost(&constant, &w, &low) < 1e-5 * found.energy[0], "{n}");
+            // None is left of them around their mean.
+            let nothing = Mat::<f64>::zeros(8, 8);
+            let found = Spectrum::of(w.as_ref(), nothing.as_ref()).unwrap();
+            assert!(found.energy.iter().all(|e| e.abs() < 1e-12) && found.left.norm_max().is_finite(), "{n}");
+        }
+    }
 }

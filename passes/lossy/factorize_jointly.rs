@@ -1,0 +1,313 @@
+//! Layers that read the same value as one thin layer that they share and one of their own each.
+
+use super::{
+    BATCH, Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight, factorize,
+    factors::{self, sides},
+    on_all_cores,
+    spectrum::Spectrum,
+    weights,
+};
+use crate::{Context, Error, Info, Kind, Outcome, Quantity};
+use faer::Mat;
+use lathe_analysis::Gram;
+use lathe_ir::{Graph, Model, Node, ScopeId, Tensor, ValueId};
+use std::collections::BTreeMap;
+
+/// Replaces layers with one input by factors that share the first.
+pub struct FactorizeJointly;
+
+static INFO: Info = Info {
+    name: "factorize-jointly",
+    summary: "replace layers that read the same value by a thin layer they share and one each",
+    doc: "Offers float32 `MatMul` and `Gemm` layers that read the same value, as queries, keys and values of an attention \
+          or the gate and the values of an MLP do, as `x·U` computed once and `·Vᵢ` each, of rank r: r(k + Σnᵢ) numbers \
+          and multiply-adds per row instead of k·Σnᵢ. The factors lose least of the outputs on the calibration set, \
+          each relative to its own size. Declines what `factorize` declines, convolutions and weights that several \
+          layers share.",
+    options: &[],
+    kind: Kind::Lossy,
+    lowers: &[Quantity::Parameters, Quantity::Flops],
+    source: Some("Wang et al. 2024, SVD-LLM, arXiv:2403.07378, on the concatenated weights"),
+};
+
+/// Layers that read one value, in the order of their first use, with what was seen of them.
+struct Team<'a> {
+    members: Vec<Member<'a>>,
+    /// Second moments of what they read.
+    gram: Gram,
+}
+
+struct Member<'a> {
+    weight: &'a Weight,
+    /// Mean square norm of a row of its output.
+    output: f64,
+}
+
+/// Matrices by what they read, where two or more read the same.
+fn candidates<'a>(graph: &Graph, found: &'a [Weight]) -> Vec<Vec<&'a Weight>> {
+    let mut by_input: BTreeMap<ValueId, Vec<&Weight>> = BTreeMap::new();
+    for weight in found {
+        let [tap] = weight.taps.as_slice() else { continue };
+        if weight.dims.len() == 2 && tap.rows.is_some() {
+            let data = graph.node(tap.node).input(0).expect("a tap multiplies data");
+            by_input.entry(data).or_default().push(weight);
+        }
+    }
+    by_input.into_values().filter(|c| c.len() > 1).collect()
+}
+
+/// Those of the candidates that can be factored, if they are several.
+fn team<'a>(
+    graph: &Graph,
+    candidates: &[&'a Weight],
+    cx: &Context,
+    outcome: &mut Outcome,
+) -> Result<Option<Team<'a>>, Error> {
+    let (mut members, mut gram) = (Vec::new(), None);
+    for &weight in candidates {
+        match factors::seen(graph, weight, cx)? {
+            Ok(mut seen) => {
+                members.push(Member { weight, output: seen.outputs[0] });
+                gram = gram.or(seen.grams.pop());
+            }
+            Err(reason) => outcome.refuse(reason, format!("`{}`", graph.value(weight.value).name)),
+        }
+    }
+    Ok(gram.filter(|_| members.len() > 1).map(|gram| Team { members, gram }))
+}
+
+impl Team<'_> {
+    /// Inputs, and outputs of all members.
+    fn sides(&self) -> (usize, usize) {
+        let outputs = self.members.iter().map(|m| sides(m.weight).1).sum();
+        (sides(self.members[0].weight).0, outputs)
+    }
+
+    /// The directions of all outputs side by side, each member's divided by its root mean square norm.
+    fn spectrum(&self, graph: &Graph) -> Result<Spectrum, &'static str> {
+        let (k, n) = self.sides();
+        let mut all = Mat::zeros(k, n);
+        let mut from = 0;
+        for member in &self.members {
+            let own = factors::matrix(graph, member.weight)?;
+            let scale = 1.0 / member.output.sqrt();
+            for column in 0..own.ncols() {
+                all.col_mut(from + column).iter_mut().zip(own.col(column).iter()).for_each(|(to, w)| *to = w * scale);
+            }
+            from += own.ncols();
+        }
+        let full = self.gram.matrix.to_full();
+        let gram = Mat::from_fn(k, k, |row, column| full[row * k + column]);
+        Spectrum::of(all.as_ref(), gram.as_ref()).ok_or("its decomposition does not converge")
+    }
+
+    /// Squared relative error of every member at every rank: directions lose independently of one another.
+    fn tails(&self, found: &Spectrum) -> Vec<Vec<f64>> {
+        let mut from = 0;
+        let mut all = Vec::new();
+        for member in &self.members {
+            let n = sides(member.weight).1;
+            let share = |at: usize| found.right.col(at).subrows(from, n).squared_norm_l2();
+            let own: Vec<f64> = found.energy.iter().enumerate().map(|(at, e)| e.max(0.0) * share(at)).collect();
+            all.push(Spectrum::tails(&own));
+            from += n;
+        }
+        all
+    }
+
+    fn site(&self, graph: &Graph) -> Result<Site, &'static str> {
+        let found = self.spectrum(graph)?;
+        let (k, n) = self.sides();
+        let tails = self.tails(&found);
+        let spent = |rank: usize| {
+            let numbers = (rank * (k + n)) as u64;
+            let extra = OVERHEAD * (1 + self.members.len() as u64);
+            Spent { bytes: 4 * numbers + extra, parameters: numbers, flops_per_row: 2 * numbers }
+        };
+        let choice = |rank: usize| Choice {
+            name: format!("joint rank {rank}"),
+            spent: spent(rank),
+            errors: tails.iter().map(|own| own[rank].max(0.0).sqrt()).collect(),
+        };
+        let ranks = factorize::ranks(k, n).into_iter().filter(|&r| r < found.len());
+        let single: Vec<Site> = self.members.iter().map(|m| m.weight.site(graph, Vec::new())).collect();
+        let elements = (k * n) as u64;
+        let mut covers: Vec<ValueId> = single.iter().map(|s| s.weight).collect();
+        covers.sort_unstable();
+        let mut nodes: Vec<_> = single.iter().flat_map(|s| s.nodes.iter().copied()).collect();
+        nodes.sort_unstable();
+        Ok(Site {
+            covers,
+            nodes,
+            taps: single.iter().flat_map(|s| s.taps.iter().copied()).collect(),
+            kept: Spent { bytes: 4 * elements, parameters: elements, flops_per_row: 2 * elements },
+            ..self.members[0].weight.site(graph, ranks.map(choice).collect())
+        })
+    }
+
+    /// Replaces every member by a product with what they share and one with its own factor.
+    fn emit(&self, graph: &mut Graph, found: &Spectrum, rank: usize) {
+        let mut left = found.left.subcols(0, rank).to_owned();
+        let mut right = found.right.subcols(0, rank).to_owned();
+        let mut from = 0;
+        for member in &self.members {
+            let n = sides(member.weight).1;
+            let mut own = right.subrows_mut(from, n);
+            own *= faer::Scale(member.output.sqrt());
+            from += n;
+        }
+        factors::balance(&mut left, &mut right);
+        let first = self.members[0].weight;
+        let name = graph.value(first.value).name.clone();
+        let data = graph.node(first.taps[0].node).input(0).expect("a tap multiplies data");
+        let fresh = graph.fresh_name(&format!("{name}_shared"));
+        let numbers = factors::numbers(left.as_ref());
+        let shared = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&[left.nrows(), rank], &numbers));
+        let inner = graph.append(ScopeId::MAIN, Node::new("MatMul"), &[data, shared], &format!("{name}_inner"));
+        let mut from = 0;
+        for member in &self.members {
+            let n = sides(member.weight).1;
+            let own = right.as_ref().subrows(from, n);
+            factors::second(graph, member.weight, &[inner], own);
+            from += n;
+        }
+    }
+}
+
+impl Method for FactorizeJointly {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+        let mut proposal = Proposal::default();
+        let graph = &model.graph;
+        let (found, refused) = weights(graph);
+        let place = |value: ValueId| format!("`{}`", graph.value(value).name);
+        refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
+        for batch in candidates(graph, &found).chunks(BATCH) {
+            let mut teams = Vec::new();
+            for candidates in batch {
+                teams.extend(team(graph, candidates, cx, &mut proposal.outcome)?);
+            }
+            for (team, site) in teams.iter().zip(on_all_cores(&teams, |team| team.site(graph))) {
+                match site {
+                    Ok(site) => proposal.sites.push(site),
+                    Err(reason) => proposal.outcome.refuse(reason, place(team.members[0].weight.value)),
+                }
+            }
+        }
+        Ok(proposal)
+    }
+
+    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
+        let name = &site.choices[choice].name;
+        let rank = name.strip_prefix("joint rank ").and_then(|r| r.parse().ok()).expect("a choice names its rank");
+        let place = format!("`{}`", site.name);
+        let mut outcome = Outcome::default();
+        let (found, _) = weights(&model.graph);
+        let candidates = candidates(&model.graph, &found);
+        let own = candidates.iter().find(|c| c.iter().any(|weight| weight.value == site.weight));
+        let team = own.map(|c| team(&model.graph, c, cx, &mut Outcome::default())).transpose()?.flatten();
+        let Some(team) = team else {
+            outcome.refuse("the constants are no longer used as they were", place);
+            return Ok(outcome);
+        };
+        match team.spectrum(&model.graph) {
+            Ok(directions) => {
+                team.emit(&mut model.graph, &directions, rank);
+                outcome.change(name.clone(), place);
+            }
+            Err(reason) => outcome.refuse(reason, place),
+        }
+        Ok(outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::spectrum::{
+        product,
+        tests::{gram, random},
+    };
+    use super::*;
+    use lathe_analysis::SymMatrix;
+    use lathe_ir::text;
+
+    const K: usize = 48;
+
+    /// Three layers that read `x`, one of them by a `Gemm` with its weight turned and a bias, and what 200 rows show.
+    fn planted() -> (Model, Mat<f64>) {
+        let list = |count: usize, seed: u64| {
+            let numbers = factors::numbers(random(1, count, seed).as_ref());
+            numbers.iter().map(|x| format!("{x:e}")).collect::<Vec<_>>().join(", ")
+        };
+        let source = format!(
+            "<ir_version: 10, opset_import: [\"\" : 18]> g (float[3, {K}] x) => (float[3, 96] q, float[3, 96] k, float[3, 96] v) \
+             <float[{K}, 96] wq = {{{}}}, float[{K}, 96] wk = {{{}}}, float[96, {K}] wv = {{{}}}, float[96] c = {{{}}}> {{ \
+             a = MatMul (x, wq) q = Relu (a) b = MatMul (x, wk) k = Relu (b) d = Gemm <transB = 1> (x, wv, c) v = Relu (d) }}",
+            list(96 * K, 1),
+            list(96 * K, 2),
+            list(96 * K, 3),
+            list(96, 4)
+        );
+        (text::parse(&source).unwrap(), random(200, K, 5))
+    }
+
+    fn whole<'a>(model: &Model, found: &'a [Weight], rows: &Mat<f64>) -> Team<'a> {
+        let graph = &model.graph;
+        let members: Vec<Member> = candidates(graph, found)[0]
+            .iter()
+            .map(|weight| {
+                let output = product(rows.as_ref(), factors::matrix(graph, weight).unwrap().as_ref());
+                Member { weight, output: output.squared_norm_l2() / rows.nrows() as f64 }
+            })
+            .collect();
+        let full = gram(rows);
+        let upper = (0..K).flat_map(|i| (i..K).map(move |j| (i, j))).map(|at| full[at]).collect();
+        let gram = Gram { matrix: SymMatrix::from_upper(K, upper).unwrap(), mean: vec![0.0; K], rows: 200 };
+        Team { members, gram }
+    }
+
+    #[test]
+    fn factors_of_full_rank_change_nothing() {
+        let (model, rows) = planted();
+        let mut changed = model.clone();
+        let found = weights(&model.graph).0;
+        let team = whole(&model, &found, &rows);
+        assert_eq!(team.members.len(), 3);
+        team.emit(&mut changed.graph, &team.spectrum(&model.graph).unwrap(), K);
+        changed.check().unwrap();
+        lathe_testkit::equivalent(&model, &changed, Some(1e-4), 1).unwrap();
+        let shared = changed.graph.find_value("wq_inner").unwrap();
+        assert_eq!(changed.graph.value(shared).uses().len(), 3, "one thin layer serves all");
+    }
+
+    #[test]
+    fn every_member_loses_what_is_told() {
+        let (model, rows) = planted();
+        let found = weights(&model.graph).0;
+        let team = whole(&model, &found, &rows);
+        let directions = team.spectrum(&model.graph).unwrap();
+        let site = team.site(&model.graph).unwrap();
+        let (rank, mut from) = (site.choices[2].name.rsplit(' ').next().unwrap().parse().unwrap(), 0);
+        for (member, told) in team.members.iter().zip(&site.choices[2].errors) {
+            let weight = factors::matrix(&model.graph, member.weight).unwrap();
+            let right = directions.right.subcols(0, rank).subrows(from, 96) * faer::Scale(member.output.sqrt());
+            let low = product(directions.left.as_ref().subcols(0, rank), right.transpose());
+            let off = product(rows.as_ref(), (&weight - low).as_ref());
+            let error = (off.squared_norm_l2() / 200.0 / member.output).sqrt();
+            assert!((error - told).abs() < 1e-6 * error && error > 0.01, "{error} {told}");
+            from += 96;
+        }
+    }
+
+    #[test]
+    fn layers_that_read_different_values_are_no_team() {
+        let source = "<ir_version: 10, opset_import: [\"\" : 18]> g (float[3, 64] x) => (float[3, 64] y) \
+             <float[64, 64] w = {W}, float[64, 64] u = {W}> { a = MatMul (x, w) b = Relu (a) y = MatMul (b, u) }";
+        let model = text::parse(&source.replace("{W}", &format!("{{{}}}", vec!["0.5"; 4096].join(", ")))).unwrap();
+        let found = weights(&model.graph).0;
+        assert_eq!((found.len(), candidates(&model.graph, &found).len()), (2, 0));
+    }
+}

@@ -1,0 +1,177 @@
+//! Which units to keep, the fit of the layer that reads them to those that are kept, and the edit.
+
+use super::{
+    super::{factors, factors::Layer, spectrum},
+    hidden::Hidden,
+};
+use faer::{Mat, MatRef, Side, linalg::triangular_solve::solve_upper_triangular_in_place};
+use lathe_ir::{Graph, NodeId, ScopeId, Tensor, Use, ValueId};
+
+/// Part of the mean square that is added to every direction, so that units that are spanned by others do no harm.
+const RIDGE: f64 = 1e-9;
+
+/// The order in which units are taken, and what keeping the first of them costs.
+pub(super) struct Chosen {
+    /// All units, the ones to keep first.
+    pub order: Vec<usize>,
+    /// `1` and then the numbers of the units, in that order: their second moments as `lower · lowerᵀ`.
+    lower: Mat<f64>,
+    /// The reader's weight in that order, `[1 + k, n]`; the first row is its bias, as a change.
+    matrix: Mat<f64>,
+    /// The squared relative error of the output when only that many rows are kept.
+    tails: Vec<f64>,
+}
+
+/// All indices, at every step the one with most left that those before it do not span.
+fn pivoted(mut kernel: Mat<f64>) -> Vec<usize> {
+    let size = kernel.nrows();
+    let mut left: Vec<usize> = (0..size).collect();
+    let mut order = Vec::with_capacity(size);
+    while !left.is_empty() {
+        let best = (0..left.len()).fold(0, |best, at| {
+            if kernel[(left[at], left[at])] > kernel[(left[best], left[best])] { at } else { best }
+        });
+        let pivot = left.remove(best);
+        order.push(pivot);
+        let size = kernel[(pivot, pivot)];
+        if size > 0.0 {
+            let column: Vec<f64> = left.iter().map(|&row| kernel[(row, pivot)]).collect();
+            for (at, &j) in left.iter().enumerate() {
+                let factor = column[at] / size;
+                for (&i, c) in left.iter().zip(&column) {
+                    kernel[(i, j)] -= c * factor;
+                }
+            }
+        }
+    }
+    order
+}
+
+impl Chosen {
+    /// Of a layer that reads `window` numbers of each unit; `mean` is of what it reads, `output` the mean square norm of
+    /// what it gives.
+    pub fn of(layer: &Layer, mean: &[f64], output: f64, units: usize, window: usize) -> Option<Chosen> {
+        let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
+        let gram = &layer.joint;
+        // Units without their mean, which the bias takes, times what the reader makes of them.
+        let weight: Vec<f64> =
+            (0..k).map(|row| layer.matrix.row(row).iter().map(|w| w * w).sum::<f64>().sqrt()).collect();
+        let kernel = Mat::from_fn(units, units, |a, b| {
+            let at = |o: usize| (a * window + o, b * window + o);
+            let moment = |(i, j): (usize, usize)| (gram[(i, j)] - mean[i] * mean[j] / output) * weight[i] * weight[j];
+            (0..window).map(|o| moment(at(o))).sum()
+        });
+        let order = pivoted(kernel);
+        let from: Vec<usize> = order.iter().flat_map(|&unit| (0..window).map(move |o| unit * window + o)).collect();
+        let moments = Mat::from_fn(k + 1, k + 1, |i, j| match (i.checked_sub(1), j.checked_sub(1)) {
+            (None, None) => 1.0 / output,
+            (None, Some(one)) | (Some(one), None) => mean[from[one]] / output,
+            (Some(i), Some(j)) => gram[(from[i], from[j])],
+        });
+        let level = (0..=k).map(|i| moments[(i, i)]).sum::<f64>() / (k + 1) as f64;
+        let mut ridge = RIDGE * level;
+        let lower = loop {
+            let mut damped = moments.clone();
+            (1..=k).for_each(|i| damped[(i, i)] += ridge);
+            match damped.llt(Side::Lower) {
+                Ok(found) => break found.L().to_owned(),
+                Err(_) if ridge < 1e-3 * level => ridge *= 10.0,
+                Err(_) => return None,
+            }
+        };
+        let matrix =
+            Mat::from_fn(k + 1, n, |i, column| i.checked_sub(1).map_or(0.0, |i| layer.matrix[(from[i], column)]));
+        let turned = spectrum::product(lower.transpose(), matrix.as_ref());
+        let energy: Vec<f64> = (0..=k).map(|row| turned.row(row).iter().map(|x| x * x).sum()).collect();
+        let tails = spectrum::Spectrum::tails(&energy);
+        Some(Chosen { order, lower, matrix, tails })
+    }
+
+    /// The relative error of the output where the first `rows` numbers are read, and the bias is fitted.
+    pub fn error(&self, rows: usize) -> f64 {
+        self.tails[1 + rows].max(0.0).sqrt()
+    }
+
+    /// The reader's weight and the change of its bias for the first `rows` rows (with that of the bias), fitted to all.
+    pub fn fitted(&self, rows: usize) -> Mat<f64> {
+        let (all, n) = (self.matrix.nrows(), self.matrix.ncols());
+        let rest = self.matrix.as_ref().subrows(rows, all - rows);
+        let below = self.lower.as_ref().submatrix(rows, 0, all - rows, rows);
+        let mut fitted = spectrum::product(below.transpose(), rest);
+        let corner: MatRef<'_, f64> = self.lower.as_ref().submatrix(0, 0, rows, rows);
+        solve_upper_triangular_in_place(corner.transpose(), fitted.as_mut(), faer::Par::Seq);
+        fitted += self.matrix.as_ref().submatrix(0, 0, rows, n);
+        fitted
+    }
+
+    /// Keeps the first `count` units: slices all that makes them, and fits the reader's weight and bias anew.
+    pub fn emit(&self, graph: &mut Graph, hidden: &Hidden<'_>, count: usize) {
+        let (reader, window) = (hidden.reader, hidden.window);
+        let fitted = self.fitted(1 + count * window);
+        let mut kept: Vec<(usize, usize)> =
+            self.order[..count].iter().copied().enumerate().map(|(at, u)| (u, at)).collect();
+        kept.sort_unstable();
+        let units: Vec<usize> = kept.iter().map(|(unit, _)| *unit).collect();
+        let replace = |graph: &mut Graph, old: ValueId, tensor: Tensor, nodes: &[NodeId]| {
+            let name = graph.fresh_name(&format!("{}_kept", graph.value(old).name));
+            let new = graph.add_initializer(ScopeId::MAIN, &name, tensor);
+            for &id in nodes {
+                for index in 0..graph.node(id).inputs().len() {
+                    if graph.node(id).input(index) == Some(old) {
+                        graph.set_input(id, index, Some(new));
+                    }
+                }
+            }
+            if graph.value(old).uses().is_empty() {
+                graph.remove_initializer(old);
+            }
+        };
+        for (&value, &axis) in &hidden.sliced {
+            let tensor = along(graph.constant(value).expect("only constants are sliced"), axis, &units);
+            replace(graph, value, tensor, &hidden.nodes);
+        }
+        for &id in &hidden.depthwise {
+            graph.node_mut(id).set_attribute("group", count as i64);
+        }
+        let n = fitted.ncols();
+        let row = |unit: usize, o: usize| 1 + kept[unit].1 * window + o;
+        let tap = &reader.taps[0];
+        let mut dims = reader.dims.clone();
+        let numbers: Vec<f32> = if reader.inputs_axis() == 0 {
+            dims[0] = count;
+            (0..count)
+                .flat_map(|unit| (0..n).map(move |column| (unit, column)))
+                .map(|(u, c)| fitted[(row(u, 0), c)] as f32)
+                .collect()
+        } else {
+            dims[1] = count;
+            let at = (0..n).flat_map(|c| (0..count).flat_map(move |u| (0..window).map(move |o| (c, u, o))));
+            at.map(|(c, u, o)| fitted[(row(u, o), c)] as f32).collect()
+        };
+        // The weight may stand behind a transposition.
+        let readers: Vec<NodeId> = graph.value(reader.value).uses().iter().filter_map(node_of).collect();
+        replace(graph, reader.value, Tensor::from_f32s(&dims, &numbers), &readers);
+        let bias: Vec<f32> = (0..n).map(|column| fitted[(0, column)] as f32).collect();
+        factors::add_to_bias(graph, tap, &bias);
+    }
+}
+
+/// Numbers of a constant along an axis at these indices.
+fn along(tensor: &Tensor, axis: usize, kept: &[usize]) -> Tensor {
+    let numbers = tensor.to_f32s().expect("constants of float layers are floats");
+    let mut dims = tensor.dims().to_vec();
+    let inner: usize = dims[axis + 1..].iter().product();
+    let (outer, size): (usize, usize) = (dims[..axis].iter().product(), dims[axis]);
+    let line = |o: usize, at: usize| &numbers[(o * size + at) * inner..][..inner];
+    let sliced: Vec<f32> =
+        (0..outer).flat_map(|o| kept.iter().flat_map(move |&at| line(o, at).iter().copied())).collect();
+    dims[axis] = kept.len();
+    Tensor::from_f32s(&dims, &sliced)
+}
+
+fn node_of(place: &Use) -> Option<NodeId> {
+    match *place {
+        Use::Node(id, _) => Some(id),
+        _ => None,
+    }
+}
