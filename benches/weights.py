@@ -6,7 +6,7 @@ PART is one or more of
 
     order       perplexity where 20 and 30 % of the linear weights are removed: plain SVD, whitened, knapsack, dictionary
     size        perplexity at --size 0.30 and 0.20, with and without `compensate`; bytes of plan, constants and file
-    latency     --latency 0.7 at one sample, and what `optimize bench` says of the result afterwards
+    latency     --latency 0.7 at one sample on one thread, and what `optimize bench` says of the result afterwards
     prediction  the rank correlation of predicted and measured loss over 30 random plans
 
 FOLDER of smollm2 holds smollm2.onnx, calib.npz and eval.npz, that of the zoo vit.onnx, resnet.onnx and mobilenet.onnx;
@@ -94,7 +94,7 @@ def size(args, models, out):
 
 def latency(args, models, out):
     for name, model in models.items():
-        shape = ["--input-shape", model.single]
+        shape = ["--input-shape", model.single, "--threads", "1"]
         found, seconds = model.optimize(args, ["--latency", "0.7", "--max-drop", model.drop, *shape], out)
         if isinstance(found, str):
             print(f"{name}: {found} ({seconds:.0f} s)", flush=True)

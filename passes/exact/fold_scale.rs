@@ -17,7 +17,7 @@ static INFO: Info = Info {
           through Reshape, Transpose and the like, constant sums and products, and through one side of a MatMul of two \
           computed values: so the 1/√d of attention goes into the query projection. A factor before a constant sum \
           before a layer goes into the layer, and its reciprocal into the sum. Computed in float64 and rounded once. \
-          Declines on weights that other nodes share, and where a weight would leave the range of its type.",
+          Declines on the half of a GELU, which runtimes know as a whole, on weights that other nodes share, and where a weight would leave the range of its type.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Flops],
@@ -243,12 +243,27 @@ fn before(m: &Match, g: &mut Patch, x: ValueId, c: &Tensor, factor: impl Fn(f64)
     let layer = Layer::at(m, m.id("layer"))?;
     m.only_if(is_weight_type(c.dtype()))?;
     require_private(m)?;
+    m.require(!ends_gelu(m, x), "the factor ends a GELU, which runtimes know as a whole")?;
     let product = m.node("scale").output(0).ok_or_else(Refusal::no_match)?;
     let gain = layer.input_gain(m, x, product, c)?.map(factor);
     gain.require_finite()?;
     let folded = layer.on(g, x, &gain, &Gain::ZERO)?;
     require_no_growth(m, g)?;
     Ok(folded)
+}
+
+/// Whether `x` is `a·(1 + erf(…))` or `a·(1 + tanh(…))`, which takes a half to be an activation that runtimes fuse.
+fn ends_gelu(m: &Match, x: ValueId) -> bool {
+    let graph = m.graph();
+    let made = |value: Option<ValueId>, op: &str| {
+        let node = graph.node(graph.producer(value?)?);
+        node.is(op).then_some(node)
+    };
+    let gate = |value: &Option<ValueId>| {
+        let Some(sum) = made(*value, "Add") else { return false };
+        sum.inputs().iter().any(|&part| made(part, "Erf").or(made(part, "Tanh")).is_some())
+    };
+    made(Some(x), "Mul").is_some_and(|product| product.inputs().iter().any(gate))
 }
 
 /// `(x·k + c)·W` is `(x + c/k)·kW`.
@@ -369,6 +384,14 @@ mod tests {
             t = Gemm <alpha = 0.5, beta = 2.0> (x, w, b) y = Mul (t, k) u = Gemm (x, w) z = Mul (u, k) }";
         let graph = format!("<ir_version: 8, opset_import: [\"\" : 13]> {graph}");
         check(&FoldScale, &graph);
+    }
+
+    #[test]
+    fn leaves_a_gelu_whole() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 13]>
+            g (float[N,2] x) => (float[N,2] y) <float[2,2] w = {1, 2, 3, 4}, float r = {1.4142135}, float one = {1}, float half = {0.5}> {
+                t = MatMul (x, w) d = Div (t, r) e = Erf (d) s = Add (e, one) p = Mul (t, s) h = Mul (p, half) y = MatMul (h, w) }";
+        check_refuses(&FoldScale, graph, "the factor ends a GELU, which runtimes know as a whole");
     }
 
     #[test]
