@@ -6,13 +6,16 @@
 //! amplitudes beside a first row without any, and the distance of their outputs from the first row's is computed in the
 //! graph. So one session and a few batches serve hundreds of values.
 
+mod kept;
+
 use crate::{
     Child, LoadOptions, NpzWriter, Random, RuntimeError, SampleSet, SetError, SetSpec,
-    statistics::{Fold, Gathered, Job, Output, StatisticsError, resolve},
+    statistics::{Fold, Gathered, Job, Output, StatisticsError, key, resolve},
 };
 use lathe_analysis::{Facts, View};
 use lathe_ir::{AttributeValue, DataType, Model, Node, ScopeId, Tensor, Type, Use, ValueId};
-use std::path::Path;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
 
 /// The relative error that is tried: small enough for outputs to answer in proportion to its square, large enough to
 /// stand out of rounding.
@@ -37,7 +40,7 @@ const MOST_BYTES: usize = 256 << 20;
 const INPUT: &str = "probe_amplitudes";
 
 /// How far outputs are from where they were.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Distance {
     /// Mean Kullback–Leibler divergence of the softmax over the last axis, in nats.
     Divergence,
@@ -46,7 +49,7 @@ pub enum Distance {
 }
 
 /// A value to probe, with the axis of its features.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Probe {
     /// The name of the value.
     pub value: String,
@@ -63,6 +66,8 @@ pub struct ProbeOptions {
     pub distance: Distance,
     /// Seeds the permutations and signs.
     pub seed: u64,
+    /// The folder where results are kept for later runs, beside statistics; `None` keeps none.
+    pub cache: Option<PathBuf>,
 }
 
 /// The rise of the outputs' distance per squared relative error of each value; `None` where a value cannot be probed,
@@ -76,7 +81,17 @@ pub fn sensitivities(
     probes: &[Probe],
     options: &ProbeOptions,
 ) -> Result<Vec<Option<f64>>, StatisticsError> {
-    sensitivities_with(&|job| child.gather(job), model, set, probes, options)
+    let measure = || sensitivities_with(&|job| child.gather(job), model, set, probes, options);
+    let Some(cache) = &options.cache else { return measure() };
+    let what = (probes, options.distance, options.seed, AMPLITUDE, BATCH, PASSES, MOST_ROUNDS);
+    let folder = cache.join(key(&child.hello()?.0, model, set, &options.load, &what)?);
+    if let Some(found) = kept::read(&folder).filter(|found| found.len() == probes.len()) {
+        return Ok(found);
+    }
+    let found = measure()?;
+    // What cannot be kept is measured again.
+    let _ = kept::write(&folder, &found);
+    Ok(found)
 }
 
 fn sensitivities_with(
@@ -349,7 +364,7 @@ mod tests {
         npz.finish().unwrap();
         let probes: Vec<Probe> = names.iter().map(|&n| Probe { value: n.to_owned(), view: View::Axis(-1) }).collect();
         let gather = |job: &Job| serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child);
-        let options = ProbeOptions { load: LoadOptions::default(), distance: Distance::Relative, seed: 1 };
+        let options = ProbeOptions { load: LoadOptions::default(), distance: Distance::Relative, seed: 1, cache: None };
         sensitivities_with(&gather, &model(), &SetSpec::all(&path), &probes, &options).unwrap()
     }
 

@@ -18,6 +18,7 @@ mod store;
 mod tests;
 
 pub(crate) use append::{Fold, Output, resolve};
+pub(crate) use collect::key;
 pub use collect::{CollectOptions, Counts, Field, MaskInput, Statistics, StatisticsError, Work, quarter_of_memory};
 pub(crate) use gather::{Gathered, Job, serve};
 pub use request::Request;

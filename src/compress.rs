@@ -196,9 +196,9 @@ impl Compressor<'_> {
         let kept = runner::data_dir().map(|data| data.join("statistics"));
         let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
         std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
-        let seen = self.statistics(model, &found, cache)?;
+        let seen = self.statistics(model, &found, cache.clone())?;
         let outputs: BTreeMap<ValueId, View> = taps().map(|tap| (tap.output, tap.output_rows.view.clone())).collect();
-        let sensitivity = self.sensitivity(model, &outputs, warnings)?;
+        let sensitivity = self.sensitivity(model, &outputs, cache, warnings)?;
         let facts = Facts::infer(model);
         let bindings = Bindings::default();
         let rows = |value: ValueId| -> u64 {
@@ -289,6 +289,7 @@ impl Compressor<'_> {
         &self,
         model: &Model,
         values: &BTreeMap<ValueId, View>,
+        cache: PathBuf,
         warnings: &mut Vec<String>,
     ) -> Result<BTreeMap<ValueId, f64>, Failure> {
         let facts = Facts::infer(model);
@@ -297,7 +298,8 @@ impl Compressor<'_> {
             .iter()
             .map(|(v, view)| Probe { value: model.graph.value(*v).name.clone(), view: view.clone() })
             .collect();
-        let options = ProbeOptions { load: self.load.clone(), distance: self.distance, seed: self.seed };
+        let (load, cache) = (self.load.clone(), Some(cache));
+        let options = ProbeOptions { load, distance: self.distance, seed: self.seed, cache };
         let measured = self.runner.sensitivities(model, self.set, &probes, &options);
         let found = measured.map_err(anyhow::Error::from).context("the sensitivity of layers cannot be measured")?;
         let mut known: Vec<f64> = found.iter().flatten().copied().collect();

@@ -9,6 +9,7 @@ use super::{
 use crate::{Child, LoadOptions, RuntimeError, SampleSet, SetError, SetSpec};
 use lathe_analysis::{Bindings, Cost, Facts, Rows, SymMatrix, View};
 use lathe_ir::{Dim, Model, ScopeId, WriteError};
+use serde::Serialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
@@ -168,7 +169,8 @@ impl Statistics {
         // The copies need other amounts of memory than the model, and would choose other batches.
         let batch = Some(SampleSet::open(set, model)?.batch_size());
         let set = &SetSpec { batch, ..set.clone() };
-        let folder = options.cache.join(key(worker, model, set, options)?);
+        let mask_name = format!("{:?}", options.mask);
+        let folder = options.cache.join(key(&worker.engine, model, set, &options.load, &mask_name)?);
         let failed = |source| StatisticsError::Io { path: folder.clone(), source };
         fs::create_dir_all(&folder).map_err(failed)?;
         let mut work = Work::default();
@@ -252,15 +254,20 @@ fn index_of(stored: &Stored, field: &str) -> Option<usize> {
     stored.head.arrays.iter().position(|a| a.field == field)
 }
 
-/// A name for everything that results depend on but the request.
-fn key(worker: &Worker<'_>, model: &Model, set: &SetSpec, options: &CollectOptions) -> Result<String, StatisticsError> {
+/// A name for everything that results depend on: who runs what on which samples, and what else there is.
+pub(crate) fn key(
+    engine: &str,
+    model: &Model,
+    set: &SetSpec,
+    load: &LoadOptions,
+    more: &impl Serialize,
+) -> Result<String, StatisticsError> {
     let mut hash = blake3::Hasher::new();
     let failed = |source| StatisticsError::Io { path: set.path.clone(), source };
     model.write_to(&mut hash).map_err(failed)?;
     store::hash_files(&set.path, &mut hash).map_err(failed)?;
-    let load = &options.load;
     let set = SetSpec { path: PathBuf::new(), ..set.clone() };
-    let how = (&worker.engine, &load.provider, load.optimize, set, format!("{:?}", options.mask));
+    let how = (engine, &load.provider, load.optimize, set, more);
     hash.update(&serde_json::to_vec(&how).expect("only names and numbers"));
     Ok(store::short(&hash.finalize()))
 }
