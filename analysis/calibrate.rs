@@ -67,6 +67,89 @@ pub struct Moments {
     pub rows: u64,
 }
 
+/// How large the numbers of every feature are: how many of them, and how much of their squares, lie below each step of a
+/// ladder of magnitudes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Magnitudes {
+    /// Share of the rows whose number is smaller in size than each of [`Magnitudes::steps`], `[steps, k]`.
+    pub share_below: Vec<f64>,
+    /// Sums of the squares of these over the rows, as a mean over all rows, `[steps, k]`.
+    pub square_below: Vec<f64>,
+    /// Mean squares of all numbers, `[k]`.
+    pub square: Vec<f64>,
+    /// Rows that count.
+    pub rows: u64,
+}
+
+/// What lies below a threshold.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Below {
+    /// The share of the numbers.
+    pub share: f64,
+    /// Their squares, each times its factor, summed over features: a mean over the rows.
+    pub square: f64,
+}
+
+impl Magnitudes {
+    /// The ladder: zeros alone, then whole octaves.
+    pub fn steps() -> Vec<f64> {
+        std::iter::once(f64::from(f32::MIN_POSITIVE)).chain((-22..10).map(|octave| 2f64.powi(octave))).collect()
+    }
+
+    /// Features.
+    pub fn features(&self) -> usize {
+        self.square.len()
+    }
+
+    /// A magnitude that at least `share` of a feature's rows lie below: one of the ladder, or infinity.
+    pub fn bound(&self, feature: usize, share: f64) -> f64 {
+        let reached = |step: &usize| self.share_below[step * self.features() + feature] >= share;
+        let steps = Magnitudes::steps();
+        (0..steps.len()).find(reached).map_or(f64::INFINITY, |step| steps[step])
+    }
+
+    /// What lies below a threshold where every feature is multiplied by its `scale` before it is compared, and its square
+    /// by the square of its `norm`. Within an octave, numbers count as spread evenly.
+    pub fn below(&self, threshold: f64, scale: &[f64], norm: &[f64]) -> Below {
+        let (steps, k) = (Magnitudes::steps(), self.features());
+        let mut sum = Below { share: 0.0, square: 0.0 };
+        for feature in 0..k {
+            let limit = threshold / scale[feature];
+            if limit.is_infinite() {
+                sum.share += 1.0 / k as f64;
+                sum.square += self.square[feature] * norm[feature].powi(2);
+                continue;
+            }
+            let above = steps.partition_point(|&step| step <= limit);
+            let at = |table: &[f64], step: usize| table[step * k + feature];
+            let known = |table: &[f64]| above.checked_sub(1).map_or(0.0, |step| at(table, step));
+            let (mut share, mut square) = (known(&self.share_below), known(&self.square_below));
+            if above < steps.len() && limit > 0.0 {
+                let low = above.checked_sub(1).map_or(0.0, |step| steps[step]);
+                let part =
+                    |power: i32| (limit.powi(power) - low.powi(power)) / (steps[above].powi(power) - low.powi(power));
+                share += (at(&self.share_below, above) - share) * part(1);
+                square += (at(&self.square_below, above) - square) * part(3);
+            }
+            sum.share += share / k as f64;
+            sum.square += square * norm[feature].powi(2);
+        }
+        sum
+    }
+
+    /// The largest threshold below which the squares are at most `limit`, to a part in a million; as for
+    /// [`Magnitudes::below`].
+    pub fn threshold(&self, limit: f64, scale: &[f64], norm: &[f64]) -> f64 {
+        let top = Magnitudes::steps().last().copied().unwrap_or(1.0);
+        let (mut low, mut high) = (0.0, top * scale.iter().copied().fold(0.0, f64::max));
+        for _ in 0..64 {
+            let middle = (low + high) / 2.0;
+            if self.below(middle, scale, norm).square <= limit { low = middle } else { high = middle }
+        }
+        low
+    }
+}
+
 /// Statistics of the model that is being compressed, over its calibration set.
 pub trait Calibrate {
     /// Second moments of a value of the original model; `None` if they were not collected.
@@ -74,4 +157,59 @@ pub trait Calibrate {
 
     /// Mean squares of a value of the original model; `None` if they were not collected.
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError>;
+
+    /// How large the numbers of a value of the original model are; `None` if that was not collected.
+    fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the ladder shows of these rows.
+    fn magnitudes(rows: &[&[f64]]) -> Magnitudes {
+        let (k, count) = (rows[0].len(), rows.len() as f64);
+        let mut found =
+            Magnitudes { share_below: vec![], square_below: vec![], square: vec![0.0; k], rows: rows.len() as u64 };
+        for step in Magnitudes::steps() {
+            for feature in 0..k {
+                let below = rows.iter().map(|row| row[feature]).filter(|x| x.abs() < step);
+                found.share_below.push(below.clone().count() as f64 / count);
+                found.square_below.push(below.map(|x| x * x).sum::<f64>() / count);
+            }
+        }
+        for row in rows {
+            found.square.iter_mut().zip(*row).for_each(|(sum, x)| *sum += x * x / count);
+        }
+        found
+    }
+
+    #[test]
+    fn what_lies_below_a_step_is_exact_and_between_steps_it_is_spread() {
+        let found = magnitudes(&[&[0.0, 1.0], &[0.25, -3.0], &[0.25, 3.0], &[0.0, 100.0]]);
+        let ones = [1.0, 1.0];
+        let below = |threshold: f64, scale: &[f64]| found.below(threshold, scale, &ones);
+        assert_eq!(below(0.5, &ones), Below { share: 0.5, square: 0.03125 });
+        // Zeros lie below everything.
+        assert!((below(1e-30, &ones).share - 0.25).abs() < 1e-9);
+        assert_eq!(below(4.0, &ones).share, 7.0 / 8.0);
+        assert_eq!(below(3.0, &ones).share, (4.0 + 1.0 + 0.5 * 2.0) / 8.0);
+        assert_eq!(below(8.0, &[1.0, 4.0]).share, 5.0 / 8.0);
+        assert_eq!(below(0.5, &ones).square, 0.03125);
+        assert_eq!(found.below(0.5, &ones, &[4.0, 1.0]).square, 0.5);
+        assert_eq!((found.bound(0, 0.999), found.bound(1, 0.75), found.bound(1, 0.8)), (0.5, 4.0, 128.0));
+    }
+
+    #[test]
+    fn a_threshold_is_the_largest_that_keeps_to_the_limit() {
+        let found = magnitudes(&[&[1.5, 0.1], &[-0.3, 0.2], &[0.7, 0.3], &[5.0, 0.4]]);
+        let norm = [1.0, 2.0];
+        for limit in [0.01, 0.1, 1.0] {
+            let threshold = found.threshold(limit, &norm, &norm);
+            let square = |factor: f64| found.below(threshold * factor, &norm, &norm).square;
+            assert!(square(1.0) <= limit && square(1.0001) > limit, "{limit}: {threshold}");
+        }
+        // More than there is: every number lies below.
+        assert_eq!(found.below(found.threshold(1e9, &norm, &norm), &norm, &norm).share, 1.0);
+    }
 }

@@ -14,7 +14,7 @@ mod shapes;
 mod units;
 
 pub use affine::{Affine, Affines};
-pub use calibrate::{Calibrate, Gram, Moments, SymMatrix};
+pub use calibrate::{Below, Calibrate, Gram, Magnitudes, Moments, SymMatrix};
 pub use cost::{Bindings, Cost, NodeCost, OperatorCost};
 pub use dim::{DimExpr, Symbol};
 pub use evaluate::{Evaluate, EvaluateError};

@@ -107,6 +107,8 @@ pub struct Context<'a> {
     pub measures: Vec<Measure>,
     /// What other methods have offered for the same constants: what these beat need not be offered.
     pub rivals: BTreeMap<ValueId, Vec<Choice>>,
+    /// Whether the execution provider computes in half precision, for lossy methods.
+    pub half_precision: bool,
     /// Rows of all products with every weight in one run, for lossy methods.
     pub rows: BTreeMap<ValueId, u64>,
     /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.

@@ -53,6 +53,6 @@ pub use sensitivity::{Distance, Probe, ProbeOptions, sensitivities};
 pub use serve::serve;
 pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{
-    CollectOptions, Counts, Field, MaskInput, Request, Statistics, StatisticsError, Work, quarter_of_memory,
+    CollectOptions, Counts, Cut, Field, MaskInput, Request, Skip, Statistics, StatisticsError, Work, quarter_of_memory,
 };
 pub use verify::{Inputs, Report, Sample, Verdict, VerifyError, verify};

@@ -21,4 +21,4 @@ pub(crate) use append::{Fold, Output, resolve};
 pub(crate) use collect::key;
 pub use collect::{CollectOptions, Counts, Field, MaskInput, Statistics, StatisticsError, Work, quarter_of_memory};
 pub(crate) use gather::{Gathered, Job, serve};
-pub use request::Request;
+pub use request::{Cut, Request, Skip};

@@ -7,14 +7,14 @@ use crate::{
     runner::{self, Runner},
 };
 use anyhow::{Context as _, anyhow};
-use lathe_analysis::{Bindings, Calibrate, EvaluateError, Facts, Gram, Moments, Rows, SymMatrix, View};
+use lathe_analysis::{Bindings, Calibrate, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, SymMatrix, View};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::{
     Context, Kind,
     lossy::{
-        Choice, METHODS, Method, Site, Spent, Tap, Weight,
+        Choice, DropInputs, METHODS, Method, Site, Spent, Tap, Weight,
         allocate::{self, Group, Measure, Plan, SolveError, Solver, Status},
-        gram_rows, weights,
+        gram_rows, quiet_rows, weights,
     },
 };
 use lathe_runtime::{
@@ -146,6 +146,8 @@ struct Seen {
     moments: Statistics,
     /// Second moments of what they read, over as many samples as those need.
     grams: Statistics,
+    /// How large it is, where a method wants to know.
+    magnitudes: Option<Statistics>,
 }
 
 impl Calibrate for Seen {
@@ -177,6 +179,14 @@ impl Calibrate for Seen {
         let largest = self.moments.field(&request, "max_abs").map_err(failed)?.data.into_iter().fold(0.0, f64::max);
         Ok((rows > 0).then_some(Moments { square, largest: Some(largest), rows }))
     }
+
+    fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError> {
+        let request = Request::Magnitudes(rows.clone());
+        let Some(found) = self.magnitudes.as_ref().filter(|m| m.requests().any(|r| *r == request)) else {
+            return Ok(None);
+        };
+        found.magnitudes(rows).map_err(|e| EvaluateError { message: e.to_string() })
+    }
 }
 
 /// Rows per input feature that second moments are taken over at least, where the set has as many.
@@ -186,7 +196,16 @@ const ROWS_PER_FEATURE: usize = 4;
 const LEAST_ROWS: usize = 8192;
 const LEAST_SAMPLES: usize = 32;
 
+/// Execution providers on devices that multiply in half precision.
+const HALF: [&str; 7] = ["cuda", "tensorrt", "rocm", "migraphx", "directml", "webgpu", "coreml"];
+
 impl Compressor<'_> {
+    /// Whether the execution provider, which may be `NAME=path` of a plugin, computes in half precision.
+    fn computes_in_half(&self) -> bool {
+        let provider = &self.load.provider;
+        HALF.contains(&provider.split_once('=').map_or(provider.as_str(), |(name, _)| name))
+    }
+
     /// Collects statistics, measures sensitivities and asks every method what it could do.
     pub(crate) fn table(&self, model: &Model, warnings: &mut Vec<String>) -> Result<Table, Failure> {
         let graph = &model.graph;
@@ -210,6 +229,7 @@ impl Compressor<'_> {
             target: self.cx.target,
             settings: self.cx.settings.clone(),
             measures: self.measures.clone(),
+            half_precision: self.computes_in_half(),
             rows: found.iter().map(|w| (w.value, rows(w.value))).collect(),
             ..Context::default()
         };
@@ -268,6 +288,9 @@ impl Compressor<'_> {
             for tap in &weight.taps {
                 let patches = |rows: &&Rows| !matches!(rows.view, View::Patches(_));
                 columns.extend(tap.rows.iter().filter(patches).chain([&tap.output_rows]).cloned());
+                // Second moments have no range, which layers in half precision have to keep to.
+                let wide = tap.rows.iter().filter(|rows| self.computes_in_half() && !patches(rows));
+                columns.extend(wide.map(|rows| Rows::channels(rows.value.clone())));
             }
         }
         let requests: Vec<Request> = columns.iter().cloned().map(Request::Columns).collect();
@@ -281,7 +304,17 @@ impl Compressor<'_> {
         let some = if samples >= set.len() { self.set } else { &some };
         let requests: Vec<Request> = grams.into_iter().map(Request::Gram).collect();
         let grams = self.runner.collect(model, some, &requests, &collect).map_err(anyhow::Error::from)?;
-        Ok(Seen { moments, grams })
+        let mut seen = Seen { moments, grams, magnitudes: None };
+        if (self.admits)(DropInputs.info().name) {
+            let cx = Context { calibration: Some(&seen), ..Context::default() };
+            let wanted = quiet_rows(model, &cx).map_err(anyhow::Error::from)?;
+            let requests: Vec<Request> = wanted.into_iter().map(Request::Magnitudes).collect();
+            if !requests.is_empty() {
+                let found = self.runner.collect(model, self.set, &requests, &collect).map_err(anyhow::Error::from)?;
+                seen.magnitudes = Some(found);
+            }
+        }
+        Ok(seen)
     }
 
     /// How much the outputs answer to every value. Where that cannot be measured, the median of those where it can.

@@ -212,6 +212,7 @@ fn each_method_keeps_to_its_budget() {
         ("prune-channels", "--params", 0.85, "keep "),
         ("prune-channels", "--flops", 0.8, "keep "),
         ("compensate", "--size", 0.75, "int4 block 128 + rank "),
+        ("convert-floats", "--size", 0.55, "float16"),
     ] {
         let bench = Bench::new();
         let report = bench.report(&["--passes", method, option, &share.to_string()]);

@@ -46,6 +46,19 @@ impl Weight {
         super::factors::sides(self).0
     }
 
+    /// The norm of what every input of a use is multiplied with; `None` unless the weight is float32.
+    pub fn norms(&self, graph: &Graph, tap: &Tap) -> Option<Vec<f64>> {
+        let tensor = graph.constant(self.value)?;
+        let numbers = tensor.to_f32s()?;
+        tensor.release();
+        let others: usize = self.dims[1..].iter().product();
+        let mut squares = vec![0.0; if tap.inputs_axis == 0 { self.dims[0] } else { others }];
+        for (at, w) in numbers.into_iter().enumerate() {
+            squares[if tap.inputs_axis == 0 { at / others } else { at % others }] += f64::from(w).powi(2);
+        }
+        Some(squares.into_iter().map(f64::sqrt).collect())
+    }
+
     /// The weight as a place with choices.
     pub(super) fn site(&self, graph: &Graph, choices: Vec<Choice>) -> Site {
         let elements: u64 = self.dims.iter().product::<usize>() as u64;

@@ -5,7 +5,9 @@
 pub mod allocate;
 mod blocks;
 mod compensate;
+mod convert_floats;
 mod dictionary;
+mod drop_inputs;
 mod factorize;
 mod factorize_jointly;
 mod factors;
@@ -16,7 +18,9 @@ mod quantize_dynamic;
 mod spectrum;
 
 pub use compensate::Compensate;
+pub use convert_floats::ConvertFloats;
 pub use dictionary::Dictionary;
+pub use drop_inputs::{DropInputs, QUIET, quiet_rows};
 pub use factorize::Factorize;
 pub use factorize_jointly::FactorizeJointly;
 pub use factors::{MOST_INPUTS, gram_rows};
@@ -100,8 +104,17 @@ pub trait Method: Sync {
 }
 
 /// Every lossy method.
-pub const METHODS: &[&dyn Method] =
-    &[&Quantize, &QuantizeDynamic, &Compensate, &Factorize, &FactorizeJointly, &Dictionary, &PruneChannels];
+pub const METHODS: &[&dyn Method] = &[
+    &Quantize,
+    &QuantizeDynamic,
+    &ConvertFloats,
+    &Compensate,
+    &Factorize,
+    &FactorizeJointly,
+    &Dictionary,
+    &PruneChannels,
+    &DropInputs,
+];
 
 /// Layers whose second moments are in memory at a time.
 const BATCH: usize = 8;

@@ -1,5 +1,7 @@
 //! A copy of a model that computes statistics and nothing else.
 
+mod small;
+
 use super::request::Request;
 use crate::StatisticsError;
 use lathe_analysis::{DimExpr, Facts, Rows, View, Window, unused_initializers};
@@ -187,6 +189,8 @@ impl<'a> Append<'a> {
             Request::Columns(x) => self.columns(x),
             Request::Cross(x, y) => self.cross(x, y),
             Request::Cosine(x, y) => self.cosine(x, y),
+            Request::Magnitudes(x) => self.magnitudes(x),
+            Request::Skip(skip) => self.skip(skip),
         }
     }
 

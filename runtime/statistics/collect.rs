@@ -7,7 +7,7 @@ use super::{
     store::{self, Stored},
 };
 use crate::{Child, LoadOptions, RuntimeError, SampleSet, SetError, SetSpec};
-use lathe_analysis::{Bindings, Cost, Facts, Rows, SymMatrix, View};
+use lathe_analysis::{Bindings, Cost, Facts, Magnitudes, Rows, SymMatrix, View};
 use lathe_ir::{Dim, Model, ScopeId, WriteError};
 use serde::Serialize;
 use std::{
@@ -211,6 +211,20 @@ impl Statistics {
         Ok(SymMatrix::from_upper(size, upper).expect("a stored triangle has the length that its size says"))
     }
 
+    /// How large the numbers of every feature are, as shares and means over the rows that count; `None` if none counts.
+    pub fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, StatisticsError> {
+        let request = Request::Magnitudes(rows.clone());
+        let counted = self.counts(&request)?.rows;
+        let mean = |name: &str| -> Result<Vec<f64>, StatisticsError> {
+            let mut sums = self.field(&request, name)?.data;
+            sums.iter_mut().for_each(|sum| *sum /= counted.max(1) as f64);
+            Ok(sums)
+        };
+        let (share_below, square_below) = (mean("below")?, mean("square_below")?);
+        let found = Magnitudes { share_below, square_below, square: mean("square_sum")?, rows: counted };
+        Ok((counted > 0).then_some(found))
+    }
+
     /// One array of a statistic with its shape, by the name that [`Request`] gives it, and matrices in full.
     pub fn field(&self, request: &Request, name: &str) -> Result<Field, StatisticsError> {
         let missing = || StatisticsError::NotCollected { request: format!("{} {name}", request.label()) };
@@ -386,7 +400,7 @@ impl Collector<'_> {
         let mut groups: Vec<Vec<&Request>> = Vec::new();
         let (mut kept, mut passing) = (0u64, 0u64);
         for &request in requests {
-            let (stays, passes) = footprint(request, sizes);
+            let (stays, passes) = footprint(self.model, request, sizes);
             if stays + passes > allowed {
                 let (needed, allowed) = ((stays + passes) >> 20, self.options.memory >> 20);
                 return Err(StatisticsError::TooLarge { request: request.label(), needed, allowed });
@@ -407,7 +421,7 @@ impl Collector<'_> {
 }
 
 /// Bytes of a statistic: what stays until its group is done, and what is needed while it is computed.
-fn footprint(request: &Request, sizes: &Sizes) -> (u64, u64) {
+fn footprint(model: &Model, request: &Request, sizes: &Sizes) -> (u64, u64) {
     let shape = |rows: &Rows| -> (u64, u64) {
         let sizes = &sizes[rows];
         let axis = match rows.view {
@@ -433,6 +447,18 @@ fn footprint(request: &Request, sizes: &Sizes) -> (u64, u64) {
         }
         Request::Columns(x) => (shape(x).0 * 64, passing(shape(x))),
         Request::Cosine(x, y) => (128, passing(shape(x)) + passing(shape(y))),
+        Request::Magnitudes(x) => {
+            let (features, all) = shape(x);
+            (features * Magnitudes::steps().len() as u64 * 32, 2 * passing((features, all)))
+        }
+        Request::Skip(skip) => {
+            let (features, all) = shape(&skip.rows);
+            let weight = model.graph.find_value(&skip.weight).and_then(|v| model.graph.constant(v));
+            let numbers = weight.map_or(0, |t| t.len() as u64);
+            // The weight turned and squared, and products in float32 and float64.
+            let products = all / features.max(1) * (numbers / features.max(1)) * (4 + 8 + 8);
+            (256, 2 * passing((features, all)) + numbers * 4 * 3 + products)
+        }
     }
 }
 

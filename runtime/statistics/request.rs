@@ -15,13 +15,54 @@ pub enum Request {
     /// Sums over row pairs of two values of one shape: `cosine_sum` (0 where a row is all zero), `dot_sum`,
     /// `x_norm_sum`, `y_norm_sum`, `x_square_sum`, `y_square_sum` and `difference_square_sum`, one number each.
     Cosine(Rows, Rows),
+    /// `below` and `square_below`, both `[steps, k]`: how many numbers of every feature are smaller in size than each of
+    /// [`Magnitudes::steps`](lathe_analysis::Magnitudes::steps), and the sums of their squares; `square_sum` `[k]`.
+    Magnitudes(Rows),
+    /// What a layer's product loses where small inputs are left out: `skipped` and `lost_square_sum`, one for each cut, and
+    /// `output_square_sum`.
+    Skip(Skip),
+}
+
+/// A layer, and which of its inputs are left out.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Skip {
+    /// What the layer reads.
+    pub rows: Rows,
+    /// The name of its weight, an initializer.
+    pub weight: String,
+    /// Whether the products sum over the weight's first axis; over all others if not.
+    pub first_axis: bool,
+    /// Ways to leave out inputs.
+    pub cuts: Vec<Cut>,
+}
+
+/// Leaves out inputs below a threshold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Cut {
+    /// Whether an input counts by its size times the norm of the weights that it is multiplied with, or by its size.
+    pub weighed: bool,
+    /// The bits of the threshold in float32.
+    bits: u32,
+}
+
+impl Cut {
+    /// Inputs below `threshold`.
+    pub fn new(threshold: f32, weighed: bool) -> Cut {
+        Cut { weighed, bits: threshold.to_bits() }
+    }
+
+    /// The threshold.
+    pub fn threshold(self) -> f32 {
+        f32::from_bits(self.bits)
+    }
 }
 
 impl Request {
     /// The values it reads.
     pub fn rows(&self) -> Vec<&Rows> {
         match self {
-            Request::Gram(x) | Request::Columns(x) => vec![x],
+            Request::Gram(x) | Request::Columns(x) | Request::Magnitudes(x) => vec![x],
+            Request::Skip(skip) => vec![&skip.rows],
             Request::Cross(x, y) | Request::Cosine(x, y) => vec![x, y],
         }
     }
@@ -33,6 +74,8 @@ impl Request {
             Request::Columns(_) => "columns",
             Request::Cross(..) => "cross",
             Request::Cosine(..) => "cosine",
+            Request::Magnitudes(_) => "magnitudes",
+            Request::Skip(_) => "skip",
         };
         let rows: Vec<String> = self.rows().into_iter().map(Rows::label).collect();
         format!("{kind}:{}", rows.join(":"))

@@ -1,13 +1,13 @@
 use super::{
     collect::{CollectOptions, Counts, MaskInput, Statistics, StatisticsError, Worker},
     gather,
-    request::Request,
+    request::{Cut, Request, Skip},
 };
 use crate::{
     LoadOptions, NpzWriter, RuntimeError, SetSpec,
     testing::{Build, engine},
 };
-use lathe_analysis::{Rows, View, weight_inputs};
+use lathe_analysis::{Magnitudes, Rows, View, weight_inputs};
 use lathe_ir::{DataType, Model, Node, Tensor, Type};
 use std::{cell::Cell, path::PathBuf};
 use tempfile::TempDir;
@@ -285,4 +285,62 @@ fn finished_groups_are_kept_and_damage_is_repaired() {
     let other = Bench::new(linear(17, "64"), &[("x", floats(&[3, 2, 64], 2))]);
     std::fs::copy(&other.set.path, &bench.set.path).unwrap();
     assert_eq!(bench.collect(&requests).unwrap().work.cached, 0);
+}
+
+#[test]
+fn small_numbers_are_counted_where_they_count() {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["b", "s", "2"]);
+    build.input("attention_mask", DataType::Int64, &["b", "s"]);
+    let h = build.node(Node::new("Neg"), &[x], "h");
+    let model = build.output(h, Type::unshaped(DataType::Float)).model();
+    let x = Tensor::from_f32s(&[3, 2, 2], &[0.0, 3.0, 0.75, f32::NAN, 1.5, 1048576.0, 0.1, 0.1, 0.75, -0.25, 0.0, 0.0]);
+    let mask = Tensor::from_i64s(&[3, 2], &[1, 1, 1, 0, 1, 1]);
+    for opset in [9, 13, 18, 21] {
+        let model = Model { opsets: vec![(String::new(), opset)], ..model.clone() };
+        let bench = Bench::new(model, &[("x", x.clone()), ("attention_mask", mask.clone())]);
+        let rows = Rows::last("h");
+        let statistics = bench.collect(&[Request::Magnitudes(rows.clone())]).unwrap();
+        let found = statistics.magnitudes(&rows).unwrap().unwrap();
+        // Counted: [0, 3], [1.5, 2²⁰], [0.75, -0.25] and [0, 0].
+        assert_eq!(found.rows, 4, "opset {opset}");
+        let step = |edge: f64| Magnitudes::steps().iter().position(|&s| s == edge).unwrap();
+        let shares = |edge: f64| &found.share_below[2 * step(edge)..][..2];
+        let squares = |edge: f64| &found.square_below[2 * step(edge)..][..2];
+        assert_eq!(found.share_below[..2], [0.5, 0.25]);
+        assert_eq!((shares(0.25), shares(0.5), shares(1.0)), (&[0.5, 0.25][..], &[0.5, 0.5][..], &[0.75, 0.5][..]));
+        assert_eq!((shares(2.0), shares(512.0)), (&[1.0, 0.5][..], &[1.0, 0.75][..]));
+        assert_eq!(squares(512.0), [(2.25 + 0.5625) / 4.0, (9.0 + 0.0625) / 4.0]);
+        assert_eq!(found.square, [(2.25 + 0.5625) / 4.0, (9.0 + 0.0625 + 1048576.0 * 1048576.0) / 4.0]);
+    }
+}
+
+#[test]
+fn what_a_layer_loses_without_small_inputs() {
+    // `y = h · w` with `w = [[3, 4], [0, 1]]`: norms 5 and 1.
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["n", "2"]);
+    let h = build.node(Node::new("Neg"), &[x], "h");
+    let w = build.constant("w", Tensor::from_f32s(&[2, 2], &[3.0, 4.0, 0.0, 1.0]));
+    let turned = build.constant("turned", Tensor::from_f32s(&[2, 2], &[3.0, 0.0, 4.0, 1.0]));
+    let a = build.node(Node::new("MatMul"), &[h, w], "a");
+    let b = build.node(Node::new("Gemm").with("transB", 1i64), &[h, turned], "b");
+    let y = build.node(Node::new("Add"), &[a, b], "y");
+    let model = build.output(y, Type::unshaped(DataType::Float)).model();
+    let rows = [1.0, 1.0, 0.1, 2.0, f32::INFINITY, 0.0, 0.5, 0.1];
+    let bench = Bench::new(model, &[("x", Tensor::from_f32s(&[4, 2], &rows))]);
+    let cuts = vec![Cut::new(1.5, true), Cut::new(0.6, false), Cut::new(0.0, false)];
+    for (weight, first_axis) in [("w", true), ("turned", false)] {
+        let skip = Skip { rows: Rows::last("h"), weight: weight.into(), first_axis, cuts: cuts.clone() };
+        let request = Request::Skip(skip);
+        let statistics = bench.collect(std::slice::from_ref(&request)).unwrap();
+        let field = |name: &str| statistics.field(&request, name).unwrap().data;
+        // Weighed, the second input of the first row, the first of the second, and the second of the last are small.
+        assert_eq!(field("skipped"), [3.0, 3.0, 0.0], "{weight}");
+        assert_close(&field("lost_square_sum"), &[1.0 + 0.25 + 0.01, 0.25 + (2.25 + 4.41), 0.0], 10.0);
+        assert_close(&field("output_square_sum"), &[9.0 + 25.0 + 0.09 + 5.76 + 2.25 + 4.41], 50.0);
+        assert_eq!(statistics.counts(&request).unwrap(), Counts { rows: 3, padded: 0, broken: 1 });
+    }
+    let missing = Skip { rows: Rows::last("h"), weight: "h".into(), first_axis: true, cuts };
+    assert!(matches!(bench.collect(&[Request::Skip(missing)]), Err(StatisticsError::Missing { .. })));
 }

@@ -1,14 +1,25 @@
 //! `optimize inspect`: what a model is, where its bytes and FLOPs are, and what could be saved.
 
+mod activations;
 mod anatomy;
 mod ceilings;
 mod text;
 
-use crate::{Failure, cli::print, job, report::Side};
+use super::runner_options;
+use crate::{
+    Failure,
+    cli::{RunArgs, print},
+    job,
+    progress::Meter,
+    report::Side,
+    runner::{Runner, RunnerOptions},
+};
+use activations::{Activations, Sources};
 use anatomy::Anatomy;
 use clap::Args;
 use lathe_analysis::{Facts, NodeCost, UnitId};
 use lathe_ir::{Model, ValueId};
+use lathe_runtime::SetSpec;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -23,9 +34,71 @@ pub(crate) struct InspectArgs {
     /// List every residual unit.
     #[arg(long)]
     units: bool,
+    /// How many inputs of every layer could be left out, by WINA's and TEAL's rule, as measured on a set.
+    #[arg(long, requires = "calib")]
+    activations: bool,
+    /// The calibration set: .npz, a folder of .npz or .npy, or of test_data_set_*.
+    #[arg(long, value_name = "SET", requires = "activations")]
+    calib: Option<PathBuf>,
+    #[command(flatten)]
+    runs: RunsOfSet,
     /// As JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// How the set is read and run.
+#[derive(Debug, Args)]
+struct RunsOfSet {
+    /// The array of the set that holds labels, which the model does not read.
+    #[arg(long, value_name = "NAME", requires = "activations")]
+    labels: Option<String>,
+    /// Samples that run at once.
+    #[arg(long, value_name = "N", requires = "activations", value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Option<u32>,
+    /// Execution provider.
+    #[arg(long, value_name = "NAME", default_value = "cpu", requires = "activations")]
+    ep: String,
+    /// Device of the execution provider.
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "activations")]
+    device: i32,
+    /// Threads of a run; 0 leaves it to the runtime.
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "activations")]
+    threads: usize,
+    /// The ONNX Runtime library to use, or its folder.
+    #[arg(long, value_name = "PATH", requires = "activations")]
+    ort: Option<PathBuf>,
+    /// Memory that runs may use (8GB).
+    #[arg(long, value_name = "SIZE", requires = "activations")]
+    memory: Option<String>,
+    /// Seconds that one run may take.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "activations")]
+    timeout: u64,
+}
+
+impl RunsOfSet {
+    fn measure(&self, model: &Model, calib: &std::path::Path) -> Result<Activations, Failure> {
+        let run = RunArgs {
+            input_shape: Vec::new(),
+            ep: self.ep.clone(),
+            device: self.device,
+            threads: self.threads,
+            ort: self.ort.clone(),
+            seed: 0,
+            memory: self.memory.clone(),
+            timeout: self.timeout,
+        };
+        let options = runner_options(&run)?;
+        let (load, memory) = (options.load.clone(), options.memory);
+        let set = SetSpec {
+            labels: self.labels.clone(),
+            batch: self.batch.map(|batch| batch as usize),
+            ..SetSpec::all(calib)
+        };
+        let meter = Meter::new("measuring activations", false);
+        let runner = Runner::new(RunnerOptions { progress: meter.listener(), ..options })?;
+        Sources { runner: &runner, set: &set, load: &load, memory }.activations(model)
+    }
 }
 
 fn value_line(model: &Model, facts: &Facts, value: ValueId) -> (String, String) {
@@ -48,6 +121,7 @@ struct Found<'a> {
     inputs: Vec<(String, String)>,
     outputs: Vec<(String, String)>,
     warnings: Vec<String>,
+    activations: Option<Activations>,
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
@@ -62,7 +136,8 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
         values.iter().map(|&v| value_line(&model, &facts, v)).collect()
     };
     let (inputs, outputs) = (lines(model.graph.main().inputs()), lines(model.graph.main().outputs()));
-    let found = Found { side, anatomy: Anatomy::of(&model, &facts), inputs, outputs, warnings };
+    let activations = args.calib.as_deref().map(|calib| args.runs.measure(&model, calib)).transpose()?;
+    let found = Found { side, anatomy: Anatomy::of(&model, &facts), inputs, outputs, warnings, activations };
     if args.json {
         print(&format!("{}\n", serde_json::to_string_pretty(&as_json(&found)).expect("only names and numbers")));
     } else {
@@ -109,7 +184,7 @@ fn as_json(found: &Found) -> Value {
         "units": anatomy.units.iter().map(|(id, _)| with(unit_json(anatomy, id), cost(&anatomy.of_unit[id.index()])))
             .collect::<Vec<_>>(),
         "rejected_sums": rejected.collect::<Vec<_>>(), "ceilings": ceilings::ceilings(anatomy),
-        "warnings": found.warnings,
+        "activations": found.activations, "warnings": found.warnings,
     })
 }
 

@@ -11,7 +11,8 @@ use crate::{
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Model, Staged, WriteOptions};
 use lathe_passes::{
-    Context,
+    Context, Pass,
+    exact::{DropDead, DropNoopLayout},
     lossy::allocate::{self, Measure, SolveError, Solver},
 };
 use lathe_runtime::{BenchInputs, Distance, InputSpec, SetSpec};
@@ -245,7 +246,7 @@ impl Job<'_> {
             };
             let found = attempt.table.carry_out(exact.model, &plan, &cx)?;
             let mut model = found.model;
-            drop_what_nothing_reads(&mut model, &cx)?;
+            tidy(&mut model, &cx)?;
             model.check().context("the result is not a valid model; this is a fault of this program")?;
             let staged = model.stage(exact.target, exact.write).map_err(|e| Failure::Error(e.into()))?;
             let mut latency = None;
@@ -352,8 +353,11 @@ fn taken(measure: Measure, model: &Model, staged: &Staged) -> f64 {
     }
 }
 
-fn drop_what_nothing_reads(model: &mut Model, cx: &Context) -> Result<(), Failure> {
-    use lathe_passes::{Pass as _, exact::DropDead};
-    DropDead.apply(model, cx).map_err(anyhow::Error::from)?;
+/// Drops what methods left unread, and casts that cancel between layers of one type.
+fn tidy(model: &mut Model, cx: &Context) -> Result<(), Failure> {
+    let passes: [&dyn Pass; 2] = [&DropNoopLayout, &DropDead];
+    for pass in passes {
+        pass.apply(model, cx).map_err(anyhow::Error::from)?;
+    }
     Ok(())
 }
