@@ -158,8 +158,11 @@ pub trait Calibrate {
     /// Mean squares of a value of the original model; `None` if they were not collected.
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError>;
 
-    /// How large the numbers of a value of the original model are; `None` if that was not collected.
-    fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError>;
+    /// How large the numbers of a value of the original model are; `None` if that was not collected, as by
+    /// default.
+    fn magnitudes(&self, _rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError> {
+        Ok(None)
+    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@ use super::super::spectrum::{product, tests::random};
 use super::*;
 use lathe_analysis::{Calibrate, EvaluateError, Gram, Moments, SymMatrix};
 use lathe_ir::text;
+use std::collections::BTreeMap;
 
 const ROWS: usize = 2000;
 
