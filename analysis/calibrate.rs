@@ -1,6 +1,7 @@
 //! What a model does on a calibration set, without knowing who ran it.
 
 use crate::{EvaluateError, Rows};
+use lathe_ir::Model;
 
 /// A symmetric matrix.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,6 +68,23 @@ pub struct Moments {
     pub rows: u64,
 }
 
+/// How two values of one run go together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cross {
+    /// `XᵀY / rows`, `[k, m]`, row by row.
+    pub matrix: Vec<f64>,
+    /// The mean row of the first, `[k]`.
+    pub x_mean: Vec<f64>,
+    /// The mean row of the second, `[m]`.
+    pub y_mean: Vec<f64>,
+    /// Mean squares of the first, `[k]`.
+    pub x_square: Vec<f64>,
+    /// Mean squares of the second, `[m]`.
+    pub y_square: Vec<f64>,
+    /// Rows that count.
+    pub rows: u64,
+}
+
 /// Statistics of the model that is being compressed, over its calibration set.
 pub trait Calibrate {
     /// Second moments of a value of the original model; `None` if they were not collected.
@@ -74,4 +92,19 @@ pub trait Calibrate {
 
     /// Mean squares of a value of the original model; `None` if they were not collected.
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError>;
+
+    /// The mean cosine between rows of two values of the model that is being compressed, of one shape each, for every
+    /// pair, over the calibration samples that trials do not run on.
+    fn cosines(&self, pairs: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError>;
+
+    /// Second moments between values of `model`, the one that is being compressed or a variant of it without gates, over
+    /// the calibration samples that trials do not run on.
+    fn cross(&self, model: &Model, pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError>;
+
+    /// How far the outputs of `variant` are from those of the model that is being compressed, once for every assignment
+    /// of its gates: inputs that it has more, each one number of float32. Without any, one empty assignment runs it once.
+    ///
+    /// The mean over some calibration samples, in the unit of sensitivity times squared error; infinite where outputs
+    /// are not finite.
+    fn trials(&self, variant: &Model, gates: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError>;
 }

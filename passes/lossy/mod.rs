@@ -56,15 +56,20 @@ pub struct Choice {
     pub spent: Spent,
     /// The relative L2 error of every tap of the site over the calibration set: ‖X(W − Ŵ)‖ / ‖Y‖.
     pub errors: Vec<f64>,
+    /// How far the outputs of the model are from where they were with this choice, where it was run; `errors` do not
+    /// count then.
+    pub measured: Option<f64>,
 }
 
 /// A place where a method could act.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Site {
-    /// The constant whose products' error is told; sites of one constant exclude each other.
-    pub weight: ValueId,
-    /// Every constant that would change, in order. A site of several holds those of each: they exist only where it stays
-    /// as it is. Such sites share no constant.
+    /// The constant whose products' error is told; `None` where the site is no single layer's, and operations are
+    /// counted for a whole run.
+    pub weight: Option<ValueId>,
+    /// Every value that would change or go, in order: constants, and what nodes give. Sites that cover the same exclude
+    /// each other; a site that covers more holds those that cover a part of it: they exist only where it stays as it is.
+    /// A site that shares but a part with another is refused.
     pub covers: Vec<ValueId>,
     /// The nodes that would change, in order; for a single constant, those that use it.
     pub nodes: Vec<NodeId>,
@@ -76,6 +81,8 @@ pub struct Site {
     pub kept: Spent,
     /// What could be done instead.
     pub choices: Vec<Choice>,
+    /// Whether settings ask for one of the choices, so that the site cannot stay as it is.
+    pub forced: bool,
 }
 
 /// What a method could do with a model.
@@ -92,6 +99,16 @@ pub trait Method: Sync {
     /// The method as a user meets it.
     fn info(&self) -> &'static Info;
 
+    /// Whether it reads statistics of weights, which take time to collect.
+    fn reads_activations(&self) -> bool {
+        true
+    }
+
+    /// Whether settings ask for it where no budget is given.
+    fn asked(&self, _cx: &Context) -> Result<bool, Error> {
+        Ok(false)
+    }
+
     /// Every place this method could act on, and what it could do there. Reads the calibration of `cx`.
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error>;
 
@@ -101,7 +118,15 @@ pub trait Method: Sync {
 
 /// Every lossy method.
 pub const METHODS: &[&dyn Method] =
-    &[&Quantize, &QuantizeDynamic, &Compensate, &Factorize, &FactorizeJointly, &Dictionary, &PruneChannels];
+    &[
+        &Quantize,
+        &QuantizeDynamic,
+        &Compensate,
+        &Factorize,
+        &FactorizeJointly,
+        &Dictionary,
+        &PruneChannels,
+    ];
 
 /// Layers whose second moments are in memory at a time.
 const BATCH: usize = 8;
