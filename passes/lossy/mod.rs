@@ -11,6 +11,7 @@ mod factorize_jointly;
 mod factors;
 mod layers;
 mod prune_channels;
+mod prune_units;
 mod quantize;
 mod quantize_dynamic;
 mod spectrum;
@@ -22,6 +23,7 @@ pub use factorize_jointly::FactorizeJointly;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{Tap, Weight, weights};
 pub use prune_channels::PruneChannels;
+pub use prune_units::PruneUnits;
 pub use quantize::Quantize;
 pub use quantize_dynamic::QuantizeDynamic;
 
@@ -126,6 +128,7 @@ pub const METHODS: &[&dyn Method] =
         &FactorizeJointly,
         &Dictionary,
         &PruneChannels,
+        &PruneUnits,
     ];
 
 /// Layers whose second moments are in memory at a time.
