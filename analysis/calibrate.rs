@@ -1,6 +1,7 @@
 //! What a model does on a calibration set, without knowing who ran it.
 
 use crate::{EvaluateError, Rows};
+use lathe_ir::Model;
 
 /// A symmetric matrix.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,6 +64,23 @@ pub struct Moments {
     pub square: Vec<f64>,
     /// The largest magnitude of any number of the rows; `None` if it was not watched.
     pub largest: Option<f64>,
+    /// Rows that count.
+    pub rows: u64,
+}
+
+/// How two values of one run go together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cross {
+    /// `XᵀY / rows`, `[k, m]`, row by row.
+    pub matrix: Vec<f64>,
+    /// The mean row of the first, `[k]`.
+    pub x_mean: Vec<f64>,
+    /// The mean row of the second, `[m]`.
+    pub y_mean: Vec<f64>,
+    /// Mean squares of the first, `[k]`.
+    pub x_square: Vec<f64>,
+    /// Mean squares of the second, `[m]`.
+    pub y_square: Vec<f64>,
     /// Rows that count.
     pub rows: u64,
 }
@@ -150,13 +168,40 @@ impl Magnitudes {
     }
 }
 
-/// Statistics of the model that is being compressed, over its calibration set.
+/// What a calibration says that only has numbers of runs in the past.
+fn unable() -> EvaluateError {
+    EvaluateError { message: "no model can be run on the calibration set here".to_owned() }
+}
+
+/// Statistics of the model that is being compressed, over its calibration set. What needs runs of its own is an error
+/// unless it is implemented.
 pub trait Calibrate {
     /// Second moments of a value of the original model; `None` if they were not collected.
     fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError>;
 
     /// Mean squares of a value of the original model; `None` if they were not collected.
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError>;
+
+    /// The mean cosine between rows of two values of the model that is being compressed, of one shape each, for every
+    /// pair, over the calibration samples that trials do not run on.
+    fn cosines(&self, _pairs: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError> {
+        Err(unable())
+    }
+
+    /// Second moments between values of `model`, the one that is being compressed or a variant of it without gates, over
+    /// the calibration samples that trials do not run on.
+    fn cross(&self, _model: &Model, _pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
+        Err(unable())
+    }
+
+    /// How far the outputs of `variant` are from those of the model that is being compressed, once for every assignment
+    /// of its gates: inputs that it has more, each one number of float32. Without any, one empty assignment runs it once.
+    ///
+    /// The mean over some calibration samples, in the unit of sensitivity times squared error; infinite where outputs
+    /// are not finite.
+    fn trials(&self, _variant: &Model, _gates: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
+        Err(unable())
+    }
 
     /// How large the numbers of a value of the original model are; `None` if that was not collected, as by
     /// default.

@@ -14,11 +14,11 @@ mod shapes;
 mod units;
 
 pub use affine::{Affine, Affines};
-pub use calibrate::{Below, Calibrate, Gram, Magnitudes, Moments, SymMatrix};
+pub use calibrate::{Below, Calibrate, Cross, Gram, Magnitudes, Moments, SymMatrix};
 pub use cost::{Bindings, Cost, NodeCost, OperatorCost};
 pub use dim::{DimExpr, Symbol};
 pub use evaluate::{Evaluate, EvaluateError};
 pub use liveness::{Liveness, dead_nodes, unused_initializers};
 pub use rows::{Rows, View, Window, weight_inputs};
 pub use shapes::{Contents, Facts};
-pub use units::{Barrier, NoUnit, NoUnitReason, PostOp, Unit, UnitId, UnitKind, Units};
+pub use units::{Barrier, NoUnit, NoUnitReason, PostOp, Unit, UnitId, UnitKind, Units, may_leave};

@@ -17,6 +17,7 @@ mod tests;
 
 use crate::Facts;
 use flow::Flow;
+pub use flow::may_leave;
 use lathe_ir::{Graph, Model, NodeId, ValueId};
 use std::fmt;
 

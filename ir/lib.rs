@@ -23,7 +23,7 @@ pub use graph::{
     Attribute, AttributeValue, Cycle, Graph, Initializer, Node, NodeId, Origin, Placement, Port, Scope, ScopeId,
     ShardedDim, Sharding, Use, Value, ValueId,
 };
-pub use model::{DeviceConfiguration, Function, Model, imported};
+pub use model::{DeviceConfiguration, Function, Model, RENAMED, imported};
 pub use onnx::{External, ExternalError, Loaded, ReadError, Staged, WriteError, WriteOptions, Written, remove_staged};
 pub use patch::Patch;
 pub use pattern::{Bindings, Pattern};

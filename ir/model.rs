@@ -2,6 +2,7 @@
 
 use crate::{Attribute, Graph, Metadata};
 use bytes::Bytes;
+use std::collections::BTreeMap;
 
 /// A local function: a named graph that nodes call as an operator.
 #[derive(Debug, Clone)]
@@ -73,7 +74,18 @@ pub fn imported(opsets: &[(String, i64)], domain: &str) -> Option<i64> {
     opsets.iter().find(|(d, _)| same(d)).map(|(_, version)| *version)
 }
 
+/// The metadata of a model whose inputs and outputs are not those of the model it was made of: a line `old=new` for each
+/// that may have another name, `old=` where it is gone.
+pub const RENAMED: &str = "onnx_lathe.renamed";
+
 impl Model {
+    /// Inputs and outputs of the model this one was made of, with their names here; `None` where they are gone.
+    pub fn renamed(&self) -> BTreeMap<String, Option<String>> {
+        let notes = self.metadata.iter().filter(|(key, _)| key == RENAMED).flat_map(|(_, note)| note.lines());
+        let pair = |line: &str| line.split_once('=').map(|(old, new)| (old.to_owned(), Some(new.to_owned())));
+        notes.filter_map(pair).map(|(old, new)| (old, new.filter(|new| !new.is_empty()))).collect()
+    }
+
     /// The version of the standard operator set in use; 0 if none is imported.
     pub fn opset(&self) -> i64 {
         imported(&self.opsets, "").unwrap_or(0)

@@ -5,6 +5,7 @@ use crate::{
     Sample, SetSpec, Verdict,
     frames::{self, Answer, InputHeads, Request},
     statistics::{Gathered, Job},
+    trials,
 };
 use bytes::Bytes;
 use lathe_analysis::{Evaluate, EvaluateError};
@@ -133,6 +134,14 @@ impl Child {
     pub(crate) fn gather(&self, job: &Job) -> Result<Gathered, RuntimeError> {
         match self.ask(&Request::Gather(job.clone()), &[])? {
             (Answer::Gathered(gathered), _) => Ok(gathered),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Runs variants of a model; a distance that is not finite is infinite.
+    pub(crate) fn trials(&self, job: &trials::Job) -> Result<Vec<f64>, RuntimeError> {
+        match self.ask(&Request::Trials(job.clone()), &[])? {
+            (Answer::Tried(found), _) => Ok(found.into_iter().map(|d| d.unwrap_or(f64::INFINITY)).collect()),
             (other, _) => Err(unexpected(&other)),
         }
     }

@@ -4,6 +4,7 @@ use crate::{
     BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Measured, Progress,
     Sample, SetSpec, Verdict,
     statistics::{Gathered, Job},
+    trials,
 };
 use bytes::Bytes;
 use lathe_ir::{DataType, Tensor};
@@ -32,6 +33,8 @@ pub(crate) enum Request {
     Select { model: PathBuf, set: SetSpec, count: usize, seed: u64, options: LoadOptions },
     /// Run a model that computes statistics over a set.
     Gather(Job),
+    /// Run variants of a model over a set.
+    Trials(trials::Job),
     /// Measure what the candidate loses on a set.
     Measure { reference: PathBuf, candidate: PathBuf, set: SetSpec, metric: String, options: LoadOptions },
     /// Time one or two models on disk.
@@ -55,6 +58,8 @@ pub(crate) enum Answer {
     Selected(ChosenSamples),
     /// What came of gathering statistics.
     Gathered(Gathered),
+    /// Distances of outputs; `None` where one is not finite.
+    Tried(Vec<Option<f64>>),
     /// The result of a measurement; a verdict where one of the models does not run.
     Measured(Result<Box<Measured>, Verdict>),
     /// What a measurement gave.

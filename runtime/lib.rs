@@ -29,6 +29,7 @@ mod sets;
 mod statistics;
 #[cfg(test)]
 mod testing;
+mod trials;
 mod verify;
 
 pub use bench::{BenchError, BenchInputs, BenchResult, BenchTask, Loading, Series, Timings, bench};
@@ -55,4 +56,5 @@ pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{
     CollectOptions, Counts, Cut, Field, MaskInput, Request, Skip, Statistics, StatisticsError, Work, quarter_of_memory,
 };
+pub use trials::{Gates, trials};
 pub use verify::{Inputs, Report, Sample, Verdict, VerifyError, verify};

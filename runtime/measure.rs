@@ -8,7 +8,7 @@ use crate::{
 };
 use lathe_ir::{DataType, Model, Tensor};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 /// What one output came to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -73,19 +73,22 @@ pub(crate) fn measure_files(
     options: &LoadOptions,
     talk: &mut dyn Talk,
 ) -> Result<Result<Measured, Verdict>, String> {
-    talk.stage("reading the original");
+    talk.stage("reading the models");
     let model = Model::read(reference).map_err(|e| e.to_string())?.model;
+    let other = Model::read(candidate).map_err(|e| e.to_string())?.model.renamed();
+    // A note that the original has too is about what it was made of itself.
+    let renamed = if other == model.renamed() { Renamed::new() } else { other };
     talk.stage("opening the set");
     let set = SampleSet::open(set, &model).map_err(|e| e.to_string())?;
     let mut batches = set.batches().map(|batch| batch.map_err(|e| e.to_string()));
     let (reference, candidate) = (Source::Path(reference), Source::Path(candidate));
-    let found = measure(engine, &model, reference, candidate, &mut batches, set.len(), metric, options, talk);
+    let found = measure(engine, &model, reference, candidate, &mut batches, set.len(), metric, &renamed, options, talk);
     found.map_err(|e| e.to_string())
 }
 
 /// Runs both models on every batch and measures `metric` (or what `auto` finds).
 ///
-/// `model` is the reference as read. The reference is run twice on the first batch. A model that does not run is a
+/// `model` is the reference as read; `renamed` are its inputs and outputs that the candidate has not under their names. The reference is run twice on the first batch. A model that does not run is a
 /// [`Verdict`]. `talk` hears of every batch: `samples 8 to 15 of 64`.
 #[allow(clippy::too_many_arguments)] // Two models, what to run them on, what to measure, and how.
 pub(crate) fn measure(
@@ -96,6 +99,7 @@ pub(crate) fn measure(
     batches: &mut dyn Iterator<Item = Result<Batch, String>>,
     total: usize,
     metric: &str,
+    renamed: &Renamed,
     options: &LoadOptions,
     talk: &mut dyn Talk,
 ) -> Result<Result<Measured, Verdict>, MeasureError> {
@@ -122,8 +126,8 @@ pub(crate) fn measure(
         let batch = batch.map_err(MeasureError::Set)?;
         let range = format!("samples {samples} to {} of {total}", samples + batch.samples.max(1) - 1);
         talk.stage(&range);
-        let before = match original.run(&batch.inputs) {
-            Ok(outputs) => outputs,
+        let before: Vec<(String, Datum)> = match original.run(&batch.inputs) {
+            Ok(outputs) => outputs.into_iter().filter(|(name, _)| renamed.get(name) != Some(&None)).collect(),
             Err(error) => {
                 let message = error.to_string();
                 return Ok(Err(Verdict::ReferenceRefused { message, tried: vec![range] }));
@@ -136,8 +140,8 @@ pub(crate) fn measure(
             let mut probe = |place: &Place<'_>| is_causal(original.as_mut(), &batch.inputs, &before, place);
             state = Some(State::new(model, &batch, &before, total, metric, &mut probe)?);
         }
-        let after = match result.run(&batch.inputs) {
-            Ok(outputs) => outputs,
+        let after: Vec<(String, Datum)> = match result.run(&translated(&batch.inputs, renamed)) {
+            Ok(outputs) => outputs.into_iter().map(|(name, datum)| (original_name(name, renamed), datum)).collect(),
             Err(error) => return Ok(Err(Verdict::CandidateRefused { message: error.to_string(), sizes: range })),
         };
         let state = state.as_mut().expect("made in the first round");
@@ -153,6 +157,23 @@ pub(crate) fn measure(
     state.finish(samples, engine.name()).map(Ok)
 }
 
+/// Names of a model's inputs and outputs in another one, as [`Model::renamed`] gives them.
+type Renamed = BTreeMap<String, Option<String>>;
+
+/// Inputs under their other names, without those that are gone.
+fn translated(inputs: &Sample, renamed: &Renamed) -> Sample {
+    let other = |(name, tensor): &(String, Tensor)| {
+        let name = renamed.get(name).map_or(Some(name), Option::as_ref)?;
+        Some((name.clone(), tensor.clone()))
+    };
+    inputs.iter().filter_map(other).collect()
+}
+
+fn original_name(name: String, renamed: &Renamed) -> String {
+    let old = renamed.iter().find(|(_, new)| new.as_ref() == Some(&name));
+    old.map_or(name, |(old, _)| old.clone())
+}
+
 /// Runs the reference once more; a verdict if it disagrees with itself.
 fn repeat(
     session: &mut dyn Session,
@@ -162,7 +183,8 @@ fn repeat(
 ) -> Option<Verdict> {
     // Devices other than the processor add in whatever order their threads finish.
     let claim = if options.provider == "cpu" { Claim::Identical } else { Claim::Equivalent { rtol: None } };
-    let failures = match session.run(inputs) {
+    let known = |(name, _): &(String, Datum)| outputs.iter().any(|(n, _)| n == name);
+    let failures = match session.run(inputs).map(|again| again.into_iter().filter(known).collect::<Vec<_>>()) {
         Ok(again) => compare(outputs, &again, claim).failures,
         Err(error) => vec![error.to_string()],
     };
@@ -363,7 +385,18 @@ mod tests {
         let (x, y) = (a.to_bytes(), b.to_bytes());
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
         let (x, y) = (Source::Bytes(&x), Source::Bytes(&y));
-        let found = measure(engine(), a, x, y, &mut stacks.into_iter(), total, metric, &options, &mut |_: &str| {});
+        let found = measure(
+            engine(),
+            a,
+            x,
+            y,
+            &mut stacks.into_iter(),
+            total,
+            metric,
+            &Renamed::new(),
+            &options,
+            &mut |_: &str| {},
+        );
         found.map_err(|e| e.to_string())?.map_err(|verdict| verdict.describe())
     }
 

@@ -12,9 +12,9 @@ use crate::{
     Child, LoadOptions, NpzWriter, Random, RuntimeError, SampleSet, SetError, SetSpec,
     statistics::{Fold, Gathered, Job, Output, StatisticsError, key, resolve},
 };
-use lathe_analysis::{Facts, View};
+use lathe_analysis::{Facts, View, may_leave};
 use lathe_ir::{AttributeValue, DataType, Model, Node, ScopeId, Tensor, Type, Use, ValueId};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// The relative error that is tried: small enough for outputs to answer in proportion to its square, large enough to
@@ -40,7 +40,7 @@ const MOST_BYTES: usize = 256 << 20;
 const INPUT: &str = "probe_amplitudes";
 
 /// How far outputs are from where they were.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Distance {
     /// Mean Kullback–Leibler divergence of the softmax over the last axis, in nats.
     Divergence,
@@ -249,7 +249,10 @@ impl Copy {
             self.model.graph.remove_output(ScopeId::MAIN, index);
         }
         let mut total: Option<ValueId> = None;
-        for output in outputs {
+        let by_product = |v: &ValueId| may_leave(&self.model.graph.value(*v).name);
+        let whole = outputs.iter().all(by_product);
+        let counted: Vec<ValueId> = outputs.into_iter().filter(|v| whole || !by_product(v)).collect();
+        for output in counted {
             let known = self.facts.elem(output).or_else(|| self.model.graph.value(output).ty.as_ref()?.elem());
             if known.is_some_and(|t| !t.is_float()) {
                 continue;

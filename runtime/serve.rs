@@ -3,7 +3,7 @@
 use crate::{
     Engine, Inputs, Progress, RuntimeError, Source, Talk, bench,
     frames::{self, Answer, InputHeads, Request},
-    measure, select, statistics, verify,
+    measure, select, statistics, trials, verify,
 };
 use bytes::Bytes;
 use lathe_ir::Model;
@@ -75,6 +75,7 @@ fn answer(
             Ok((Answer::Selected(selection), Vec::new()))
         }
         Request::Gather(job) => Ok((Answer::Gathered(statistics::serve(engine, &job, &mut talk)?), Vec::new())),
+        Request::Trials(job) => Ok((Answer::Tried(trials::serve(engine, &job, &mut talk)?), Vec::new())),
         Request::Measure { reference, candidate, set, metric, options } => {
             let found = measure::measure_files(engine, &reference, &candidate, &set, &metric, &options, &mut talk)?;
             Ok((Answer::Measured(found.map(Box::new)), Vec::new()))

@@ -1,33 +1,34 @@
 //! Spending a budget: what was seen on the calibration set, what methods propose, what the allocator chooses.
 
+mod seen;
+mod strip;
+mod table;
 mod timing;
+
+use seen::{Seen, Split};
+pub(crate) use table::Table;
+use table::{Offer, Place};
 
 use crate::{
     Failure, PassRecord,
     runner::{self, Runner},
 };
-use anyhow::{Context as _, anyhow};
-use lathe_analysis::{Bindings, Calibrate, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, SymMatrix, View};
+use anyhow::Context as _;
+use lathe_analysis::{Bindings, Facts, Rows, View};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::{
     Context, Kind,
-    lossy::{
-        Choice, DropInputs, METHODS, Method, Site, Spent, Tap, Weight,
-        allocate::{self, Group, Measure, Plan, SolveError, Solver, Status},
-        gram_rows, quiet_rows, weights,
-    },
+    lossy::{METHODS, Tap, Weight, allocate::Measure, gram_rows, weights},
 };
 use lathe_runtime::{
-    BenchInputs, CollectOptions, Distance, LoadOptions, Probe, ProbeOptions, Request, SampleSet, SetSpec, Statistics,
+    BenchInputs, CollectOptions, Distance, LoadOptions, Probe, ProbeOptions, Request, SampleSet, SetSpec,
     quarter_of_memory, sensitivities,
 };
-use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Instant,
 };
-use tempfile::TempDir;
 
 /// What may be spent, and what may be lost.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -84,111 +85,6 @@ pub(crate) struct Compressor<'a> {
     pub measures: Vec<Measure>,
 }
 
-/// Sites with their options and what those lose, ready to be allocated.
-pub(crate) struct Table {
-    places: Vec<Place>,
-    records: BTreeMap<&'static str, PassRecord>,
-    seen: Seen,
-    /// Holds the statistics where the user has no data folder.
-    _scratch: TempDir,
-}
-
-/// One weight with the options of all methods.
-struct Place {
-    site: Site,
-    /// Rows of all products with the weight in one run.
-    rows: u64,
-    /// The rise of the outputs' distance per squared error of every tap.
-    sensitivity: Vec<f64>,
-    /// The method of each choice, and its index there.
-    origin: Vec<(&'static dyn Method, usize)>,
-    /// Nanoseconds of the weight as it is, and of every choice; `None` where they were not measured.
-    latency: Vec<Option<u64>>,
-}
-
-impl Place {
-    fn loss(&self, choice: &Choice) -> f64 {
-        self.sensitivity.iter().zip(&choice.errors).map(|(s, e)| s * e * e).sum()
-    }
-
-    /// The first option is to leave the weight as it is.
-    fn group(&self, timed: bool) -> Group {
-        let option = |spent: &Spent, latency: Option<u64>, error: f64| allocate::Choice {
-            bytes: spent.bytes,
-            parameters: spent.parameters,
-            flops: spent.flops_per_row.saturating_mul(self.rows),
-            latency_ns: latency,
-            error,
-            ..allocate::Choice::default()
-        };
-        let latency = |index: usize| self.latency.get(index).copied().flatten();
-        let mut options = vec![option(&self.site.kept, latency(0).or(timed.then_some(0)), 0.0)];
-        let choices = self.site.choices.iter().enumerate();
-        options.extend(choices.map(|(i, c)| match latency(i + 1) {
-            // What was not measured is not chosen: it is as slow as can be told.
-            None if timed => option(&c.spent, Some(latency(0).unwrap_or(0)), self.loss(c)),
-            latency => option(&c.spent, latency, self.loss(c)),
-        }));
-        Group { name: self.site.name.clone(), options }
-    }
-}
-
-/// A model within the budget as far as the allocator can tell.
-pub(crate) struct Compressed {
-    pub model: Model,
-    pub plan: Value,
-    pub records: Vec<PassRecord>,
-}
-
-/// Statistics by the names of values.
-struct Seen {
-    /// Mean squares of what layers read and give, over the whole calibration set.
-    moments: Statistics,
-    /// Second moments of what they read, over as many samples as those need.
-    grams: Statistics,
-    /// How large it is, where a method wants to know.
-    magnitudes: Option<Statistics>,
-}
-
-impl Calibrate for Seen {
-    fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
-        let request = Request::Gram(rows.clone());
-        if !self.grams.requests().any(|r| *r == request) {
-            return Ok(None);
-        }
-        let failed = |e: lathe_runtime::StatisticsError| EvaluateError { message: e.to_string() };
-        let rows_counted = self.grams.counts(&request).map_err(failed)?.rows;
-        let mut sums = self.grams.gram(rows).map_err(failed)?;
-        let mut mean = self.grams.field(&request, "sum").map_err(failed)?.data;
-        let count = rows_counted.max(1) as f64;
-        sums.scale(1.0 / count);
-        mean.iter_mut().for_each(|x| *x /= count);
-        Ok((rows_counted > 0).then_some(Gram { matrix: sums, mean, rows: rows_counted }))
-    }
-
-    fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
-        let request = Request::Columns(rows.clone());
-        if !self.moments.requests().any(|r| *r == request) {
-            let diagonal = |gram: &SymMatrix| (0..gram.size()).map(|i| gram.get(i, i)).collect();
-            return Ok(self.gram(rows)?.map(|g| Moments { square: diagonal(&g.matrix), largest: None, rows: g.rows }));
-        }
-        let failed = |e: lathe_runtime::StatisticsError| EvaluateError { message: e.to_string() };
-        let rows = self.moments.counts(&request).map_err(failed)?.rows;
-        let mut square = self.moments.field(&request, "square_sum").map_err(failed)?.data;
-        square.iter_mut().for_each(|x| *x /= rows.max(1) as f64);
-        let largest = self.moments.field(&request, "max_abs").map_err(failed)?.data.into_iter().fold(0.0, f64::max);
-        Ok((rows > 0).then_some(Moments { square, largest: Some(largest), rows }))
-    }
-
-    fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError> {
-        let request = Request::Magnitudes(rows.clone());
-        let Some(found) = self.magnitudes.as_ref().filter(|m| m.requests().any(|r| *r == request)) else {
-            return Ok(None);
-        };
-        found.magnitudes(rows).map_err(|e| EvaluateError { message: e.to_string() })
-    }
-}
-
 /// Rows per input feature that second moments are taken over at least, where the set has as many.
 const ROWS_PER_FEATURE: usize = 4;
 
@@ -199,7 +95,7 @@ const LEAST_SAMPLES: usize = 32;
 /// Execution providers on devices that multiply in half precision.
 const HALF: [&str; 7] = ["cuda", "tensorrt", "rocm", "migraphx", "directml", "webgpu", "coreml"];
 
-impl Compressor<'_> {
+impl<'a> Compressor<'a> {
     /// Whether the execution provider, which may be `NAME=path` of a plugin, computes in half precision.
     fn computes_in_half(&self) -> bool {
         let provider = &self.load.provider;
@@ -207,15 +103,16 @@ impl Compressor<'_> {
     }
 
     /// Collects statistics, measures sensitivities and asks every method what it could do.
-    pub(crate) fn table(&self, model: &Model, warnings: &mut Vec<String>) -> Result<Table, Failure> {
+    pub(crate) fn table(&self, model: &Model, warnings: &mut Vec<String>) -> Result<Table<'a>, Failure> {
         let graph = &model.graph;
-        let (found, _) = weights(graph);
+        let methods = || METHODS.iter().copied().filter(|m| (self.admits)(m.info().name));
+        let found = if methods().any(|m| m.reads_activations()) { weights(graph).0 } else { Vec::new() };
         let taps = || found.iter().flat_map(|w| &w.taps);
         let temporary = tempfile::tempdir().context("there is no place for statistics")?;
         let kept = runner::data_dir().map(|data| data.join("statistics"));
         let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
         std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
-        let seen = self.statistics(model, &found, cache.clone())?;
+        let seen = self.statistics(model, &found, cache.clone(), temporary.path())?;
         let outputs: BTreeMap<ValueId, View> = taps().map(|tap| (tap.output, tap.output_rows.view.clone())).collect();
         let sensitivity = self.sensitivity(model, &outputs, cache, warnings)?;
         let facts = Facts::infer(model);
@@ -235,27 +132,31 @@ impl Compressor<'_> {
         };
         let mut places: BTreeMap<Vec<ValueId>, Place> = BTreeMap::new();
         let mut records = BTreeMap::new();
-        for &method in METHODS.iter().filter(|m| (self.admits)(m.info().name)) {
+        for method in methods() {
             let start = Instant::now();
             let proposal = method.propose(model, &cx).map_err(anyhow::Error::from)?;
+            let mut outcome = proposal.outcome;
             for site in proposal.sites {
-                if site.covers.len() == 1 {
-                    cx.rivals.entry(site.weight).or_default().extend(site.choices.iter().cloned());
+                if places.keys().any(|other| table::overlap(other, &site.covers)) {
+                    outcome.refuse("it shares a part with what another method would change as a whole", site.name);
+                    continue;
                 }
-                let place = places.entry(site.covers.clone()).or_insert_with(|| Place {
-                    sensitivity: site.taps.iter().map(|tap| sensitivity[tap]).collect(),
-                    rows: rows(site.weight),
-                    site: Site { choices: Vec::new(), ..site.clone() },
-                    origin: Vec::new(),
-                    latency: Vec::new(),
-                });
-                place.origin.extend((0..site.choices.len()).map(|index| (method, index)));
-                place.site.choices.extend(site.choices);
+                if let (Some(weight), 1) = (site.weight, site.covers.len()) {
+                    cx.rivals.entry(weight).or_default().extend(site.choices.iter().cloned());
+                }
+                let offer = Offer {
+                    method,
+                    sensitivity: site.taps.iter().filter_map(|tap| sensitivity.get(tap).copied()).collect(),
+                    rows: site.weight.map_or(1, rows),
+                    site,
+                };
+                let place = places.entry(offer.site.covers.clone());
+                place.or_insert_with(|| Place { offers: Vec::new(), latency: Vec::new() }).offers.push(offer);
             }
             let record = PassRecord {
                 name: method.info().name,
                 kind: Kind::Lossy,
-                outcome: proposal.outcome,
+                outcome,
                 time: start.elapsed(),
                 nodes_delta: 0,
                 weight_bytes_delta: 0,
@@ -274,7 +175,7 @@ impl Compressor<'_> {
     }
 
     /// What layers read and give on the calibration set.
-    fn statistics(&self, model: &Model, found: &[Weight], cache: PathBuf) -> Result<Seen, Failure> {
+    fn statistics(&self, model: &Model, found: &[Weight], cache: PathBuf, scratch: &Path) -> Result<Seen<'a>, Failure> {
         let collect = CollectOptions {
             memory: self.memory.unwrap_or_else(quarter_of_memory),
             ..CollectOptions::new(self.load.clone(), cache)
@@ -304,15 +205,31 @@ impl Compressor<'_> {
         let some = if samples >= set.len() { self.set } else { &some };
         let requests: Vec<Request> = grams.into_iter().map(Request::Gram).collect();
         let grams = self.runner.collect(model, some, &requests, &collect).map_err(anyhow::Error::from)?;
-        let mut seen = Seen { moments, grams, magnitudes: None };
-        if (self.admits)(DropInputs.info().name) {
-            let cx = Context { calibration: Some(&seen), ..Context::default() };
-            let wanted = quiet_rows(model, &cx).map_err(anyhow::Error::from)?;
+        let mut seen = Seen {
+            moments,
+            grams,
+            magnitudes: None,
+            runner: self.runner,
+            model: model.clone(),
+            split: Split::of(self.set, model).map_err(anyhow::Error::from)?,
+            load: self.load,
+            distance: self.distance,
+            // Variants come once; what is kept for later runs is about the model itself.
+            collect: CollectOptions {
+                memory: collect.memory,
+                ..CollectOptions::new(self.load.clone(), scratch.to_owned())
+            },
+        };
+        let cx = Context { calibration: Some(&seen), settings: self.cx.settings.clone(), ..Context::default() };
+        let mut wanted = BTreeSet::new();
+        for method in METHODS.iter().filter(|m| (self.admits)(m.info().name)) {
+            wanted.extend(method.magnitudes(model, &cx).map_err(anyhow::Error::from)?);
+        }
+        drop(cx);
+        if !wanted.is_empty() {
             let requests: Vec<Request> = wanted.into_iter().map(Request::Magnitudes).collect();
-            if !requests.is_empty() {
-                let found = self.runner.collect(model, self.set, &requests, &collect).map_err(anyhow::Error::from)?;
-                seen.magnitudes = Some(found);
-            }
+            let found = self.runner.collect(model, self.set, &requests, &collect).map_err(anyhow::Error::from)?;
+            seen.magnitudes = Some(found);
         }
         Ok(seen)
     }
@@ -346,151 +263,6 @@ impl Compressor<'_> {
             ));
         }
         Ok(values.keys().zip(found).map(|(&v, s)| (v, s.unwrap_or(median))).collect())
-    }
-}
-
-impl Table {
-    /// Scales the times of options so that those of all constants as they are make `most` nanoseconds at most: a layer
-    /// by itself takes longer than among others.
-    pub(crate) fn scale_latency(&mut self, most: f64) {
-        let kept = self.kept()[Measure::Latency as usize] as f64;
-        let times = self.places.iter_mut().flat_map(|p| &mut p.latency).flatten();
-        if kept > most {
-            times.for_each(|ns| *ns = (*ns as f64 * most / kept) as u64);
-        }
-    }
-
-    /// What the constants that could change take as they are: bytes, multiply-adds, numbers, nanoseconds, in the order
-    /// of [`Measure::ALL`].
-    pub(crate) fn kept(&self) -> [u64; 4] {
-        fn of(groups: &[Group], measure: Measure) -> u64 {
-            groups.iter().map(|g| g.options[0].cost(measure) + of(&g.options[0].inner, measure)).sum()
-        }
-        let timed = self.places.iter().any(|p| !p.latency.is_empty());
-        let (groups, _) = self.groups(timed);
-        Measure::ALL.map(|m| of(&groups, m))
-    }
-
-    /// The places as groups, and the place of every group as the allocator counts them. A place of several constants
-    /// holds the places of each where it stays as it is.
-    fn groups(&self, timed: bool) -> (Vec<Group>, Vec<usize>) {
-        let (mut groups, mut order) = (Vec::new(), Vec::new());
-        let within = |place: &Place, outer: &Place| {
-            outer.site.covers.len() > place.site.covers.len()
-                && place.site.covers.iter().all(|value| outer.site.covers.contains(value))
-        };
-        for (index, place) in self.places.iter().enumerate() {
-            if self.places.iter().any(|outer| within(place, outer)) {
-                continue;
-            }
-            order.push(index);
-            let mut group = place.group(timed);
-            let inside = self.places.iter().enumerate().filter(|(_, inner)| within(inner, place));
-            for (at, inner) in inside {
-                order.push(at);
-                let (whole, part) = (&mut group.options[0], inner.group(timed));
-                // What is left are constants that nothing is offered for.
-                whole.bytes = whole.bytes.saturating_sub(part.options[0].bytes);
-                whole.flops = whole.flops.saturating_sub(part.options[0].flops);
-                whole.parameters = whole.parameters.saturating_sub(part.options[0].parameters);
-                whole.latency_ns =
-                    whole.latency_ns.map(|ns| ns.saturating_sub(part.options[0].latency_ns.unwrap_or(0)));
-                whole.inner.push(part);
-            }
-            groups.push(group);
-        }
-        (groups, order)
-    }
-
-    /// Chooses within the budget for these constants.
-    pub(crate) fn choose(&self, budget: &allocate::Budget, solver: Solver) -> Result<(Plan, f64), SolveError> {
-        let start = Instant::now();
-        let (groups, _) = self.groups(budget.latency_ns.is_some());
-        let table = allocate::Table { groups, conflicts: Vec::new() };
-        Ok((allocate::solve(&table, budget, solver)?, start.elapsed().as_secs_f64()))
-    }
-
-    /// Carries a plan out on a copy of `model`.
-    pub(crate) fn carry_out(&self, model: &Model, plan: &Plan, cx: &Context) -> Result<Compressed, Failure> {
-        let mut result = model.clone();
-        let mut records = self.records.clone();
-        let mut choices = Vec::new();
-        let cx = Context {
-            calibration: Some(&self.seen),
-            target: cx.target,
-            settings: cx.settings.clone(),
-            ..Context::default()
-        };
-        let (_, order) = self.groups(false);
-        for (&index, chosen) in order.iter().zip(&plan.choices) {
-            // Inside a place that does not stay as it is, nothing is chosen.
-            let Some(chosen) = *chosen else { continue };
-            let place = &self.places[index];
-            let site = &place.site;
-            if chosen == 0 && site.covers.len() > 1 {
-                continue;
-            }
-            // The first option is to leave the site as it is.
-            let (option, method, spent, error) = match chosen.checked_sub(1) {
-                None => ("as it is".to_owned(), None, site.kept, 0.0),
-                Some(index) => {
-                    let choice = &site.choices[index];
-                    let (method, own) = place.origin[index];
-                    let outcome = method.rewrite(&mut result, &place.of_method(index), own, &cx);
-                    let outcome = outcome.map_err(anyhow::Error::from)?;
-                    if outcome.changes.is_empty() {
-                        let (name, site) = (&choice.name, &site.name);
-                        let fault =
-                            anyhow!("`{site}` could not be made {name} as planned; this is a fault of this program");
-                        return Err(Failure::Error(fault));
-                    }
-                    let record = records.get_mut(method.info().name).expect("a method that proposes has a record");
-                    record.weight_bytes_delta += choice.spent.bytes as i64 - site.kept.bytes as i64;
-                    let rows = place.rows as i64;
-                    record.flops_delta += (choice.spent.flops_per_row as i64 - site.kept.flops_per_row as i64) * rows;
-                    record.outcome.merge(outcome);
-                    (choice.name.clone(), Some(method.info().name), choice.spent, place.loss(choice))
-                }
-            };
-            let mut cost = json!({
-                "bytes": spent.bytes,
-                "parameters": spent.parameters,
-                "flops": spent.flops_per_row.saturating_mul(place.rows),
-            });
-            if let Some(ns) = place.latency.get(chosen).copied().flatten() {
-                cost["latency_ms"] = json!(ns as f64 * 1e-6);
-            }
-            choices
-                .push(json!({ "site": site.name, "option": option, "method": method, "cost": cost, "error": error }));
-        }
-        let (status, gap) = match plan.status {
-            Status::Optimal => ("optimal", 0.0),
-            Status::Gap(gap) => ("gap", gap),
-            Status::TimeLimit(gap) => ("time limit", gap),
-        };
-        let by_name = |figures: [u64; 4]| -> serde_json::Map<String, Value> {
-            let names = ["bytes", "flops", "parameters", "latency_ns"];
-            names.iter().zip(figures).map(|(name, figure)| ((*name).to_owned(), json!(figure))).collect()
-        };
-        let json = json!({
-            "status": status,
-            "gap": gap,
-            "objective": plan.objective,
-            "bound": plan.bound,
-            "used": by_name(plan.used),
-            "choices": choices,
-        });
-        Ok(Compressed { model: result, plan: json, records: records.into_values().collect() })
-    }
-}
-
-impl Place {
-    /// The site as the method of a choice proposed it.
-    fn of_method(&self, index: usize) -> Site {
-        let (method, own) = self.origin[index];
-        let first = index - own;
-        let count = self.origin[first..].iter().take_while(|(m, _)| m.info().name == method.info().name).count();
-        Site { choices: self.site.choices[first..first + count].to_vec(), ..self.site.clone() }
     }
 }
 

@@ -16,7 +16,7 @@ use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
 use lathe_passes::{
     Context, Kind, PASSES, Pass, Target,
-    lossy::{METHODS, allocate},
+    lossy::{METHODS, Method, allocate},
 };
 use lathe_runtime::{
     BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SampleSet, SetSpec, Verdict,
@@ -104,6 +104,13 @@ pub struct Done {
 /// Samples that exact passes are verified on where a budget is spent afterwards.
 const EXACT_SAMPLES: usize = 16;
 
+/// Whether settings ask for a lossy method, budget or not.
+fn is_asked(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
+    let cx = Context { settings: options.settings.clone(), ..Context::default() };
+    let asked = method.asked(&cx).map_err(anyhow::Error::from)?;
+    Ok(asked && options.selection.admits(method.info().name))
+}
+
 /// Does the main job. Nothing is written unless it succeeds.
 pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let start = Instant::now();
@@ -116,13 +123,17 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let set = options.sets.check(&loaded.model)?;
     let old = options.budget.is_given() && loaded.model.opset() < LOSSY_OPSET;
     let opset = options.opset.or(old.then_some(LOSSY_OPSET));
-    let few = match set.as_ref().filter(|_| options.budget.is_given()) {
+    let mut lossy = options.budget.is_given();
+    for &method in METHODS {
+        lossy |= is_asked(options, method)?;
+    }
+    let few = match set.as_ref().filter(|_| lossy) {
         Some((spec, _)) => {
             Some(SampleSet::open(spec, &loaded.model).map_err(anyhow::Error::from)?.spread(EXACT_SAMPLES))
         }
         None => None,
     };
-    let job = Job { options, set, few, runner: Runner::new(runner_options(options))?, opset };
+    let job = Job { options, set, lossy, few, runner: Runner::new(runner_options(options))?, opset };
     job.run(loaded, chosen, start)
 }
 
@@ -173,6 +184,8 @@ struct Job<'a> {
     /// The set that the result is compared on, and which one it is; random inputs without one.
     set: Option<(SetSpec, &'static str)>,
     runner: Runner,
+    /// Whether a budget is given or settings ask for a lossy method.
+    lossy: bool,
     /// Samples of that set on which exact passes are verified before a budget is spent; `None` for all.
     few: Option<Vec<usize>>,
     /// The standard operator set to upgrade to.
@@ -240,7 +253,7 @@ impl Job<'_> {
             let mut plan = None;
             let mut staged = staged;
             let mut latency = None;
-            if options.budget.is_given() {
+            if self.lossy {
                 let exact = Exact { model: &model, staged: &staged, original: &input, target: &target, write: &write };
                 let chosen = calibration.as_ref().map(|c| c.chosen.clone());
                 let found = self.compress(&exact, chosen, &mut warnings)?;
@@ -265,6 +278,9 @@ impl Job<'_> {
                     let mut data = target.clone().into_os_string();
                     data.push(".data");
                     files.push(data.into());
+                }
+                if model.renamed() != original.renamed() {
+                    files.push(write_names(&target, &model)?);
                 }
             } else {
                 output.path = String::new();
@@ -523,6 +539,17 @@ fn cost(model: &Model) -> Cost {
 
 fn flops(model: &Model) -> u64 {
     cost(model).flops
+}
+
+/// Writes which inputs and outputs are gone or have other names beside a model that was written.
+fn write_names(target: &Path, model: &Model) -> Result<PathBuf, Failure> {
+    let mut path = target.to_owned().into_os_string();
+    path.push(".names.json");
+    let path = PathBuf::from(path);
+    let names = serde_json::to_string_pretty(&serde_json::json!({ "renamed": model.renamed() }));
+    let written = std::fs::write(&path, names.expect("names are text"));
+    written.with_context(|| format!("cannot write `{}`", path.display()))?;
+    Ok(path)
 }
 
 /// What the report says about one model.

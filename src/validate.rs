@@ -80,7 +80,10 @@ pub(crate) fn describe(verify: &Verify) -> String {
         false => String::new(),
     };
     let samples = format!("on {} {} samples", verify.samples, verify.set);
-    format!("{metric} {before} before, {after} after {samples}: a drop of {}{limit}", significant(verify.drop))
+    // What cannot be measured at all has a reason.
+    let reason = verify.note.as_ref().filter(|_| !verify.after.is_finite());
+    let reason = reason.map_or(String::new(), |note| format!("; {note}"));
+    format!("{metric} {before} before, {after} after {samples}: a drop of {}{limit}{reason}", significant(verify.drop))
 }
 
 /// Six significant digits without trailing zeros; powers of ten only for the very small.

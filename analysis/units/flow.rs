@@ -32,7 +32,7 @@ pub(super) fn reads_shape(graph: &Graph, id: NodeId, input: usize) -> bool {
 }
 
 /// Whether an output of the main graph is by its name a cache or an attention map, which may go with its unit.
-fn may_go(name: &str) -> bool {
+pub fn may_leave(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     ["present", "past", "cache", "attn", "attention", "key_value", "kv_"].iter().any(|part| name.contains(part))
 }
@@ -94,7 +94,7 @@ impl<'a> Flow<'a> {
     /// Marks the nodes that outputs need; returns those that make an output.
     fn mark_needed(&mut self) -> Vec<bool> {
         let outputs = self.graph.scope(self.scope).outputs();
-        let stays = |v: &&ValueId| self.scope != ScopeId::MAIN || !may_go(&self.graph.value(**v).name);
+        let stays = |v: &&ValueId| self.scope != ScopeId::MAIN || !may_leave(&self.graph.value(**v).name);
         let mut roots: Vec<usize> = outputs.iter().filter(stays).filter_map(|&v| self.made_at(v)).collect();
         if roots.is_empty() {
             roots = outputs.iter().filter_map(|&v| self.made_at(v)).collect();

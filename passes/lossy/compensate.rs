@@ -71,7 +71,7 @@ fn choices(graph: &Graph, weight: &Weight, layer: &Layer, target: Target) -> Res
             parameters: base.parameters + numbers,
             flops_per_row: base.flops_per_row + 2 * numbers,
         };
-        Choice { name: format!("{} + rank {rank}", coded.name()), spent, errors }
+        Choice { name: format!("{} + rank {rank}", coded.name()), spent, errors, measured: None }
     };
     Ok(ranks.map(choice).filter(|c| c.spent.bytes < 4 * (k * n) as u64).collect())
 }
@@ -105,7 +105,7 @@ impl Method for Compensate {
         let place = || format!("`{}`", site.name);
         let mut outcome = Outcome::default();
         let (found, _) = weights(&model.graph);
-        let Some(weight) = found.iter().find(|w| w.value == site.weight) else {
+        let Some(weight) = found.iter().find(|w| Some(w.value) == site.weight) else {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };

@@ -258,7 +258,7 @@ fn site(
         };
         let mut offer = |form: Form| {
             let errors = errors(graph, weight, inputs, &rounded, form);
-            choices.push(Choice { name: form.name().to_owned(), spent: spent(weight, form), errors });
+            choices.push(Choice { name: form.name().to_owned(), spent: spent(weight, form), errors, measured: None });
         };
         offer(Form::Stored(dtype));
         if products && dtype == DataType::Float16 {
@@ -313,7 +313,7 @@ impl Method for ConvertFloats {
         let name = &site.choices[choice].name;
         let form = Form::ALL.into_iter().find(|f| f.name() == name).expect("a choice is one of the forms");
         let (found, _) = weights(&model.graph);
-        match found.iter().find(|w| w.value == site.weight) {
+        match found.iter().find(|w| Some(w.value) == site.weight) {
             Some(weight) => {
                 emit(&mut model.graph, weight, form);
                 outcome.change(name.clone(), format!("`{}`", site.name));

@@ -216,7 +216,7 @@ fn choices(layer: &Layer, rivals: &[Choice], bytes: bool, choosing: Choosing) ->
             1 => vec![lost.sqrt()],
             _ => layer.errors((&layer.matrix - product(dictionary.as_ref(), coefficients.as_ref())).as_ref()),
         };
-        choices.push(Choice { name: form.name(), spent, errors });
+        choices.push(Choice { name: form.name(), spent, errors, measured: None });
     }
     if choices.is_empty() && passed_over {
         Err("other options take half the bytes and lose half as much")
@@ -259,7 +259,7 @@ impl Method for Dictionary {
         let place = || format!("`{}`", site.name);
         let mut outcome = Outcome::default();
         let (found, _) = weights(&model.graph);
-        let Some(weight) = found.iter().find(|w| w.value == site.weight) else {
+        let Some(weight) = found.iter().find(|w| Some(w.value) == site.weight) else {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };

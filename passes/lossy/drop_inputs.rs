@@ -53,20 +53,6 @@ fn dropped(units: usize, quiet: usize) -> usize {
     units - (units - quiet).next_multiple_of(step(units)).clamp(step(units).min(units), units)
 }
 
-/// The rows of which [`DropInputs`] wants to know how large they are: what layers read, enough inputs of which matter
-/// little on average.
-pub fn quiet_rows(model: &Model, cx: &Context) -> Result<Vec<Rows>, Error> {
-    let mut wanted = BTreeSet::new();
-    for weight in &weights(&model.graph).0 {
-        if let Ok(seen) = factors::seen(&model.graph, weight, cx)?
-            && may_be_quiet(&model.graph, weight, &seen)
-        {
-            wanted.extend(weight.taps.iter().filter_map(|tap| tap.rows.clone()));
-        }
-    }
-    Ok(wanted.into_iter().collect())
-}
-
 /// Whether the smallest inputs together make little of every use's output.
 fn may_be_quiet(graph: &Graph, weight: &Weight, seen: &Seen) -> bool {
     let (units, window) = units(graph, weight);
@@ -188,7 +174,7 @@ fn picking(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order) -> Result
         };
         if spent.bytes < 4 * elements && spent.flops_per_row < 2 * elements {
             let errors = picked(graph, weight, seen, order, drop)?.errors;
-            choices.push(Choice { name: named(drop, units), spent, errors });
+            choices.push(Choice { name: named(drop, units), spent, errors, measured: None });
         }
     }
     if choices.is_empty() {
@@ -205,6 +191,19 @@ fn named(drop: usize, units: usize) -> String {
 impl Method for DropInputs {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    /// What layers read, where enough inputs matter little on average.
+    fn magnitudes(&self, model: &Model, cx: &Context) -> Result<Vec<Rows>, Error> {
+        let mut wanted = BTreeSet::new();
+        for weight in &weights(&model.graph).0 {
+            if let Ok(seen) = factors::seen(&model.graph, weight, cx)?
+                && may_be_quiet(&model.graph, weight, &seen)
+            {
+                wanted.extend(weight.taps.iter().filter_map(|tap| tap.rows.clone()));
+            }
+        }
+        Ok(wanted.into_iter().collect())
     }
 
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
@@ -240,7 +239,7 @@ impl Method for DropInputs {
         let mut outcome = Outcome::default();
         let graph = &mut model.graph;
         let (found, _) = weights(graph);
-        let done = match found.iter().find(|w| w.value == site.weight) {
+        let done = match found.iter().find(|w| Some(w.value) == site.weight) {
             Some(weight) => match factors::seen(graph, weight, cx)? {
                 Ok(seen) => order(graph, weight, &seen, cx)?.and_then(|order| {
                     let picked = picked(graph, weight, &seen, &order, drop)?;

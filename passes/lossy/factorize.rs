@@ -92,14 +92,23 @@ fn choices(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Choice>, &'
     // Directions that were fitted to the output lose independently of one another; others do not.
     if metric == Metric::Output && layer.taps.len() == 1 {
         let tails = Spectrum::tails(&found.energy);
-        let choice =
-            |&r: &usize| Choice { name: name(r), spent: factors::spent(k, n, r, uses), errors: vec![tails[r].sqrt()] };
+        let choice = |&r: &usize| Choice {
+            name: name(r),
+            spent: factors::spent(k, n, r, uses),
+            errors: vec![tails[r].sqrt()],
+            measured: None,
+        };
         return Ok(ranks.iter().map(choice).collect());
     }
     let choice = |&r: &usize| {
         let (left, right) = (found.left.as_ref().subcols(0, r), found.right.as_ref().subcols(0, r));
         let off = &layer.matrix - product(left, right.transpose());
-        Choice { name: name(r), spent: factors::spent(k, n, r, uses), errors: layer.errors(off.as_ref()) }
+        Choice {
+            name: name(r),
+            spent: factors::spent(k, n, r, uses),
+            errors: layer.errors(off.as_ref()),
+            measured: None,
+        }
     };
     Ok(ranks.iter().map(choice).collect())
 }
@@ -125,7 +134,7 @@ impl Method for Factorize {
         let mut outcome = Outcome::default();
         let place = || format!("`{}`", site.name);
         let (found, _) = weights(&model.graph);
-        let Some(weight) = found.iter().find(|w| w.value == site.weight) else {
+        let Some(weight) = found.iter().find(|w| Some(w.value) == site.weight) else {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };

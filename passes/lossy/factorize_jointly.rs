@@ -128,11 +128,12 @@ impl Team<'_> {
             name: format!("joint rank {rank}"),
             spent: spent(rank),
             errors: tails.iter().map(|own| own[rank].max(0.0).sqrt()).collect(),
+            measured: None,
         };
         let ranks = factorize::ranks(k, n).into_iter().filter(|&r| r < found.len());
         let single: Vec<Site> = self.members.iter().map(|m| m.weight.site(graph, Vec::new())).collect();
         let elements = (k * n) as u64;
-        let mut covers: Vec<ValueId> = single.iter().map(|s| s.weight).collect();
+        let mut covers: Vec<ValueId> = single.iter().filter_map(|s| s.weight).collect();
         covers.sort_unstable();
         let mut nodes: Vec<_> = single.iter().flat_map(|s| s.nodes.iter().copied()).collect();
         nodes.sort_unstable();
@@ -207,7 +208,7 @@ impl Method for FactorizeJointly {
         let mut outcome = Outcome::default();
         let (found, _) = weights(&model.graph);
         let candidates = candidates(&model.graph, &found);
-        let own = candidates.iter().find(|c| c.iter().any(|weight| weight.value == site.weight));
+        let own = candidates.iter().find(|c| c.iter().any(|weight| Some(weight.value) == site.weight));
         let team = own.map(|c| team(&model.graph, c, cx, &mut Outcome::default())).transpose()?.flatten();
         let Some(team) = team else {
             outcome.refuse("the constants are no longer used as they were", place);

@@ -70,13 +70,14 @@ impl Weight {
         nodes.sort_unstable();
         nodes.dedup();
         Site {
-            weight: self.value,
+            weight: Some(self.value),
             covers: vec![self.value],
             nodes,
             name: graph.value(self.value).name.clone(),
             taps: self.taps.iter().map(|tap| tap.output).collect(),
             kept: Spent { bytes: elements * 4, parameters: elements, flops_per_row: 2 * elements },
             choices,
+            forced: false,
         }
     }
 }

@@ -13,6 +13,7 @@ mod factorize_jointly;
 mod factors;
 mod layers;
 mod prune_channels;
+mod prune_units;
 mod quantize;
 mod quantize_dynamic;
 mod spectrum;
@@ -20,17 +21,19 @@ mod spectrum;
 pub use compensate::Compensate;
 pub use convert_floats::ConvertFloats;
 pub use dictionary::Dictionary;
-pub use drop_inputs::{DropInputs, QUIET, quiet_rows};
+pub use drop_inputs::{DropInputs, QUIET};
 pub use factorize::Factorize;
 pub use factorize_jointly::FactorizeJointly;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{Tap, Weight, weights};
 pub use prune_channels::PruneChannels;
+pub use prune_units::PruneUnits;
 pub use quantize::Quantize;
 pub use quantize_dynamic::QuantizeDynamic;
 
 use crate::{Context, Error, Info, Outcome};
 use factors::Seen;
+use lathe_analysis::Rows;
 use lathe_ir::{Graph, Model, NodeId, ValueId};
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -60,15 +63,20 @@ pub struct Choice {
     pub spent: Spent,
     /// The relative L2 error of every tap of the site over the calibration set: ‖X(W − Ŵ)‖ / ‖Y‖.
     pub errors: Vec<f64>,
+    /// How far the outputs of the model are from where they were with this choice, where it was run; `errors` do not
+    /// count then.
+    pub measured: Option<f64>,
 }
 
 /// A place where a method could act.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Site {
-    /// The constant whose products' error is told; sites of one constant exclude each other.
-    pub weight: ValueId,
-    /// Every constant that would change, in order. A site of several holds those of each: they exist only where it stays
-    /// as it is. Such sites share no constant.
+    /// The constant whose products' error is told; `None` where the site is no single layer's, and operations are
+    /// counted for a whole run.
+    pub weight: Option<ValueId>,
+    /// Every value that would change or go, in order: constants, and what nodes give. Sites that cover the same exclude
+    /// each other; a site that covers more holds those that cover a part of it: they exist only where it stays as it is.
+    /// A site that shares but a part with another is refused.
     pub covers: Vec<ValueId>,
     /// The nodes that would change, in order; for a single constant, those that use it.
     pub nodes: Vec<NodeId>,
@@ -80,6 +88,8 @@ pub struct Site {
     pub kept: Spent,
     /// What could be done instead.
     pub choices: Vec<Choice>,
+    /// Whether settings ask for one of the choices, so that the site cannot stay as it is.
+    pub forced: bool,
 }
 
 /// What a method could do with a model.
@@ -95,6 +105,21 @@ pub struct Proposal {
 pub trait Method: Sync {
     /// The method as a user meets it.
     fn info(&self) -> &'static Info;
+
+    /// Whether it reads statistics of weights, which take time to collect.
+    fn reads_activations(&self) -> bool {
+        true
+    }
+
+    /// Values whose magnitudes it wants, as far as second moments tell; they are collected before it proposes.
+    fn magnitudes(&self, _model: &Model, _cx: &Context) -> Result<Vec<Rows>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// Whether settings ask for it where no budget is given.
+    fn asked(&self, _cx: &Context) -> Result<bool, Error> {
+        Ok(false)
+    }
 
     /// Every place this method could act on, and what it could do there. Reads the calibration of `cx`.
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error>;
@@ -114,6 +139,7 @@ pub const METHODS: &[&dyn Method] = &[
     &Dictionary,
     &PruneChannels,
     &DropInputs,
+    &PruneUnits,
 ];
 
 /// Layers whose second moments are in memory at a time.

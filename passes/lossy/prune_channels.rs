@@ -108,7 +108,7 @@ impl<'a> Run<'a> {
                 }
                 errors.push(if fewer { chosen.error(count * step.window) } else { 0.0 });
             }
-            Choice { name: self.name(&counts), spent, errors }
+            Choice { name: self.name(&counts), spent, errors, measured: None }
         };
         let all: Vec<usize> = self.steps.iter().map(|step| step.units).collect();
         let choices = self.combinations(&chosen).into_iter().map(choice).collect();
@@ -256,7 +256,7 @@ impl Method for PruneChannels {
         let place = format!("`{}`", site.name);
         let graph = &mut model.graph;
         let (found, _) = weights(graph);
-        let Some(run) = run_of(graph, &found, site.weight, counts.len()) else {
+        let Some(run) = site.weight.and_then(|first| run_of(graph, &found, first, counts.len())) else {
             outcome.refuse("the constants are no longer used as they were", place);
             return Ok(outcome);
         };

@@ -229,7 +229,7 @@ fn site(graph: &Graph, weight: &Weight, seen: &[Importance], target: Target) -> 
             let total: f64 = lost.iter().zip(&tap.inputs).map(|(lost, x)| lost * x).sum();
             (total / tap.output).sqrt()
         };
-        choices.push(Choice { name: scheme.name(), spent, errors: seen.iter().map(error).collect() });
+        choices.push(Choice { name: scheme.name(), spent, errors: seen.iter().map(error).collect(), measured: None });
     }
     Ok(weight.site(graph, choices))
 }
@@ -365,7 +365,7 @@ impl Method for Quantize {
             .find(|s| s.name() == *name)
             .expect("a choice is one of the schemes");
         let (found, _) = weights(&model.graph);
-        let Some(weight) = found.iter().find(|w| w.value == site.weight) else {
+        let Some(weight) = found.iter().find(|w| Some(w.value) == site.weight) else {
             outcome.refuse("the constant is no longer used as it was", format!("`{}`", site.name));
             return Ok(outcome);
         };
@@ -377,7 +377,7 @@ impl Method for Quantize {
                 return Ok(outcome);
             }
         };
-        let tensor = model.graph.constant(site.weight).expect("weights are constants");
+        let tensor = model.graph.constant(weight.value).expect("weights are constants");
         let matrix = tensor.to_f32s().expect("sites are float32");
         let coded = quantize(&matrix, layout, scheme, &joint(&seen, layout));
         tensor.release();

@@ -108,7 +108,7 @@ fn choice(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Result<Choice, &'
         parameters: elements,
         flops_per_row: 2 * elements,
     };
-    Ok(Choice { name: NAME.to_owned(), spent, errors: inputs.iter().map(error).collect() })
+    Ok(Choice { name: NAME.to_owned(), spent, errors: inputs.iter().map(error).collect(), measured: None })
 }
 
 impl Method for QuantizeDynamic {
@@ -147,7 +147,7 @@ impl Method for QuantizeDynamic {
         let mut outcome = Outcome::default();
         let place = || format!("`{}`", site.name);
         let (found, _) = weights(&model.graph);
-        let Some(weight) = found.iter().find(|w| w.value == site.weight) else {
+        let Some(weight) = found.iter().find(|w| Some(w.value) == site.weight) else {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };

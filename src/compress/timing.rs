@@ -1,10 +1,10 @@
 //! How long options take: each one's own small graph, timed on the provider at the shapes of a run.
 
-use super::{Compressor, Place};
+use super::{Compressor, seen::sizes, table::Place};
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Facts};
-use lathe_ir::{DataType, Dim, External, Graph, Model, Node, ScopeId, Type, ValueId, WriteOptions};
+use lathe_ir::{DataType, Dim, External, Graph, Model, Node, ScopeId, Tensor, Type, ValueId, WriteOptions};
 use lathe_passes::{Context, lossy::Site};
 use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, SampleSet};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -20,17 +20,15 @@ impl Compressor<'_> {
     ) -> Result<(), Failure> {
         let facts = Facts::infer(model);
         let bindings = self.run_sizes(model)?;
-        let size = |value: ValueId| -> Option<Vec<u64>> {
-            facts.shape(value)?.iter().map(|dim| bindings.evaluate(dim)).collect()
-        };
+        let known_values = Known { facts: &facts, bindings: &bindings };
         let mut known: BTreeMap<String, Vec<Option<u64>>> = BTreeMap::new();
         let mut untimed = 0;
         for place in places.iter_mut() {
-            let Some(fragment) = Fragment::of(model, &place.site, &size) else {
+            let Some(fragment) = Fragment::of(model, place.site(), &known_values) else {
                 untimed += 1;
                 continue;
             };
-            let names: Vec<&str> = place.site.choices.iter().map(|c| c.name.as_str()).collect();
+            let names: Vec<&str> = place.choices().map(|(offer, own)| offer.site.choices[own].name.as_str()).collect();
             let key = format!("{} {}", fragment.key, names.join(", "));
             if !known.contains_key(&key) {
                 known.insert(key.clone(), self.time_fragment(&fragment, place, cx)?);
@@ -40,11 +38,18 @@ impl Compressor<'_> {
         // Times of a place of several constants are told in those of its parts, so that both add up alike.
         let own: BTreeMap<ValueId, Option<u64>> = places
             .iter()
-            .filter(|p| p.site.covers.len() == 1)
-            .map(|p| (p.site.weight, p.latency.first().copied().flatten()))
+            .filter_map(|p| Some((p.site().weight.filter(|_| p.site().covers.len() == 1)?, p)))
+            .map(|(weight, p)| (weight, p.latency.first().copied().flatten()))
             .collect();
-        for place in places.iter_mut().filter(|p| p.site.covers.len() > 1) {
-            let parts: Option<u64> = place.site.covers.iter().map(|value| own.get(value).copied().flatten()).sum();
+        for place in places.iter_mut().filter(|p| p.site().weight.is_none()) {
+            // It takes what its parts take at least.
+            let parts: u64 = place.site().covers.iter().filter_map(|value| own.get(value).copied().flatten()).sum();
+            if let Some(whole) = place.latency.first_mut() {
+                *whole = whole.map(|ns| ns.max(parts));
+            }
+        }
+        for place in places.iter_mut().filter(|p| p.site().weight.is_some() && p.site().covers.len() > 1) {
+            let parts: Option<u64> = place.site().covers.iter().map(|value| own.get(value).copied().flatten()).sum();
             let whole = place.latency.first().copied().flatten();
             place.latency = match (parts, whole) {
                 (Some(parts), Some(whole)) => {
@@ -55,7 +60,7 @@ impl Compressor<'_> {
             };
         }
         if untimed > 0 {
-            warnings.push(format!("{untimed} constants stay as they are: what reads them cannot be timed by itself"));
+            warnings.push(format!("{untimed} places stay as they are: what is there cannot be timed by itself"));
         }
         Ok(())
     }
@@ -78,18 +83,7 @@ impl Compressor<'_> {
         let set = SampleSet::open(self.set, model).map_err(anyhow::Error::from)?;
         let batch = set.batches().next().transpose().map_err(anyhow::Error::from)?;
         let batch = batch.ok_or_else(|| anyhow!("the calibration set is empty"))?;
-        let mut bindings = Bindings::default();
-        for &input in model.graph.main().inputs() {
-            let value = model.graph.value(input);
-            let Some((_, tensor)) = batch.inputs.iter().find(|(name, _)| *name == value.name) else { continue };
-            let dims = value.ty.as_ref().and_then(|ty| ty.shape()).map(|shape| shape.dims.clone()).unwrap_or_default();
-            for (dim, &size) in dims.iter().zip(tensor.dims()) {
-                if let Dim::Symbol(name) = dim {
-                    bindings.set(name.to_string(), size as i64);
-                }
-            }
-        }
-        Ok(bindings)
+        Ok(sizes(model, &batch.inputs))
     }
 
     fn time_fragment(&self, fragment: &Fragment, place: &Place, cx: &Context) -> Result<Vec<Option<u64>>, Failure> {
@@ -105,12 +99,13 @@ impl Compressor<'_> {
             Ok(())
         };
         save(0, &fragment.model)?;
-        for index in 0..place.site.choices.len() {
-            let (method, own) = place.origin[index];
+        // What is left of several units is timed by its share of the operations.
+        let as_one = place.site().weight.is_some();
+        for (index, (offer, own)) in place.choices().enumerate().filter(|_| as_one) {
             let mut changed = fragment.model.clone();
-            let weight = changed.graph.find_value(&place.site.name).expect("the weight keeps its name");
-            let site = Site { weight, ..place.of_method(index) };
-            let outcome = method.rewrite(&mut changed, &site, own, cx).map_err(anyhow::Error::from)?;
+            let weight = changed.graph.find_value(&offer.site.name);
+            let site = Site { weight, ..offer.site.clone() };
+            let outcome = offer.method.rewrite(&mut changed, &site, own, cx).map_err(anyhow::Error::from)?;
             if !outcome.changes.is_empty() {
                 save(index + 1, &changed)?;
             }
@@ -120,9 +115,15 @@ impl Compressor<'_> {
         let BenchResult::Each(medians) = measured else {
             return Err(Failure::Error(anyhow!("the worker measured something else")));
         };
-        let mut latency = vec![None; place.site.choices.len() + 1];
+        let mut latency = vec![None; place.choices().count() + 1];
         for (&index, ms) in of.iter().zip(medians) {
             latency[index] = Some((ms * 1e6).round().max(1.0) as u64);
+        }
+        if let (false, Some(whole)) = (as_one, latency[0]) {
+            for (index, (offer, own)) in place.choices().enumerate() {
+                let (left, kept) = (offer.site.choices[own].spent.flops_per_row, offer.site.kept.flops_per_row);
+                latency[index + 1] = Some((whole as f64 * left as f64 / kept.max(1) as f64) as u64);
+            }
         }
         Ok(latency)
     }
@@ -135,9 +136,35 @@ struct Fragment {
     key: String,
 }
 
+/// What is known of values at the sizes of a run.
+struct Known<'a> {
+    facts: &'a Facts,
+    bindings: &'a Bindings,
+}
+
+impl Known<'_> {
+    /// A type with sizes in numbers, for values that may be anything.
+    fn ty(&self, value: ValueId) -> Option<Type> {
+        let sizes = self.facts.shape(value)?.iter().map(|dim| self.bindings.evaluate(dim));
+        let dims = sizes.map(|size| Some(Dim::Known(size? as i64))).collect::<Option<Vec<_>>>()?;
+        let elem = self.facts.elem(value).filter(|t| t.is_float() || *t == DataType::Bool)?;
+        Some(Type::tensor(elem, dims))
+    }
+
+    /// Sizes and other whole numbers that follow from the sizes of a run.
+    fn numbers(&self, value: ValueId) -> Option<Tensor> {
+        let contents = self.facts.contents(value)?;
+        let numbers = contents.elements().iter().map(|e| self.bindings.evaluate(e.as_ref()?).map(|n| n as i64));
+        let numbers = numbers.collect::<Option<Vec<i64>>>()?;
+        let scalar = self.facts.ndim(value)? == 0;
+        let dims = if scalar { Vec::new() } else { vec![numbers.len()] };
+        (self.facts.elem(value)? == DataType::Int64).then(|| Tensor::from_i64s(&dims, &numbers))
+    }
+}
+
 impl Fragment {
-    /// `None` where what a node reads has no known size, or rows are picked of the weight.
-    fn of(model: &Model, site: &Site, size: &dyn Fn(ValueId) -> Option<Vec<u64>>) -> Option<Fragment> {
+    /// `None` where something that a node reads is not known well enough to make it up, or rows are picked of the weight.
+    fn of(model: &Model, site: &Site, known: &Known<'_>) -> Option<Fragment> {
         let from = &model.graph;
         let mut graph = Graph::new("fragment");
         let mut key = String::new();
@@ -145,7 +172,8 @@ impl Fragment {
         let mut copied: BTreeMap<ValueId, ValueId> = BTreeMap::new();
         for &id in &site.nodes {
             let node = from.node(id);
-            if node.is("Gather") {
+            let called = model.function(&node.domain, &node.op_type, &node.overload).is_some();
+            if node.is("Gather") && site.weight.is_some() || called || !node.subgraphs().is_empty() {
                 return None;
             }
             let mut inputs = Vec::new();
@@ -160,15 +188,19 @@ impl Fragment {
                         key += &format!(" {:?}", tensor.dims());
                         graph.add_initializer(ScopeId::MAIN, &name(input), tensor.clone())
                     }
-                    (None, None) => {
-                        let sizes = size(input)?;
-                        key += &format!(" {sizes:?}");
-                        let dims = sizes.iter().map(|&s| Dim::Known(s as i64)).collect();
-                        let ty = Type::tensor(DataType::Float, dims);
-                        let value = graph.add_value(name(input), Some(ty));
-                        graph.add_input(ScopeId::MAIN, value);
-                        value
-                    }
+                    (None, None) => match (known.ty(input), known.numbers(input)) {
+                        (Some(ty), _) => {
+                            key += &format!(" {ty:?}");
+                            let value = graph.add_value(name(input), Some(ty));
+                            graph.add_input(ScopeId::MAIN, value);
+                            value
+                        }
+                        (None, Some(numbers)) => {
+                            key += &format!(" {:?}", numbers.to_i64s());
+                            graph.add_initializer(ScopeId::MAIN, &name(input), numbers)
+                        }
+                        (None, None) => return None,
+                    },
                 };
                 copied.insert(input, value);
                 inputs.push(Some(value));
@@ -186,9 +218,13 @@ impl Fragment {
             }
             graph.add_node(ScopeId::MAIN, own, inputs, outputs);
         }
-        for tap in &site.taps {
+        let shown: Vec<ValueId> = site.taps.iter().filter_map(|tap| copied.get(tap).copied()).collect();
+        if shown.is_empty() {
+            return None;
+        }
+        for value in shown {
             // A layer that gives the model's output is left alone by some methods.
-            let shown = graph.append(ScopeId::MAIN, Node::new("Abs"), &[*copied.get(tap)?], "shown");
+            let shown = graph.append(ScopeId::MAIN, Node::new("Abs"), &[value], "shown");
             graph.value_mut(shown).ty = Some(Type::unshaped(DataType::Float));
             graph.add_output(ScopeId::MAIN, shown);
         }

@@ -30,6 +30,7 @@ pub(super) fn section(plan: &Value) -> Markup {
             (number("bound")) ". Bars are relative to the largest of their column."
         }
         (budget(plan))
+        (strip(plan))
         @if !choices.is_empty() {
             div.scroll { table #plan {
                 thead { tr {
@@ -53,6 +54,43 @@ pub(super) fn section(plan: &Value) -> Markup {
                     }
                 } }
             } }
+        }
+    }
+}
+
+/// The units of the model in order, as wide as their share of its operations, and what each got.
+fn strip(plan: &Value) -> Markup {
+    let Some(units) = plan.get("units").and_then(Value::as_array).filter(|u| !u.is_empty()) else { return html! {} };
+    let text = |unit: &Value, key: &str| unit.get(key).and_then(Value::as_str).unwrap_or("outside of units").to_owned();
+    let got = |unit: &Value| -> Vec<String> {
+        let all = unit.get("got").and_then(Value::as_array).into_iter().flatten();
+        all.filter_map(|g| g.as_str().map(str::to_owned)).collect()
+    };
+    let share = |unit: &Value| unit.get("flops_share").and_then(Value::as_f64).unwrap_or(0.0);
+    let class = |got: &[String]| match got {
+        [] => "kept",
+        all if all.iter().any(|o| o.starts_with("leave out")) => "gone",
+        _ => "changed",
+    };
+    let said = |unit: &Value| {
+        let got = got(unit);
+        let what = if got.is_empty() { "as it is".to_owned() } else { got.join(", ") };
+        format!("{} ({}, {:.1} % of FLOPs): {what}", text(unit, "unit"), text(unit, "kind"), share(unit) * 100.0)
+    };
+    html! {
+        p.caption {
+            "The model from first to last unit, each as wide as its share of the FLOPs: "
+            span.key.gone {} " left out, " span.key.changed {} " changed, " span.key.kept {} " as it is."
+        }
+        ol #strip { @for unit in units {
+            @let got = got(unit);
+            li class=(class(&got)) style=(format!("flex-grow:{:.2}", (share(unit) * 1000.0).max(1.0))) title=(said(unit)) {
+                span { (text(unit, "kind").chars().next().unwrap_or('·')) }
+            }
+        } }
+        details {
+            summary { "What each unit got" }
+            ul { @for unit in units { li { (said(unit)) } } }
         }
     }
 }

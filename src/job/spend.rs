@@ -13,7 +13,10 @@ use lathe_ir::{Model, Staged, WriteOptions};
 use lathe_passes::{
     Context, Pass,
     exact::{DropDead, DropNoopLayout},
-    lossy::allocate::{self, Measure, SolveError, Solver},
+    lossy::{
+        METHODS,
+        allocate::{self, Measure, SolveError, Solver},
+    },
 };
 use lathe_runtime::{BenchInputs, Distance, InputSpec, SetSpec};
 use serde_json::json;
@@ -98,7 +101,7 @@ impl Limit {
 /// Everything that is the same for every allocation that is tried.
 struct Attempt<'a> {
     exact: &'a Exact<'a>,
-    table: &'a Table,
+    table: &'a Table<'a>,
     inputs: &'a BenchInputs,
     solver: Solver,
 }
@@ -113,11 +116,19 @@ impl Job<'_> {
     ) -> Result<Spent, Failure> {
         let options = self.options;
         let given = options.sets.calibration.as_ref();
-        let given = given.context("a budget is spent by what is seen on a calibration set, and none is given")?;
+        let given = given.context("lossy methods choose by what is seen on a calibration set, and none is given")?;
         let calibration = &SetSpec { chosen: chosen.or_else(|| given.chosen.clone()), ..given.clone() };
         let solver = self.context().setting(&allocate::INFO, "solver").map_err(anyhow::Error::from)?;
         let mut shares = options.budget.shares();
-        let least = shares.is_empty();
+        let mut asked = Vec::new();
+        for &method in METHODS {
+            if super::is_asked(options, method)? {
+                asked.push(method.info().name);
+            }
+        }
+        // What is asked for is done whatever it saves, and nothing else without a budget.
+        let only_asked = shares.is_empty() && !asked.is_empty();
+        let least = shares.is_empty() && !only_asked;
         if least {
             shares.push((options.budget.minimize, 1.0));
         }
@@ -132,12 +143,15 @@ impl Job<'_> {
             load: &options.load,
             memory: options.memory,
             seed: options.seed,
-            admits: &|name| options.selection.admits(name),
+            admits: &|name| options.selection.admits(name) && (!only_asked || asked.contains(&name)),
             distance: self.distance(exact.model),
             inputs: inputs.clone(),
             measures: shares.iter().map(|s| s.0).collect(),
         };
         let mut table = compressor.table(exact.model, warnings)?;
+        if let Some((method, reason)) = asked.iter().find_map(|&method| Some((method, table.unmet(method)?))) {
+            return Err(Failure::Refused(format!("`{method}` cannot do what is asked: {reason}")));
+        }
         let mut limits = Vec::new();
         for (measure, share) in shares {
             let (original, left) = self.totals(measure, exact, &inputs)?;
@@ -157,6 +171,9 @@ impl Job<'_> {
         };
         drop(spent);
         // What would pass, found by bisection, so that the user knows what to ask for.
+        if only_asked {
+            return Err(Failure::Refused(failed));
+        }
         let (mut low, mut high) = (0.0, 1.0);
         for _ in 0..BISECTIONS {
             let middle = (low + high) / 2.0;
@@ -284,7 +301,7 @@ impl Job<'_> {
             let verify = self.held_out(staged.path())?;
             let mut plan = found.plan;
             let solver = match attempt.solver {
-                Solver::Auto if limits.len() == 1 => Solver::Pareto,
+                Solver::Auto if limits.len() < 2 => Solver::Pareto,
                 Solver::Auto => Solver::Ilp,
                 solver => solver,
             };

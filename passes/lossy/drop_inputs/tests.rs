@@ -158,7 +158,7 @@ fn inputs_that_matter_stay() {
     let rows = bench.known.values.get_mut("s").unwrap();
     (48..64).for_each(|i| (0..ROWS / 100).for_each(|row| rows[(row, i)] = 0.3));
     let cx = Context { calibration: Some(&bench.known), ..Context::default() };
-    assert_eq!(quiet_rows(&bench.model, &cx).unwrap(), [Rows::last("s")]);
+    assert_eq!(DropInputs.magnitudes(&bench.model, &cx).unwrap(), [Rows::last("s")]);
     assert_eq!(bench.refused(), FEW);
     let unwatched = Bench { known: Known { counted: false, ..Bench::plain(64, 64, 16).known }, ..bench };
     assert_eq!(unwatched.refused(), "it was not watched how large its inputs are");
@@ -169,6 +169,6 @@ fn only_layers_with_inputs_that_matter_little_are_counted() {
     for (quiet, wanted) in [(0, vec![]), (16, vec![Rows::last("s")])] {
         let bench = Bench::plain(64, 64, quiet);
         let cx = Context { calibration: Some(&bench.known), ..Context::default() };
-        assert_eq!(quiet_rows(&bench.model, &cx).unwrap(), wanted);
+        assert_eq!(DropInputs.magnitudes(&bench.model, &cx).unwrap(), wanted);
     }
 }

@@ -1,0 +1,159 @@
+//! What was seen on the calibration set, and what can be run on it, as methods ask for it.
+
+use crate::runner::Runner;
+use lathe_analysis::{
+    Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, SymMatrix,
+};
+use lathe_ir::{Dim, Model};
+use lathe_runtime::{
+    CollectOptions, Distance, LoadOptions, Request, SampleSet, SetError, SetSpec, Statistics, StatisticsError, trials,
+};
+use std::collections::BTreeSet;
+
+/// Floating-point operations that one run of a model over the samples of trials may take.
+const TRIAL_FLOPS: f64 = 4e11;
+
+/// Samples of trials, at least and at most, where a quarter of the set is as many.
+const TRIAL_SAMPLES: (usize, usize) = (4, 256);
+
+/// Statistics by the names of values, and everything that running a variant of the model needs.
+pub(super) struct Seen<'a> {
+    /// Mean squares of what layers read and give, over the whole calibration set.
+    pub moments: Statistics,
+    /// Second moments of what they read, over as many samples as those need.
+    pub grams: Statistics,
+    /// How large it is, where a method wants to know.
+    pub magnitudes: Option<Statistics>,
+    pub runner: &'a Runner,
+    /// The model that is being compressed.
+    pub model: Model,
+    pub split: Split,
+    pub load: &'a LoadOptions,
+    pub distance: Distance,
+    /// How statistics of variants are collected.
+    pub collect: CollectOptions,
+}
+
+/// The calibration set in two parts that share no sample, unless it has only one.
+pub(super) struct Split {
+    /// What trials run on.
+    pub trials: SetSpec,
+    /// What variants are fitted to.
+    pub fits: SetSpec,
+}
+
+impl Split {
+    pub fn of(set: &SetSpec, model: &Model) -> Result<Split, SetError> {
+        let samples = SampleSet::open(set, model)?;
+        let (least, most) = TRIAL_SAMPLES;
+        let affordable = (TRIAL_FLOPS / flops_of_sample(&samples, model)?.max(1.0)) as usize;
+        let trials = samples.spread(affordable.clamp(least, most).min(samples.len() / 4).max(1));
+        let tried: BTreeSet<usize> = trials.iter().copied().collect();
+        let mut fits: Vec<usize> = samples.spread(samples.len());
+        fits.retain(|unit| !tried.contains(unit) || samples.len() == 1);
+        let part = |chosen| SetSpec { chosen: Some(chosen), ..set.clone() };
+        Ok(Split { trials: part(trials), fits: part(fits) })
+    }
+}
+
+/// Operations of one sample, as the first batch is shaped.
+fn flops_of_sample(samples: &SampleSet, model: &Model) -> Result<f64, SetError> {
+    let Some(batch) = samples.batches().next().transpose()? else { return Ok(0.0) };
+    let bindings = sizes(model, &batch.inputs);
+    Ok(Cost::of(model, &Facts::infer(model), &bindings).flops as f64 / batch.samples.max(1) as f64)
+}
+
+/// The sizes that symbols of the inputs' shapes have in these inputs.
+pub(super) fn sizes(model: &Model, inputs: &[(String, lathe_ir::Tensor)]) -> Bindings {
+    let mut bindings = Bindings::default();
+    for &input in model.graph.main().inputs() {
+        let value = model.graph.value(input);
+        let Some((_, tensor)) = inputs.iter().find(|(name, _)| *name == value.name) else { continue };
+        let dims = value.ty.as_ref().and_then(|ty| ty.shape()).map(|shape| shape.dims.clone()).unwrap_or_default();
+        for (dim, &size) in dims.iter().zip(tensor.dims()) {
+            if let Dim::Symbol(name) = dim {
+                bindings.set(name.to_string(), size as i64);
+            }
+        }
+    }
+    bindings
+}
+
+fn failed(error: StatisticsError) -> EvaluateError {
+    EvaluateError { message: error.to_string() }
+}
+
+impl Calibrate for Seen<'_> {
+    fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
+        let request = Request::Gram(rows.clone());
+        if !self.grams.requests().any(|r| *r == request) {
+            return Ok(None);
+        }
+        let rows_counted = self.grams.counts(&request).map_err(failed)?.rows;
+        let mut sums = self.grams.gram(rows).map_err(failed)?;
+        let mut mean = self.grams.field(&request, "sum").map_err(failed)?.data;
+        let count = rows_counted.max(1) as f64;
+        sums.scale(1.0 / count);
+        mean.iter_mut().for_each(|x| *x /= count);
+        Ok((rows_counted > 0).then_some(Gram { matrix: sums, mean, rows: rows_counted }))
+    }
+
+    fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+        let request = Request::Columns(rows.clone());
+        if !self.moments.requests().any(|r| *r == request) {
+            let diagonal = |gram: &SymMatrix| (0..gram.size()).map(|i| gram.get(i, i)).collect();
+            return Ok(self.gram(rows)?.map(|g| Moments { square: diagonal(&g.matrix), largest: None, rows: g.rows }));
+        }
+        let rows = self.moments.counts(&request).map_err(failed)?.rows;
+        let mut square = self.moments.field(&request, "square_sum").map_err(failed)?.data;
+        square.iter_mut().for_each(|x| *x /= rows.max(1) as f64);
+        let largest = self.moments.field(&request, "max_abs").map_err(failed)?.data.into_iter().fold(0.0, f64::max);
+        Ok((rows > 0).then_some(Moments { square, largest: Some(largest), rows }))
+    }
+
+    fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError> {
+        let request = Request::Magnitudes(rows.clone());
+        let found = self.magnitudes.as_ref().filter(|m| m.requests().any(|r| *r == request));
+        found.map(|found| found.magnitudes(rows)).transpose().map(Option::flatten).map_err(failed)
+    }
+
+    fn cosines(&self, pairs: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError> {
+        let request = |(x, y): &(Rows, Rows)| Request::Cosine(x.clone(), y.clone());
+        let requests: Vec<Request> = pairs.iter().map(request).collect();
+        let found = self.runner.collect(&self.model, &self.split.fits, &requests, &self.collect).map_err(failed)?;
+        let cosine = |request: &Request| -> Result<f64, StatisticsError> {
+            let sum = found.field(request, "cosine_sum")?.data.first().copied().unwrap_or(0.0);
+            Ok(sum / found.counts(request)?.rows.max(1) as f64)
+        };
+        requests.iter().map(cosine).collect::<Result<_, _>>().map_err(failed)
+    }
+
+    fn cross(&self, model: &Model, pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
+        let request = |(x, y): &(Rows, Rows)| Request::Cross(x.clone(), y.clone());
+        let requests: Vec<Request> = pairs.iter().map(request).collect();
+        let found = self.runner.collect(model, &self.split.fits, &requests, &self.collect).map_err(failed)?;
+        let cross = |request: &Request| -> Result<Cross, StatisticsError> {
+            let rows = found.counts(request)?.rows;
+            let mean = |name: &str| -> Result<Vec<f64>, StatisticsError> {
+                let mut field = found.field(request, name)?.data;
+                field.iter_mut().for_each(|x| *x /= rows.max(1) as f64);
+                Ok(field)
+            };
+            Ok(Cross {
+                matrix: mean("cross")?,
+                x_mean: mean("x_sum")?,
+                y_mean: mean("y_sum")?,
+                x_square: mean("x_square_sum")?,
+                y_square: mean("y_square_sum")?,
+                rows,
+            })
+        };
+        requests.iter().map(cross).collect::<Result<_, _>>().map_err(failed)
+    }
+
+    fn trials(&self, variant: &Model, gates: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
+        let child = self.runner.child();
+        let found = trials(child, &self.model, variant, &self.split.trials, gates, self.distance, self.load);
+        found.map_err(failed)
+    }
+}
