@@ -219,6 +219,8 @@ impl<'a> Compressor<'a> {
                 memory: collect.memory,
                 ..CollectOptions::new(self.load.clone(), scratch.to_owned())
             },
+            set: self.set.clone(),
+            some: some.clone(),
         };
         let cx = Context { calibration: Some(&seen), settings: self.cx.settings.clone(), ..Context::default() };
         let mut wanted = BTreeSet::new();

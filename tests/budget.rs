@@ -271,3 +271,49 @@ fn the_least_size_within_a_drop_is_found() {
     let share = report["output"]["file_bytes"].as_f64().unwrap() / report["input"]["file_bytes"].as_f64().unwrap();
     assert!(share < 0.35, "{share}");
 }
+
+/// Two residual blocks, the second of which reads what the first has become.
+#[test]
+fn block_by_block_each_block_is_fitted_to_what_it_reads_by_then() {
+    let bench = Bench::new();
+    let mut noise = Noise(11);
+    let mut list =
+        |count: usize| noise.numbers(count, 0.3).iter().map(|x| format!("{x:e}")).collect::<Vec<_>>().join(", ");
+    let block = |at: usize| {
+        format!(
+            "h{at} = MatMul (s{at}, up{at}) a{at} = Tanh (h{at}) d{at} = MatMul (a{at}, down{at}) s{} = Add (s{at}, d{at})",
+            at + 1
+        )
+    };
+    let source = format!(
+        "<ir_version: 10, opset_import: [\"\" : 21]> g (float[n, 64] x) => (float[n, 64] y) \
+         <float[64, 128] up0 = {{{}}}, float[128, 64] down0 = {{{}}}, float[64, 128] up1 = {{{}}}, float[128, 64] down1 = {{{}}}> \
+         {{ s0 = Tanh (x) {} {} y = Tanh (s2) }}",
+        list(64 * 128),
+        list(64 * 128),
+        list(64 * 128),
+        list(64 * 128),
+        block(0),
+        block(1)
+    );
+    fs::write(bench.path("model.onnx"), text::parse(&source).unwrap().to_bytes()).unwrap();
+    let mut npz = NpzWriter::create(&bench.path("set.npz")).unwrap();
+    npz.add("x", &Tensor::from_f32s(&[512, 64], &noise.numbers(512 * 64, 2.0))).unwrap();
+    npz.finish().unwrap();
+    let run = |options: &[&str]| {
+        let fixed = ["--passes", "factorize", "--params", "0.6", "--metric", "rel-l2"];
+        let report = bench.report(&[&fixed, options].concat());
+        (
+            report["plan"]["objective"].clone(),
+            report["verify"]["drop"].as_f64().unwrap(),
+            fs::read(bench.path("out.onnx")).unwrap(),
+        )
+    };
+    let once = run(&[]);
+    let again = run(&["--set", "factorize.sequential=block"]);
+    assert_eq!(once.0, again.0, "the plan is the same");
+    assert!(once.2 != again.2 && again.1 < 1.1 * once.1, "{} at once, {} block by block", once.1, again.1);
+    let set = bench.path("set.npz");
+    let output = bench.run(&["--calib", set.to_str().unwrap(), "--params", "0.6", "--set", "factorize.sequential=row"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("expected none or block"));
+}

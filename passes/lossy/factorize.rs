@@ -23,12 +23,21 @@ static INFO: Info = Info {
           bias where there is one. A convolution becomes one with r channels and a \
           1×1 one. Declines layers that give an output of the model, tables that rows are picked of, and those with \
           fewer than 32 inputs or outputs.",
-    options: &[Opt {
-        name: "metric",
-        unit: "output or weight",
-        default: "output",
-        doc: "what is fitted: the output on the calibration set, or the weight itself (plain SVD, for comparison)",
-    }],
+    options: &[
+        Opt {
+            name: "metric",
+            unit: "output or weight",
+            default: "output",
+            doc: "what is fitted: the output on the calibration set, or the weight itself (plain SVD, for comparison)",
+        },
+        Opt {
+            name: "sequential",
+            unit: "none or block",
+            default: "none",
+            doc: "block carries plans out block by block, whatever the method, and looks anew at what each block reads \
+                  once those before it have changed; slower by a run over the calibration set per block",
+        },
+    ],
     kind: Kind::Lossy,
     lowers: &[Quantity::Parameters, Quantity::Flops],
     source: Some("Wang et al. 2024, SVD-LLM, arXiv:2403.07378"),
@@ -57,6 +66,30 @@ impl std::str::FromStr for Metric {
             _ => Err(()),
         }
     }
+}
+
+/// When statistics are taken again while a plan is carried out.
+#[derive(Clone, Copy, PartialEq)]
+enum Sequential {
+    Never,
+    Block,
+}
+
+impl std::str::FromStr for Sequential {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "none" => Ok(Sequential::Never),
+            "block" => Ok(Sequential::Block),
+            _ => Err(()),
+        }
+    }
+}
+
+/// Whether plans are carried out block by block, on what each block reads by then.
+pub fn block_by_block(cx: &Context) -> Result<bool, Error> {
+    Ok(cx.setting::<Sequential>(&INFO, "sequential")? == Sequential::Block)
 }
 
 /// Ranks that are offered for a layer of these sides, or for several layers together.

@@ -22,7 +22,7 @@ pub use compensate::Compensate;
 pub use convert_floats::ConvertFloats;
 pub use dictionary::Dictionary;
 pub use drop_inputs::{DropInputs, QUIET};
-pub use factorize::Factorize;
+pub use factorize::{Factorize, block_by_block};
 pub use factorize_jointly::FactorizeJointly;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{Tap, Weight, weights};

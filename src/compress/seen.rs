@@ -2,9 +2,10 @@
 
 use crate::runner::Runner;
 use lathe_analysis::{
-    Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, SymMatrix,
+    Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, SymMatrix, View,
 };
 use lathe_ir::{Dim, Model};
+use lathe_passes::lossy::{Weight, gram_rows};
 use lathe_runtime::{
     CollectOptions, Distance, LoadOptions, Request, SampleSet, SetError, SetSpec, Statistics, StatisticsError, trials,
 };
@@ -32,9 +33,44 @@ pub(super) struct Seen<'a> {
     pub distance: Distance,
     /// How statistics of variants are collected.
     pub collect: CollectOptions,
+    /// The calibration set, and those of its samples that second moments are taken over.
+    pub set: SetSpec,
+    pub some: SetSpec,
+}
+
+impl Seen<'_> {
+    /// What these weights read and give in a variant of the model, with everything else as it was.
+    pub fn again(&self, variant: &Model, weights: &[&Weight]) -> Result<Self, StatisticsError> {
+        let (mut columns, mut grams) = (BTreeSet::new(), BTreeSet::new());
+        for weight in weights {
+            grams.extend(gram_rows(weight).into_iter().map(Request::Gram));
+            for tap in &weight.taps {
+                let plain = tap.rows.iter().filter(|rows| !matches!(rows.view, View::Patches(_)));
+                columns.extend(plain.chain([&tap.output_rows]).cloned().map(Request::Columns));
+            }
+        }
+        let collect = |set: &SetSpec, requests: BTreeSet<Request>| {
+            let requests: Vec<Request> = requests.into_iter().collect();
+            self.runner.collect(variant, set, &requests, &self.collect)
+        };
+        Ok(Seen {
+            moments: collect(&self.set, columns)?,
+            grams: collect(&self.some, grams)?,
+            magnitudes: None,
+            runner: self.runner,
+            model: self.model.clone(),
+            split: self.split.clone(),
+            load: self.load,
+            distance: self.distance,
+            collect: self.collect.clone(),
+            set: self.set.clone(),
+            some: self.some.clone(),
+        })
+    }
 }
 
 /// The calibration set in two parts that share no sample, unless it has only one.
+#[derive(Clone)]
 pub(super) struct Split {
     /// What trials run on.
     pub trials: SetSpec,

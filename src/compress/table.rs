@@ -6,12 +6,14 @@ use super::{
 };
 use crate::{Failure, PassRecord};
 use anyhow::anyhow;
-use lathe_ir::{Model, ValueId};
+use lathe_analysis::{Facts, Units};
+use lathe_ir::{Model, NodeId, ValueId};
 use lathe_passes::{
     Context,
     lossy::{
-        Choice, Method, Site, Spent,
+        Choice, Method, Site, Spent, Weight,
         allocate::{self, Group, Measure, Plan, SolveError, Solver, Status},
+        block_by_block, weights,
     },
 };
 use serde_json::{Value, json};
@@ -213,6 +215,36 @@ impl Table<'_> {
         Ok((allocate::solve(&table, budget, solver)?, start.elapsed().as_secs_f64()))
     }
 
+    /// Carries out choices of places, one after the other.
+    fn edit(
+        &self,
+        result: &mut Model,
+        records: &mut BTreeMap<&'static str, PassRecord>,
+        edits: &[(&Place, usize)],
+        cx: &Context,
+    ) -> Result<(), Failure> {
+        for &(place, index) in edits {
+            let (offer, own) = place.choices().nth(index).expect("plans choose among what was offered");
+            let (site, choice) = (&offer.site, &offer.site.choices[own]);
+            let name = offer.method.info().name;
+            let outcome = offer.method.rewrite(result, site, own, cx).map_err(anyhow::Error::from)?;
+            if outcome.changes.is_empty() {
+                let fault = anyhow!(
+                    "`{}` could not be made {} as planned; this is a fault of this program",
+                    site.name,
+                    choice.name
+                );
+                return Err(Failure::Error(fault));
+            }
+            let record = records.get_mut(name).expect("a method that proposes has a record");
+            record.weight_bytes_delta += choice.spent.bytes as i64 - site.kept.bytes as i64;
+            let rows = offer.rows as i64;
+            record.flops_delta += (choice.spent.flops_per_row as i64 - site.kept.flops_per_row as i64) * rows;
+            record.outcome.merge(outcome);
+        }
+        Ok(())
+    }
+
     /// Carries a plan out on a copy of `model`.
     pub(crate) fn carry_out(&self, model: &Model, plan: &Plan, cx: &Context) -> Result<Compressed, Failure> {
         let mut result = model.clone();
@@ -234,24 +266,25 @@ impl Table<'_> {
         let mut edits: Vec<(&Place, usize)> = chosen.iter().filter_map(|&(p, choice)| Some((p, choice?))).collect();
         // What reaches over several layers goes first: the others work on what it leaves of theirs.
         edits.sort_by_key(|(place, _)| (place.site().weight.is_some(), std::cmp::Reverse(place.covers().len())));
-        for (place, index) in edits {
-            let (offer, own) = place.choices().nth(index).expect("plans choose among what was offered");
-            let (site, choice) = (&offer.site, &offer.site.choices[own]);
-            let name = offer.method.info().name;
-            let outcome = offer.method.rewrite(&mut result, site, own, &cx).map_err(anyhow::Error::from)?;
-            if outcome.changes.is_empty() {
-                let fault = anyhow!(
-                    "`{}` could not be made {} as planned; this is a fault of this program",
-                    site.name,
-                    choice.name
-                );
-                return Err(Failure::Error(fault));
+        let stages = match block_by_block(&cx).map_err(anyhow::Error::from)? {
+            true => stages(model, edits),
+            false => vec![edits],
+        };
+        let mut again = None;
+        for (stage, edits) in stages.into_iter().enumerate() {
+            if stage > 0 {
+                let (found, _) = weights(&result.graph);
+                let covered = |w: &&Weight| edits.iter().any(|(place, _)| place.covers().contains(&w.value));
+                let own: Vec<&Weight> = found.iter().filter(covered).collect();
+                again = Some(self.seen.again(&result, &own).map_err(anyhow::Error::from)?);
             }
-            let record = records.get_mut(name).expect("a method that proposes has a record");
-            record.weight_bytes_delta += choice.spent.bytes as i64 - site.kept.bytes as i64;
-            let rows = offer.rows as i64;
-            record.flops_delta += (choice.spent.flops_per_row as i64 - site.kept.flops_per_row as i64) * rows;
-            record.outcome.merge(outcome);
+            let cx = Context {
+                calibration: Some(again.as_ref().unwrap_or(&self.seen)),
+                target: cx.target,
+                settings: cx.settings.clone(),
+                ..Context::default()
+            };
+            self.edit(&mut result, &mut records, &edits, &cx)?;
         }
         let choices = chosen.iter().filter_map(|&(place, choice)| told(place, choice)).collect();
         let done = chosen.iter().filter_map(|&(place, choice)| {
@@ -262,6 +295,35 @@ impl Table<'_> {
         json["units"] = strip(model, &done.collect::<Vec<_>>()).into();
         Ok(Compressed { model: result, plan: json, records: records.into_values().collect() })
     }
+}
+
+/// Edits by the residual block that they are in, in the order of the model; what is in none goes with what is before it.
+fn stages<'p>(model: &Model, mut edits: Vec<(&'p Place, usize)>) -> Vec<Vec<(&'p Place, usize)>> {
+    let units = Units::find(model, &Facts::infer(model));
+    let order: BTreeMap<NodeId, usize> =
+        model.graph.nodes(lathe_ir::ScopeId::MAIN).enumerate().map(|(at, id)| (id, at)).collect();
+    let first = |place: &Place| place.site().nodes.iter().filter_map(|id| order.get(id)).min().copied();
+    let block = |place: &Place| {
+        let mut unit = place.site().nodes.iter().find_map(|&id| units.of_node(id))?;
+        while let Some(parent) = units.get(unit).parent {
+            unit = parent;
+        }
+        let unit = units.get(unit);
+        Some((unit.chain, unit.position / units.period(unit.chain).unwrap_or(1).max(1)))
+    };
+    // What reaches over several layers stays first.
+    edits.sort_by_key(|(place, _)| (place.site().weight.is_some(), first(place)));
+    let mut stages: Vec<Vec<(&Place, usize)>> = Vec::new();
+    let mut last = None;
+    for edit in edits {
+        let own = block(edit.0).filter(|_| edit.0.site().weight.is_some());
+        match stages.last_mut() {
+            Some(stage) if own.is_none() || own == last => stage.push(edit),
+            _ => stages.push(vec![edit]),
+        }
+        last = own.or(last);
+    }
+    stages
 }
 
 /// A choice as the report tells it; `None` for a place of several constants that stays as it is.
