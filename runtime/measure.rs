@@ -88,8 +88,8 @@ pub(crate) fn measure_files(
 
 /// Runs both models on every batch and measures `metric` (or what `auto` finds).
 ///
-/// `model` is the reference as read; `renamed` are its inputs and outputs that the candidate has not under their names. The reference is run twice on the first batch. A model that does not run is a
-/// [`Verdict`]. `talk` hears of every batch: `samples 8 to 15 of 64`.
+/// `model` is the reference as read; `renamed` are its inputs and outputs that the candidate has not under their names.
+/// The reference is run twice on the first batch. A model that does not run is a [`Verdict`]. `talk` hears of every batch: `samples 8 to 15 of 64`.
 #[allow(clippy::too_many_arguments)] // Two models, what to run them on, what to measure, and how.
 pub(crate) fn measure(
     engine: &dyn Engine,

@@ -64,12 +64,13 @@ pub(super) fn settle(
             }
         }
     }
+    // Removed values lose their names.
+    let mut gone: Vec<String> = going.iter().map(|&v| name(graph, v)).collect();
     DropDead.apply(model, cx)?;
     if mode == Caches::KeepIo {
         return Ok(Ok(going.len()));
     }
     let graph = &mut model.graph;
-    let mut gone: Vec<String> = going.iter().map(|&v| name(graph, v)).collect();
     for &input in fed.iter().filter(|&&v| graph.value(v).uses().is_empty()).collect::<Vec<_>>() {
         let at = graph.main().inputs().iter().position(|&v| v == input).expect("it is an input");
         gone.push(name(graph, input));
