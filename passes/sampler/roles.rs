@@ -249,7 +249,7 @@ mod tests {
         assert!(refused("float[n,4,8,8] a, float[n] t", &["cond=b"]).contains("no input `b`, it has `a`, `t`"));
         assert!(refused("float[n,4,8,8] a, float[n] t", &["uncond:t=1"]).contains("no condition"));
         assert!(refused("float[n,4,8,8] a, float[n] t", &["guide=1"]).contains("uncond:NAME="));
-        assert!(refused("float[n,4,8,8] a, float[n] t", &["time=a"]).contains("both latent and time"));
+        assert!(refused("float[n,4,8,8] a, float[n] t", &["latent=a", "time=a"]).contains("both latent and time"));
         let said = infer("float[n,4,8,8] a, float[n,4,8,8] b, int64 t", &["latent=b"]).unwrap();
         assert_eq!((said.latent.as_str(), said.conditions[0].name.as_str()), ("b", "a"));
     }
