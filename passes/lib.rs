@@ -9,6 +9,7 @@ mod operands;
 mod pass;
 mod rule;
 mod same_scope;
+pub mod sampler;
 #[cfg(test)]
 mod testing;
 

@@ -31,6 +31,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Compile a whole diffusion sampling loop into one model: noise in, sample out.
+    Sampler(Box<commands::sampler::SamplerArgs>),
     /// What a model is: inputs, nodes, parameters, FLOPs, operators.
     Inspect(commands::inspect::InspectArgs),
     /// Compare two models on the same inputs.
@@ -258,6 +260,7 @@ fn parse(arguments: &[OsString]) -> Cli {
 fn run(arguments: Vec<OsString>) -> Result<(), Failure> {
     let mut cli = parse(&arguments);
     match &cli.command {
+        Some(Command::Sampler(args)) => commands::sampler::run(args, &arguments),
         Some(Command::Inspect(args)) => commands::inspect::run(args),
         Some(Command::Verify(args)) => commands::verify::run(args),
         Some(Command::Stats(args)) => commands::stats::run(args),

@@ -148,7 +148,7 @@ fn runner_options(options: &Options) -> RunnerOptions {
     }
 }
 
-fn check_output(model: &Path, output: &Path, overwrite: bool) -> Result<(), Failure> {
+pub(crate) fn check_output(model: &Path, output: &Path, overwrite: bool) -> Result<(), Failure> {
     let same = match (model.canonicalize(), output.canonicalize()) {
         (Ok(a), Ok(b)) => a == b,
         _ => false,
@@ -568,7 +568,7 @@ pub(crate) fn side(path: &Path, model: &Model, file_bytes: u64) -> Side {
     }
 }
 
-fn pass_line(record: &PassRecord) -> PassLine {
+pub(crate) fn pass_line(record: &PassRecord) -> PassLine {
     let refusals = record.outcome.refusals.iter().map(|(reason, (count, example))| Refusal {
         reason: reason.clone(),
         count: *count,

@@ -18,6 +18,7 @@ mod progress;
 mod recipe;
 mod report;
 mod runner;
+mod sampler;
 mod summary;
 mod validate;
 
@@ -29,3 +30,4 @@ pub use latency::{Latency, LatencySide};
 pub use layers::LayerLine;
 pub use pipeline::{PassRecord, Selection};
 pub use report::Report;
+pub use sampler::{SamplerDone, SamplerOptions, SamplerReport, SamplerSide, compile};

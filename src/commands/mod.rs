@@ -6,6 +6,7 @@ pub(crate) mod doctor;
 pub(crate) mod dump;
 pub(crate) mod inspect;
 pub(crate) mod optimize;
+pub(crate) mod sampler;
 pub(crate) mod sets;
 pub(crate) mod stats;
 pub(crate) mod verify;

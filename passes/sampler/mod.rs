@@ -1,0 +1,31 @@
+//! The sampler compiler: a denoiser, a scheduler and a plan become one graph, noise in, sample out.
+//!
+//! A [`Scheduler`] gives a [`Table`] of numbers, a [`StepPlan`] says what each step computes, and one emitter turns both
+//! into a graph. Methods that make sampling faster only write plan entries or other tables.
+
+mod config;
+mod emit;
+mod error;
+mod grid;
+mod network;
+mod plan;
+mod reference;
+mod roles;
+mod schedule;
+mod solvers;
+mod sums;
+mod table;
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use config::{BetaSchedule, Class, Clip, DynamicShift, Prediction, Scheduler, Sigmas, Spacing, Variance};
+pub use emit::{Form, Guidance, OPSET, Sampler, Scale, emit};
+pub use error::Error;
+pub use grid::Steps;
+pub use plan::{Adaptive, Key, Kind, Mode, Pass, Ref, StepPlan, Substitution, Terms};
+pub use reference::{Sampled, sample};
+pub use roles::{Condition, Roles, Uncond, Wishes};
+pub use schedule::Schedule;
+#[cfg(test)]
+pub(crate) use solvers::Level;
+pub use table::{Flow, Request, Row, Table};

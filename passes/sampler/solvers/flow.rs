@@ -1,0 +1,107 @@
+//! Euler steps of a flow: Esser et al. 2024, arXiv:2403.03206.
+
+use super::{
+    super::{DynamicShift, Error, Request, Row, Scheduler, Sigmas, Steps, grid, schedule::linspace},
+    Level,
+};
+
+fn shifted(sigma: f64, shift: f64) -> f64 {
+    shift * sigma / (1.0 + (shift - 1.0) * sigma)
+}
+
+/// The noise levels of the steps, without the final one.
+fn sigmas(s: &Scheduler, request: &Request) -> Result<Vec<f64>, Error> {
+    let total = s.num_train_timesteps as f64;
+    let count = match &request.steps {
+        Steps::Times(times) => return Ok(times.iter().map(|t| t / total).collect()),
+        Steps::Count(count) => *count,
+    };
+    let least = if s.dynamic_shift.is_some() { 1.0 / total } else { shifted(1.0 / total, s.shift) };
+    let least = if request.explicit_sigmas { 1.0 / count as f64 } else { least };
+    let even = linspace(1.0, least, count);
+    let mut sigmas: Vec<f64> = match &s.dynamic_shift {
+        None => even.iter().map(|&sigma| shifted(sigma, s.shift)).collect(),
+        Some(dynamic) => {
+            let shift = dynamic_factor(dynamic, request.tokens)?;
+            even.iter().map(|&sigma| shift / (shift + (1.0 / sigma - 1.0))).collect()
+        }
+    };
+    if let Some(terminal) = s.shift_terminal {
+        let scale = (1.0 - sigmas[sigmas.len() - 1]) / (1.0 - terminal);
+        if scale <= 0.0 || !scale.is_finite() {
+            return Err(Error::Plan(format!("`shift_terminal` = {terminal} cannot be reached in {count} steps")));
+        }
+        sigmas = sigmas.iter().map(|sigma| 1.0 - (1.0 - sigma) / scale).collect();
+    }
+    let (max, min) = (sigmas[0], sigmas[sigmas.len() - 1]);
+    Ok(match s.sigmas {
+        Sigmas::Karras => grid::karras(max, min, count),
+        Sigmas::Exponential => grid::exponential(max, min, count),
+        Sigmas::Plain | Sigmas::Flow => sigmas,
+    })
+}
+
+fn dynamic_factor(dynamic: &DynamicShift, tokens: Option<usize>) -> Result<f64, Error> {
+    let tokens = tokens.ok_or_else(|| {
+        let message = "`use_dynamic_shifting` depends on the number of tokens, which is not given; --tokens N";
+        Error::Plan(message.to_owned())
+    })?;
+    let mu = dynamic.mu(tokens);
+    Ok(if dynamic.exponential { mu.exp() } else { mu })
+}
+
+pub(super) fn rows(s: &Scheduler, request: &Request) -> Result<Vec<Row>, Error> {
+    let mut sigmas = sigmas(s, request)?;
+    let mut last = 0.0;
+    if s.invert_sigmas {
+        sigmas = sigmas.iter().map(|sigma| 1.0 - sigma).collect();
+        last = 1.0;
+    }
+    sigmas.push(last);
+    let total = s.num_train_timesteps as f64;
+    let row = |pair: &[f64]| {
+        let (sigma, next) = (pair[0], pair[1]);
+        let level = Level { alpha: 1.0 - sigma, noise: sigma };
+        let base = Row { estimate: [1.0, -sigma], ..level.row(sigma * total, [1.0, -sigma]) };
+        if s.stochastic {
+            return Row { state: 0.0, estimates: vec![1.0 - next], noise: next, ..base };
+        }
+        Row { output: next - sigma, ..base }
+    };
+    let mut rows: Vec<Row> = sigmas.windows(2).map(row).collect();
+    for row in &mut rows {
+        // The output is the flow itself, also at the ends, where levels have no ratio.
+        row.flow = super::Flow { scale: 1.0, flow: [0.0, 1.0] };
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampler::testing::{assert_rows, scheduler};
+    use serde_json::json;
+
+    #[test]
+    fn noise_levels_are_the_golden_ones() {
+        let s = scheduler("FlowMatchEulerDiscreteScheduler", json!({"shift": 3.0}));
+        let twice = sigmas(&s, &Request::steps(4)).unwrap();
+        assert_rows(&[twice], &[[1.0, 0.857_692_3, 0.602_150_5, 0.008_928_6]]);
+        let explicit = Request { explicit_sigmas: true, ..Request::steps(4) };
+        assert_rows(&[sigmas(&s, &explicit).unwrap()], &[[1.0, 0.9, 0.75, 0.5]]);
+        let s = scheduler("FlowMatchEulerDiscreteScheduler", json!({"use_dynamic_shifting": true}));
+        let dynamic = Request { tokens: Some(4096), ..explicit.clone() };
+        assert_rows(&[sigmas(&s, &dynamic).unwrap()], &[[1.0, 0.904_530_8, 0.759_510_9, 0.512_844_1]]);
+        assert!(sigmas(&s, &explicit).unwrap_err().to_string().contains("--tokens"));
+    }
+
+    #[test]
+    fn the_last_level_can_be_moved() {
+        let s = scheduler("FlowMatchEulerDiscreteScheduler", json!({"shift_terminal": 0.1}));
+        let found = sigmas(&s, &Request::steps(5)).unwrap();
+        assert!((found[4] - 0.1).abs() < 1e-12 && found[0] == 1.0);
+        let s = scheduler("FlowMatchEulerDiscreteScheduler", json!({"invert_sigmas": true}));
+        let rows = rows(&s, &Request::steps(4)).unwrap();
+        assert!(rows[0].time == 0.0 && rows[3].output > 0.0);
+    }
+}

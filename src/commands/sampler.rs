@@ -1,0 +1,224 @@
+//! `optimize sampler DENOISER -o OUT`: a whole diffusion sampling loop as one model.
+
+use super::{input_spec, load_options, size};
+use crate::{
+    Failure, SamplerOptions,
+    cli::{RunArgs, TalkArgs, print, say},
+    progress::Meter,
+    sampler,
+};
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use lathe_passes::sampler::{Adaptive, Class, Form, Guidance, Mode, Request, Scale, StepPlan, Steps, Table, Wishes};
+use serde_json::Value;
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+/// Forms on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum FormArg {
+    /// Side by side while that stays small, else in loops; adaptive with a plan that says so.
+    Auto,
+    /// Every step side by side.
+    Unrolled,
+    /// Steps that repeat in a Loop.
+    Loop,
+    /// A Loop that decides while it runs which steps are computed (EasyCache).
+    Adaptive,
+}
+
+/// How guided passes run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PassesArg {
+    /// As one batch where the denoiser's batch is open, the unconditional half first.
+    Batched,
+    /// One after the other.
+    Separate,
+}
+
+/// What to compile.
+#[derive(Debug, Args)]
+pub(crate) struct SamplerArgs {
+    /// The denoiser.
+    denoiser: PathBuf,
+    /// Where the sampler goes.
+    #[arg(short, long, value_name = "OUT")]
+    output: PathBuf,
+    /// Let it replace the denoiser itself.
+    #[arg(long)]
+    overwrite: bool,
+    /// The scheduler_config.json that came with the denoiser.
+    #[arg(long, value_name = "FILE")]
+    scheduler: PathBuf,
+    /// Use this solver instead of the one that the configuration names: ddpm, ddim, euler, euler-ancestral, dpmpp,
+    /// flow-euler or lcm.
+    #[arg(long, value_name = "NAME", value_parser = solver)]
+    solver: Option<Class>,
+    /// How many steps.
+    #[arg(long, value_name = "N", required_unless_present_any = ["grid", "plan"], conflicts_with_all = ["grid", "plan"])]
+    steps: Option<usize>,
+    /// The timesteps themselves, noisy ones first: 981,841,701.
+    #[arg(long, value_name = "T,...", value_delimiter = ',', conflicts_with = "plan")]
+    grid: Vec<f64>,
+    /// How stochastic DDIM is: 0 deterministic, 1 as DDPM.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    eta: f64,
+    /// Tokens of the latent, for schedulers that shift their noise levels by it.
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
+    /// Flow noise levels linspace(1, 1/N, N), as FLUX pipelines pass them, instead of the scheduler's own.
+    #[arg(long)]
+    explicit_sigmas: bool,
+    /// Classifier-free guidance: its scale, or `input` for a scale that is an input of the sampler.
+    #[arg(long, value_name = "G")]
+    guidance: Option<String>,
+    /// Pull a guided prediction to the deviation of the conditional one, 0 to 1.
+    #[arg(long, value_name = "X", default_value_t = 0.0, requires = "guidance")]
+    guidance_rescale: f64,
+    /// How the two passes of a guided step run.
+    #[arg(long, value_enum, default_value = "batched")]
+    guidance_passes: PassesArg,
+    /// Roles of the denoiser's inputs where they are not plain: latent=x, time=t, time-scale=0.001, cond=label, output=eps,
+    /// uncond:label=10, uncond:text=input. May be given several times.
+    #[arg(long, value_name = "ROLE=NAME")]
+    io: Vec<String>,
+    /// The control flow of the result.
+    #[arg(long, value_enum, default_value = "auto")]
+    form: FormArg,
+    /// For --form adaptive: the share of change at which a step is computed.
+    #[arg(long, value_name = "X", default_value_t = 0.05)]
+    threshold: f64,
+    /// For --form adaptive: first steps that are always computed.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    warmup: usize,
+    /// For --form adaptive: last steps that are always computed.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    tail: usize,
+    /// A step plan: which steps run, guided or not, and what is not computed in each.
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
+    /// Write the plan of this run.
+    #[arg(long, value_name = "FILE")]
+    save_plan: Option<PathBuf>,
+    /// Write the result without running it.
+    #[arg(long)]
+    no_verify: bool,
+    /// The largest relative L2 error of the sample against the denoiser run step by step.
+    #[arg(long, value_name = "X", conflicts_with = "no_verify")]
+    rtol: Option<f64>,
+    /// Write a report: .json.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    #[command(flatten)]
+    run: RunArgs,
+    #[command(flatten)]
+    talk: TalkArgs,
+}
+
+fn solver(name: &str) -> Result<Class, String> {
+    Class::from_name(name).ok_or_else(|| format!("expected one of {}", Class::names().join(", ")))
+}
+
+pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failure> {
+    let mut options = options(args, command)?;
+    if let Some(path) = args.report.as_ref().filter(|p| p.extension().is_none_or(|e| e != "json")) {
+        return Err(Failure::Usage(format!("report `{}` does not end in .json", path.display())));
+    }
+    let meter = Meter::new("compiling", args.talk.quiet);
+    options.progress = meter.listener();
+    let done = sampler::compile(&options)?;
+    drop(meter);
+    for warning in &done.report.warnings {
+        say(&format!("warning: {warning}"));
+    }
+    let write = |path: &PathBuf, text: String| {
+        std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
+    };
+    if let Some(path) = &args.report {
+        write(path, done.report.to_json())?;
+    }
+    if let Some(path) = &args.save_plan {
+        write(path, done.plan.to_json())?;
+    }
+    if !args.talk.quiet {
+        print(&done.summary());
+    }
+    Ok(())
+}
+
+fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, Failure> {
+    let text =
+        |path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()));
+    let scheduler: Value = serde_json::from_str(&text(&args.scheduler)?)
+        .with_context(|| format!("`{}` is not JSON", args.scheduler.display()))?;
+    let mut plan = match &args.plan {
+        Some(path) => Some(StepPlan::parse(&text(path)?)?),
+        None => None,
+    };
+    let steps = match args.steps {
+        Some(count) => Steps::Count(count),
+        None => Steps::Times(args.grid.clone()),
+    };
+    let explicit_sigmas = args.explicit_sigmas;
+    let request = Request { steps, eta: args.eta, tokens: args.tokens, explicit_sigmas };
+    let guidance = guidance(args)?;
+    if args.form == FormArg::Adaptive && plan.is_none() {
+        plan = Some(adaptive(args, &scheduler, &request, guidance.is_some())?);
+    }
+    let inputs = input_spec(&args.run)?;
+    Ok(SamplerOptions {
+        denoiser: args.denoiser.clone(),
+        output: args.output.clone(),
+        overwrite: args.overwrite,
+        scheduler,
+        solver: args.solver,
+        request,
+        plan,
+        guidance,
+        wishes: Wishes::parse(&args.io)?,
+        form: match args.form {
+            FormArg::Auto => None,
+            FormArg::Unrolled => Some(Form::Unrolled),
+            FormArg::Loop => Some(Form::Loop),
+            FormArg::Adaptive => Some(Form::Adaptive),
+        },
+        verify: !args.no_verify,
+        rtol: args.rtol,
+        seed: args.run.seed,
+        shapes: inputs.shapes,
+        ort: args.run.ort.clone(),
+        load: load_options(&args.run),
+        timeout: Duration::from_secs(args.run.timeout),
+        memory: args.run.memory.as_deref().map(size).transpose()?,
+        worker: None,
+        progress: lathe_runtime::Listener::default(),
+        command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
+    })
+}
+
+fn guidance(args: &SamplerArgs) -> Result<Option<Guidance>, Failure> {
+    let Some(text) = &args.guidance else { return Ok(None) };
+    let number = || text.parse().ok().filter(|g: &f64| g.is_finite()).map(Scale::Constant);
+    let scale = if text == "input" { Some(Scale::Input) } else { number() };
+    let scale = scale.ok_or_else(|| Failure::Usage(format!("--guidance is `{text}`, expected a number or `input`")))?;
+    if !(0.0..=1.0).contains(&args.guidance_rescale) {
+        return Err(Failure::Usage(format!("--guidance-rescale is {}, expected 0 to 1", args.guidance_rescale)));
+    }
+    let batched = args.guidance_passes == PassesArg::Batched;
+    // A guided prediction of scale 1 is the conditional one.
+    if scale == Scale::Constant(1.0) {
+        return Ok(None);
+    }
+    Ok(Some(Guidance { scale, rescale: args.guidance_rescale, batched }))
+}
+
+/// The plan that leaves it to the run which steps are computed.
+fn adaptive(args: &SamplerArgs, scheduler: &Value, request: &Request, guided: bool) -> Result<StepPlan, Failure> {
+    let (scheduler, _) = lathe_passes::sampler::Scheduler::parse(scheduler, args.solver)?;
+    let table = Table::new(&scheduler, request)?;
+    let mode = if guided { Mode::Guided } else { Mode::Conditional };
+    let grid = table.rows.iter().map(|row| row.time).collect();
+    let adaptive = Adaptive { threshold: args.threshold, warmup: args.warmup, tail: args.tail };
+    let plan = StepPlan { adaptive: Some(adaptive), ..StepPlan::plain(scheduler.class.name(), grid, mode) };
+    plan.check()?;
+    Ok(plan)
+}

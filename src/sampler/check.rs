@@ -1,0 +1,146 @@
+//! A compiled sampler beside the loop that it replaces.
+
+use super::Job;
+use crate::{Failure, job, report::Verify, runner::Runner};
+use anyhow::{Context as _, anyhow};
+use lathe_analysis::{Evaluate, EvaluateError};
+use lathe_ir::{DataType, Model, Tensor, Type};
+use lathe_passes::sampler::{self, Guidance, Sampler, Scale, Uncond};
+use lathe_runtime::{
+    BenchInputs, BenchResult, BenchTask, Claim, Datum, InputSpec, LoadOptions, Progress, Random, compare, default_rtol,
+    generate, sizes_to_try,
+};
+use std::{path::Path, time::Duration};
+
+/// What stands for guidance where there is none.
+pub(super) const UNGUIDED: Guidance = Guidance { scale: Scale::Constant(1.0), rescale: 0.0, batched: true };
+
+/// The scale of guidance in the comparison where it is an input.
+const SCALE: f32 = 3.0;
+
+/// What came of a comparison.
+pub(super) enum Checked {
+    /// The sampler does what the loop does.
+    Holds(Verify),
+    /// It does not, for this reason.
+    Fails(String),
+    /// It was not run.
+    Not,
+}
+
+/// Runs models as the user wants models run.
+struct Evaluator<'a> {
+    runner: &'a Runner,
+    load: &'a LoadOptions,
+}
+
+impl Evaluate for Evaluator<'_> {
+    fn run(&self, model: &Model, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, EvaluateError> {
+        Ok(self.runner.child().evaluate(&model.to_bytes(), inputs, self.load)?)
+    }
+
+    fn name(&self) -> String {
+        Evaluate::name(self.runner.child())
+    }
+}
+
+/// Runs a sampler that was written on seeded noise, and the denoiser step by step on the same.
+pub(super) fn check(job: &Job, sampler: &Sampler, path: &Path) -> Result<Checked, Failure> {
+    let options = job.options;
+    let inputs = inputs(job, sampler)?;
+    let evaluator = Evaluator { runner: job.runner, load: &options.load };
+    let written = Model::read(path).context("the sampler that was written cannot be read")?.model;
+    let found = match evaluator.run(&written, &named(&written, &inputs)) {
+        Ok(found) => found,
+        Err(error) => return Ok(Checked::Fails(format!("the sampler cannot be run: {error}"))),
+    };
+    let steps = sampler.table.rows.len();
+    let tell = |done: usize| options.progress.hear(&Progress::new(done, steps, "steps of the reference"));
+    let expected = sampler::sample(sampler, job.original, &inputs, &evaluator, &tell)?;
+    let sample = |outputs: &[(String, Tensor)], name: &str| {
+        outputs.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor.clone())
+    };
+    let claim = Claim::Equivalent { rtol: Some(options.rtol.unwrap_or_else(|| default_rtol(precision(sampler)))) };
+    let got = sample(&found, "sample").ok_or_else(|| anyhow!("the sampler gives no `sample`"))?;
+    let reference = [("sample".to_owned(), Datum::Tensor(expected.sample.clone()))];
+    let mut comparison = compare(&reference, &[("sample".to_owned(), Datum::Tensor(got))], claim);
+    if let Some(computed) = sample(&found, "computed") {
+        let computed: Vec<bool> = computed.to_i64s().unwrap_or_default().iter().map(|&c| c != 0).collect();
+        if computed != expected.computed {
+            comparison.failures.push("it computes other steps than the rule says".to_owned());
+        }
+    }
+    if let Some(failure) = comparison.failures.first() {
+        return Ok(Checked::Fails(format!("the sampler does not do what the denoiser does step by step: {failure}")));
+    }
+    let samples = expected.sample.dims().first().copied().unwrap_or(1);
+    let report = lathe_runtime::Report {
+        comparison,
+        samples,
+        engine: evaluator.name(),
+        sizes: vec![format!("latent {:?}", expected.sample.dims())],
+    };
+    Ok(Checked::Holds(job::verify(report, claim, "random", None)))
+}
+
+/// The type that limits how well two samples can agree.
+fn precision(sampler: &Sampler) -> DataType {
+    let graph = &sampler.denoiser.graph;
+    let latent = graph.find_value(&sampler.roles.latent);
+    latent.and_then(|v| graph.value(v).ty.as_ref()).and_then(Type::elem).unwrap_or(DataType::Float)
+}
+
+/// The inputs that a model takes.
+fn named(model: &Model, inputs: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
+    let graph = &model.graph;
+    let takes = |name: &str| graph.main().inputs().iter().any(|&v| graph.value(v).name == name);
+    inputs.iter().filter(|(name, _)| takes(name)).cloned().collect()
+}
+
+/// Seeded noise and conditions, for the sampler and the loop alike.
+fn inputs(job: &Job, sampler: &Sampler) -> Result<Vec<(String, Tensor)>, Failure> {
+    let options = job.options;
+    let make = |seed: u64| {
+        let spec = InputSpec { seed, shapes: options.shapes.clone() };
+        let sizes = sizes_to_try(job.original, &spec);
+        // The second sizes have a batch of several.
+        let sizes = sizes.get(1).or(sizes.first()).ok_or_else(|| anyhow!("the denoiser accepts no sizes"))?;
+        generate(job.original, &spec, sizes).context("no inputs for the denoiser can be made up")
+    };
+    let (given, others) = (make(options.seed)?, make(options.seed.wrapping_add(1))?);
+    let find = |from: &[(String, Tensor)], name: &str| {
+        let found = from.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor.clone());
+        found.ok_or_else(|| anyhow!("no value for `{name}` could be made up"))
+    };
+    let latent = find(&given, &sampler.roles.latent)?.dims().to_vec();
+    let normal = |name: &str, dims: &[usize]| {
+        let mut random = Random::named(options.seed, name);
+        let numbers: Vec<f32> = (0..dims.iter().product::<usize>()).map(|_| random.normal() as f32).collect();
+        (name.to_owned(), Tensor::from_f32s(dims, &numbers))
+    };
+    let mut inputs = vec![normal("noise", &latent)];
+    let noises = sampler.table.noises();
+    if noises > 0 {
+        inputs.push(normal("step_noise", &[&[noises], &latent[..]].concat()));
+    }
+    for condition in &sampler.roles.conditions {
+        inputs.push((condition.name.clone(), find(&given, &condition.name)?));
+        if condition.uncond == Uncond::Input {
+            inputs.push((format!("{}_uncond", condition.name), find(&others, &condition.name)?));
+        }
+    }
+    if sampler.guidance.scale == Scale::Input {
+        inputs.push(("guidance".to_owned(), Tensor::from_f32s(&[], &[SCALE])));
+    }
+    Ok(inputs)
+}
+
+/// How long the runtime takes to load a model.
+pub(super) fn loading(runner: &Runner, path: &Path, options: &LoadOptions) -> anyhow::Result<Option<Duration>> {
+    let inputs = BenchInputs::Random(InputSpec::default());
+    let loaded = runner.child().bench(&[path.to_owned()], &inputs, BenchTask::Load, options)?;
+    Ok(match loaded {
+        BenchResult::Loaded(loading) => Some(Duration::from_secs_f64(loading.load_ms / 1000.0)),
+        _ => None,
+    })
+}

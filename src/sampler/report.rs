@@ -1,0 +1,110 @@
+//! The report of a compiled sampler. The names are a contract with other programs; parts are those of the main report.
+
+use crate::report::{PassLine, Side, Verify, mib};
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use lathe_ir::{Model, ValueId};
+use serde::{Deserialize, Serialize};
+
+/// The sampler that was written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SamplerSide {
+    /// As of any model.
+    #[serde(flatten)]
+    pub side: Side,
+    /// `unrolled`, `loop` or `adaptive`.
+    pub form: String,
+    /// Inputs with their types.
+    pub inputs: Vec<String>,
+    /// Outputs with their types.
+    pub outputs: Vec<String>,
+    /// Evaluations of the network that the plan makes at most; a guided step makes two.
+    pub evaluations: usize,
+}
+
+/// Everything about one run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SamplerReport {
+    /// The version of the program.
+    pub version: String,
+    /// The command line.
+    pub command: Vec<String>,
+    /// The seed of noise and conditions.
+    pub seed: u64,
+    /// The denoiser.
+    pub input: Side,
+    /// The sampler.
+    pub output: SamplerSide,
+    /// The solver: `ddim`.
+    pub solver: String,
+    /// What the inputs of the denoiser are.
+    pub roles: String,
+    /// The exact passes that the denoiser went through.
+    pub passes: Vec<PassLine>,
+    /// The step plan.
+    pub plan: serde_json::Value,
+    /// The comparison with the loop step by step; `null` with `--no-verify`.
+    pub verify: Option<Verify>,
+    /// What was odd.
+    pub warnings: Vec<String>,
+    /// Time of the whole run.
+    pub seconds: f64,
+    /// The largest resident memory of this process.
+    pub peak_rss_bytes: u64,
+}
+
+impl SamplerReport {
+    /// The report as JSON.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a report has only names and numbers")
+    }
+}
+
+/// Values with their types: `noise float[N, 1, 28, 28]`.
+pub(super) fn signature(model: &Model, values: &[ValueId]) -> Vec<String> {
+    let line = |&value: &ValueId| {
+        let value = model.graph.value(value);
+        let elem = value.ty.as_ref().and_then(|t| t.elem()).map_or("?", |elem| elem.name());
+        let dims = value.ty.as_ref().and_then(|t| t.shape()).map(|shape| {
+            let dims: Vec<String> = shape.dims.iter().map(ToString::to_string).collect();
+            format!("[{}]", dims.join(", "))
+        });
+        format!("{} {elem}{}", value.name, dims.unwrap_or_default())
+    };
+    values.iter().map(line).collect()
+}
+
+/// What a person reads at the end of a run.
+pub(super) fn summary(report: &SamplerReport) -> String {
+    let right = |text: &str| Cell::new(text).set_alignment(CellAlignment::Right);
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(vec![Cell::new(""), right("denoiser"), right("sampler"), right("change")]);
+    for [name, before, after, change] in super::sides(report) {
+        table.add_row(vec![Cell::new(name), right(&before), right(&after), right(&change)]);
+    }
+    let steps = report.plan["grid"].as_array().map_or(0, Vec::len);
+    let side = &report.output;
+    let mut out = format!("{table}\n\n{}\n", report.roles);
+    out.push_str(&format!(
+        "{steps} steps of {}, {} evaluations at most, {}\n  {}\n  → {}\n",
+        report.solver,
+        side.evaluations,
+        side.form,
+        side.inputs.join(", "),
+        side.outputs.join(", ")
+    ));
+    match &report.verify {
+        Some(verify) => out.push_str(&format!(
+            "\nverified against the denoiser run step by step on {}: {} samples, relative L2 error {:.1e} (limit {:.0e})\n",
+            verify.runtime, verify.samples, verify.after, verify.limit
+        )),
+        None => out.push_str("\nnot verified (--no-verify)\n"),
+    }
+    out.push_str(&format!(
+        "wrote {} · {:.2} s · {} peak\n",
+        side.side.path,
+        report.seconds,
+        mib(report.peak_rss_bytes)
+    ));
+    out
+}

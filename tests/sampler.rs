@@ -1,0 +1,128 @@
+//! `optimize sampler` as a program: written and verified, or refused with a sentence and nothing written.
+
+#![allow(clippy::unwrap_used)]
+
+use lathe_ir::{Model, text};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Output},
+};
+use tempfile::TempDir;
+
+/// A denoiser of an old operator set with a condition that 2 stands for the absence of.
+const DENOISER: &str = "<ir_version: 8, opset_import: [\"\" : 15]>
+g (float[n,1,2,2] x, float[n] t, int64[n] label) => (float[n,1,2,2] eps) <
+    float[3,1] table = {0.3, -0.2, 0.1}, float[1] speed = {0.004}, int64[4] shape = {-1, 1, 1, 1},
+    float[2,2] w = {0.4, -0.3, 0.2, 0.5}
+> {
+    angle = Mul (t, speed)
+    wave = Sin (angle)
+    time = Reshape (wave, shape)
+    row = Gather (table, label)
+    cond = Reshape (row, shape)
+    mix = Add (time, cond)
+    p = MatMul (x, w)
+    a = Tanh (p)
+    m = Mul (a, mix)
+    eps = Add (x, m)
+}";
+
+struct Folder(TempDir);
+
+impl Folder {
+    fn new(scheduler: Value) -> Folder {
+        let folder = Folder(tempfile::tempdir().unwrap());
+        fs::write(folder.path("denoiser.onnx"), text::parse(DENOISER).unwrap().to_bytes()).unwrap();
+        fs::write(folder.path("scheduler.json"), scheduler.to_string()).unwrap();
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn run(&self, options: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.current_dir(self.0.path()).args(["sampler", "denoiser.onnx", "-o", "out.onnx"]);
+        command.args(["--scheduler", "scheduler.json"]).args(options).output().unwrap()
+    }
+
+    fn succeeds(&self, options: &[&str]) -> (String, Value) {
+        let output = self.run(&[&["--report", "report.json"], options].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let report = serde_json::from_slice(&fs::read(self.path("report.json")).unwrap()).unwrap();
+        (String::from_utf8(output.stdout).unwrap(), report)
+    }
+
+    fn refused(&self, options: &[&str], code: i32, sentence: &str) {
+        let output = self.run(options);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains(sentence), "{said}");
+        assert!(!self.path("out.onnx").exists());
+    }
+}
+
+fn ddim() -> Value {
+    json!({"_class_name": "DDIMScheduler", "_diffusers_version": "0.42.1", "clip_sample": false, "skip_type": 1})
+}
+
+#[test]
+fn a_sampler_is_written_verified_and_reported() {
+    let folder = Folder::new(ddim());
+    let options = ["--steps", "6", "--guidance", "2.5", "--io", "uncond:label=2", "--save-plan", "plan.json"];
+    let (said, report) = folder.succeeds(&options);
+    assert!(said.contains("latent x, time t, condition label (2 without condition), predicts eps"), "{said}");
+    assert!(said.contains("verified against the denoiser run step by step on ONNX Runtime"), "{said}");
+    assert_eq!((&report["solver"], &report["output"]["form"]), (&json!("ddim"), &json!("unrolled")));
+    assert_eq!(report["output"]["evaluations"], 12);
+    assert_eq!(report["output"]["inputs"], json!(["noise float[n, 1, 2, 2]", "label int64[n]"]));
+    assert!(report["verify"]["passed"].as_bool().unwrap() && report["verify"]["after"].as_f64().unwrap() < 1e-5);
+    assert!(report["warnings"].to_string().contains("`skip_type` is not known"));
+    Model::read(&folder.path("out.onnx")).unwrap().model.check().unwrap();
+    // The plan that was saved gives the same model again.
+    let first = fs::read(folder.path("out.onnx")).unwrap();
+    folder.succeeds(&["--plan", "plan.json", "--guidance", "2.5", "--io", "uncond:label=2"]);
+    assert_eq!(fs::read(folder.path("out.onnx")).unwrap(), first);
+}
+
+#[test]
+fn every_form_passes_its_comparison() {
+    let folder = Folder::new(ddim());
+    for form in ["unrolled", "loop", "adaptive"] {
+        let (_, report) =
+            folder.succeeds(&["--steps", "8", "--form", form, "--guidance", "input", "--io", "uncond:label=input"]);
+        assert_eq!(report["output"]["form"], form);
+        let inputs = report["output"]["inputs"].to_string();
+        assert!(inputs.contains("label_uncond int64[n]") && inputs.contains("guidance float[]"), "{inputs}");
+    }
+    let (_, report) = folder.succeeds(&["--grid", "900,500,100", "--eta", "1"]);
+    assert!(report["output"]["inputs"].to_string().contains("step_noise float[2, n, 1, 2, 2]"));
+}
+
+#[test]
+fn refusals_say_why_and_write_nothing() {
+    let folder = Folder::new(ddim());
+    folder.refused(&["--steps", "4", "--guidance", "3"], 2, "uncond:NAME=VALUE");
+    folder.refused(&["--steps", "4", "--guidance", "much"], 2, "expected a number or `input`");
+    folder.refused(&["--steps", "0"], 2, "expected 1 to 1000");
+    folder.refused(&["--grid", "10,20"], 2, "expected a smaller one");
+    folder.refused(&[], 2, "--steps");
+    folder.refused(&["--steps", "4", "--io", "latent=y"], 2, "the denoiser has no input `y`");
+    let plan = json!({"grid": [900, 100], "solver": "euler", "cfg": [0, 0]});
+    fs::write(folder.path("plan.json"), plan.to_string()).unwrap();
+    folder.refused(&["--plan", "plan.json"], 2, "the plan is for solver euler");
+    let plan = json!({"grid": [900, 100], "solver": "ddim", "cfg": [0, 0],
+        "steps": {"1": [{"cut": "nothing", "kind": "reuse", "ref": 0}]}});
+    fs::write(folder.path("plan.json"), plan.to_string()).unwrap();
+    folder.refused(&["--plan", "plan.json"], 2, "no node of the denoiser computes `nothing`");
+    let random = "g (float[n,1,2,2] x, float[n] t) => (float[n,1,2,2] eps) { z = RandomNormalLike (x) eps = Add (x, z) }";
+    fs::write(folder.path("denoiser.onnx"), text::parse(random).unwrap().to_bytes()).unwrap();
+    folder.refused(&["--steps", "4"], 3, "the sampler does not do what the denoiser does step by step");
+    let unipc = Folder::new(json!({"_class_name": "UniPCMultistepScheduler"}));
+    unipc.refused(&["--steps", "4"], 2, "`UniPCMultistepScheduler`");
+    unipc.succeeds(&["--steps", "4", "--solver", "dpmpp"]);
+}
