@@ -4,7 +4,9 @@
 
 mod affine;
 mod calibrate;
+mod cones;
 mod cost;
+mod cuts;
 mod dim;
 mod evaluate;
 pub mod kernels;
@@ -15,7 +17,9 @@ mod units;
 
 pub use affine::{Affine, Affines};
 pub use calibrate::{Below, Calibrate, Cross, Gram, Magnitudes, Moments, SymMatrix};
+pub use cones::{Cone, Cones};
 pub use cost::{Bindings, Cost, NodeCost, OperatorCost};
+pub use cuts::{Block, Border, Cuts, Residual, Run, Skip};
 pub use dim::{DimExpr, Symbol};
 pub use evaluate::{Evaluate, EvaluateError};
 pub use liveness::{Liveness, dead_nodes, unused_initializers};

@@ -9,8 +9,8 @@
 //! that is an ancestor of the other, or one that is constant or broadcast; sums inside an activation contain no layer.
 
 mod chain;
-mod flow;
-mod kind;
+pub(crate) mod flow;
+pub(crate) mod kind;
 mod search;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@ mod bench;
 mod child;
 mod compare;
 mod datum;
+mod distribution;
 mod doctor;
 #[cfg(feature = "embedded")]
 mod embedded;
@@ -18,6 +19,7 @@ mod measure;
 mod metrics;
 mod npz;
 mod ort_engine;
+mod paired;
 mod profile;
 mod progress;
 mod random;
@@ -36,6 +38,7 @@ pub use bench::{BenchError, BenchInputs, BenchResult, BenchTask, Loading, Series
 pub use child::{Child, Limits};
 pub use compare::{Claim, Comparison, OutputError, compare, default_rtol};
 pub use datum::Datum;
+pub use distribution::{FeatureError, Features, Kernel, frechet, kernel, sliced};
 pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};
 #[cfg(feature = "embedded")]
 pub use embedded::Embedded;
@@ -46,6 +49,7 @@ pub use measure::{MeasureError, Measured, Scores};
 pub use metrics::{Metric, Score, metrics};
 pub use npz::NpzWriter;
 pub use ort_engine::OrtEngine;
+pub use paired::{Pair, bootstrap, feature_distances, pairs, quantile};
 pub use profile::{NodeTime, Placement, Profile};
 pub use progress::{Listener, Progress, Talk};
 pub use random::Random;

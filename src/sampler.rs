@@ -143,7 +143,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         made = job.make(&sampler, &mut warnings)?;
     }
     let verify = match made.checked {
-        Checked::Holds(found) => Some(found),
+        Checked::Holds(found) => Some(*found),
         Checked::Not => None,
         Checked::Fails(reason) => return Err(Failure::Refused(reason)),
     };

@@ -119,7 +119,8 @@ fn refusals_say_why_and_write_nothing() {
         "steps": {"1": [{"cut": "nothing", "kind": "reuse", "ref": 0}]}});
     fs::write(folder.path("plan.json"), plan.to_string()).unwrap();
     folder.refused(&["--plan", "plan.json"], 2, "no node of the denoiser computes `nothing`");
-    let random = "g (float[n,1,2,2] x, float[n] t) => (float[n,1,2,2] eps) { z = RandomNormalLike (x) eps = Add (x, z) }";
+    let random =
+        "g (float[n,1,2,2] x, float[n] t) => (float[n,1,2,2] eps) { z = RandomNormalLike (x) eps = Add (x, z) }";
     fs::write(folder.path("denoiser.onnx"), text::parse(random).unwrap().to_bytes()).unwrap();
     folder.refused(&["--steps", "4"], 3, "the sampler does not do what the denoiser does step by step");
     let unipc = Folder::new(json!({"_class_name": "UniPCMultistepScheduler"}));

@@ -5,7 +5,7 @@ use lathe_ir::{Graph, NodeId, Origin, ScopeId, Use, ValueId};
 /// The nodes of one scope in the order they run, with the edges that carry data.
 ///
 /// An edge carries data if its value depends on an input of the model and the node reads more than its shape.
-pub(super) struct Flow<'a> {
+pub(crate) struct Flow<'a> {
     pub graph: &'a Graph,
     pub scope: ScopeId,
     pub order: Vec<NodeId>,
@@ -23,7 +23,7 @@ pub(super) struct Flow<'a> {
 const NOWHERE: u32 = u32::MAX;
 
 /// Whether an operator reads only the shape (or type) of this input.
-pub(super) fn reads_shape(graph: &Graph, id: NodeId, input: usize) -> bool {
+pub(crate) fn reads_shape(graph: &Graph, id: NodeId, input: usize) -> bool {
     match graph.node(id).op_type.as_str() {
         "Shape" | "Size" | "EyeLike" | "RandomNormalLike" | "RandomUniformLike" => true,
         "CastLike" => input == 1,

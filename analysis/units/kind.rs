@@ -114,7 +114,7 @@ fn composite(node: &Node) -> bool {
 }
 
 /// Whether a node does the kind of work that makes a unit worth its name.
-pub(super) fn is_layer(node: &Node) -> bool {
+pub(crate) fn is_layer(node: &Node) -> bool {
     among(node, ATTENTION) || among(node, CONVOLUTION) || among(node, PRODUCT) || among(node, MIXING) || composite(node)
 }
 
@@ -124,12 +124,12 @@ pub(super) fn is_nonlinear(node: &Node) -> bool {
 }
 
 /// Whether a node hands its first input on, in another layout or type.
-pub(super) fn is_layout(node: &Node) -> bool {
+pub(crate) fn is_layout(node: &Node) -> bool {
     among(node, LAYOUT)
 }
 
 /// Whether a node may stand on the projected skip of a unit; the second value says that it projects.
-pub(super) fn is_projection(graph: &Graph, node: &Node) -> (bool, bool) {
+pub(crate) fn is_projection(graph: &Graph, node: &Node) -> (bool, bool) {
     let fixed = node.input(1).is_some_and(|v| graph.value(v).initializer().is_some());
     let layer = among(node, CONVOLUTION) || (among(node, PRODUCT) && fixed) || among(node, &["AveragePool", "MaxPool"]);
     (layer || among(node, PROJECTION), layer)
@@ -144,7 +144,7 @@ pub(super) fn post_step(node: &Node) -> Option<super::PostOp> {
 }
 
 /// Whether a node adds up several tensors and perhaps normalizes the sum: which inputs, and which output is the sum.
-pub(super) fn sum_of(node: &Node) -> Option<(Vec<ValueId>, ValueId, bool)> {
+pub(crate) fn sum_of(node: &Node) -> Option<(Vec<ValueId>, ValueId, bool)> {
     let pair = |a: usize, b: usize| Some(vec![node.input(a)?, node.input(b)?]);
     let plain = node.output(0)?;
     if node.is_standard() {
@@ -174,7 +174,7 @@ pub(super) fn is_normalized_sum(node: &Node) -> bool {
 }
 
 /// What the nodes of a unit compute; `inside` says which places belong to them.
-pub(super) fn classify(flow: &Flow, places: &[usize], inside: impl Fn(usize) -> bool) -> UnitKind {
+pub(crate) fn classify(flow: &Flow, places: &[usize], inside: impl Fn(usize) -> bool) -> UnitKind {
     let graph = flow.graph;
     let node = |at: usize| graph.node(flow.order[at]);
     let from_inside = |v: ValueId| flow.made_at(v).is_some_and(&inside);

@@ -19,7 +19,7 @@ const SIGMA: f64 = 1.5;
 
 /// How the axes of a batch of images are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(crate) struct Layout {
     channels: usize,
     height: usize,
     width: usize,
@@ -27,7 +27,7 @@ pub(super) struct Layout {
 }
 
 /// One, three or four channels beside two axes that hold a window.
-pub(super) fn layout(dims: &[usize]) -> Option<Layout> {
+pub(crate) fn layout(dims: &[usize]) -> Option<Layout> {
     let &[_, a, b, c] = dims else { return None };
     let channels = |n: usize| matches!(n, 1 | 3 | 4);
     let found = match () {
@@ -88,21 +88,11 @@ impl Accumulator for Sums {
             self.elements += 1;
             self.squares += (x - y) * (x - y);
         }
-        let plane = layout.height * layout.width;
-        let image = plane * layout.channels;
+        let image = layout.height * layout.width * layout.channels;
         for (a, b) in a.chunks_exact(image).zip(b.chunks_exact(image)) {
-            for channel in 0..layout.channels {
-                let pick = |all: &[f64]| -> Vec<f64> {
-                    match layout.channels_last {
-                        true => all.iter().skip(channel).step_by(layout.channels).copied().collect(),
-                        false => all[channel * plane..(channel + 1) * plane].to_vec(),
-                    }
-                };
-                let similarity = similarity(&pick(a), &pick(b), layout.width, peak);
-                if similarity.is_finite() {
-                    self.planes += 1;
-                    self.similarity += similarity;
-                }
+            for similarity in similarities(a, b, layout, peak).filter(|s| s.is_finite()) {
+                self.planes += 1;
+                self.similarity += similarity;
             }
         }
         Ok(())
@@ -118,6 +108,25 @@ impl Accumulator for Sums {
             Score::new("ssim", 1.0, similarity, 1.0 - similarity).with(detail),
         ]
     }
+}
+
+/// The similarity of every channel of two images.
+fn similarities<'a>(a: &'a [f64], b: &'a [f64], layout: Layout, peak: f64) -> impl Iterator<Item = f64> + 'a {
+    let plane = layout.height * layout.width;
+    (0..layout.channels).map(move |channel| {
+        let pick = |all: &[f64]| -> Vec<f64> {
+            match layout.channels_last {
+                true => all.iter().skip(channel).step_by(layout.channels).copied().collect(),
+                false => all[channel * plane..(channel + 1) * plane].to_vec(),
+            }
+        };
+        similarity(&pick(a), &pick(b), layout.width, peak)
+    })
+}
+
+/// The mean similarity over the channels of two images whose values span `peak`.
+pub(crate) fn similarity_of(a: &[f64], b: &[f64], layout: Layout, peak: f64) -> f64 {
+    similarities(a, b, layout, peak).sum::<f64>() / layout.channels as f64
 }
 
 /// The mean over all full windows of one plane of two images.

@@ -6,7 +6,7 @@
 mod accuracy;
 mod choose;
 mod distance;
-mod image;
+pub(crate) mod image;
 mod logits;
 mod perplexity;
 
