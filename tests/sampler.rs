@@ -111,6 +111,9 @@ fn refusals_say_why_and_write_nothing() {
     folder.refused(&["--steps", "0"], 2, "expected 1 to 1000");
     folder.refused(&["--grid", "10,20"], 2, "expected a smaller one");
     folder.refused(&[], 2, "--steps");
+    folder.refused(&["--steps", "4", "--threshold", "0.1"], 2, "about --form adaptive");
+    folder.refused(&["--steps", "4", "--tokens", "64"], 2, "`use_dynamic_shifting` is off");
+    folder.refused(&["--steps", "4", "--explicit-sigmas"], 2, "explicit sigmas are for solver flow-euler");
     folder.refused(&["--steps", "4", "--io", "latent=y"], 2, "the denoiser has no input `y`");
     let plan = json!({"grid": [900, 100], "solver": "euler", "cfg": [0, 0]});
     fs::write(folder.path("plan.json"), plan.to_string()).unwrap();

@@ -259,12 +259,19 @@ fn lagrange(steps: &[f64], at: f64) -> Vec<f64> {
 /// A rule that decides at run time which steps are computed: Zhou et al. 2025, EasyCache, arXiv:2507.02860.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Adaptive {
-    /// A step is computed when the estimated change of the output since the last one reaches this share of it.
+    /// A step is computed when the estimated change of the output since the last one reaches this share of it; infinite
+    /// (`null` in JSON) computes no step between the first and the last ones.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub threshold: f64,
     /// This many first steps are computed.
     pub warmup: usize,
     /// So many last steps are computed.
     pub tail: usize,
+}
+
+/// JSON has no infinity, so it is written as `null`.
+fn null_is_infinite<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::INFINITY))
 }
 
 /// What a plan was made for; it does not carry over.
@@ -421,6 +428,9 @@ mod tests {
         let plan = StepPlan::parse(json).unwrap();
         assert_eq!(plan.cfg, [Mode::Guided, Mode::Scaled(2.5), Mode::Conditional, Mode::Unconditional]);
         assert_eq!(plan.at(1)[0].kind, Kind::Delta { input: "a.in".to_owned(), from: 0 });
+        assert_eq!(StepPlan::parse(&plan.to_json()).unwrap(), plan);
+        let adaptive = Some(Adaptive { threshold: f64::INFINITY, warmup: 2, tail: 1 });
+        let plan = StepPlan { adaptive, ..StepPlan::plain("euler", vec![9.0, 5.0], Mode::Conditional) };
         assert_eq!(StepPlan::parse(&plan.to_json()).unwrap(), plan);
     }
 

@@ -92,6 +92,15 @@ impl Table {
         if request.eta > 0.0 && s.class != super::Class::Ddim {
             return Err(Error::Plan(format!("eta is for solver ddim, and this is {}", s.class.name())));
         }
+        if request.tokens.is_some() && s.dynamic_shift.is_none() {
+            return Err(Error::Plan("the number of tokens is given, and `use_dynamic_shifting` is off".to_owned()));
+        }
+        if request.explicit_sigmas && s.class != super::Class::FlowEuler {
+            return Err(Error::Plan(format!(
+                "explicit sigmas are for solver flow-euler, and this is {}",
+                s.class.name()
+            )));
+        }
         let schedule = Schedule::new(s)?;
         let table = solvers::table(s, &schedule, request)?;
         let numbers = |row: &Row| {

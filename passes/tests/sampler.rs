@@ -29,7 +29,7 @@ const TOY: &str = "g (float[n,1,2,2] x, float[n] t, int64[n] label) => (float[n,
     angle = Mul (t, speed)
     wave = Cos (angle)
     time = Reshape (wave, shape)
-    row = Gather (table, label)
+    [pick] row = Gather (table, label)
     cond = Reshape (row, shape)
     mix = Add (time, cond)
     p1 = MatMul (x, w1)

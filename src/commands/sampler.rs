@@ -75,7 +75,7 @@ pub(crate) struct SamplerArgs {
     #[arg(long, value_name = "X", default_value_t = 0.0, requires = "guidance")]
     guidance_rescale: f64,
     /// How the two passes of a guided step run.
-    #[arg(long, value_enum, default_value = "batched")]
+    #[arg(long, value_enum, default_value = "batched", requires = "guidance")]
     guidance_passes: PassesArg,
     /// Roles of the denoiser's inputs where they are not plain: latent=x, time=t, time-scale=0.001, cond=label, output=eps,
     /// uncond:label=10, uncond:text=input. May be given several times.
@@ -84,15 +84,15 @@ pub(crate) struct SamplerArgs {
     /// The control flow of the result.
     #[arg(long, value_enum, default_value = "auto")]
     form: FormArg,
-    /// For --form adaptive: the share of change at which a step is computed.
-    #[arg(long, value_name = "X", default_value_t = 0.05)]
-    threshold: f64,
-    /// For --form adaptive: first steps that are always computed.
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    warmup: usize,
-    /// For --form adaptive: last steps that are always computed.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    tail: usize,
+    /// For --form adaptive: the share of change at which a step is computed, 0.05 unless given.
+    #[arg(long, value_name = "X", conflicts_with = "plan")]
+    threshold: Option<f64>,
+    /// For --form adaptive: first steps that are always computed, 5 unless given.
+    #[arg(long, value_name = "N", conflicts_with = "plan")]
+    warmup: Option<usize>,
+    /// For --form adaptive: last steps that are always computed, 1 unless given.
+    #[arg(long, value_name = "N", conflicts_with = "plan")]
+    tail: Option<usize>,
     /// A step plan: which steps run, guided or not, and what is not computed in each.
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
@@ -161,6 +161,11 @@ fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, F
     let explicit_sigmas = args.explicit_sigmas;
     let request = Request { steps, eta: args.eta, tokens: args.tokens, explicit_sigmas };
     let guidance = guidance(args)?;
+    let rule = args.threshold.is_some() || args.warmup.is_some() || args.tail.is_some();
+    if rule && args.form != FormArg::Adaptive {
+        let message = "--threshold, --warmup and --tail are about --form adaptive, and another form is asked for";
+        return Err(Failure::Usage(message.to_owned()));
+    }
     if args.form == FormArg::Adaptive && plan.is_none() {
         plan = Some(adaptive(args, &scheduler, &request, guidance.is_some())?);
     }
@@ -217,7 +222,8 @@ fn adaptive(args: &SamplerArgs, scheduler: &Value, request: &Request, guided: bo
     let table = Table::new(&scheduler, request)?;
     let mode = if guided { Mode::Guided } else { Mode::Conditional };
     let grid = table.rows.iter().map(|row| row.time).collect();
-    let adaptive = Adaptive { threshold: args.threshold, warmup: args.warmup, tail: args.tail };
+    let (threshold, warmup, tail) = (args.threshold.unwrap_or(0.05), args.warmup.unwrap_or(5), args.tail.unwrap_or(1));
+    let adaptive = Adaptive { threshold, warmup, tail };
     let plan = StepPlan { adaptive: Some(adaptive), ..StepPlan::plain(scheduler.class.name(), grid, mode) };
     plan.check()?;
     Ok(plan)

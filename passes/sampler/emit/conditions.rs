@@ -59,7 +59,13 @@ impl Emitter<'_> {
         }
         let fragment = self.net.condition_part.graph.fragment(ScopeId::MAIN);
         let arguments: Vec<_> = fragment.inputs().iter().map(|v| given.get(v).copied()).collect();
-        let pasted = self.out.graph.paste(&fragment, ScopeId::MAIN, &arguments, &self.known, "once.");
+        // Names of nodes are unique in a model.
+        let prefix = match lane {
+            Lane::One(Pass::Cond) => "once.",
+            Lane::One(Pass::Uncond) => "once.uncond.",
+            Lane::Both => "once.both.",
+        };
+        let pasted = self.out.graph.paste(&fragment, ScopeId::MAIN, &arguments, &self.known, prefix);
         let mut computed = pasted.outputs.into_iter().flatten();
         let value = |v: &ValueId| given.get(v).copied().or_else(|| computed.next());
         let values: Option<Vec<ValueId>> = self.net.hoisted.iter().map(value).collect();
