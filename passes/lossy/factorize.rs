@@ -92,14 +92,23 @@ fn choices(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Choice>, &'
     // Directions that were fitted to the output lose independently of one another; others do not.
     if metric == Metric::Output && layer.taps.len() == 1 {
         let tails = Spectrum::tails(&found.energy);
-        let choice =
-            |&r: &usize| Choice { name: name(r), spent: factors::spent(k, n, r, uses), errors: vec![tails[r].sqrt()], measured: None };
+        let choice = |&r: &usize| Choice {
+            name: name(r),
+            spent: factors::spent(k, n, r, uses),
+            errors: vec![tails[r].sqrt()],
+            measured: None,
+        };
         return Ok(ranks.iter().map(choice).collect());
     }
     let choice = |&r: &usize| {
         let (left, right) = (found.left.as_ref().subcols(0, r), found.right.as_ref().subcols(0, r));
         let off = &layer.matrix - product(left, right.transpose());
-        Choice { name: name(r), spent: factors::spent(k, n, r, uses), errors: layer.errors(off.as_ref()), measured: None }
+        Choice {
+            name: name(r),
+            spent: factors::spent(k, n, r, uses),
+            errors: layer.errors(off.as_ref()),
+            measured: None,
+        }
     };
     Ok(ranks.iter().map(choice).collect())
 }
@@ -161,7 +170,7 @@ impl Method for Factorize {
 mod tests {
     use super::super::spectrum::tests::random;
     use super::*;
-    use lathe_analysis::{Calibrate, EvaluateError, Gram, Moments, Rows, SymMatrix};
+    use lathe_analysis::{Calibrate, Cross, EvaluateError, Gram, Moments, Rows, SymMatrix};
     use lathe_ir::{ScopeId, text};
 
     /// Rows with a mean, `[rows, k]`, and the products with a weight.
@@ -183,6 +192,18 @@ mod tests {
             let square = |j: usize| self.outputs.col(j).squared_norm_l2() / self.outputs.nrows() as f64;
             let square = (0..self.outputs.ncols()).map(square).collect();
             Ok(Some(Moments { square, largest: None, rows: self.outputs.nrows() as u64 }))
+        }
+
+        fn cosines(&self, _: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError> {
+            Ok(Vec::new())
+        }
+
+        fn cross(&self, _: &Model, _: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
+            Ok(Vec::new())
+        }
+
+        fn trials(&self, _: &Model, _: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
+            Ok(Vec::new())
         }
     }
 
