@@ -13,6 +13,7 @@ pub mod kernels;
 mod liveness;
 mod rows;
 mod shapes;
+mod tokens;
 mod units;
 
 pub use affine::{Affine, Affines};
@@ -25,4 +26,5 @@ pub use evaluate::{Evaluate, EvaluateError};
 pub use liveness::{Liveness, dead_nodes, unused_initializers};
 pub use rows::{Rows, View, Window, weight_inputs};
 pub use shapes::{Contents, Facts};
+pub use tokens::{Keys, TokenAttention, TokenAxes, TokenBlock, Tokens, kept_axis};
 pub use units::{Barrier, NoUnit, NoUnitReason, PostOp, Unit, UnitId, UnitKind, Units, may_leave};

@@ -144,8 +144,11 @@ impl<'a> Compressor<'a> {
                 if let (Some(weight), 1) = (site.weight, site.covers.len()) {
                     cx.rivals.entry(weight).or_default().extend(site.choices.iter().cloned());
                 }
+                let choices = 0..site.choices.len();
+                let rows_left = choices.map(|choice| method.rows_left(model, &site, choice, &cx));
                 let offer = Offer {
                     method,
+                    rows_left: rows_left.collect::<Result<_, _>>().map_err(anyhow::Error::from)?,
                     sensitivity: site.taps.iter().filter_map(|tap| sensitivity.get(tap).copied()).collect(),
                     rows: site.weight.map_or(1, rows),
                     site,

@@ -203,7 +203,7 @@ impl Method for Factorize {
 mod tests {
     use super::super::spectrum::tests::random;
     use super::*;
-    use lathe_analysis::{Calibrate, EvaluateError, Gram, Moments, Rows, SymMatrix};
+    use lathe_analysis::{Calibrate, Cross, EvaluateError, Gram, Moments, Rows, SymMatrix};
     use lathe_ir::{ScopeId, text};
 
     /// Rows with a mean, `[rows, k]`, and the products with a weight.
@@ -225,6 +225,18 @@ mod tests {
             let square = |j: usize| self.outputs.col(j).squared_norm_l2() / self.outputs.nrows() as f64;
             let square = (0..self.outputs.ncols()).map(square).collect();
             Ok(Some(Moments { square, largest: None, rows: self.outputs.nrows() as u64 }))
+        }
+
+        fn cosines(&self, _: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError> {
+            Ok(Vec::new())
+        }
+
+        fn cross(&self, _: &Model, _: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
+            Ok(Vec::new())
+        }
+
+        fn trials(&self, _: &Model, _: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
+            Ok(Vec::new())
         }
     }
 

@@ -16,6 +16,7 @@ mod prune_channels;
 mod prune_units;
 mod quantize;
 mod quantize_dynamic;
+mod reduce_tokens;
 mod spectrum;
 
 pub use compensate::Compensate;
@@ -30,12 +31,14 @@ pub use prune_channels::PruneChannels;
 pub use prune_units::PruneUnits;
 pub use quantize::Quantize;
 pub use quantize_dynamic::QuantizeDynamic;
+pub use reduce_tokens::ReduceTokens;
 
 use crate::{Context, Error, Info, Outcome};
 use factors::Seen;
 use lathe_analysis::Rows;
 use lathe_ir::{Graph, Model, NodeId, ValueId};
 use std::{
+    collections::BTreeMap,
     sync::atomic::{AtomicUsize, Ordering},
     thread,
 };
@@ -101,6 +104,9 @@ pub struct Proposal {
     pub outcome: Outcome,
 }
 
+/// Shares of rows by weight.
+pub type RowsLeft = BTreeMap<ValueId, f64>;
+
 /// A lossy method: one idea, one file.
 pub trait Method: Sync {
     /// The method as a user meets it.
@@ -124,6 +130,18 @@ pub trait Method: Sync {
     /// Every place this method could act on, and what it could do there. Reads the calibration of `cx`.
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error>;
 
+    /// What share of its rows the layer of every weight inside a site still has where a choice is carried out: the places
+    /// of these weights go on. `None` where nothing inside is left as it was.
+    fn rows_left(
+        &self,
+        _model: &Model,
+        _site: &Site,
+        _choice: usize,
+        _cx: &Context,
+    ) -> Result<Option<RowsLeft>, Error> {
+        Ok(None)
+    }
+
     /// Carries out one choice of a site that [`Method::propose`] named, for a model whose other sites may have changed.
     fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error>;
 }
@@ -140,6 +158,7 @@ pub const METHODS: &[&dyn Method] = &[
     &PruneChannels,
     &DropInputs,
     &PruneUnits,
+    &ReduceTokens,
 ];
 
 /// Layers whose second moments are in memory at a time.

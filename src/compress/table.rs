@@ -11,7 +11,7 @@ use lathe_ir::{Model, NodeId, ValueId};
 use lathe_passes::{
     Context,
     lossy::{
-        Choice, Method, Site, Spent, Weight,
+        Choice, Method, RowsLeft, Site, Spent, Weight,
         allocate::{self, Group, Measure, Plan, SolveError, Solver, Status},
         block_by_block, weights,
     },
@@ -40,6 +40,8 @@ pub(super) struct Offer {
     pub sensitivity: Vec<f64>,
     /// Rows in one run that operations are counted by: of all products with the weight, or 1.
     pub rows: u64,
+    /// Of every choice that leaves the weights inside their places: the share of their rows that is left.
+    pub rows_left: Vec<Option<RowsLeft>>,
 }
 
 /// Values that would change together, with the options of all methods.
@@ -192,8 +194,38 @@ impl Table<'_> {
             }
             options.push(whole);
         }
-        options.extend(place.options(timed));
+        for ((offer, own), mut option) in place.choices().zip(place.options(timed)) {
+            for (value, share) in offer.rows_left[own].iter().flatten() {
+                self.add_inside(&mut option, at, (*value, *share), timed, order);
+            }
+            options.push(option);
+        }
         Group { name: place.site().name.clone(), options }
+    }
+
+    /// Adds the place of a weight inside place `at` to one of its options, for a share of the weight's rows.
+    fn add_inside(
+        &self,
+        option: &mut allocate::Choice,
+        at: usize,
+        (value, share): (ValueId, f64),
+        timed: bool,
+        order: &mut Vec<usize>,
+    ) {
+        let inside = self.places[at].covers().contains(&value);
+        let own = self.places.iter().position(|p| p.site().weight == Some(value) && p.covers().len() == 1);
+        let Some(own) = own.filter(|_| inside) else { return };
+        let place = &self.places[own];
+        let fewer = |mut choice: allocate::Choice| {
+            choice.flops = (choice.flops as f64 * share) as u64;
+            choice.latency_ns = choice.latency_ns.map(|ns| (ns as f64 * share) as u64);
+            choice
+        };
+        let whole = fewer(place.whole(timed));
+        subtract(option, &whole);
+        order.push(own);
+        let options = [whole].into_iter().chain(place.options(timed).into_iter().map(fewer)).collect();
+        option.inner.push(Group { name: place.site().name.clone(), options });
     }
 
     /// Why a method that was asked for offers nothing; `None` if it does.
@@ -394,6 +426,7 @@ mod tests {
                 },
                 sensitivity: Vec::new(),
                 rows: 1,
+                rows_left: Vec::new(),
             }],
             latency: Vec::new(),
         };

@@ -1,0 +1,82 @@
+"""What fewer tokens are worth on the zoo: accuracy on held-out images and measured latency at batch 1.
+
+    python benches/structure.py OPTIMIZE ZOO [FOLDER] [--methods reduce-tokens] [--shares 0.9,0.8,0.7] [--models vit]
+                                [--budget latency|flops] [--target portable|ort]
+
+ZOO holds vit.onnx, resnet.onnx and mobilenet.onnx; FOLDER is that of the Debian package dataset-fashion-mnist. 512 test
+images calibrate, 4,096 others evaluate; neither were trained on. Prints one row per model and share: what was chosen, accuracy
+before and after, and the shares of FLOPs and latency that are left, or why there is no result.
+"""
+
+import argparse
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy
+
+
+def images(folder):
+    with gzip.open(folder / "t10k-images-idx3-ubyte.gz") as file:
+        pixels = numpy.frombuffer(file.read(), numpy.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(folder / "t10k-labels-idx1-ubyte.gz") as file:
+        labels = numpy.frombuffer(file.read(), numpy.uint8, offset=8).astype(numpy.int64)
+    return pixels.astype(numpy.float32) / 127.5 - 1.0, labels
+
+
+def run(args, model, name, share, scratch):
+    report = scratch / "report.json"
+    report.unlink(missing_ok=True)
+    command = [args.optimize, args.zoo / f"{model}.onnx", "-o", scratch / "out.onnx", "--overwrite", "-q"]
+    command += ["--calib", scratch / f"{name}-calib.npz", "--validate", scratch / f"{name}-eval.npz"]
+    command += ["--labels", "label", "--metric", "accuracy", "--passes", args.methods, f"--{args.budget}", share]
+    command += ["--input-shape", f"{name}:1,1,28,28", "--target", args.target, "--report", report, "--bench"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        return None, done.stderr.strip().splitlines()[0]
+    return json.loads(report.read_text()), ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("optimize")
+    parser.add_argument("zoo", type=pathlib.Path)
+    parser.add_argument("folder", type=pathlib.Path, nargs="?", default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--methods", default="reduce-tokens")
+    parser.add_argument("--shares", default="0.9,0.8,0.7,0.6")
+    parser.add_argument("--models", default="vit")
+    parser.add_argument("--budget", default="latency")
+    parser.add_argument("--target", default="portable")
+    args = parser.parse_args()
+    pixels, labels = images(args.folder)
+    print("| model | share | chosen | accuracy before | after | FLOPs left | latency, ms | left | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        for model in args.models.split(","):
+            name = input_name(args.zoo / f"{model}.onnx", args.optimize)
+            numpy.savez(scratch / f"{name}-calib.npz", **{name: pixels[:512], "label": labels[:512]})
+            numpy.savez(scratch / f"{name}-eval.npz", **{name: pixels[512:4608], "label": labels[512:4608]})
+            for share in args.shares.split(","):
+                found, said = run(args, model, name, share, scratch)
+                if found is None:
+                    print(f"| {model} | {share} | {said} | | | | | | |", flush=True)
+                    continue
+                chosen = [choice["option"] for choice in found["plan"]["choices"] if choice["method"]]
+                verify, latency = found["verify"], found["latency"]
+                flops = found["output"]["flops"] / found["input"]["flops"]
+                print(f"| {model} | {share} | {'; '.join(chosen)} | {verify['before']:.4f} | {verify['after']:.4f} | {flops:.3f} "
+                      f"| {latency['before_ms']:.2f} to {latency['after_ms']:.2f} | {latency['ratio']:.3f} "
+                      f"| {found['seconds']:.0f} |", flush=True)
+
+
+def input_name(model, optimize):
+    done = subprocess.run([optimize, "inspect", str(model), "--json"], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)["inputs"][0]["name"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

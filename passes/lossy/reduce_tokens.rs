@@ -1,0 +1,387 @@
+//! Fewer tokens from layer to layer: the most similar ones are merged.
+
+mod emit;
+mod place;
+mod schedule;
+#[cfg(test)]
+mod tests;
+
+use super::{Choice, Method, OVERHEAD, Proposal, RowsLeft, Site, Spent, Tap, Weight, allocate::Measure, weights};
+use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
+use emit::{Form, emit, most, open_sum};
+use lathe_analysis::{Bindings, Calibrate, Cost, Facts};
+use lathe_ir::{Model, NodeId, ScopeId, Use, ValueId};
+use place::{Chain, Wish, chains};
+use schedule::{SHARES, Stretch, merged, plans};
+use std::collections::BTreeSet;
+
+/// Merges similar tokens.
+pub struct ReduceTokens;
+
+static INFO: Info = Info {
+    name: "reduce-tokens",
+    summary: "merge similar tokens of a vision transformer from layer to layer",
+    doc: "In transformers over a fixed number of tokens, offers to merge the most similar tokens after attentions: half of \
+          the tokens look for their most similar one in the other half, by the cosine of their keys, and the most similar \
+          pairs become their mean. Later attentions and averages count a token as often as it stands for. What is lost by \
+          merging a share of the tokens after one attention alone is measured on calibration samples; a dynamic \
+          programme over the layers makes schedules of that, and the loss of each is measured again as a whole. Tokens \
+          at the front that the model picks by their position stay. Heads that need every token get all of them back. \
+          Declines where the number of tokens is open, and where anything reads tokens other than one by one, in \
+          attentions or in averages: windows, grids, tables of positions inside, masks, caches, convolutions. Lowers \
+          FLOPs and latency only.",
+    options: &[
+        Opt {
+            name: "protected",
+            unit: "auto or a number",
+            default: "auto",
+            doc: "tokens at the front that stay; auto: those that the model picks by their position",
+        },
+        Opt {
+            name: "form",
+            unit: "auto, merge or mix",
+            default: "auto",
+            doc: "merge pairs; or mix every token into those that stay, which the attention before looks at most, where \
+                  its weights can be read; auto measures both",
+        },
+        Opt {
+            name: "temperature",
+            unit: "a number above 0",
+            default: "0.1",
+            doc: "of the softmax over cosines that mixes; towards 0 each token goes to the one most like it",
+        },
+        Opt {
+            name: "restore",
+            unit: "true or false",
+            default: "true",
+            doc: "whether a head that needs every token gets all of them back, each what it was merged into",
+        },
+    ],
+    kind: Kind::Lossy,
+    lowers: &[Quantity::Flops],
+    source: Some("Bolya et al. 2023, ToMe, arXiv:2210.09461; Chen et al. 2023, DiffRate, arXiv:2305.17997"),
+};
+
+/// The oldest operator set with what is written: sums that scatter, and averages whose axes are an input.
+const OLDEST_OPSET: i64 = 18;
+
+/// Shares of the operations from the first attention on that schedules aim for.
+const TARGETS: [f64; 8] = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2];
+
+/// What merging takes besides its operations, as if it were operations: a few dozen small nodes.
+const MERGE: f64 = 5e5;
+
+/// How tokens may become fewer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Forms {
+    Auto,
+    Merge,
+    Mix,
+}
+
+impl std::str::FromStr for Forms {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "auto" => Ok(Forms::Auto),
+            "merge" => Ok(Forms::Merge),
+            "mix" => Ok(Forms::Mix),
+            _ => Err(()),
+        }
+    }
+}
+
+/// A number above 0.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Temperature(f32);
+
+impl std::str::FromStr for Temperature {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        text.parse().ok().filter(|t: &f32| t.is_finite() && *t > 0.0).map(Temperature).ok_or(())
+    }
+}
+
+/// What settings ask for.
+struct Asked {
+    wish: Wish,
+    forms: Forms,
+    temperature: f32,
+}
+
+impl Asked {
+    fn of(cx: &Context) -> Result<Asked, Error> {
+        let Protected(protected) = cx.setting(&INFO, "protected")?;
+        let Temperature(temperature) = cx.setting(&INFO, "temperature")?;
+        let wish = Wish { restore: cx.setting(&INFO, "restore")?, protected };
+        Ok(Asked { wish, forms: cx.setting(&INFO, "form")?, temperature })
+    }
+
+    /// The forms to try on a chain, the first one in order to make schedules.
+    fn forms(&self, model: &Model, chain: &Chain) -> Vec<Form> {
+        let mix = Form::Mix(self.temperature);
+        // Only a softmax of its own gives weights.
+        let readable = chain.cuts.iter().all(|cut| model.graph.node(cut.node).is("Softmax"));
+        match self.forms {
+            Forms::Merge => vec![Form::Merge],
+            Forms::Mix if readable => vec![mix],
+            Forms::Mix => Vec::new(),
+            Forms::Auto if readable => vec![Form::Merge, mix],
+            Forms::Auto => vec![Form::Merge],
+        }
+    }
+}
+
+/// How many tokens stay at the front.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Protected(Option<usize>);
+
+impl std::str::FromStr for Protected {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "auto" => Ok(Protected(None)),
+            count => count.parse().map(|count| Protected(Some(count))).map_err(|_| ()),
+        }
+    }
+}
+
+impl Method for ReduceTokens {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn reads_activations(&self) -> bool {
+        false
+    }
+
+    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+        let mut proposal = Proposal::default();
+        let saves = |m: &Measure| matches!(m, Measure::Flops | Measure::Latency);
+        let Some(calibration) = cx.calibration.filter(|_| cx.measures.iter().any(saves)) else { return Ok(proposal) };
+        let asked = Asked::of(cx)?;
+        for found in chains(model, asked.wish) {
+            match found {
+                Ok(chain) if model.opset() >= OLDEST_OPSET => match site(model, &chain, &asked, calibration)? {
+                    Some(site) => proposal.sites.push(site),
+                    None => proposal.outcome.refuse("no schedule saves anything", name(model, &chain)),
+                },
+                Ok(chain) => proposal.outcome.refuse("operator set 18 or newer is needed", name(model, &chain)),
+                Err((place, reason)) => proposal.outcome.refuse(reason, place),
+            }
+        }
+        Ok(proposal)
+    }
+
+    fn rows_left(&self, model: &Model, site: &Site, choice: usize, cx: &Context) -> Result<Option<RowsLeft>, Error> {
+        let (found, counts) = (chains(model, Asked::of(cx)?.wish), counts_of(&site.choices[choice].name));
+        let own = |chain: &Chain| name(model, chain) == site.name && chain.cuts.len() == counts.len();
+        let own = found.into_iter().flatten().find(own);
+        Ok(own.map(|chain| rows_left(model, &chain, &counts)))
+    }
+
+    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
+        let choice = &site.choices[choice].name;
+        let mut outcome = Outcome::default();
+        let asked = Asked::of(cx)?;
+        let form = if choice.ends_with(MIXED) { Form::Mix(asked.temperature) } else { Form::Merge };
+        if reduce(model, asked.wish, &site.name, &counts_of(choice), form) {
+            outcome.change(choice.clone(), site.name.clone());
+        } else {
+            outcome.refuse("the tokens are no longer what they were", site.name.clone());
+        }
+        Ok(outcome)
+    }
+}
+
+/// A chain is called by its first cut.
+fn name(model: &Model, chain: &Chain) -> String {
+    format!("tokens of `{}`", model.graph.value(chain.cuts[0].stream).name)
+}
+
+/// How names of schedules end whose tokens mix.
+const MIXED: &str = " mixed";
+
+/// What a schedule is called: how many tokens are left after every attention.
+fn choice_name(tokens: usize, counts: &[usize], form: Form) -> String {
+    let left = counts.iter().scan(tokens, |left, count| {
+        *left -= count;
+        Some(left.to_string())
+    });
+    let end = if form == Form::Merge { "" } else { MIXED };
+    format!("{tokens} tokens to {}{end}", left.collect::<Vec<_>>().join(", "))
+}
+
+/// How many tokens every cut merges, from the name of the schedule.
+fn counts_of(name: &str) -> Vec<usize> {
+    let numbers: Vec<usize> =
+        name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect();
+    numbers.windows(2).map(|pair| pair[0].saturating_sub(pair[1])).collect()
+}
+
+/// Takes this many tokens away after every attention of the chain of this name; `false` if there is none that fits.
+fn reduce(model: &mut Model, wish: Wish, called: &str, counts: &[usize], form: Form) -> bool {
+    let find = |model: &Model| {
+        let all = chains(model, wish).into_iter().flatten();
+        all.into_iter().find(|chain| name(model, chain) == called && fits(chain, counts, form))
+    };
+    let Some(chain) = find(model) else { return false };
+    let active = chain.cuts.iter().zip(counts).filter(|(_, count)| **count > 0);
+    let streams: Vec<ValueId> = active.map(|(cut, _)| cut.stream).collect();
+    let opened = streams.into_iter().filter(|&stream| open_sum(&mut model.graph, stream)).count();
+    let chain = if opened > 0 { find(model) } else { Some(chain) };
+    chain.inspect(|chain| emit(model, chain, counts, form)).is_some()
+}
+
+/// Whether a schedule can be carried out.
+fn fits(chain: &Chain, counts: &[usize], form: Form) -> bool {
+    let mut left = chain.tokens.count;
+    let mut fits = |&count: &usize| {
+        let enough = match form {
+            Form::Merge => count <= most(left, chain.protected),
+            // One is left at least, besides those that stay.
+            Form::Mix(_) => count + chain.protected < left,
+        };
+        left = left.saturating_sub(count);
+        enough
+    };
+    chain.cuts.len() == counts.len() && counts.iter().all(&mut fits)
+}
+
+/// Proposes schedules for a chain; `None` if no model with fewer tokens gives finite outputs.
+fn site(model: &Model, chain: &Chain, asked: &Asked, calibration: &dyn Calibrate) -> Result<Option<Site>, Error> {
+    let called = name(model, chain);
+    let forms = asked.forms(model, chain);
+    let Some(&form) = forms.first() else { return Ok(None) };
+    let variant = |counts: &[usize], form: Form| {
+        let mut changed = model.clone();
+        reduce(&mut changed, asked.wish, &called, counts, form).then_some(changed)
+    };
+    let loss = |changed: &Model| -> Result<f64, Error> {
+        Ok(calibration.trials(changed, &[Vec::new()])?.first().copied().unwrap_or(f64::INFINITY))
+    };
+    let work = Work::of(model);
+    let mut stretches = work.stretches(model, chain);
+    for (at, stretch) in stretches.iter_mut().enumerate() {
+        for (share, lost) in SHARES.iter().zip(&mut stretch.losses) {
+            let mut counts = vec![0; chain.cuts.len()];
+            counts[at] = merged(*share, chain.tokens.count, most(chain.tokens.count, chain.protected));
+            let changed = variant(&counts, form);
+            *lost = changed.as_ref().map_or(Ok(f64::INFINITY), &loss)?;
+        }
+    }
+    let whole = flops(model);
+    let (nodes, covers) = (chain.nodes(&model.graph), chain.covers(&model.graph));
+    let kept = work.spent(model, &nodes);
+    let mut choices = Vec::new();
+    for counts in plans(&stretches, chain.tokens.count, &TARGETS, &|count| most(count, chain.protected)) {
+        let mut best: Option<(f64, Form, Model)> = None;
+        for &form in &forms {
+            let Some(changed) = variant(&counts, form) else { continue };
+            let lost = loss(&changed)?;
+            if lost.is_finite() && best.as_ref().is_none_or(|(least, ..)| lost < *least) {
+                best = Some((lost, form, changed));
+            }
+        }
+        let Some((lost, form, changed)) = best else { continue };
+        let nodes_of = |model: &Model| model.graph.nodes(ScopeId::MAIN).count();
+        let added = nodes_of(&changed).saturating_sub(nodes_of(model));
+        let saved = whole.saturating_sub(flops(&changed));
+        let spent = Spent {
+            bytes: kept.bytes + OVERHEAD * added as u64,
+            parameters: kept.parameters,
+            flops_per_row: kept.flops_per_row.saturating_sub(saved),
+        };
+        let name = choice_name(chain.tokens.count, &counts, form);
+        choices.push(Choice { name, spent, errors: Vec::new(), measured: Some(lost) });
+    }
+    let taps = chain.ends(&model.graph);
+    let site = Site { weight: None, covers, nodes, name: called, taps, kept, choices, forced: false };
+    Ok((!site.choices.is_empty()).then_some(site))
+}
+
+/// Floating-point operations of a run of one sample.
+fn flops(model: &Model) -> u64 {
+    Cost::of(model, &Facts::infer(model), &Bindings::default()).flops
+}
+
+/// What nodes compute with all tokens.
+struct Work {
+    cost: Cost,
+}
+
+impl Work {
+    fn of(model: &Model) -> Work {
+        Work { cost: Cost::of(model, &Facts::infer(model), &Bindings::default()) }
+    }
+
+    fn spent(&self, model: &Model, nodes: &[NodeId]) -> Spent {
+        let read: BTreeSet<ValueId> =
+            nodes.iter().flat_map(|&id| model.graph.node(id).inputs()).flatten().copied().collect();
+        let tensors = || read.iter().filter_map(|&v| model.graph.constant(v));
+        Spent {
+            bytes: tensors().map(|t| t.byte_len() as u64).sum(),
+            parameters: tensors().filter(|t| t.dtype().is_float()).map(|t| t.len() as u64).sum(),
+            flops_per_row: nodes.iter().map(|id| self.cost.by_node[id.index()].flops).sum(),
+        }
+    }
+
+    /// What runs from every cut to the next one.
+    fn stretches(&self, model: &Model, chain: &Chain) -> Vec<Stretch> {
+        let graph = &model.graph;
+        let all: Vec<usize> = (0..chain.cuts.len()).collect();
+        let stages = chain.stages(graph, &all).expect("stages were checked with every cut");
+        let merge =
+            chain.cuts.iter().map(|cut| MERGE + (chain.tokens.count * chain.tokens.count * cut.width / 4) as f64);
+        let mut stretches: Vec<Stretch> = merge.map(|merge| Stretch { merge, ..Stretch::default() }).collect();
+        for &id in &chain.tokens.nodes {
+            let node = graph.node(id);
+            let mut seen = node.inputs().iter().flatten().filter_map(|v| Some((chain.tokens.of(*v)?, stages.get(v)?)));
+            let Some((axes, stage)) = seen.next().filter(|(_, stage)| **stage > 0) else { continue };
+            let (own, stretch) = (self.cost.by_node[id.index()].flops as f64, &mut stretches[stage - 1]);
+            let output = node.output(0).and_then(|v| chain.tokens.of(v));
+            if axes.axes.len() > 1 || output.is_some_and(|axes| axes.axes.len() > 1) {
+                stretch.square += own;
+            } else if chain.tokens.attentions.iter().any(|attention| attention.node == id) {
+                // Scores and weighted sum; what else one operator does grows with the tokens.
+                let square = (4 * chain.tokens.count * chain.tokens.count * chain.cuts[stage - 1].width) as f64;
+                stretch.square += square.min(own);
+                stretch.linear += (own - square).max(0.0);
+            } else {
+                stretch.linear += own;
+            }
+        }
+        stretches
+    }
+}
+
+/// The share of its rows that the layer of every weight still has.
+fn rows_left(model: &Model, chain: &Chain, counts: &[usize]) -> RowsLeft {
+    let active: Vec<usize> = (0..counts.len()).filter(|&at| counts[at] > 0).collect();
+    let stages = chain.stages(&model.graph, &active).expect("stages were checked with every cut");
+    let left = |stage: usize| {
+        let gone: usize = active[..stage].iter().map(|&at| counts[at]).sum();
+        (chain.tokens.count - gone) as f64 / chain.tokens.count as f64
+    };
+    let (found, _) = weights(&model.graph);
+    let share = |tap: &Tap| {
+        let read = model.graph.node(tap.node).input(0).filter(|v| chain.tokens.of(*v).is_some());
+        read.map_or(1.0, |v| left(stages.get(&v).copied().unwrap_or(0)))
+    };
+    let of = |weight: &Weight| {
+        let all = weight.taps.iter().map(share).sum::<f64>() / weight.taps.len().max(1) as f64;
+        (weight.value, all)
+    };
+    found.iter().map(of).collect()
+}
+
+/// The node of a use, if it is one's.
+fn reader(place: &Use) -> Option<NodeId> {
+    match *place {
+        Use::Node(id, _) => Some(id),
+        _ => None,
+    }
+}

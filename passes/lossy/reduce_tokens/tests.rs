@@ -1,0 +1,331 @@
+//! Merging in small transformers.
+
+use super::{
+    choice_name, counts_of,
+    emit::{Form, emit, most},
+    name,
+    place::{Chain, Wish, chains},
+    reduce,
+};
+use lathe_analysis::{Bindings, Cost, Facts};
+use lathe_ir::{Model, Tensor, text};
+use std::fmt::Write as _;
+
+const WISH: Wish = Wish { restore: true, protected: None };
+
+/// Numbers from a seed, in `(-1, 1)`.
+fn noise(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut one = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| one()).collect()
+}
+
+/// How blocks are written.
+#[derive(Clone, Copy, PartialEq)]
+enum Style {
+    Spelled,
+    Packed,
+    Standard,
+    Flat,
+}
+
+const WIDTH: usize = 8;
+
+/// Pre-norm blocks over tokens `t` with two heads of size 4; the last stream is `s`.
+fn blocks(count: usize, style: Style, constants: &mut String) -> String {
+    let mut constant = |name: String, dims: &[usize], seed: usize| {
+        let numbers = noise(dims.iter().product(), seed as u64 + 7);
+        let numbers: Vec<String> = numbers.iter().map(|x| format!("{:e}", x * 0.7)).collect();
+        let dims: Vec<String> = dims.iter().map(usize::to_string).collect();
+        let _ = write!(constants, ", float[{}] {name} = {{{}}}", dims.join(","), numbers.join(", "));
+    };
+    let mut body = String::from("s0 = Identity (t) ");
+    for i in 0..count {
+        constant(format!("qkv{i}"), &[WIDTH, 3 * WIDTH], 10 * i);
+        constant(format!("bias{i}"), &[3 * WIDTH], 10 * i + 1);
+        constant(format!("up{i}"), &[WIDTH, 16], 10 * i + 2);
+        constant(format!("down{i}"), &[16, WIDTH], 10 * i + 3);
+        let _ = write!(body, "n{i} = LayerNormalization (s{i}, g, b) ");
+        if style == Style::Packed {
+            let _ = write!(body, "a{i} = com.microsoft.Attention <num_heads = 2> (n{i}, qkv{i}, bias{i}) ");
+        } else {
+            let _ = write!(body, "p{i} = MatMul (n{i}, qkv{i}) pb{i} = Add (p{i}, bias{i}) ");
+            let _ = write!(body, "q{i}, k{i}, v{i} = Split <axis = 2, num_outputs = 3> (pb{i}) ");
+        }
+        match style {
+            Style::Packed => {}
+            Style::Standard => {
+                let _ = write!(body, "a{i} = Attention <q_num_heads = 2, kv_num_heads = 2> (q{i}, k{i}, v{i}) ");
+            }
+            Style::Flat => {
+                let _ = write!(body, "a{i} = com.microsoft.MultiHeadAttention <num_heads = 2> (q{i}, k{i}, v{i}) ");
+            }
+            Style::Spelled => {
+                for (name, perm) in [("q", "0, 2, 1, 3"), ("k", "0, 2, 3, 1"), ("v", "0, 2, 1, 3")] {
+                    let _ = write!(
+                        body,
+                        "{name}h{i} = Reshape ({name}{i}, heads) {name}t{i} = Transpose <perm = [{perm}]> ({name}h{i}) "
+                    );
+                }
+                let _ = write!(
+                    body,
+                    "sc{i} = MatMul (qt{i}, kt{i}) sm{i} = Softmax <axis = -1> (sc{i}) o{i} = MatMul (sm{i}, vt{i})
+                     ot{i} = Transpose <perm = [0, 2, 1, 3]> (o{i}) a{i} = Reshape (ot{i}, flat) "
+                );
+            }
+        }
+        let next = i + 1;
+        let _ = write!(
+            body,
+            "h{i} = Add (s{i}, a{i}) m{i} = LayerNormalization (h{i}, g, b) u{i} = MatMul (m{i}, up{i})
+             r{i} = Relu (u{i}) d{i} = MatMul (r{i}, down{i}) s{next} = Add (h{i}, d{i}) "
+        );
+    }
+    let _ = write!(body, "s = LayerNormalization (s{count}, g, b) ");
+    body
+}
+
+/// `head` reads `s` and gives `y`; `front` reads `x` and gives `t`, `tokens` rows.
+fn transformer(style: Style, tokens: usize, input: &str, front: &str, output: &str, head: &str) -> Model {
+    let list = |n: usize, value: &str| vec![value; n].join(", ");
+    let mut constants = format!(
+        "float[{WIDTH}] g = {{{}}}, float[{WIDTH}] b = {{{}}}, int64[4] heads = {{0, {tokens}, 2, 4}}, \
+         int64[3] flat = {{0, {tokens}, {WIDTH}}}, int64 zero = {{0}}, int64[1] one = {{1}}, \
+         int64[1] end = {{9223372036854775807}}, int64[4] grid = {{0, 8, 3, 3}}, int64[9] twice = {{0, 1, 1, 2, 2, 3, 3, 4, 4}}, int64[9] first = {{0, 1, 1, 1, 1, 1, 1, 1, 1}}",
+        list(WIDTH, "1"),
+        list(WIDTH, "0.1"),
+    );
+    let body = blocks(2, style, &mut constants);
+    let source = format!(
+        "<ir_version: 10, opset_import: [\"\" : 23, \"com.microsoft\" : 1]> g (float[{input}] x) => (float[{output}] y) \
+         <{constants}> {{ {front} {body} {head} }}"
+    );
+    let model = text::parse(&source).unwrap_or_else(|error| panic!("{error}\n{source}"));
+    model.check().unwrap();
+    model
+}
+
+const PICK: &str = "y = Gather <axis = 1> (s, zero)";
+
+/// Nine tokens: the first, and four pairs of equal ones, at the positions that may merge.
+fn twins(style: Style, output: &str, head: &str) -> Model {
+    transformer(style, 9, "batch, 5, 8", "t = Gather <axis = 1> (x, twice)", output, head)
+}
+
+fn only(model: &Model) -> Chain {
+    let mut found = chains(model, WISH);
+    assert_eq!(found.len(), 1);
+    found.pop().unwrap().unwrap()
+}
+
+fn reduced(model: &Model, counts: &[usize]) -> Model {
+    reduced_by(model, counts, Form::Merge)
+}
+
+fn reduced_by(model: &Model, counts: &[usize], form: Form) -> Model {
+    let mut changed = model.clone();
+    assert!(reduce(&mut changed, WISH, &name(model, &only(model)), counts, form));
+    changed.check().unwrap_or_else(|error| panic!("{error}\n{}", text::print(&changed)));
+    changed
+}
+
+fn assert_equivalent(model: &Model, changed: &Model) {
+    lathe_testkit::equivalent(model, changed, Some(1e-4), 1)
+        .unwrap_or_else(|why| panic!("{why}\n{}", text::print(changed)));
+}
+
+#[test]
+fn equal_tokens_merge_without_loss() {
+    for style in [Style::Spelled, Style::Standard, Style::Packed, Style::Flat] {
+        let model = twins(style, "batch, 8", PICK);
+        assert_eq!(only(&model).protected, 1);
+        for counts in [[4, 0], [3, 0], [0, 4], [2, 0]] {
+            assert_equivalent(&model, &reduced(&model, &counts));
+        }
+        // Merging what differs is no longer the same.
+        let far = reduced(&model, &[4, 2]);
+        assert!(lathe_testkit::equivalent(&model, &far, Some(1e-4), 1).is_err());
+    }
+}
+
+#[test]
+fn averages_count_tokens_as_often_as_they_stand_for() {
+    let pooled = twins(Style::Spelled, "batch, 8", "y = ReduceMean <keepdims = 0> (s, one)");
+    assert_eq!(only(&pooled).protected, 0);
+    // Without a protected token pairs are at positions 1 and 2, 3 and 4, and so on: odd and even.
+    assert_equivalent(&pooled, &reduced(&pooled, &[4, 0]));
+    let rest = "rest = Slice (s, one, end, one) y = ReduceMean <keepdims = 0> (rest, one)";
+    let rest = twins(Style::Spelled, "batch, 8", rest);
+    assert_eq!(only(&rest).protected, 1);
+    assert_equivalent(&rest, &reduced(&rest, &[3, 0]));
+}
+
+#[test]
+fn dense_heads_get_every_token_back() {
+    let dense = twins(Style::Spelled, "batch, 9, 8", "y = Relu (s)");
+    assert_equivalent(&dense, &reduced(&dense, &[4, 0]));
+    assert_equivalent(&dense, &reduced(&dense, &[3, 1]));
+    let grid = twins(Style::Packed, "batch, 8, 3, 3", "c = Transpose <perm = [0, 2, 1]> (s) y = Reshape (c, grid)");
+    assert_equivalent(&grid, &reduced(&grid, &[2, 2]));
+    let none = chains(&dense, Wish { restore: false, protected: None }).pop().unwrap();
+    assert_eq!(none.err().unwrap().1, "an output of the model has a row per token");
+}
+
+#[test]
+fn a_sum_that_is_normalized_at_once_is_opened() {
+    let model = twins(Style::Packed, "batch, 8", PICK);
+    let source = text::print(&model);
+    let source = source.replace("h0 = Add (s0, a0)", "").replace(
+        "m0 = LayerNormalization (h0, g, b)",
+        "m0, u1, u2, h0 = com.microsoft.SkipLayerNormalization <epsilon = 1e-05> (s0, a0, g, b)",
+    );
+    let fused = text::parse(&source).unwrap();
+    assert_equivalent(&model, &fused);
+    assert_equivalent(&fused, &reduced(&fused, &[4, 0]));
+}
+
+/// One merge by loops over numbers: ToMe's bipartite soft matching, with the first token protected.
+fn merge(rows: &[Vec<f32>], keys: &[Vec<f32>], r: usize) -> Vec<Vec<f32>> {
+    let cosine = |a: &[f32], b: &[f32]| {
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(x * y)).sum::<f64>();
+        dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+    };
+    let count = rows.len();
+    let (even, odd): (Vec<usize>, Vec<usize>) = ((2..count).step_by(2).collect(), (1..count).step_by(2).collect());
+    let best = |&a: &usize| {
+        let scores = odd.iter().map(|&b| cosine(&keys[a], &keys[b]));
+        scores.enumerate().max_by(|x, y| x.1.total_cmp(&y.1)).map(|(at, score)| (a, at, score)).unwrap()
+    };
+    let mut edges: Vec<(usize, usize, f64)> = even.iter().map(best).collect();
+    edges.sort_by(|x, y| y.2.total_cmp(&x.2));
+    let mut sums: Vec<(Vec<f32>, f32)> = odd.iter().map(|&b| (rows[b].clone(), 1.0)).collect();
+    for &(a, to, _) in &edges[..r] {
+        sums[to].0.iter_mut().zip(&rows[a]).for_each(|(sum, x)| *sum += x);
+        sums[to].1 += 1.0;
+    }
+    let mut stay: Vec<usize> = edges[r..].iter().map(|e| e.0).collect();
+    stay.sort_unstable();
+    let merged = sums.into_iter().map(|(sum, size)| sum.iter().map(|x| x / size).collect());
+    [0].into_iter().chain(stay).map(|at| rows[at].clone()).chain(merged).collect()
+}
+
+#[test]
+fn tokens_merge_as_the_method_says() {
+    // Keys are the tokens themselves, with one head's worth of features twice.
+    let source = "<ir_version: 10, opset_import: [\"\" : 20]> g (float[1, 9, 4] x) => (float[1, 4] y) \
+        <int64[4] heads = {0, 9, 1, 4}, int64[3] flat = {0, 9, 4}, int64 zero = {0}, float tiny = {0.0}> { \
+        h = Reshape (x, heads) q = Transpose <perm = [0, 2, 1, 3]> (h) k = Transpose <perm = [0, 2, 3, 1]> (h) \
+        sc = MatMul (q, k) p = Softmax <axis = -1> (sc) o = MatMul (p, q) ot = Transpose <perm = [0, 2, 1, 3]> (o) \
+        a = Reshape (ot, flat) small = Mul (a, tiny) s = Add (x, small) seen = Relu (s) y = Gather <axis = 1> (seen, zero) }";
+    let mut model = text::parse(source).unwrap();
+    let chain = only(&model);
+    let stream = chain.cuts[0].stream;
+    emit(&mut model, &chain, &[3], Form::Merge);
+    let graph = &mut model.graph;
+    let left = graph.find_value("seen").unwrap();
+    let merged = graph.node(graph.producer(left).unwrap()).input(0).unwrap();
+    assert_ne!(merged, stream);
+    graph.value_mut(merged).ty = Some(lathe_ir::Type::unshaped(lathe_ir::DataType::Float));
+    graph.add_output(lathe_ir::ScopeId::MAIN, merged);
+    let numbers = noise(36, 3);
+    let input = Tensor::from_f32s(&[1, 9, 4], &numbers);
+    let name = model.graph.value(merged).name.clone();
+    let outputs = run(&model, input);
+    let found = &outputs[1].1;
+    assert_eq!(found.dims(), [1, 6, 4], "{name}");
+    let rows: Vec<Vec<f32>> = numbers.chunks(4).map(<[f32]>::to_vec).collect();
+    let expected: Vec<f32> = merge(&rows, &rows, 3).concat();
+    for (a, b) in found.to_f32s().unwrap().iter().zip(&expected) {
+        assert!((a - b).abs() < 1e-6, "{a} {b}");
+    }
+}
+
+fn run(model: &Model, input: Tensor) -> Vec<(String, Tensor)> {
+    let name = model.graph.value(model.graph.main().inputs()[0]).name.clone();
+    lathe_testkit::evaluator().run(model, &[(name, input)]).unwrap()
+}
+
+#[test]
+fn at_most_half_of_the_tokens_can_merge() {
+    assert_eq!([most(9, 1), most(9, 0), most(8, 1), most(4, 2)], [4, 5, 3, 1]);
+}
+
+#[test]
+fn schedules_are_told_by_their_names() {
+    let name = choice_name(197, &[0, 24, 0, 86], Form::Merge);
+    assert_eq!(name, "197 tokens to 197, 173, 173, 87");
+    assert_eq!(counts_of(&name), [0, 24, 0, 86]);
+    let model = twins(Style::Spelled, "batch, 8", PICK);
+    let chain = super::name(&model, &only(&model));
+    for wrong in [&[5, 0][..], &[1][..], &[4, 3][..]] {
+        assert!(!reduce(&mut model.clone(), WISH, &chain, wrong, Form::Merge), "{wrong:?}");
+    }
+}
+
+#[test]
+fn equal_tokens_mix_without_loss() {
+    // A small temperature sends each token to those that are equal to it; some twin of each must stay.
+    let equal = "t = Gather <axis = 1> (x, first)";
+    let model = transformer(Style::Spelled, 9, "batch, 5, 8", equal, "batch, 8", PICK);
+    assert_equivalent(&model, &reduced_by(&model, &[5, 0], Form::Mix(0.01)));
+    assert_equivalent(&model, &reduced_by(&model, &[2, 3], Form::Mix(0.01)));
+    let dense = transformer(Style::Spelled, 9, "batch, 5, 8", equal, "batch, 9, 8", "y = Relu (s)");
+    assert_equivalent(&dense, &reduced_by(&dense, &[4, 2], Form::Mix(0.01)));
+    let twins = twins(Style::Spelled, "batch, 8", PICK);
+    let far = reduced_by(&twins, &[6, 0], Form::Mix(0.1));
+    assert!(lathe_testkit::equivalent(&twins, &far, Some(1e-4), 1).is_err());
+}
+
+#[test]
+fn windows_are_refused_with_the_reason() {
+    let list = |n: usize| vec!["0.5"; n].join(", ");
+    let source = format!(
+        "<ir_version: 10, opset_import: [\"\" : 20, \"com.microsoft\" : 1]> g (float[batch, 16, 8] x) => (float[batch, 8] y) \
+         <float[8] g = {{{}}}, float[8] b = {{{}}}, float[8, 24] qkv = {{{}}}, float[24] bias = {{{}}}, \
+         int64[3] windows = {{-1, 4, 8}}, int64[3] whole = {{-1, 16, 8}}, int64[1] one = {{1}}> {{ \
+         n = LayerNormalization (x, g, b) inside = Reshape (n, windows) \
+         a = com.microsoft.Attention <num_heads = 2> (inside, qkv, bias) back = Reshape (a, whole) \
+         s = Add (x, back) y = ReduceMean <keepdims = 0> (s, one) }}",
+        list(8),
+        list(8),
+        list(8 * 24),
+        list(24)
+    );
+    let model = text::parse(&source).unwrap();
+    let refused = chains(&model, WISH).pop().unwrap().err().unwrap();
+    let reason = "the tokens are divided into windows or a grid, or joined with another axis";
+    assert_eq!(refused, ("`x`".to_owned(), reason));
+}
+
+#[test]
+fn what_is_left_is_counted_in_full() {
+    for style in [Style::Spelled, Style::Packed, Style::Flat] {
+        let model = twins(style, "batch, 8", PICK);
+        for (form, counts) in [(Form::Merge, [4, 2]), (Form::Mix(0.1), [4, 2])] {
+            if style != Style::Spelled && form != Form::Merge {
+                continue;
+            }
+            let changed = reduced_by(&model, &counts, form);
+            let cost = |model: &Model| Cost::of(model, &Facts::infer(model), &Bindings::default());
+            let (before, after) = (cost(&model), cost(&changed));
+            let known =
+                |cost: &Cost| cost.uncounted.iter().map(|(op, count)| format!("{op} {count}")).collect::<Vec<_>>();
+            assert_eq!(known(&before), known(&after));
+            let shapes = Facts::infer(&changed);
+            let unknown: Vec<String> = changed
+                .graph
+                .nodes(lathe_ir::ScopeId::MAIN)
+                .flat_map(|id| changed.graph.node(id).outputs().to_vec())
+                .flatten()
+                .filter(|v| shapes.shape(*v).is_none_or(|s| s.iter().skip(1).any(|d| d.as_known().is_none())))
+                .map(|v| changed.graph.value(v).name.clone())
+                .collect();
+            assert_eq!(unknown, [] as [String; 0]);
+        }
+    }
+}
