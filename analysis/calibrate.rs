@@ -194,6 +194,11 @@ pub trait Calibrate {
         Err(unable())
     }
 
+    /// Floating-point operations of one run of the model over the samples of trials; 0 where that is not known.
+    fn trial_flops(&self) -> f64 {
+        0.0
+    }
+
     /// How far the outputs of `variant` are from those of the model that is being compressed, once for every assignment
     /// of its gates: inputs that it has more, each one number of float32. Without any, one empty assignment runs it once.
     ///

@@ -2,6 +2,7 @@
 
 mod check;
 mod report;
+mod tune;
 
 use crate::{
     Failure, PassRecord, job,
@@ -26,6 +27,7 @@ use std::{
 };
 
 pub use report::{SamplerReport, SamplerSide};
+pub use tune::{Search, Tune};
 
 /// Nodes above which steps are not put side by side.
 const MOST_NODES: usize = 20_000;
@@ -54,6 +56,8 @@ pub struct SamplerOptions {
     pub request: Request,
     /// A plan; without one, every step is computed.
     pub plan: Option<StepPlan>,
+    /// How a plan is found, where none is given.
+    pub tune: Option<Tune>,
     /// How it is guided; `None` runs the conditional pass only.
     pub guidance: Option<Guidance>,
     /// What the user said about inputs.
@@ -107,6 +111,15 @@ impl From<Error> for Failure {
 /// Compiles a sampler. Nothing is written unless it succeeds.
 pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     let start = Instant::now();
+    let found;
+    let options = match &options.tune {
+        Some(tune) => {
+            job::check_output(&options.denoiser, &options.output, options.overwrite)?;
+            found = SamplerOptions { plan: Some(tune::plan(options, tune)?), tune: None, ..options.clone() };
+            &found
+        }
+        None => options,
+    };
     job::check_output(&options.denoiser, &options.output, options.overwrite)?;
     let (scheduler, mut warnings) = Scheduler::parse(&options.scheduler, options.solver)?;
     let request = request(options, &scheduler)?;

@@ -73,6 +73,9 @@ static INFO: Info = Info {
     ),
 };
 
+/// Floating-point operations that trying all units once may take where no number of them is asked for.
+const MOST_FLOPS: f64 = 2e12;
+
 /// What to try of patches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Patches {
@@ -135,6 +138,12 @@ impl Method for PruneUnits {
         let (mut found, refused) = candidates(model, cx.setting::<Ends>(&INFO, "ends")? == Ends::Free);
         refused.into_iter().for_each(|(reason, name)| proposal.outcome.refuse(reason, format!("`{name}`")));
         let Some(calibration) = cx.calibration.filter(|_| !found.is_empty()) else { return Ok(proposal) };
+        // Every unit is tried once at least, and patches are fitted for every set that is offered.
+        if counts.is_none() && calibration.trial_flops() * found.len() as f64 > MOST_FLOPS {
+            let reason = "trying its units takes longer than a budget is worth; --set prune-units.count=N asks for it";
+            proposal.outcome.refuse(reason, "the model");
+            return Ok(proposal);
+        }
         let gated = Gated::new(model, &mut found, calibration)?;
         let steps = match cx.setting::<Score>(&INFO, "score")? {
             Score::Loss => gated.greedy(&found, counts.as_ref(), &cx.measures)?,

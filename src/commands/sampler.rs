@@ -2,7 +2,7 @@
 
 use super::{input_spec, load_options, size};
 use crate::{
-    Failure, SamplerOptions,
+    Failure, SamplerOptions, Search, Tune,
     cli::{RunArgs, TalkArgs, print, say},
     progress::Meter,
     sampler,
@@ -10,6 +10,7 @@ use crate::{
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lathe_passes::sampler::{Adaptive, Class, Form, Guidance, Mode, Request, Scale, StepPlan, Steps, Table, Wishes};
+use lathe_runtime::SetSpec;
 use serde_json::Value;
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
@@ -54,10 +55,10 @@ pub(crate) struct SamplerArgs {
     #[arg(long, value_name = "NAME", value_parser = solver)]
     solver: Option<Class>,
     /// How many steps.
-    #[arg(long, value_name = "N", required_unless_present_any = ["grid", "plan"], conflicts_with_all = ["grid", "plan"])]
+    #[arg(long, value_name = "N", required_unless_present_any = ["grid", "plan", "search"], conflicts_with = "grid")]
     steps: Option<usize>,
     /// The timesteps themselves, noisy ones first: 981,841,701.
-    #[arg(long, value_name = "T,...", value_delimiter = ',', conflicts_with = "plan")]
+    #[arg(long, value_name = "T,...", value_delimiter = ',')]
     grid: Vec<f64>,
     /// How stochastic DDIM is: 0 deterministic, 1 as DDPM.
     #[arg(long, value_name = "X", default_value_t = 0.0)]
@@ -93,9 +94,14 @@ pub(crate) struct SamplerArgs {
     /// For --form adaptive: last steps that are always computed, 1 unless given.
     #[arg(long, value_name = "N", conflicts_with = "plan")]
     tail: Option<usize>,
-    /// A step plan: which steps run, guided or not, and what is not computed in each.
-    #[arg(long, value_name = "FILE")]
-    plan: Option<PathBuf>,
+    /// A step plan: a .json file; `auto` with --latency; or methods by name, on --steps: gate:at=30+forecast:every=2.
+    #[arg(long, value_name = "PLAN")]
+    plan: Option<String>,
+    /// For --plan auto: the share of the time of the plain loop that is left.
+    #[arg(long, value_name = "R")]
+    latency: Option<f64>,
+    #[command(flatten)]
+    search: SearchArgs,
     /// Write the plan of this run.
     #[arg(long, value_name = "FILE")]
     save_plan: Option<PathBuf>,
@@ -112,6 +118,79 @@ pub(crate) struct SamplerArgs {
     run: RunArgs,
     #[command(flatten)]
     talk: TalkArgs,
+}
+
+/// The search for timesteps.
+#[derive(Debug, Args)]
+struct SearchArgs {
+    /// Search this many timesteps instead of taking those of the scheduler.
+    #[arg(long, value_name = "K", conflicts_with_all = ["steps", "grid", "plan"])]
+    search: Option<usize>,
+    /// How many candidates the search scores.
+    #[arg(long, value_name = "N", default_value_t = 200, requires = "search")]
+    evaluations: usize,
+    /// Pairs of samples that a score is made of.
+    #[arg(long, value_name = "N", default_value_t = 32, requires = "search")]
+    pairs: usize,
+    /// The share of attention and MLP layers that may be left out over all steps.
+    #[arg(long, value_name = "X", default_value_t = 0.0, requires = "search")]
+    skip_layers: f64,
+    /// A network that gives features of images: samples are compared by them.
+    #[arg(long, value_name = "FEATURES", requires = "search")]
+    reference: Option<PathBuf>,
+    /// Real images for the network of --reference, a set like those of --calib: the best candidates are drawn from and
+    /// compared with them.
+    #[arg(long, value_name = "SET", requires = "reference")]
+    real: Option<PathBuf>,
+    /// Samples that are drawn from each of the best candidates.
+    #[arg(long, value_name = "N", default_value_t = 1000, requires = "real")]
+    draws: usize,
+    /// Where scores are kept, so that the same search goes on where it was interrupted; OUT.search.jsonl by default.
+    #[arg(long, value_name = "FILE", requires = "search")]
+    search_log: Option<PathBuf>,
+}
+
+/// Where the plan comes from that no file holds, if one is asked for.
+fn tune(args: &SamplerArgs) -> Result<Option<Tune>, Failure> {
+    let search = &args.search;
+    let usage = |message: String| Err(Failure::Usage(message));
+    if args.latency.is_some() && args.plan.as_deref() != Some("auto") {
+        return usage("--latency goes with --plan auto".to_owned());
+    }
+    if let Some(steps) = search.search {
+        if !(0.0..=1.0).contains(&search.skip_layers) {
+            return usage(format!("--skip-layers is {}, expected 0 to 1", search.skip_layers));
+        }
+        let log = || {
+            let mut name = args.output.clone().into_os_string();
+            name.push(".search.jsonl");
+            PathBuf::from(name)
+        };
+        return Ok(Some(Tune::Search(Box::new(Search {
+            steps,
+            evaluations: search.evaluations,
+            pairs: search.pairs,
+            skip: search.skip_layers,
+            reference: search.reference.clone(),
+            real: search.real.as_ref().map(SetSpec::all),
+            draws: search.draws,
+            log: search.search_log.clone().unwrap_or_else(log),
+        }))));
+    }
+    let Some(plan) = args.plan.as_ref().filter(|plan| !is_file(plan)) else { return Ok(None) };
+    if args.steps.is_none() && args.grid.is_empty() {
+        return usage(format!("--plan {plan} makes a plan for the steps of --steps or --grid"));
+    }
+    Ok(Some(match (plan.as_str(), args.latency) {
+        ("auto", Some(latency)) => Tune::Auto { latency },
+        ("auto", None) => return usage("--plan auto needs --latency, the share of time that is left".to_owned()),
+        _ => Tune::Methods(plan.clone()),
+    }))
+}
+
+/// Whether a plan is named by its file rather than by methods.
+fn is_file(plan: &str) -> bool {
+    std::path::Path::new(plan).extension().is_some_and(|e| e == "json")
 }
 
 fn solver(name: &str) -> Result<Class, String> {
@@ -150,11 +229,15 @@ fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, F
         |path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()));
     let scheduler: Value = serde_json::from_str(&text(&args.scheduler)?)
         .with_context(|| format!("`{}` is not JSON", args.scheduler.display()))?;
-    let mut plan = match &args.plan {
-        Some(path) => Some(StepPlan::parse(&text(path)?)?),
+    let tune = tune(args)?;
+    let mut plan = match args.plan.as_ref().filter(|plan| is_file(plan)) {
+        Some(_) if args.steps.is_some() || !args.grid.is_empty() => {
+            return Err(Failure::Usage("a plan file has its own steps; leave out --steps and --grid".to_owned()));
+        }
+        Some(path) => Some(StepPlan::parse(&text(&PathBuf::from(path))?)?),
         None => None,
     };
-    let steps = match args.steps {
+    let steps = match args.steps.or(args.search.search) {
         Some(count) => Steps::Count(count),
         None => Steps::Times(args.grid.clone()),
     };
@@ -164,6 +247,10 @@ fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, F
     let rule = args.threshold.is_some() || args.warmup.is_some() || args.tail.is_some();
     if rule && args.form != FormArg::Adaptive {
         let message = "--threshold, --warmup and --tail are about --form adaptive, and another form is asked for";
+        return Err(Failure::Usage(message.to_owned()));
+    }
+    if args.form == FormArg::Adaptive && tune.is_some() {
+        let message = "--form adaptive decides while it runs; leave out --search, or --plan";
         return Err(Failure::Usage(message.to_owned()));
     }
     if args.form == FormArg::Adaptive && plan.is_none() {
@@ -178,6 +265,7 @@ fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, F
         solver: args.solver,
         request,
         plan,
+        tune,
         guidance,
         wishes: Wishes::parse(&args.io)?,
         form: match args.form {

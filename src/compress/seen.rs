@@ -76,19 +76,23 @@ pub(super) struct Split {
     pub trials: SetSpec,
     /// What variants are fitted to.
     pub fits: SetSpec,
+    /// Floating-point operations of one run over what trials run on.
+    pub trial_flops: f64,
 }
 
 impl Split {
     pub fn of(set: &SetSpec, model: &Model) -> Result<Split, SetError> {
         let samples = SampleSet::open(set, model)?;
         let (least, most) = TRIAL_SAMPLES;
-        let affordable = (TRIAL_FLOPS / flops_of_sample(&samples, model)?.max(1.0)) as usize;
+        let flops = flops_of_sample(&samples, model)?;
+        let affordable = (TRIAL_FLOPS / flops.max(1.0)) as usize;
         let trials = samples.spread(affordable.clamp(least, most).min(samples.len() / 4).max(1));
         let tried: BTreeSet<usize> = trials.iter().copied().collect();
         let mut fits: Vec<usize> = samples.spread(samples.len());
         fits.retain(|unit| !tried.contains(unit) || samples.len() == 1);
         let part = |chosen| SetSpec { chosen: Some(chosen), ..set.clone() };
-        Ok(Split { trials: part(trials), fits: part(fits) })
+        let trial_flops = flops * trials.len() as f64;
+        Ok(Split { trials: part(trials), fits: part(fits), trial_flops })
     }
 }
 
@@ -185,6 +189,10 @@ impl Calibrate for Seen<'_> {
             })
         };
         requests.iter().map(cross).collect::<Result<_, _>>().map_err(failed)
+    }
+
+    fn trial_flops(&self) -> f64 {
+        self.split.trial_flops
     }
 
     fn trials(&self, variant: &Model, gates: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {

@@ -487,13 +487,12 @@ fn weigh_attention(graph: &mut Graph, id: NodeId, bias: ValueId, count: usize) {
         let scores = node.input(0).expect("a softmax reads something");
         let sum = w.node(Node::new("Add"), &[scores, bias]);
         w.graph.set_input(id, 0, Some(sum));
-    } else if node.is("Attention") {
-        w.graph.set_input(id, 3, Some(bias));
     } else {
-        // ONNX Runtime's operators want a row for every query.
+        // ONNX Runtime wants a row for every query, in its own operators and in that of the standard.
+        let place = if node.is("Attention") { 3 } else { 5 };
         let rows = w.ints(&[1, 1, count as i64, 1]);
         let full = w.node(Node::new("Expand"), &[bias, rows]);
-        w.graph.set_input(id, 5, Some(full));
+        w.graph.set_input(id, place, Some(full));
     }
 }
 

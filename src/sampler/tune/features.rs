@@ -1,0 +1,59 @@
+//! The network of the user that sees features in images.
+
+use super::trial::BATCH;
+use crate::Failure;
+use anyhow::{Context as _, anyhow};
+use lathe_analysis::Evaluate;
+use lathe_ir::{Model, Tensor};
+use lathe_runtime::{Features, SampleSet, SetError, SetSpec, required_inputs};
+use std::path::Path;
+
+/// A network that gives a row of features per image.
+pub(super) struct Extractor<'a> {
+    model: Model,
+    input: String,
+    evaluator: &'a dyn Evaluate,
+}
+
+impl<'a> Extractor<'a> {
+    /// Reads the network; its first output counts.
+    pub fn read(path: &Path, evaluator: &'a dyn Evaluate) -> Result<Extractor<'a>, Failure> {
+        let model = Model::read(path).with_context(|| format!("cannot use `{}`", path.display()))?.model;
+        let inputs: Vec<String> = required_inputs(&model.graph).map(|v| model.graph.value(v).name.clone()).collect();
+        let [input] = inputs.as_slice() else {
+            let message = format!("`{}` has {} inputs, expected one for images", path.display(), inputs.len());
+            return Err(Failure::Usage(message));
+        };
+        Ok(Extractor { input: input.clone(), model, evaluator })
+    }
+
+    /// Adds the features of images.
+    pub fn add(&self, images: &Tensor, to: &mut Features) -> Result<(), Failure> {
+        let outputs = self.evaluator.run(&self.model, &[(self.input.clone(), images.clone())]);
+        let outputs = outputs.context("the features of samples cannot be computed")?;
+        let (_, rows) = outputs.first().ok_or_else(|| anyhow!("the network of the features has no output"))?;
+        to.push(rows).map_err(|e| Failure::Error(anyhow!(e)))
+    }
+
+    /// The features of at most `most` images of a set, spread over it.
+    pub fn of_set(&self, spec: &SetSpec, most: usize) -> Result<Features, Failure> {
+        let failed = |e: SetError| Failure::Error(anyhow!(e));
+        let set = SampleSet::open(&SetSpec { batch: Some(BATCH), ..spec.clone() }, &self.model).map_err(failed)?;
+        let chosen = (most < set.len()).then(|| set.spread(most));
+        let set = match chosen {
+            Some(chosen) => {
+                let some = SetSpec { batch: Some(BATCH), chosen: Some(chosen), ..spec.clone() };
+                SampleSet::open(&some, &self.model).map_err(failed)?
+            }
+            None => set,
+        };
+        let mut features = Features::new();
+        for batch in set.batches() {
+            let batch = batch.map_err(failed)?;
+            let images = batch.inputs.iter().find(|(name, _)| *name == self.input);
+            let images = images.ok_or_else(|| anyhow!("the set holds no `{}`", self.input))?;
+            self.add(&images.1, &mut features)?;
+        }
+        Ok(features)
+    }
+}

@@ -1,0 +1,311 @@
+//! Methods by name: `gate:at=30+forecast:every=2,order=1`.
+
+use super::trial::{Seen, Trial};
+use crate::Failure;
+use anyhow::anyhow;
+use lathe_ir::Tensor;
+use lathe_passes::sampler::{
+    StepPlan, Table,
+    methods::{
+        Delta, Dual, Forecast, Inner, LinearGuidance, Parts, Sada, delta, dual, every, forecast, gate, guide_until,
+        is_stable, linear_guidance, rehash, sada,
+    },
+};
+use std::{collections::BTreeMap, str::FromStr};
+
+/// Batches that calibrations look at.
+const BATCHES: u64 = 2;
+
+/// Every method with its options and their defaults.
+const METHODS: &[(&str, &[(&str, &str)])] = &[
+    ("gate", &[("at", ""), ("threshold", "0.99"), ("share", "0.9")]),
+    ("linear-guidance", &[("every", "2"), ("residual", "0.05")]),
+    ("delta", &[("blocks", ""), ("speed", "1.6"), ("every", "2"), ("switch", "")]),
+    ("arms", &[("every", "3"), ("first", "1"), ("order", "0"), ("points", "")]),
+    ("stack", &[("every", "3"), ("first", "3"), ("order", "1"), ("points", "")]),
+    ("forecast", &[("every", "3"), ("first", "3"), ("order", "1"), ("points", "")]),
+    ("deep", &[("skip", "0"), ("every", "3"), ("first", "1")]),
+    ("rehash", &[("skip", "0"), ("threshold", "0.95"), ("longest", "4")]),
+    ("dual", &[("most", "0.3"), ("first", "false")]),
+    ("sada", &[("stride", "4"), ("nodes", "4"), ("agreement", "0.7"), ("longest", "4")]),
+];
+
+/// One method with the options that were given.
+struct Call {
+    name: &'static str,
+    given: BTreeMap<&'static str, String>,
+    defaults: &'static [(&'static str, &'static str)],
+}
+
+impl Call {
+    fn parse(text: &str) -> Result<Call, Failure> {
+        let (name, rest) = text.split_once(':').unwrap_or((text, ""));
+        let (name, defaults) = METHODS.iter().find(|(n, _)| *n == name).ok_or_else(|| {
+            let names: Vec<&str> = METHODS.iter().map(|(n, _)| *n).collect();
+            Failure::Usage(format!("no method is called `{name}`, expected one of {}", names.join(", ")))
+        })?;
+        let mut given = BTreeMap::new();
+        for part in rest.split(',').filter(|p| !p.is_empty()) {
+            let found = part
+                .split_once('=')
+                .and_then(|(key, value)| Some((defaults.iter().find(|(k, _)| *k == key)?.0, value.to_owned())));
+            let keys: Vec<&str> = defaults.iter().map(|(k, _)| *k).collect();
+            let wrong =
+                || Failure::Usage(format!("`{part}` is no option of {name}, expected one of {}", keys.join(", ")));
+            let (key, value) = found.ok_or_else(wrong)?;
+            given.insert(key, value);
+        }
+        Ok(Call { name, given, defaults })
+    }
+
+    /// An option; `None` where it is neither given nor has a default.
+    fn option<T: FromStr>(&self, key: &str) -> Result<Option<T>, Failure> {
+        let default = self.defaults.iter().find(|(k, _)| *k == key).map_or("", |(_, default)| *default);
+        let text = self.given.get(key).map_or(default, String::as_str);
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let wrong = |_| Failure::Usage(format!("option {key} of {} is `{text}`, expected a number", self.name));
+        text.parse().map(Some).map_err(wrong)
+    }
+
+    /// An option that has a default.
+    fn get<T: FromStr>(&self, key: &str) -> Result<T, Failure> {
+        let missing = || Failure::Usage(format!("{} needs its option {key}", self.name));
+        self.option(key)?.ok_or_else(missing)
+    }
+
+    fn forecast(&self) -> Result<Forecast, Failure> {
+        Ok(match (self.option("points")?, self.get("order")?) {
+            (Some(points), _) => Forecast::Lagrange(points),
+            (None, 0) => Forecast::Reuse,
+            (None, order) => Forecast::Taylor(order),
+        })
+    }
+}
+
+/// The plan of some methods, one after the other, on the steps that were asked for.
+pub(super) fn run(trial: &Trial, text: &str) -> Result<StepPlan, Failure> {
+    let calls: Vec<Call> = text.split('+').map(Call::parse).collect::<Result<_, _>>()?;
+    let table = trial.asked()?;
+    let mut plan = trial.plain(&table);
+    let parts = Parts::find(trial.denoiser, trial.roles)?;
+    let mut seen = Calibration { trial, table: &table, runs: Vec::new() };
+    for call in &calls {
+        apply(call, &mut plan, &parts, &mut seen)?;
+    }
+    plan.check()?;
+    plan.evidence.insert("methods".to_owned(), text.into());
+    Ok(plan)
+}
+
+fn apply(call: &Call, plan: &mut StepPlan, parts: &Parts, seen: &mut Calibration) -> Result<(), Failure> {
+    let steps = plan.grid.len();
+    let output = vec![parts.output.clone()];
+    let none = |what: &str| Failure::Usage(format!("{} needs {what}, and the denoiser has none", call.name));
+    match call.name {
+        "gate" => {
+            let at = match call.option("at")? {
+                Some(at) => at,
+                None => gate(&seen.cosines()?, call.get("threshold")?, call.get("share")?),
+            };
+            guide_until(plan, at)?;
+        }
+        "linear-guidance" => {
+            let options = LinearGuidance { every: call.get("every")?, most_residual: call.get("residual")? };
+            let inner = seen.inner(steps)?;
+            linear_guidance(plan, &parts.output, &inner, &options)?;
+        }
+        "delta" => {
+            let (every, speed) = (call.get("every")?, call.get("speed")?);
+            let fitted = Delta::for_speed(speed, parts.blocks(), every, steps);
+            let blocks = call.option("blocks")?.or(fitted.map(|d| d.blocks));
+            let blocks = blocks.ok_or_else(|| none("more repeated blocks for that speed"))?;
+            let switch = call.option("switch")?.unwrap_or(steps * 3 / 5);
+            delta(plan, parts, &Delta { blocks, switch, every })?;
+        }
+        "arms" | "stack" | "forecast" => {
+            let cuts = match call.name {
+                "arms" => parts.arms.clone(),
+                "stack" => parts.borders.last().cloned().unwrap_or_default(),
+                _ => output,
+            };
+            if cuts.is_empty() {
+                return Err(none("repeated blocks"));
+            }
+            forecast(plan, &cuts, &every(call.get("every")?, call.get("first")?, steps), call.forecast()?)?;
+        }
+        "deep" | "rehash" => {
+            let cut = parts.deep.get(call.get::<usize>("skip")?).cloned().ok_or_else(|| none("such a skip"))?;
+            let computed = match call.name {
+                "deep" => every(call.get("every")?, call.get("first")?, steps),
+                _ => {
+                    let values = seen.values(&cut)?;
+                    let cosine = |from: usize, step: usize| cosine(&values[from], &values[step]);
+                    rehash(steps, call.get("threshold")?, call.get("longest")?, &cosine)
+                }
+            };
+            forecast(plan, &[cut], &computed, Forecast::Reuse)?;
+        }
+        "dual" => dual(plan, &parts.output, &Dual { most: call.get("most")?, first: call.get("first")? })?,
+        _ => {
+            let options = Sada {
+                stride: call.get("stride")?,
+                nodes: call.get("nodes")?,
+                agreement: call.get("agreement")?,
+                longest: call.get("longest")?,
+                ..Sada::stretched(steps)
+            };
+            sada(plan, &parts.output, &seen.stable(steps)?, &options)?;
+        }
+    }
+    Ok(())
+}
+
+/// What the plain loop does, run when it is first asked for.
+pub(super) struct Calibration<'a> {
+    pub trial: &'a Trial<'a>,
+    pub table: &'a Table,
+    pub runs: Vec<Vec<Seen>>,
+}
+
+impl Calibration<'_> {
+    fn runs(&mut self) -> Result<&[Vec<Seen>], Failure> {
+        for batch in self.runs.len() as u64..BATCHES {
+            // Batches apart from those that plans are compared on.
+            self.runs.push(self.trial.watch(self.trial.denoiser, self.table, (1 << 24) + batch)?.1);
+        }
+        Ok(&self.runs)
+    }
+
+    /// An output of every pass of a step, in float64, sample after sample.
+    fn outputs(&self, step: &Seen) -> Result<Vec<Vec<f64>>, Failure> {
+        let name = &self.trial.roles.output;
+        let of = |outputs: &Vec<(String, Tensor)>| {
+            let found = outputs.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.to_f64s());
+            found.ok_or_else(|| Failure::Error(anyhow!("the denoiser gave no numbers as `{name}`")))
+        };
+        step.outputs.iter().map(of).collect()
+    }
+
+    /// For every sample and step the cosine between the noise that both passes see.
+    pub fn cosines(&mut self) -> Result<Vec<Vec<f64>>, Failure> {
+        self.runs()?;
+        let mut all = Vec::new();
+        for run in &self.runs {
+            let samples = run.first().map_or(0, |step| step.latent.dims()[0]);
+            let mut of: Vec<Vec<f64>> = vec![Vec::new(); samples];
+            for (step, row) in run.iter().zip(&self.table.rows) {
+                let outputs = self.outputs(step)?;
+                let [cond, uncond] = outputs.as_slice() else {
+                    return Err(Failure::Usage(
+                        "there is no guidance to end; --guidance says how strong it is".to_owned(),
+                    ));
+                };
+                let state = step.latent.to_f64s().unwrap_or_default();
+                // The noise is the flow plus the clean sample.
+                let [on_state, on_output] = [0, 1].map(|i| row.flow.flow[i] + row.estimate[i]);
+                let noise = |m: &[f64]| -> Vec<f64> {
+                    let pairs = m.iter().zip(&state);
+                    pairs.map(|(m, x)| on_state * x / row.input_scale + on_output * m).collect()
+                };
+                let (cond, uncond) = (noise(cond), noise(uncond));
+                let size = (cond.len() / samples.max(1)).max(1);
+                for (sample, (a, b)) in cond.chunks(size).zip(uncond.chunks(size)).enumerate().take(samples) {
+                    of[sample].push(cosine(a, b));
+                }
+            }
+            all.extend(of);
+        }
+        Ok(all)
+    }
+
+    fn inner(&mut self, steps: usize) -> Result<Inner, Failure> {
+        self.runs()?;
+        let mut inner = Inner::new(steps);
+        for run in &self.runs {
+            let pairs = |step: &Seen| -> Result<[Vec<f64>; 2], Failure> {
+                <[Vec<f64>; 2]>::try_from(self.outputs(step)?)
+                    .map_err(|_| Failure::Usage("linear-guidance needs --guidance".to_owned()))
+            };
+            inner.add(&run.iter().map(pairs).collect::<Result<Vec<_>, _>>()?)?;
+        }
+        Ok(inner)
+    }
+
+    /// At every step the share of samples for which the step can be left out by the criterion of stability.
+    fn stable(&mut self, steps: usize) -> Result<Vec<f64>, Failure> {
+        self.runs()?;
+        let rows = &self.table.rows;
+        let (mut votes, mut count) = (vec![0.0; steps], 0);
+        for run in &self.runs {
+            let samples = run.first().map_or(0, |step| step.latent.dims()[0]);
+            let mut states = Vec::new();
+            let mut flows = Vec::new();
+            for (step, row) in run.iter().zip(rows) {
+                let state: Vec<f64> =
+                    step.latent.to_f64s().unwrap_or_default().iter().map(|x| x / row.input_scale).collect();
+                let output = self.outputs(step)?.swap_remove(0);
+                let [a, b] = row.flow.flow;
+                flows.push(state.iter().zip(&output).map(|(x, m)| a * x + b * m).collect::<Vec<f64>>());
+                states.push(state.iter().map(|x| x * row.flow.scale).collect::<Vec<f64>>());
+            }
+            // The time of the flow: its noise over signal and noise together.
+            let times: Vec<f64> = rows.iter().map(|row| -row.estimate[1] / row.flow.flow[1]).collect();
+            let size = (states.first().map_or(0, Vec::len) / samples.max(1)).max(1);
+            for step in 2..steps.saturating_sub(1) {
+                for sample in 0..samples {
+                    let part = |of: &Vec<f64>| of[sample * size..(sample + 1) * size].to_vec();
+                    let gradients = [&flows[step], &flows[step - 1], &flows[step - 2]].map(part);
+                    let [a, b, c] = &gradients;
+                    let width = times[step] - times[step + 1];
+                    if is_stable(&part(&states[step + 1]), &part(&states[step]), [a, b, c], width) {
+                        votes[step + 1] += 1.0;
+                    }
+                }
+            }
+            count += samples;
+        }
+        Ok(votes.into_iter().map(|v| v / f64::from(count.max(1) as u32)).collect())
+    }
+
+    /// What a tensor inside the denoiser is at every step of one batch, in the conditional pass.
+    fn values(&self, cut: &str) -> Result<Vec<Vec<f64>>, Failure> {
+        let mut watched = self.trial.denoiser.clone();
+        let value = watched.graph.find_value(cut).ok_or_else(|| anyhow!("the denoiser has no value `{cut}`"))?;
+        watched.graph.value_mut(value).ty = lathe_analysis::Facts::infer(self.trial.denoiser).ty(value);
+        watched.graph.add_output(lathe_ir::ScopeId::MAIN, value);
+        let (_, seen) = self.trial.watch(&watched, self.table, 1 << 24)?;
+        let of = |step: &Seen| {
+            let found = step.outputs[0].iter().find(|(n, _)| n == cut).and_then(|(_, t)| t.to_f64s());
+            found.ok_or_else(|| Failure::Error(anyhow!("the denoiser gave no numbers as `{cut}`")))
+        };
+        seen.iter().map(of).collect()
+    }
+}
+
+fn cosine(a: &[f64], b: &[f64]) -> f64 {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().max(f64::MIN_POSITIVE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_read_and_refused() {
+        let call = Call::parse("delta:blocks=3,every=4").unwrap();
+        assert_eq!((call.get::<usize>("blocks").unwrap(), call.get::<usize>("every").unwrap()), (3, 4));
+        assert_eq!(call.option::<usize>("switch").unwrap(), None);
+        assert_eq!(Call::parse("stack:points=4").unwrap().forecast().unwrap(), Forecast::Lagrange(4));
+        assert_eq!(Call::parse("arms").unwrap().forecast().unwrap(), Forecast::Reuse);
+        let refused = |text: &str| match Call::parse(text) {
+            Ok(call) => call.get::<usize>("every").unwrap_err().to_string(),
+            Err(failure) => failure.to_string(),
+        };
+        assert!(refused("magic").contains("expected one of gate"));
+        assert!(refused("delta:rate=3").contains("`rate=3` is no option of delta"));
+        assert!(refused("arms:every=x").contains("expected a number"));
+    }
+}

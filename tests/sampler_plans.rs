@@ -1,0 +1,149 @@
+//! Plans that `optimize sampler` finds by itself, on denoisers of three families: what is compiled does what the plan says.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::fixture;
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Output},
+};
+use tempfile::TempDir;
+
+struct Folder(TempDir);
+
+impl Folder {
+    fn new(scheduler: &str) -> Folder {
+        let folder = Folder(tempfile::tempdir().unwrap());
+        let config = json!({"_class_name": scheduler, "num_train_timesteps": 1000});
+        fs::write(folder.path("scheduler.json"), config.to_string()).unwrap();
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn run(&self, denoiser: &str, options: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.current_dir(self.0.path()).arg("sampler").arg(fixture(denoiser)).args(["-o", "out.onnx"]);
+        command.args(["--scheduler", "scheduler.json", "--save-plan", "plan.json", "--overwrite"]);
+        command.args(options).output().unwrap()
+    }
+
+    /// The plan of a run that succeeds; what it compiled was compared with the denoiser run step by step.
+    fn plan(&self, denoiser: &str, options: &[&str]) -> Value {
+        let output = self.run(denoiser, options);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{options:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(said.contains("verified against the denoiser"), "{said}");
+        serde_json::from_slice(&fs::read(self.path("plan.json")).unwrap()).unwrap()
+    }
+
+    fn refused(&self, denoiser: &str, options: &[&str], sentence: &str) {
+        let output = self.run(denoiser, options);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(sentence), "{said}");
+    }
+}
+
+const GUIDED: [&str; 4] = ["--guidance", "2", "--io", "uncond:label=10"];
+
+#[test]
+fn methods_by_name_are_compiled_and_verified() {
+    let folder = Folder::new("DDIMScheduler");
+    let steps = |plan: &Value| plan["steps"].as_object().map_or(0, serde_json::Map::len);
+    for (methods, entries) in [
+        ("gate:at=5", 0),
+        ("delta:blocks=2,switch=4", 4),
+        ("arms:every=2", 3),
+        ("stack:every=2,first=2", 3),
+        ("forecast:every=3,first=2", 4),
+        ("forecast:every=3,first=3,points=3", 3),
+        ("dual:most=0.2", 7),
+        ("gate:at=5+delta:blocks=1,switch=0", 4),
+    ] {
+        let plan = folder.plan("dit.onnx", &[&GUIDED[..], &["--steps", "8", "--plan", methods]].concat());
+        assert_eq!(steps(&plan), entries, "{methods}: {plan}");
+        assert_eq!(plan["evidence"]["methods"], methods);
+        let guided = plan["cfg"].as_array().unwrap().iter().filter(|mode| **mode == json!(1)).count();
+        assert_eq!(guided, if methods.starts_with("gate") { 5 } else { 8 }, "{methods}");
+    }
+    // Calibrated ones decide by themselves; what they decide must be carried out all the same.
+    for methods in ["gate:threshold=0.5", "linear-guidance:residual=10", "sada"] {
+        folder.plan("dit.onnx", &[&GUIDED[..], &["--steps", "8", "--plan", methods]].concat());
+    }
+}
+
+#[test]
+fn skips_and_two_streams_are_cut() {
+    let folder = Folder::new("DDIMScheduler");
+    let plan = folder.plan("unet.onnx", &["--steps", "4", "--plan", "deep:every=2"]);
+    assert_eq!(plan["steps"]["1"][0]["kind"], "reuse");
+    let flow = Folder::new("FlowMatchEulerDiscreteScheduler");
+    let plan = flow.plan("mmdit.onnx", &["--steps", "4", "--plan", "delta:blocks=1,switch=9"]);
+    // One difference for each stream.
+    assert_eq!(plan["steps"]["1"].as_array().unwrap().len(), 2);
+    assert_eq!(plan["steps"]["1"][0]["kind"], "delta");
+}
+
+#[test]
+fn a_search_goes_on_and_gives_the_same() {
+    let folder = Folder::new("DDIMScheduler");
+    let options = ["--search", "3", "--evaluations", "12", "--pairs", "2"];
+    let plan = folder.plan("dit.onnx", &options);
+    assert_eq!(plan["grid"].as_array().unwrap().len(), 3);
+    let search = &plan["evidence"]["search"];
+    assert!(search["score"].as_f64().unwrap() <= search["uniform"].as_f64().unwrap(), "{search}");
+    let log = folder.path("out.onnx.search.jsonl");
+    let whole = fs::read_to_string(&log).unwrap();
+    assert_eq!(whole.lines().count(), 13);
+    // Killed in the middle of a line.
+    let half: String = whole.lines().take(6).map(|l| format!("{l}\n")).collect();
+    fs::write(&log, format!("{half}{{\"candi")).unwrap();
+    assert_eq!(folder.plan("dit.onnx", &options), plan);
+    assert_eq!(fs::read_to_string(&log).unwrap(), whole);
+    folder.refused(
+        "dit.onnx",
+        &["--search", "3", "--evaluations", "12", "--pairs", "2", "--seed", "9"],
+        "another search",
+    );
+}
+
+#[test]
+fn the_planner_keeps_its_budget_or_a_plain_grid() {
+    let folder = Folder::new("DDIMScheduler");
+    let options = ["--steps", "10", "--plan", "auto", "--latency", "0.6"];
+    let plan = folder.plan("dit.onnx", &[&GUIDED[..], &options].concat());
+    let evidence = &plan["evidence"];
+    match evidence["kept"].as_str().unwrap() {
+        "plan" => {
+            assert_eq!(plan["grid"].as_array().unwrap().len(), 10);
+            assert!(evidence["rmse"].as_f64().unwrap() < evidence["plain_rmse"].as_f64().unwrap());
+        }
+        other => assert_eq!((other, plan["grid"].as_array().unwrap().len()), ("plain", 6)),
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    let folder = Folder::new("DDIMScheduler");
+    for (options, sentence) in [
+        (&["--steps", "4", "--plan", "magic"][..], "no method is called `magic`"),
+        (&["--plan", "sada"], "for the steps of --steps"),
+        (&["--steps", "8", "--plan", "auto"], "--plan auto needs --latency"),
+        (&["--steps", "8", "--plan", "auto", "--latency", "2"], "between 0 and 1"),
+        (&["--steps", "8", "--latency", "0.5"], "--latency goes with --plan auto"),
+        (&["--steps", "8", "--plan", "gate:at=2"], "no guidance to end"),
+        (&["--steps", "8", "--plan", "deep"], "needs such a skip"),
+        (&["--steps", "8", "--plan", "delta:blocks=9"], "9 of 4 repeated blocks"),
+        (&["--search", "3", "--skip-layers", "2"], "expected 0 to 1"),
+    ] {
+        folder.refused("dit.onnx", options, sentence);
+    }
+}
