@@ -1,4 +1,4 @@
-"""What fewer tokens are worth on the zoo: accuracy on held-out images and measured latency at batch 1.
+"""What fewer tokens are worth on the zoo: accuracy on held-out images and measured latency at batch 1 on one thread.
 
     python benches/structure.py OPTIMIZE ZOO [FOLDER] [--methods reduce-tokens] [--shares 0.9,0.8,0.7] [--models vit]
                                 [--budget latency|flops] [--target portable|ort]
@@ -9,22 +9,22 @@ before and after, and the shares of FLOPs and latency that are left, or why ther
 """
 
 import argparse
-import gzip
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
 
+import fashion
 import numpy
 
 
-def images(folder):
-    with gzip.open(folder / "t10k-images-idx3-ubyte.gz") as file:
-        pixels = numpy.frombuffer(file.read(), numpy.uint8, offset=16).reshape(-1, 1, 28, 28)
-    with gzip.open(folder / "t10k-labels-idx1-ubyte.gz") as file:
-        labels = numpy.frombuffer(file.read(), numpy.uint8, offset=8).astype(numpy.int64)
-    return pixels.astype(numpy.float32) / 127.5 - 1.0, labels
+def others(optimize, methods):
+    """Every lossy method but these: exact passes run in any case."""
+    table = subprocess.run([optimize, "passes", "--markdown"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split("|") for line in table.splitlines()]
+    lossy = [row[1].strip(" `") for row in rows if len(row) > 2 and row[2].strip() == "lossy"]
+    return ",".join(name for name in lossy if name not in methods.split(","))
 
 
 def run(args, model, name, share, scratch):
@@ -32,8 +32,8 @@ def run(args, model, name, share, scratch):
     report.unlink(missing_ok=True)
     command = [args.optimize, args.zoo / f"{model}.onnx", "-o", scratch / "out.onnx", "--overwrite", "-q"]
     command += ["--calib", scratch / f"{name}-calib.npz", "--validate", scratch / f"{name}-eval.npz"]
-    command += ["--labels", "label", "--metric", "accuracy", "--passes", args.methods, f"--{args.budget}", share]
-    command += ["--input-shape", f"{name}:1,1,28,28", "--target", args.target, "--report", report, "--bench"]
+    command += ["--labels", "label", "--metric", "accuracy", "--skip", others(args.optimize, args.methods), f"--{args.budget}", share]
+    command += ["--input-shape", f"{name}:1,1,28,28", "--threads", "1", "--target", args.target, "--report", report]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         return None, done.stderr.strip().splitlines()[0]
@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--budget", default="latency")
     parser.add_argument("--target", default="portable")
     args = parser.parse_args()
-    pixels, labels = images(args.folder)
+    pixels, labels = fashion.load(args.folder)
     print("| model | share | chosen | accuracy before | after | FLOPs left | latency, ms | left | seconds |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
