@@ -1,14 +1,14 @@
 //! Inputs of layers that hardly ever matter: left out for good.
 
 use super::{
-    Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight,
+    Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight,
     factors::{self, Seen},
-    on_all_cores, spectrum, take_over, weights,
+    on_all_cores, spectrum, weights,
 };
 use crate::{Context, Error, Info, Kind, Outcome, Quantity};
 use faer::Mat;
 use lathe_analysis::{Magnitudes, Rows};
-use lathe_ir::{Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
+use lathe_ir::{Graph, Model, Node, ScopeId, Tensor, ValueId};
 use std::collections::BTreeSet;
 
 /// Leaves out inputs of layers that are small in nearly every row.
@@ -144,15 +144,13 @@ fn picked(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order, drop: usiz
     let gone: Vec<usize> = gone.iter().flat_map(|&unit| unit * window..(unit + 1) * window).collect();
     let rows = Mat::from_fn(gone.len(), matrix.ncols(), |row, column| matrix[(gone[row], column)]);
     let (mut biases, mut errors) = (Vec::new(), Vec::new());
-    for (tap, (gram, output)) in weight.taps.iter().zip(seen.grams.iter().zip(&seen.outputs)) {
+    for (gram, output) in seen.grams.iter().zip(&seen.outputs) {
         let mean = |i: usize| gram.mean[gone[i]];
         let spread = |i: usize, j: usize| gram.matrix.get(gone[i], gone[j]) - mean(i) * mean(j);
         let covariance = Mat::from_fn(gone.len(), gone.len(), spread);
         let lost: f64 = spectrum::energies(rows.as_ref(), covariance.as_ref()).iter().sum();
-        let node = graph.node(tap.node);
-        let alpha = f64::from(node.float("alpha").filter(|_| node.is("Gemm")).unwrap_or(1.0));
-        errors.push((lost.max(0.0) * alpha * alpha / output).sqrt());
-        let bias = |column: usize| (0..gone.len()).map(|row| mean(row) * rows[(row, column)]).sum::<f64>() * alpha;
+        errors.push((lost.max(0.0) / output).sqrt());
+        let bias = |column: usize| (0..gone.len()).map(|row| mean(row) * rows[(row, column)]).sum::<f64>();
         biases.push((0..rows.ncols()).map(|column| bias(column) as f32).collect());
     }
     Ok(Picked { kept, biases, errors })
@@ -265,78 +263,16 @@ fn pick(graph: &mut Graph, weight: &Weight, picked: &Picked) {
     let fresh = graph.fresh_name(&format!("{name}_inputs"));
     let kept = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::int64s(&kept));
     let axis = weight.inputs_axis();
-    let tensor = along(graph.constant(weight.value).expect("weights are constants"), axis, &picked.kept);
-    let readers: Vec<NodeId> = graph.value(weight.value).uses().iter().filter_map(node_of).collect();
-    replace(graph, weight.value, tensor, &readers);
+    let tensor = factors::along(graph.constant(weight.value).expect("weights are constants"), axis, &picked.kept);
+    let readers = factors::readers(graph, weight.value);
+    factors::replace(graph, weight.value, tensor, &readers);
     for (tap, bias) in weight.taps.iter().zip(&picked.biases) {
         let data = graph.node(tap.node).input(0).expect("a tap multiplies data");
         let axis = if graph.node(tap.node).is("Conv") { 1i64 } else { -1 };
         let left =
             graph.append(ScopeId::MAIN, Node::new("Gather").with("axis", axis), &[data, kept], &format!("{name}_read"));
         graph.set_input(tap.node, 0, Some(left));
-        add_bias(graph, tap, bias);
-    }
-}
-
-/// Numbers of a constant along an axis at these indices.
-fn along(tensor: &Tensor, axis: usize, kept: &[usize]) -> Tensor {
-    let numbers = tensor.to_f32s().expect("constants of float layers are floats");
-    let mut dims = tensor.dims().to_vec();
-    let inner: usize = dims[axis + 1..].iter().product();
-    let (outer, size): (usize, usize) = (dims[..axis].iter().product(), dims[axis]);
-    let line = |o: usize, at: usize| &numbers[(o * size + at) * inner..][..inner];
-    let sliced: Vec<f32> =
-        (0..outer).flat_map(|o| kept.iter().flat_map(move |&at| line(o, at).iter().copied())).collect();
-    dims[axis] = kept.len();
-    Tensor::from_f32s(&dims, &sliced)
-}
-
-/// Lets these nodes read `tensor` instead of a constant.
-fn replace(graph: &mut Graph, old: ValueId, tensor: Tensor, nodes: &[NodeId]) {
-    let name = graph.fresh_name(&format!("{}_kept", graph.value(old).name));
-    let new = graph.add_initializer(ScopeId::MAIN, &name, tensor);
-    for &id in nodes {
-        for index in 0..graph.node(id).inputs().len() {
-            if graph.node(id).input(index) == Some(old) {
-                graph.set_input(id, index, Some(new));
-            }
-        }
-    }
-    if graph.value(old).uses().is_empty() {
-        graph.remove_initializer(old);
-    }
-}
-
-/// Adds a number to every output of a layer.
-fn add_bias(graph: &mut Graph, tap: &Tap, bias: &[f32]) {
-    let (n, conv) = (bias.len(), graph.node(tap.node).is("Conv"));
-    let name = graph.value(tap.output).name.clone();
-    if let Some(old) = graph.node(tap.node).input(2).filter(|_| conv)
-        && let Some(numbers) = graph.constant(old).and_then(Tensor::to_f32s)
-    {
-        let sum: Vec<f32> = numbers.iter().zip(bias).map(|(a, b)| a + b).collect();
-        return replace(graph, old, Tensor::from_f32s(&[n], &sum), &[tap.node]);
-    }
-    let fresh = graph.fresh_name(&format!("{name}_bias"));
-    if conv && graph.node(tap.node).input(2).is_none() {
-        let bias = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&[n], bias));
-        let (data, weight) = (graph.node(tap.node).input(0), graph.node(tap.node).input(1));
-        return graph.set_inputs(tap.node, vec![data, weight, Some(bias)]);
-    }
-    let weight = graph.node(tap.node).input(1).and_then(|w| graph.constant(w));
-    let spatial = weight.map_or(0, |w| w.dims().len().saturating_sub(2));
-    let dims = if conv { [vec![n], vec![1; spatial]].concat() } else { vec![n] };
-    let bias = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&dims, bias));
-    let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[tap.output, bias], &format!("{name}_whole"));
-    let add = graph.producer(sum).expect("it was just added");
-    take_over(graph, tap.output, sum);
-    graph.set_input(add, 0, Some(tap.output));
-}
-
-fn node_of(place: &Use) -> Option<NodeId> {
-    match *place {
-        Use::Node(id, _) => Some(id),
-        _ => None,
+        factors::add_to_bias(graph, tap, bias);
     }
 }
 

@@ -187,8 +187,7 @@ impl Method for Factorize {
                 factors::emit(&mut model.graph, weight, left.as_ref(), right.as_ref());
                 for (tap, gram) in weight.taps.iter().zip(&seen.grams).filter(|_| centred) {
                     let mean = Mat::from_fn(1, gram.mean.len(), |_, column| gram.mean[column]);
-                    let alpha = model.graph.node(tap.node).float("alpha").map_or(1.0, f64::from);
-                    let change = product(mean.as_ref(), off.as_ref()) * faer::Scale(alpha);
+                    let change = product(mean.as_ref(), off.as_ref());
                     factors::add_to_bias(&mut model.graph, tap, &factors::numbers(change.as_ref()));
                 }
                 outcome.change(name.clone(), place());

@@ -67,9 +67,12 @@ pub(super) fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Resul
         let (Some(gram), Some(output)) = (gram, output) else {
             return Ok(Err("no second moments were collected of what it reads"));
         };
-        let output: f64 = output.square.iter().sum();
+        // Of the product, which a Gemm multiplies with a factor.
+        let node = graph.node(tap.node);
+        let factor = f64::from(node.float("alpha").filter(|_| node.is("Gemm")).unwrap_or(1.0));
+        let output: f64 = output.square.iter().sum::<f64>() / (factor * factor);
         let fits = gram.matrix.size() == k && gram.matrix.upper().iter().all(|x| x.is_finite());
-        if !fits || output.is_nan() || output <= 0.0 {
+        if !fits || !output.is_finite() || output <= 0.0 {
             return Ok(Err("what it reads is not finite, or what it gives is all zero"));
         }
         grams.push(gram);
@@ -173,8 +176,11 @@ pub(super) fn takes_bias(graph: &Graph, weight: &Weight) -> bool {
     weight.taps.iter().all(|tap| bias(graph, tap, n).is_some())
 }
 
-/// Adds a number per output to what a use gives: in its bias or the sum after it where there is one, else in a new sum.
+/// Adds a number per output to the product of a use: in its bias or the sum after it where there is one, else in a new
+/// sum.
 pub(super) fn add_to_bias(graph: &mut Graph, tap: &Tap, change: &[f32]) {
+    let alpha = Some(graph.node(tap.node)).filter(|node| node.is("Gemm")).and_then(|node| node.float("alpha"));
+    let change: &[f32] = &change.iter().map(|x| x * alpha.unwrap_or(1.0)).collect::<Vec<f32>>();
     let name = graph.value(tap.output).name.clone();
     let fresh = graph.fresh_name(&format!("{name}_bias"));
     let place = bias(graph, tap, change.len());
@@ -208,6 +214,44 @@ pub(super) fn add_to_bias(graph: &mut Graph, tap: &Tap, change: &[f32]) {
     inputs[index] = Some(bias);
     graph.set_inputs(node, inputs);
     if let Some(old) = old.filter(|&old| graph.value(old).uses().is_empty()) {
+        graph.remove_initializer(old);
+    }
+}
+
+/// Numbers of a constant along an axis at these indices.
+pub(super) fn along(tensor: &Tensor, axis: usize, kept: &[usize]) -> Tensor {
+    let numbers = tensor.to_f32s().expect("constants of float layers are floats");
+    let mut dims = tensor.dims().to_vec();
+    let inner: usize = dims[axis + 1..].iter().product();
+    let (outer, size): (usize, usize) = (dims[..axis].iter().product(), dims[axis]);
+    let line = |o: usize, at: usize| &numbers[(o * size + at) * inner..][..inner];
+    let sliced: Vec<f32> =
+        (0..outer).flat_map(|o| kept.iter().flat_map(move |&at| line(o, at).iter().copied())).collect();
+    dims[axis] = kept.len();
+    Tensor::from_f32s(&dims, &sliced)
+}
+
+/// The nodes that read a value.
+pub(super) fn readers(graph: &Graph, value: ValueId) -> Vec<NodeId> {
+    let node = |place: &Use| match *place {
+        Use::Node(id, _) => Some(id),
+        _ => None,
+    };
+    graph.value(value).uses().iter().filter_map(node).collect()
+}
+
+/// Lets these nodes read `tensor` instead of a constant, which goes if nothing else reads it.
+pub(super) fn replace(graph: &mut Graph, old: ValueId, tensor: Tensor, nodes: &[NodeId]) {
+    let name = graph.fresh_name(&format!("{}_kept", graph.value(old).name));
+    let new = graph.add_initializer(ScopeId::MAIN, &name, tensor);
+    for &id in nodes {
+        for index in 0..graph.node(id).inputs().len() {
+            if graph.node(id).input(index) == Some(old) {
+                graph.set_input(id, index, Some(new));
+            }
+        }
+    }
+    if graph.value(old).uses().is_empty() {
         graph.remove_initializer(old);
     }
 }

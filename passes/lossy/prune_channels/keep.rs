@@ -5,7 +5,7 @@ use super::{
     hidden::Hidden,
 };
 use faer::{Mat, MatRef, Side, linalg::triangular_solve::solve_upper_triangular_in_place};
-use lathe_ir::{Graph, NodeId, ScopeId, Tensor, Use, ValueId};
+use lathe_ir::{Graph, Tensor};
 
 /// Part of the mean square that is added to every direction, so that units that are spanned by others do no harm.
 const RIDGE: f64 = 1e-9;
@@ -112,23 +112,9 @@ impl Chosen {
             self.order[..count].iter().copied().enumerate().map(|(at, u)| (u, at)).collect();
         kept.sort_unstable();
         let units: Vec<usize> = kept.iter().map(|(unit, _)| *unit).collect();
-        let replace = |graph: &mut Graph, old: ValueId, tensor: Tensor, nodes: &[NodeId]| {
-            let name = graph.fresh_name(&format!("{}_kept", graph.value(old).name));
-            let new = graph.add_initializer(ScopeId::MAIN, &name, tensor);
-            for &id in nodes {
-                for index in 0..graph.node(id).inputs().len() {
-                    if graph.node(id).input(index) == Some(old) {
-                        graph.set_input(id, index, Some(new));
-                    }
-                }
-            }
-            if graph.value(old).uses().is_empty() {
-                graph.remove_initializer(old);
-            }
-        };
         for (&value, &axis) in &hidden.sliced {
-            let tensor = along(graph.constant(value).expect("only constants are sliced"), axis, &units);
-            replace(graph, value, tensor, &hidden.nodes);
+            let tensor = factors::along(graph.constant(value).expect("only constants are sliced"), axis, &units);
+            factors::replace(graph, value, tensor, &hidden.nodes);
         }
         for &id in &hidden.depthwise {
             graph.node_mut(id).set_attribute("group", count as i64);
@@ -149,29 +135,9 @@ impl Chosen {
             at.map(|(c, u, o)| fitted[(row(u, o), c)] as f32).collect()
         };
         // The weight may stand behind a transposition.
-        let readers: Vec<NodeId> = graph.value(reader.value).uses().iter().filter_map(node_of).collect();
-        replace(graph, reader.value, Tensor::from_f32s(&dims, &numbers), &readers);
+        let readers = factors::readers(graph, reader.value);
+        factors::replace(graph, reader.value, Tensor::from_f32s(&dims, &numbers), &readers);
         let bias: Vec<f32> = (0..n).map(|column| fitted[(0, column)] as f32).collect();
         factors::add_to_bias(graph, tap, &bias);
-    }
-}
-
-/// Numbers of a constant along an axis at these indices.
-fn along(tensor: &Tensor, axis: usize, kept: &[usize]) -> Tensor {
-    let numbers = tensor.to_f32s().expect("constants of float layers are floats");
-    let mut dims = tensor.dims().to_vec();
-    let inner: usize = dims[axis + 1..].iter().product();
-    let (outer, size): (usize, usize) = (dims[..axis].iter().product(), dims[axis]);
-    let line = |o: usize, at: usize| &numbers[(o * size + at) * inner..][..inner];
-    let sliced: Vec<f32> =
-        (0..outer).flat_map(|o| kept.iter().flat_map(move |&at| line(o, at).iter().copied())).collect();
-    dims[axis] = kept.len();
-    Tensor::from_f32s(&dims, &sliced)
-}
-
-fn node_of(place: &Use) -> Option<NodeId> {
-    match *place {
-        Use::Node(id, _) => Some(id),
-        _ => None,
     }
 }
