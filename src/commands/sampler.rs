@@ -129,7 +129,7 @@ struct SearchArgs {
     /// How many candidates the search scores.
     #[arg(long, value_name = "N", default_value_t = 200, requires = "search")]
     evaluations: usize,
-    /// Pairs of samples that a score is made of.
+    /// Pairs of samples that a score is made of, rounded up to whole batches of 32.
     #[arg(long, value_name = "N", default_value_t = 32, requires = "search")]
     pairs: usize,
     /// The share of attention and MLP layers that may be left out over all steps.
