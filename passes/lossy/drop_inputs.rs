@@ -5,7 +5,7 @@ use super::{
     factors::{self, Seen},
     on_all_cores, spectrum, weights,
 };
-use crate::{Context, Error, Info, Kind, Outcome, Quantity};
+use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
 use faer::Mat;
 use lathe_analysis::{Magnitudes, Rows};
 use lathe_ir::{Graph, Model, Node, ScopeId, Tensor, ValueId};
@@ -16,13 +16,18 @@ pub struct DropInputs;
 
 static INFO: Info = Info {
     name: "drop-inputs",
-    summary: "leave out inputs of layers that are small in nearly every row (WINA, once and for all)",
+    summary: "leave out inputs of layers that are small in nearly every row (static WINA; off by default)",
     doc: "Offers layers without the inputs whose size times the norm of their weights lies below a threshold on at least \
           99.9 % of the rows of the calibration set; the thresholds are those under which all small inputs together make \
           1, 2, 5 or 10 % of the output. A `Gather` picks the inputs that are left, and the bias takes the mean of the \
           others. Declines where that would not be smaller, and on layers \
           whose inputs matter alike, as most do: without such inputs it offers nothing.",
-    options: &[],
+    options: &[Opt {
+        name: "enabled",
+        unit: "true or false",
+        default: "false",
+        doc: "whether it offers anything: how large every input is takes long to count, and few models have such inputs",
+    }],
     kind: Kind::Lossy,
     lowers: &[Quantity::Parameters, Quantity::Flops],
     source: Some("threshold of Chen et al. 2025, WINA, arXiv:2505.19427, made static"),
@@ -194,6 +199,9 @@ impl Method for DropInputs {
     /// What layers read, where enough inputs matter little on average.
     fn magnitudes(&self, model: &Model, cx: &Context) -> Result<Vec<Rows>, Error> {
         let mut wanted = BTreeSet::new();
+        if !cx.setting::<bool>(&INFO, "enabled")? {
+            return Ok(Vec::new());
+        }
         for weight in &weights(&model.graph).0 {
             if let Ok(seen) = factors::seen(&model.graph, weight, cx)?
                 && may_be_quiet(&model.graph, weight, &seen)
@@ -206,6 +214,10 @@ impl Method for DropInputs {
 
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
+        if !cx.setting::<bool>(&INFO, "enabled")? {
+            proposal.outcome.refuse("it is off; --set drop-inputs.enabled=true turns it on", "the model");
+            return Ok(proposal);
+        }
         let graph = &model.graph;
         let place = |value: ValueId| format!("`{}`", graph.value(value).name);
         let (found, refused) = weights(graph);

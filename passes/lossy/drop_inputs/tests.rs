@@ -90,7 +90,7 @@ impl Bench {
     }
 
     fn propose(&self) -> Proposal {
-        let cx = Context { calibration: Some(&self.known), ..Context::default() };
+        let cx = turned_on(&self.known);
         DropInputs.propose(&self.model, &cx).unwrap()
     }
 
@@ -101,6 +101,24 @@ impl Bench {
     }
 }
 
+fn turned_on(known: &Known) -> Context<'_> {
+    let settings = [("drop-inputs.enabled".to_owned(), "true".to_owned())].into();
+    Context { calibration: Some(known), settings, ..Context::default() }
+}
+
+#[test]
+fn it_is_off_unless_it_is_asked_for() {
+    let bench = Bench::plain(64, 64, 16);
+    let cx = Context { calibration: Some(&bench.known), ..Context::default() };
+    assert!(DropInputs.magnitudes(&bench.model, &cx).unwrap().is_empty());
+    let proposal = DropInputs.propose(&bench.model, &cx).unwrap();
+    assert!(proposal.sites.is_empty());
+    assert_eq!(
+        proposal.outcome.refusals.into_keys().next().unwrap(),
+        "it is off; --set drop-inputs.enabled=true turns it on"
+    );
+}
+
 /// Leaves out 16 of 64 inputs and runs both models.
 fn check(bench: &Bench) -> Model {
     let proposal = bench.propose();
@@ -109,7 +127,7 @@ fn check(bench: &Bench) -> Model {
     assert_eq!(names, ["drop 16 of 64 inputs"]);
     assert!(site.choices[0].spent.bytes < site.kept.bytes && site.choices[0].errors[0] < 1e-3, "{site:?}");
     let mut changed = bench.model.clone();
-    let cx = Context { calibration: Some(&bench.known), ..Context::default() };
+    let cx = turned_on(&bench.known);
     let outcome = DropInputs.rewrite(&mut changed, site, 0, &cx).unwrap();
     assert_eq!(outcome.changes.len(), 1, "{outcome:?}");
     changed.check().unwrap();
@@ -136,7 +154,7 @@ fn quiet_inputs_go_whatever_the_layer() {
 fn the_error_is_the_one_told_and_the_bias_takes_the_mean() {
     let bench = Bench::plain(64, 64, 16);
     let found = weights(&bench.model.graph).0;
-    let cx = Context { calibration: Some(&bench.known), ..Context::default() };
+    let cx = turned_on(&bench.known);
     let seen = factors::seen(&bench.model.graph, &found[0], &cx).unwrap().unwrap();
     let order = order(&bench.model.graph, &found[0], &seen, &cx).unwrap().unwrap();
     let picked = picked(&bench.model.graph, &found[0], &seen, &order, 16).unwrap();
@@ -157,7 +175,7 @@ fn inputs_that_matter_stay() {
     let mut bench = Bench::plain(64, 64, 16);
     let rows = bench.known.values.get_mut("s").unwrap();
     (48..64).for_each(|i| (0..ROWS / 100).for_each(|row| rows[(row, i)] = 0.3));
-    let cx = Context { calibration: Some(&bench.known), ..Context::default() };
+    let cx = turned_on(&bench.known);
     assert_eq!(DropInputs.magnitudes(&bench.model, &cx).unwrap(), [Rows::last("s")]);
     assert_eq!(bench.refused(), FEW);
     let unwatched = Bench { known: Known { counted: false, ..Bench::plain(64, 64, 16).known }, ..bench };
@@ -168,7 +186,7 @@ fn inputs_that_matter_stay() {
 fn only_layers_with_inputs_that_matter_little_are_counted() {
     for (quiet, wanted) in [(0, vec![]), (16, vec![Rows::last("s")])] {
         let bench = Bench::plain(64, 64, quiet);
-        let cx = Context { calibration: Some(&bench.known), ..Context::default() };
+        let cx = turned_on(&bench.known);
         assert_eq!(DropInputs.magnitudes(&bench.model, &cx).unwrap(), wanted);
     }
 }
