@@ -2,10 +2,12 @@
 //!
 //! A copy of the model gets one input more, a table of amplitudes with one column per probed value. To every probed
 //! value it adds the amplitude times the value's own features, permuted and with random signs: an error as large as
-//! asked for, that is linear in the value as the error of a changed weight is. The rows of a batch run with different
-//! amplitudes beside a first row without any, and the distance of their outputs from the first row's is computed in the
-//! graph. So one session and a few batches serve hundreds of values.
+//! asked for, that is linear in the value as the error of a changed weight is. One sample runs at a time, as a batch of
+//! rows with different amplitudes beside a first row without any, and the distance of their outputs from the first row's
+//! is computed in the graph. So one session and a few batches serve hundreds of values. What comes before the first
+//! disturbed value is the same in all rows, and is computed once: the sum with the errors makes the rows.
 
+mod counted;
 mod kept;
 
 use crate::{
@@ -15,14 +17,17 @@ use crate::{
 use lathe_analysis::{Facts, View, may_leave};
 use lathe_ir::{AttributeValue, DataType, Model, Node, ScopeId, Tensor, Type, Use, ValueId};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// The relative error that is tried: small enough for outputs to answer in proportion to its square, large enough to
 /// stand out of rounding.
 const AMPLITUDE: f64 = 0.1;
 
 /// Rows of a batch: the first is the reference.
-const BATCH: usize = 4;
+const BATCH: usize = 8;
 
 /// The oldest operator set that has what is appended in the form it is appended.
 const OLDEST_OPSET: i64 = 13;
@@ -104,11 +109,52 @@ fn sensitivities_with(
     if model.opset() < OLDEST_OPSET {
         return Err(StatisticsError::OldOpset { found: model.opset(), needed: OLDEST_OPSET });
     }
-    let mut copy = Copy::new(model, options)?;
-    let mut columns = Vec::new();
+    let facts = Facts::infer(model);
+    // Rows that come late are other samples to whoever counted them before.
+    if !counted::counts_samples(model, &facts) {
+        let found = disturbed(gather, model, set, probes, options, Rows::FromErrors);
+        // An operator may refuse operands of one and of several samples.
+        if !matches!(found, Err(StatisticsError::Runtime(_))) {
+            return found;
+        }
+    }
+    disturbed(gather, model, set, probes, options, Rows::FromInputs)
+}
+
+/// Where the rows of a batch come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rows {
+    /// From the inputs, which are repeated.
+    FromInputs,
+    /// From the sum with the first error.
+    FromErrors,
+}
+
+fn disturbed(
+    gather: &dyn Fn(&Job) -> Result<Gathered, RuntimeError>,
+    model: &Model,
+    set: &SetSpec,
+    probes: &[Probe],
+    options: &ProbeOptions,
+    rows: Rows,
+) -> Result<Vec<Option<f64>>, StatisticsError> {
+    let mut copy = Copy::new(model, options, rows);
+    let mut values = Vec::new();
     for (index, probe) in probes.iter().enumerate() {
-        let value = resolve(model, &probe.value)?;
-        if copy.disturb(value, &probe.view, columns.len()) {
+        values.push((resolve(model, &probe.value)?, index));
+    }
+    // Neighbours in the model share a batch, so that much comes before the first of them.
+    let places: BTreeMap<ValueId, usize> = model
+        .graph
+        .nodes(ScopeId::MAIN)
+        .flat_map(|id| model.graph.node(id).outputs().iter().flatten())
+        .enumerate()
+        .map(|(place, &value)| (value, place + 1))
+        .collect();
+    values.sort_by_key(|(value, _)| places.get(value));
+    let mut columns = Vec::new();
+    for (value, index) in values {
+        if copy.disturb(value, &probes[index].view, columns.len()) {
             columns.push(index);
         }
     }
@@ -125,7 +171,7 @@ fn sensitivities_with(
     copy.model.write_linked(&path)?;
     let inputs = scratch.path().join("probe.npz");
     let rounds = write_inputs(&inputs, model, set, columns.len())?;
-    let set = SetSpec { batch: Some(BATCH), ..SetSpec::all(&inputs) };
+    let set = SetSpec { batch: Some(1), ..SetSpec::all(&inputs) };
     let load = LoadOptions { lean: true, ..options.load.clone() };
     let job = Job { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: vec![output] };
     let gathered = gather(&job)?;
@@ -138,8 +184,8 @@ fn sensitivities_with(
     Ok(found)
 }
 
-/// The samples that run, and the amplitudes: `BATCH` copies of one sample in every batch, the first undisturbed, until
-/// every column had its turn, and all that in several rounds on other samples. Returns the rounds.
+/// The samples that run, and for each the amplitudes of its `BATCH` rows, the first undisturbed, until every column had
+/// its turn, and all that in several rounds on other samples. Returns the rounds.
 fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Result<usize, StatisticsError> {
     let failed = |source| StatisticsError::Io { path: path.to_owned(), source };
     let groups = columns.div_ceil(BATCH - 1);
@@ -148,20 +194,20 @@ fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Re
     let Some(first) = reader.next().transpose()? else { return Ok(1) };
     let sample_bytes: usize = first.inputs.iter().map(|(_, tensor)| tensor.byte_len()).sum();
     let rounds = (PASSES * samples.len() / (groups * BATCH))
-        .min(MOST_BYTES / (groups * BATCH * sample_bytes.max(1)))
+        .min(MOST_BYTES / (groups * sample_bytes.max(1)))
         .clamp(1, MOST_ROUNDS);
     let batches = groups * rounds;
     let others = reader.take(batches - 1).collect::<Result<Vec<_>, SetError>>()?;
     let chosen: Vec<_> = std::iter::once(first).chain(others).collect();
     let mut npz = NpzWriter::create(path).map_err(failed)?;
     for (at, (name, tensor)) in chosen[0].inputs.iter().enumerate() {
-        let mut bytes = Vec::with_capacity(tensor.byte_len() * batches * BATCH);
+        let mut bytes = Vec::with_capacity(tensor.byte_len() * batches);
         for batch in 0..batches {
             // Where samples come again, they come to other columns.
             let sample = &chosen[(batch + batch / chosen.len()) % chosen.len()].inputs[at].1;
-            (0..BATCH).for_each(|_| bytes.extend_from_slice(sample.bytes()));
+            bytes.extend_from_slice(sample.bytes());
         }
-        let dims: Vec<usize> = std::iter::once(batches * BATCH).chain(tensor.dims()[1..].iter().copied()).collect();
+        let dims: Vec<usize> = std::iter::once(batches).chain(tensor.dims()[1..].iter().copied()).collect();
         let tensor = Tensor::new(tensor.dtype(), dims, bytes).expect("equal samples fill their shape");
         npz.add(name, &tensor).map_err(failed)?;
     }
@@ -172,7 +218,7 @@ fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Re
             table[row * columns + column] = AMPLITUDE as f32;
         }
     }
-    npz.add(INPUT, &Tensor::from_f32s(&[batches * BATCH, columns], &table)).map_err(failed)?;
+    npz.add(INPUT, &Tensor::from_f32s(&[batches, BATCH * columns], &table)).map_err(failed)?;
     npz.finish().map_err(failed)?;
     Ok(rounds)
 }
@@ -181,19 +227,44 @@ fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Re
 struct Copy {
     model: Model,
     facts: Facts,
+    /// The input of amplitudes, and the same as `[BATCH, columns]`.
+    input: ValueId,
     table: ValueId,
+    /// Of every column, whether a row of the batch has an amplitude there.
+    disturbs: ValueId,
+    /// Where nodes are added.
+    scope: ScopeId,
     random: Random,
 }
 
 impl Copy {
-    fn new(model: &Model, options: &ProbeOptions) -> Result<Copy, StatisticsError> {
+    fn new(model: &Model, options: &ProbeOptions, rows: Rows) -> Copy {
         let facts = Facts::infer(model);
         let mut model = Model { training: Vec::new(), ..model.clone() };
         let graph = &mut model.graph;
+        let inputs = graph.main().inputs().to_vec();
         let name = graph.fresh_name(INPUT);
-        let table = graph.add_value(name, None);
-        graph.add_input(ScopeId::MAIN, table);
-        Ok(Copy { model, facts, table, random: Random::new(options.seed) })
+        let input = graph.add_value(name, None);
+        graph.add_input(ScopeId::MAIN, input);
+        let random = Random::new(options.seed);
+        let mut copy = Copy { model, facts, input, table: input, disturbs: input, scope: ScopeId::MAIN, random };
+        let shape = copy.constant(Tensor::int64s(&[BATCH as i64, -1]));
+        copy.table = copy.op(Node::new("Reshape"), &[input, shape]);
+        let table = copy.table;
+        let repeated = if rows == Rows::FromInputs { inputs } else { Vec::new() };
+        for value in repeated {
+            let Some(ndim) = copy.facts.ndim(value).filter(|&n| n > 0) else { continue };
+            let uses: Vec<Use> = copy.model.graph.value(value).uses().iter().copied().collect();
+            let mut shape = vec![1; ndim];
+            shape[0] = BATCH as i64;
+            let shape = copy.constant(Tensor::int64s(&shape));
+            let several = copy.op(Node::new("Expand"), &[value, shape]);
+            copy.redirect(uses, several);
+        }
+        let amplitudes = copy.sum(table, 0, false);
+        let zero = copy.constant(Tensor::from_f32s(&[], &[0.0]));
+        copy.disturbs = copy.op(Node::new("Greater"), &[amplitudes, zero]);
+        copy
     }
 
     /// Adds an error to `value` for everyone who reads it; `false` if that cannot be done per sample.
@@ -219,27 +290,39 @@ impl Copy {
         let signs = Tensor::from_f64s(dtype, &spread, &signs).expect("signs are numbers of every float type");
         let order = self.constant(Tensor::int64s(&order));
         let signs = self.constant(signs);
-        let moved = self.op(Node::new("Gather").with("axis", axis), &[value, order]);
-        let moved = self.op(Node::new("Mul"), &[moved, signs]);
-        let at = self.constant(Tensor::int64s(&[column as i64]));
-        let amplitude = self.op(Node::new("Gather").with("axis", 1i64), &[self.table, at]);
         let ones: Vec<i64> = std::iter::once(-1).chain(vec![1; ndim as usize - 1]).collect();
         let ones = self.constant(Tensor::int64s(&ones));
-        let mut amplitude = self.op(Node::new("Reshape"), &[amplitude, ones]);
-        if dtype != DataType::Float {
-            amplitude = self.cast(amplitude, dtype);
-        }
-        let error = self.op(Node::new("Mul"), &[moved, amplitude]);
+        let zero = Tensor::from_f64s(dtype, &vec![1; ndim as usize], &[0.0]).expect("zero is of every float type");
+        let at = self.constant(Tensor::int64s(&[column as i64]));
+        let disturbs = self.op(Node::new("Gather"), &[self.disturbs, at]);
+        let error = self.inside("error", |copy| {
+            let moved = copy.op(Node::new("Gather").with("axis", axis), &[value, order]);
+            let moved = copy.op(Node::new("Mul"), &[moved, signs]);
+            let amplitude = copy.op(Node::new("Gather").with("axis", 1i64), &[copy.table, at]);
+            let mut amplitude = copy.op(Node::new("Reshape"), &[amplitude, ones]);
+            if dtype != DataType::Float {
+                amplitude = copy.cast(amplitude, dtype);
+            }
+            copy.op(Node::new("Mul"), &[moved, amplitude])
+        });
+        let none = self.inside("none", |copy| copy.constant(zero));
+        let branch = |scope| AttributeValue::Graph(scope);
+        let either = Node::new("If").with("then_branch", branch(error)).with("else_branch", branch(none));
+        let error = self.op(either, &[disturbs]);
         let disturbed = self.op(Node::new("Add"), &[value, error]);
-        let graph = &mut self.model.graph;
+        self.redirect(uses, disturbed);
+        true
+    }
+
+    /// Makes those who read a value at `uses` read another.
+    fn redirect(&mut self, uses: Vec<Use>, value: ValueId) {
         for place in uses {
             match place {
-                Use::Node(node, index) => graph.set_input(node, index, Some(disturbed)),
-                Use::Output(scope, index) => graph.set_output(scope, index, disturbed),
+                Use::Node(node, index) => self.model.graph.set_input(node, index, Some(value)),
+                Use::Output(scope, index) => self.model.graph.set_output(scope, index, value),
                 Use::Annotation(_) => {}
             }
         }
-        true
     }
 
     /// Replaces the outputs by the distances, weighted by amplitudes and summed over the batch, `[columns]`.
@@ -270,13 +353,13 @@ impl Copy {
         let weighted = self.op(Node::new("Mul"), &[total?, self.table]);
         let sum = self.sum(weighted, 0, false);
         let sum = self.cast(sum, DataType::Double);
-        let (table, graph) = (self.table, &mut self.model.graph);
+        let (input, graph) = (self.input, &mut self.model.graph);
         graph.value_mut(sum).ty = Some(Type::unshaped(DataType::Double));
         graph.add_output(ScopeId::MAIN, sum);
         let samples =
             graph.main().inputs().first().and_then(|&v| graph.value(v).ty.as_ref()?.shape()?.dims.first().cloned());
-        let dims = vec![samples.unwrap_or(lathe_ir::Dim::Unknown), lathe_ir::Dim::Known(columns as i64)];
-        graph.value_mut(table).ty = Some(Type::tensor(DataType::Float, dims));
+        let dims = vec![samples.unwrap_or(lathe_ir::Dim::Unknown), lathe_ir::Dim::Known((BATCH * columns) as i64)];
+        graph.value_mut(input).ty = Some(Type::tensor(DataType::Float, dims));
         Some(Output { value: graph.value(sum).name.clone(), field: "probe".to_owned(), fold: Fold::Sum })
     }
 
@@ -329,12 +412,22 @@ impl Copy {
         self.op(Node::new("Cast").with("to", AttributeValue::Int(i64::from(dtype.code()))), &[value])
     }
 
+    /// A subgraph that gives what `build` adds.
+    fn inside(&mut self, name: &str, build: impl FnOnce(&mut Copy) -> ValueId) -> ScopeId {
+        let scope = self.model.graph.add_scope(name);
+        let outer = std::mem::replace(&mut self.scope, scope);
+        let result = build(self);
+        self.scope = outer;
+        self.model.graph.add_output(scope, result);
+        scope
+    }
+
     fn op(&mut self, node: Node, inputs: &[ValueId]) -> ValueId {
-        self.model.graph.append(ScopeId::MAIN, node, inputs, "probe")
+        self.model.graph.append(self.scope, node, inputs, "probe")
     }
 
     fn constant(&mut self, tensor: Tensor) -> ValueId {
-        self.model.graph.add_initializer(ScopeId::MAIN, "probe", tensor)
+        self.model.graph.add_initializer(self.scope, "probe", tensor)
     }
 }
 
@@ -360,6 +453,15 @@ mod tests {
     }
 
     fn probe(names: &[&str]) -> Vec<Option<f64>> {
+        with(names, |gather, set, probes, options| sensitivities_with(gather, &model(), set, probes, options))
+    }
+
+    type Gather<'a> = &'a dyn Fn(&Job) -> Result<Gathered, RuntimeError>;
+
+    fn with(
+        names: &[&str],
+        measure: impl Fn(Gather, &SetSpec, &[Probe], &ProbeOptions) -> Result<Vec<Option<f64>>, StatisticsError>,
+    ) -> Vec<Option<f64>> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("set.npz");
         let mut npz = NpzWriter::create(&path).unwrap();
@@ -368,7 +470,7 @@ mod tests {
         let probes: Vec<Probe> = names.iter().map(|&n| Probe { value: n.to_owned(), view: View::Axis(-1) }).collect();
         let gather = |job: &Job| serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child);
         let options = ProbeOptions { load: LoadOptions::default(), distance: Distance::Relative, seed: 1, cache: None };
-        sensitivities_with(&gather, &model(), &SetSpec::all(&path), &probes, &options).unwrap()
+        measure(&gather, &SetSpec::all(&path), &probes, &options).unwrap()
     }
 
     #[test]
@@ -379,6 +481,45 @@ mod tests {
         for (found, expected) in found.iter().zip(expected) {
             assert!((found.unwrap() - expected).abs() < 1e-4, "{found:?} is not {expected}");
         }
+    }
+
+    #[test]
+    fn rows_from_inputs_and_from_errors_are_the_same() {
+        let measured = |rows| {
+            with(&["x", "a", "b", "y"], |gather, set, probes, options| {
+                disturbed(gather, &model(), set, probes, options, rows)
+            })
+        };
+        assert_eq!(measured(Rows::FromInputs), measured(Rows::FromErrors));
+    }
+
+    #[test]
+    fn a_model_that_counts_its_samples_runs_with_as_many_from_the_start() {
+        // y = reshape(a, [samples, -1]): where the samples are counted at the input, one row would be expected.
+        let build_model = |counts: bool| {
+            let mut build = Build::new();
+            let x = build.input("x", DataType::Float, &["n", "3"]);
+            let w = build.constant("w", Tensor::from_f32s(&[3, 2], &[1.0, 2.0, 0.0, 1.0, -1.0, 1.0]));
+            let a = build.node(Node::new("MatMul"), &[x, w], "a");
+            let shape = build.node(Node::new("Shape"), &[x], "shape");
+            let (start, end) = (if counts { 0 } else { 1 }, if counts { 1 } else { 2 });
+            let start = build.constant("start", Tensor::int64s(&[start]));
+            let end = build.constant("end", Tensor::int64s(&[end]));
+            let one = build.node(Node::new("Slice"), &[shape, start, end], "one");
+            let rest = build.constant("rest", Tensor::int64s(&[-1]));
+            let (first, last) = if counts { (one, rest) } else { (rest, one) };
+            let target = build.node(Node::new("Concat").with("axis", 0i64), &[first, last], "target");
+            let y = build.node(Node::new("Reshape"), &[if counts { a } else { x }, target], "y");
+            build.output(y, Type::unshaped(DataType::Float)).model()
+        };
+        for counts in [true, false] {
+            let model = build_model(counts);
+            assert_eq!(counted::counts_samples(&model, &Facts::infer(&model)), counts);
+        }
+        let counts = build_model(true);
+        let found =
+            with(&["a"], |gather, set, probes, options| sensitivities_with(gather, &counts, set, probes, options));
+        assert!((found[0].unwrap() - 1.0).abs() < 1e-4, "{found:?}");
     }
 
     #[test]
