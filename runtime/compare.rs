@@ -1,6 +1,9 @@
 //! How far two lists of outputs are apart, and whether that keeps a claim. Pure arithmetic: nothing is run here.
 
-use crate::Datum;
+use crate::{
+    Datum,
+    metrics::logits::{divergence, is_distribution},
+};
 use half::{bf16, f16};
 use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -289,7 +292,7 @@ impl Sums {
         if ranked && self.special_count == before && finite(a) {
             self.rows += 1;
             self.agreeing += u64::from(largest(a) == largest(b));
-            self.kl += divergence(a, b);
+            self.kl += divergence(a, b, is_distribution(a) && is_distribution(b));
         }
     }
 
@@ -357,27 +360,6 @@ pub(crate) fn largest(row: &[f64]) -> usize {
         }
     }
     best
-}
-
-/// The Kullback-Leibler divergence of two rows as distributions, in nats.
-fn divergence(a: &[f64], b: &[f64]) -> f64 {
-    // Rows that sum to one up to f16 rounding and hold nothing negative are distributions already.
-    let is_distribution = |row: &[f64]| {
-        row.iter().all(|&x| (0.0..=1.0 + 1e-3).contains(&x)) && (row.iter().sum::<f64>() - 1.0).abs() < 1e-2
-    };
-    // Probabilities below this are noise of the softmax in any float type.
-    const TINY: f64 = 1e-30;
-    let logs = |row: &[f64], plain: bool| -> Vec<f64> {
-        if plain {
-            return row.iter().map(|&x| x.max(TINY).ln()).collect();
-        }
-        let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let total: f64 = row.iter().map(|&x| (x - top).exp()).sum();
-        row.iter().map(|&x| x - top - total.ln()).collect()
-    };
-    let plain = is_distribution(a) && is_distribution(b);
-    let (p, q) = (logs(a, plain), logs(b, plain));
-    p.iter().zip(&q).map(|(&p, &q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
 }
 
 /// Floats in JSON, with the ones JSON has no number for written as text.

@@ -110,8 +110,9 @@ fn sensitivities_with(
         return Err(StatisticsError::OldOpset { found: model.opset(), needed: OLDEST_OPSET });
     }
     let facts = Facts::infer(model);
+    let values = probes.iter().map(|probe| resolve(model, &probe.value)).collect::<Result<Vec<_>, _>>()?;
     // Rows that come late are other samples to whoever counted them before.
-    if !counted::counts_samples(model, &facts) {
+    if !counted::counts_samples(model, &facts, &values) {
         let found = disturbed(gather, model, set, probes, options, Rows::FromErrors);
         // An operator may refuse operands of one and of several samples.
         if !matches!(found, Err(StatisticsError::Runtime(_))) {
@@ -251,6 +252,13 @@ impl Copy {
         let shape = copy.constant(Tensor::int64s(&[BATCH as i64, -1]));
         copy.table = copy.op(Node::new("Reshape"), &[input, shape]);
         let table = copy.table;
+        if rows == Rows::FromErrors {
+            // Shapes that are stated are those of one sample, and may not be believed.
+            let graph = &mut copy.model.graph;
+            let nodes: Vec<_> = graph.scopes().into_iter().flat_map(|scope| graph.nodes(scope)).collect();
+            let made: Vec<ValueId> = nodes.iter().flat_map(|&id| graph.node(id).outputs()).flatten().copied().collect();
+            made.into_iter().for_each(|value| graph.value_mut(value).ty = None);
+        }
         let repeated = if rows == Rows::FromInputs { inputs } else { Vec::new() };
         for value in repeated {
             let Some(ndim) = copy.facts.ndim(value).filter(|&n| n > 0) else { continue };
@@ -499,22 +507,23 @@ mod tests {
         let build_model = |counts: bool| {
             let mut build = Build::new();
             let x = build.input("x", DataType::Float, &["n", "3"]);
-            let w = build.constant("w", Tensor::from_f32s(&[3, 2], &[1.0, 2.0, 0.0, 1.0, -1.0, 1.0]));
+            let weight = [1.0, 2.0, 0.0, 1.0, -1.0, 1.0, 2.0, 0.5, 1.0];
+            let w = build.constant("w", Tensor::from_f32s(&[3, 3], &weight));
             let a = build.node(Node::new("MatMul"), &[x, w], "a");
             let shape = build.node(Node::new("Shape"), &[x], "shape");
-            let (start, end) = (if counts { 0 } else { 1 }, if counts { 1 } else { 2 });
-            let start = build.constant("start", Tensor::int64s(&[start]));
-            let end = build.constant("end", Tensor::int64s(&[end]));
+            let start = build.constant("start", Tensor::int64s(&[i64::from(!counts)]));
+            let end = build.constant("end", Tensor::int64s(&[2 - i64::from(counts)]));
             let one = build.node(Node::new("Slice"), &[shape, start, end], "one");
             let rest = build.constant("rest", Tensor::int64s(&[-1]));
             let (first, last) = if counts { (one, rest) } else { (rest, one) };
             let target = build.node(Node::new("Concat").with("axis", 0i64), &[first, last], "target");
-            let y = build.node(Node::new("Reshape"), &[if counts { a } else { x }, target], "y");
+            let y = build.node(Node::new("Reshape"), &[a, target], "y");
             build.output(y, Type::unshaped(DataType::Float)).model()
         };
         for counts in [true, false] {
             let model = build_model(counts);
-            assert_eq!(counted::counts_samples(&model, &Facts::infer(&model)), counts);
+            let probed = model.graph.find_value("a").unwrap();
+            assert_eq!(counted::counts_samples(&model, &Facts::infer(&model), &[probed]), counts);
         }
         let counts = build_model(true);
         let found =

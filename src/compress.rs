@@ -92,6 +92,9 @@ const ROWS_PER_FEATURE: usize = 4;
 const LEAST_ROWS: usize = 8192;
 const LEAST_SAMPLES: usize = 32;
 
+/// Samples that run together at least: matrices of second moments are written out once for a batch.
+const LEAST_BATCH: usize = 4;
+
 /// Execution providers on devices that multiply in half precision.
 const HALF: [&str; 7] = ["cuda", "tensorrt", "rocm", "migraphx", "directml", "webgpu", "coreml"];
 
@@ -185,29 +188,36 @@ impl<'a> Compressor<'a> {
         };
         let (mut columns, mut grams) = (BTreeSet::new(), BTreeSet::new());
         let mut widest = 0;
+        // Second moments have no range, which layers in half precision have to keep to on every sample.
+        let half = self.computes_in_half();
         for weight in found {
             let wanted = gram_rows(weight);
             widest = widest.max(if wanted.is_empty() { 0 } else { weight.inputs() });
-            grams.extend(wanted);
             for tap in &weight.taps {
                 let patches = |rows: &&Rows| !matches!(rows.view, View::Patches(_));
-                columns.extend(tap.rows.iter().filter(patches).chain([&tap.output_rows]).cloned());
-                // Second moments have no range, which layers in half precision have to keep to.
-                let wide = tap.rows.iter().filter(|rows| self.computes_in_half() && !patches(rows));
+                let alone = tap.rows.iter().filter(|rows| patches(rows) && (half || !wanted.contains(rows)));
+                columns.extend(alone.chain([&tap.output_rows]).cloned());
+                let wide = tap.rows.iter().filter(|rows| half && !patches(rows));
                 columns.extend(wide.map(|rows| Rows::channels(rows.value.clone())));
             }
+            grams.extend(wanted);
         }
-        let requests: Vec<Request> = columns.iter().cloned().map(Request::Columns).collect();
-        let moments = self.runner.collect(model, self.set, &requests, &collect).map_err(anyhow::Error::from)?;
         let set = SampleSet::open(self.set, model).map_err(anyhow::Error::from)?;
-        let rows = |rows: &Rows| moments.counts(&Request::Columns(rows.clone())).ok().map(|c| c.rows as usize);
-        let fewest = columns.iter().filter_map(rows).filter(|&r| r > 0).min().unwrap_or(1);
-        let wanted = (ROWS_PER_FEATURE * widest).max(LEAST_ROWS);
-        let samples = (wanted * set.len()).div_ceil(fewest).max(LEAST_SAMPLES);
-        let some = SetSpec { chosen: Some(set.spread(samples.min(set.len()))), ..self.set.clone() };
-        let some = if samples >= set.len() { self.set } else { &some };
-        let requests: Vec<Request> = grams.into_iter().map(Request::Gram).collect();
-        let grams = self.runner.collect(model, some, &requests, &collect).map_err(anyhow::Error::from)?;
+        let samples = self.samples(model, found, &set, (ROWS_PER_FEATURE * widest).max(LEAST_ROWS))?;
+        let all = &SetSpec { batch: self.set.batch.or(Some(set.batch_size().max(LEAST_BATCH))), ..self.set.clone() };
+        let some = SetSpec { chosen: Some(set.spread(samples.min(set.len()))), ..all.clone() };
+        let some = if samples >= set.len() { all } else { &some };
+        let columns: Vec<Request> = columns.into_iter().map(Request::Columns).collect();
+        let grams: Vec<Request> = grams.into_iter().map(Request::Gram).collect();
+        let gather = |set: &SetSpec, requests: &[Request]| {
+            self.runner.collect(model, set, requests, &collect).map_err(anyhow::Error::from)
+        };
+        if !half {
+            // The model runs once for both, which are then taken from what is kept.
+            gather(some, &[columns.as_slice(), &grams].concat())?;
+        }
+        let moments = gather(if half { all } else { some }, &columns)?;
+        let grams = gather(some, &grams)?;
         let mut seen = Seen {
             moments,
             grams,
@@ -237,6 +247,16 @@ impl<'a> Compressor<'a> {
             seen.magnitudes = Some(found);
         }
         Ok(seen)
+    }
+
+    /// How many samples have as many rows as are `wanted` of every layer.
+    fn samples(&self, model: &Model, found: &[Weight], set: &SampleSet, wanted: usize) -> Result<usize, Failure> {
+        let facts = Facts::infer(model);
+        let Some(batch) = set.batches().next().transpose().map_err(anyhow::Error::from)? else { return Ok(0) };
+        let bindings = seen::sizes(model, &batch.inputs);
+        let taps = found.iter().flat_map(|w| &w.taps).filter(|tap| tap.rows.is_some());
+        let fewest = taps.map(|tap| rows_of(&facts, &bindings, tap) as usize).filter(|&rows| rows > 0).min();
+        Ok((wanted * batch.samples.max(1)).div_ceil(fewest.unwrap_or(1)).max(LEAST_SAMPLES))
     }
 
     /// How much the outputs answer to every value. Where that cannot be measured, the median of those where it can.

@@ -136,10 +136,14 @@ fn sparse(found: &Spectrum, form: Form, choosing: Choosing) -> (Mat<f64>, f64) {
     let mut others: Vec<(f64, usize, usize)> = Vec::new();
     for j in 0..n {
         let mut order: Vec<(f64, usize)> = (0..k).map(|i| (score(i, j), i)).collect();
-        order.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        let largest = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        order.select_nth_unstable_by(kept - 1, largest);
         order[..kept].iter().for_each(|&(_, i)| chosen[(i, j)] = all[(i, j)]);
         // No column takes more than twice its share of what is left.
         let most = (2 * (form.coefficients - kept.min(form.coefficients)) + kept).min(k);
+        if most > kept {
+            order[kept..].select_nth_unstable_by(most - kept - 1, largest);
+        }
         others.extend(order[kept..most].iter().map(|&(score, i)| (score, i, j)));
     }
     let extra = (form.coefficients * n).saturating_sub(kept * n).min(others.len());
@@ -196,11 +200,17 @@ fn choices(layer: &Layer, rivals: &[Choice], bytes: bool, choosing: Choosing) ->
     let found =
         Spectrum::of(layer.matrix.as_ref(), layer.joint.as_ref()).ok_or("its decomposition does not converge")?;
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
+    let tails = Spectrum::tails(&found.energy);
     let mut choices: Vec<Choice> = Vec::new();
     let mut passed_over = false;
     for percent in SHARES {
-        let forms = Form::within(k, n, percent, bytes).into_iter();
-        let tried = forms.map(|form| (form, sparse(&found, form, choosing)));
+        let mut forms = Form::within(k, n, percent, bytes);
+        // With all coefficients, as many directions lose what is behind them.
+        let least = |form: &Form| tails[form.atoms.min(found.len())].sqrt();
+        let before = forms.len();
+        forms.retain(|form| !bytes || !beaten(rivals, &form.spent(k, n), least(form)));
+        passed_over |= forms.len() < before;
+        let tried = forms.into_iter().map(|form| (form, sparse(&found, form, choosing)));
         let best = tried.min_by(|a, b| a.1.1.total_cmp(&b.1.1));
         let Some((form, (coefficients, before))) = best else { continue };
         let spent = form.spent(k, n);

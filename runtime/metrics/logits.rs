@@ -83,7 +83,7 @@ pub(super) fn hold_distributions(pair: &Pair<'_>) -> bool {
 }
 
 /// Nothing negative, and a sum of one up to f16 rounding.
-fn is_distribution(row: &[f64]) -> bool {
+pub(crate) fn is_distribution(row: &[f64]) -> bool {
     row.iter().all(|&x| (0.0..=1.0 + 1e-3).contains(&x)) && (row.iter().sum::<f64>() - 1.0).abs() < 1e-2
 }
 
@@ -96,18 +96,33 @@ pub(super) fn log_sum_exp(row: &[f64]) -> f64 {
 /// Probabilities below this are noise of the softmax in any float type.
 pub(super) const TINY: f64 = 1e-30;
 
-/// The Kullback-Leibler divergence from `a` to `b`, in nats.
-fn divergence(a: &[f64], b: &[f64], plain: bool) -> f64 {
-    let (from, to) = if plain { (0.0, 0.0) } else { (log_sum_exp(a), log_sum_exp(b)) };
-    let mut total = 0.0;
+/// The least log-probability: what only the candidate rules out is held to be tiny.
+const LEAST: f64 = -1e3;
+
+/// The Kullback-Leibler divergence from `a` to `b`, in nats: of probabilities if they are `plain`, else of logits.
+pub(crate) fn divergence(a: &[f64], b: &[f64], plain: bool) -> f64 {
+    if a == b {
+        return 0.0;
+    }
+    if plain {
+        let logs = |x: f64, y: f64| (x.max(TINY).ln(), y.max(TINY).ln().max(LEAST));
+        let part = |(&x, &y): (&f64, &f64)| match logs(x, y) {
+            (p, q) => p.exp() * (p - q),
+        };
+        return a.iter().zip(b).map(part).sum::<f64>().max(0.0);
+    }
+    // Σ p (log p − log q) with p = e^(a − top) / Z, in one pass over the exponentials of `a`.
+    let (top, to) = (a.iter().copied().fold(f64::NEG_INFINITY, f64::max), log_sum_exp(b));
+    let (mut total, mut sum) = (0.0, 0.0);
     for (&x, &y) in a.iter().zip(b) {
-        let (p, q) = if plain { (x.max(TINY).ln(), y.max(TINY).ln()) } else { (x - from, y - to) };
-        // What the original rules out weighs nothing; what only the candidate rules out is held to be tiny.
-        if p > f64::NEG_INFINITY {
-            total += p.exp() * (p - q.max(-1e3));
+        // What the original rules out weighs nothing.
+        if x > f64::NEG_INFINITY {
+            let weight = (x - top).exp();
+            total += weight;
+            sum += weight * ((x - top) - (y - to).max(LEAST));
         }
     }
-    total.max(0.0)
+    (sum / total - total.ln()).max(0.0)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ mod accuracy;
 mod choose;
 mod distance;
 pub(crate) mod image;
-mod logits;
+pub(crate) mod logits;
 mod perplexity;
 
 pub(crate) use choose::{Chosen, choose};
@@ -87,7 +87,7 @@ pub(crate) trait Family: Sync {
 }
 
 /// Sums over the batches so far, of one output.
-pub(crate) trait Accumulator {
+pub(crate) trait Accumulator: Send {
     /// Takes in the next batch. What is wrong with it is said in one sentence.
     fn add(&mut self, pair: &Pair<'_>) -> Result<(), String>;
 
@@ -191,6 +191,9 @@ impl Pair<'_> {
     }
 }
 
+/// Elements of an output from which families look at it at the same time.
+const MANY: usize = 1 << 20;
+
 /// Everything that is measured on one output.
 pub(crate) struct OutputMeter {
     pub name: String,
@@ -209,7 +212,16 @@ impl OutputMeter {
     }
 
     pub(crate) fn add(&mut self, pair: &Pair<'_>) -> Result<(), String> {
-        self.meters.iter_mut().try_for_each(|meter| meter.add(pair))
+        if pair.reference.len() < MANY {
+            return self.meters.iter_mut().try_for_each(|meter| meter.add(pair));
+        }
+        std::thread::scope(|scope| {
+            let running: Vec<_> = self.meters.iter_mut().map(|meter| scope.spawn(|| meter.add(pair))).collect();
+            let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            running.into_iter().map(joined).collect::<Vec<_>>().into_iter().collect()
+        })
     }
 
     pub(crate) fn scores(&self) -> Vec<Score> {

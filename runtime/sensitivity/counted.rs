@@ -1,12 +1,13 @@
-//! Whether the number of samples flows into what a model computes.
+//! Whether the number of samples decides about what is computed of given values.
 
 use lathe_analysis::{DimExpr, Facts};
-use lathe_ir::{DataType, Model, ValueId};
+use lathe_ir::{Model, ScopeId, ValueId};
 use std::collections::BTreeSet;
 
-/// Whether some node that computes anything but integers reads a number that depends on how many samples there are, as
-/// a `Reshape` to a shape that was read from an input does.
-pub(super) fn counts_samples(model: &Model, facts: &Facts) -> bool {
+/// Whether a node takes both something computed of the `moved` values and a number that depends on how many samples the
+/// model's inputs have, as a `Reshape` to a shape that was read from an input does. What has an entry for every sample
+/// is no such number: it fits, or is refused, as it would for one sample.
+pub(super) fn counts_samples(model: &Model, facts: &Facts, moved: &[ValueId]) -> bool {
     let graph = &model.graph;
     let first = |v: &ValueId| facts.shape(*v).and_then(|shape| shape.first()).cloned();
     let Some(samples) = graph.main().inputs().iter().find_map(first) else { return true };
@@ -15,28 +16,28 @@ pub(super) fn counts_samples(model: &Model, facts: &Facts) -> bool {
     // What is known and free of the symbol says nothing about the samples, wherever it comes from.
     let says_nothing =
         |v: ValueId| facts.contents(v).is_some_and(|c| c.elements().iter().all(|e| e.as_ref().is_some_and(free)));
+    let per_sample = |v: ValueId| facts.shape(v).is_some_and(|shape| !shape.iter().all(free));
+    let mut moved: BTreeSet<ValueId> = moved.iter().copied().collect();
     let mut telling: BTreeSet<ValueId> = BTreeSet::new();
-    for scope in graph.scopes() {
-        for id in graph.nodes(scope) {
-            let node = graph.node(id);
-            let inputs = || node.inputs().iter().flatten();
-            let measures = matches!(node.op_type.as_str(), "Shape" | "Size")
-                && inputs().any(|&v| facts.shape(v).is_none_or(|shape| !shape.iter().all(free)));
-            if !measures && !inputs().any(|v| telling.contains(v)) {
-                continue;
-            }
-            for &output in node.outputs().iter().flatten() {
-                if says_nothing(output) {
-                    continue;
-                }
-                if !matches!(facts.elem(output), Some(DataType::Int64 | DataType::Int32 | DataType::Bool)) {
-                    return true;
-                }
+    for id in graph.nodes(ScopeId::MAIN) {
+        let node = graph.node(id);
+        let inner = node.subgraphs();
+        let captured: Vec<ValueId> = inner.iter().flat_map(|&scope| graph.captures(scope)).collect();
+        let inputs = || node.inputs().iter().flatten().chain(&captured);
+        let moves = inputs().any(|v| moved.contains(v));
+        let measures = matches!(node.op_type.as_str(), "Shape" | "Size")
+            && inputs().any(|&v| facts.shape(v).is_none() || per_sample(v));
+        let tells = measures || inputs().any(|v| telling.contains(v));
+        if moves && (tells && !measures || !inner.is_empty()) {
+            return true;
+        }
+        for &output in node.outputs().iter().flatten() {
+            if tells && !says_nothing(output) && !per_sample(output) {
                 telling.insert(output);
+            } else if moves && !says_nothing(output) {
+                moved.insert(output);
             }
         }
     }
-    // A subgraph that reads such a number, and an output that is one.
-    let inner = graph.scopes().into_iter().flat_map(|scope| graph.captures(scope));
-    inner.chain(graph.main().outputs().iter().copied()).any(|v| telling.contains(&v))
+    false
 }

@@ -22,27 +22,44 @@ pub(super) struct Chosen {
     tails: Vec<f64>,
 }
 
+/// Indices that are taken before what they span is removed from all others at once.
+const PIVOTS: usize = 64;
+
 /// All indices, at every step the one with most left that those before it do not span.
 fn pivoted(mut kernel: Mat<f64>) -> Vec<usize> {
-    let size = kernel.nrows();
-    let mut left: Vec<usize> = (0..size).collect();
-    let mut order = Vec::with_capacity(size);
+    let mut left: Vec<usize> = (0..kernel.nrows()).collect();
+    let mut order = Vec::with_capacity(left.len());
     while !left.is_empty() {
-        let best = (0..left.len()).fold(0, |best, at| {
-            if kernel[(left[at], left[at])] > kernel[(left[best], left[best])] { at } else { best }
-        });
-        let pivot = left.remove(best);
-        order.push(pivot);
-        let size = kernel[(pivot, pivot)];
-        if size > 0.0 {
-            let column: Vec<f64> = left.iter().map(|&row| kernel[(row, pivot)]).collect();
-            for (at, &j) in left.iter().enumerate() {
-                let factor = column[at] / size;
-                for (&i, c) in left.iter().zip(&column) {
-                    kernel[(i, j)] -= c * factor;
-                }
+        let size = left.len();
+        let several = PIVOTS.min(size);
+        let mut rest: Vec<f64> = (0..size).map(|at| kernel[(at, at)]).collect();
+        let mut taken = vec![false; size];
+        let mut spanned = Mat::<f64>::zeros(size, several);
+        for step in 0..several {
+            let open = (0..size).filter(|&at| !taken[at]);
+            let best = open.reduce(|best, at| if rest[at] > rest[best] { at } else { best });
+            let pivot = best.expect("fewer are taken than there are");
+            taken[pivot] = true;
+            order.push(left[pivot]);
+            if rest[pivot] <= 0.0 {
+                continue;
+            }
+            let mut column = kernel.col(pivot).to_owned();
+            for before in 0..step {
+                let factor = spanned[(pivot, before)];
+                column -= faer::Scale(factor) * spanned.col(before);
+            }
+            let scale = 1.0 / rest[pivot].sqrt();
+            for at in 0..size {
+                spanned[(at, step)] = column[at] * scale;
+                rest[at] -= spanned[(at, step)] * spanned[(at, step)];
             }
         }
+        let stay: Vec<usize> = (0..size).filter(|&at| !taken[at]).collect();
+        let rows = Mat::from_fn(stay.len(), several, |i, step| spanned[(stay[i], step)]);
+        kernel = Mat::from_fn(stay.len(), stay.len(), |i, j| kernel[(stay[i], stay[j])])
+            - spectrum::product(rows.as_ref(), rows.transpose());
+        left = stay.iter().map(|&at| left[at]).collect();
     }
     order
 }
