@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Exact optimization and latency on a CUDA device: a trained vision transformer at batch 64, and a model of the shape of
-# SmolLM2-135M at 8 x 256 with random weights (so for latency only).
+# Exact optimization, a budget of latency and planned samplers on a CUDA device: a trained vision transformer at batch 64,
+# a model of the shape of SmolLM2-135M with random weights (so for latency only), and 20 steps of a trained denoiser at
+# batch 64.
 #
-#   gpu.sh pack FOLDER PROGRAM VIT.onnx SMOLLM2.onnx   where the models are: gathers what the other machine needs
-#   gpu.sh run FOLDER                                  where the GPU is: optimizes, times, writes FOLDER/out/*.json
+#   gpu.sh pack FOLDER PROGRAM VIT.onnx SMOLLM2.onnx CALIB.npz DIT.onnx   where the models are: gathers what is needed
+#   gpu.sh run FOLDER                                      where the GPU is: optimizes, times, writes FOLDER/out/*
 #
 # The big weights do not travel: `run` makes random ones of the same size, with the standard library alone. ONNX Runtime
 # with the CUDA provider must be there: ORT_DYLIB_PATH names its library, and LD_LIBRARY_PATH the folders of that
@@ -14,14 +15,18 @@ case "${1:-}" in
 pack)
   mkdir -p "$2"
   cp "$0" "$2/gpu.sh"
-  cp "$3" "$2/optimize"
+  strip -o "$2/optimize" "$3"
+  xz -T0 -1 -f "$2/optimize"
   cp "$4" "$2/vit.onnx"
   cp "$5" "$2/smollm2.onnx"
   stat -c %s "$5.data" > "$2/smollm2.bytes"
+  cp "$6" "$2/calib.npz"
+  cp "$7" "$2/dit.onnx"
   du -sh "$2" ;;
 run)
   cd "$2"
   mkdir -p out
+  [ -f optimize ] || { unxz -k optimize.xz && chmod +x optimize; }
   if [ ! -f smollm2.onnx.data ]; then
     python3 - "$(cat smollm2.bytes)" <<'PY'
 import os, sys
@@ -40,15 +45,41 @@ PY
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee out/machine.csv
   nproc
   ./optimize doctor | tee out/doctor.txt
-  measure() { # name, model, shape
-    ./optimize "$2" -o "out/$1.onnx" --ep cuda --input-shape "$3" --report "out/$1.report.json"
-    ./optimize bench "$2" "out/$1.onnx" --ep cuda --input-shape "$3" --json > "out/$1.latency.json"
-    ./optimize bench "$2" "out/$1.onnx" --ep cuda --input-shape "$3" --profile | tee "out/$1.txt"
-    rm -f "out/$1.onnx" "out/$1.onnx.data"
+  timed() { # name, model, result, shapes
+    name=$1 one=$2 other=$3
+    shift 3
+    ./optimize bench "$one" "$other" --ep cuda "${@/#/--input-shape=}" --json > "out/$name.json" && cat "out/$name.json"
   }
-  measure vit vit.onnx x:64,1,28,28
-  measure smollm2 smollm2.onnx input_ids:8,256 ;;
+  lossy() { # name, model, shape, options
+    name=$1 model=$2 shape=$3
+    shift 3
+    ./optimize "$model" -o "$name.onnx" --overwrite --ep cuda --input-shape "$shape" --calib calib.npz --metric kl \
+      --report "out/$name.report.json" "$@" 2>&1 | tee "out/$name.txt" || return 0
+    timed "$name" "$model" "$name.onnx" "$shape"
+  }
+  scheduler() { # the denoiser predicts noise under linear betas
+    echo '{"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": true}'
+  }
+  echo "== samplers of 20 steps, guidance 3, batch 64"
+  scheduler > scheduler.json
+  make() { # name, options
+    name=$1
+    shift
+    ./optimize sampler dit.onnx -o "$name.onnx" --overwrite --scheduler scheduler.json --steps 20 --guidance 3 \
+      --io uncond:label=10 --form unrolled -q "$@"
+  }
+  make full
+  make planned --plan gate:at=12+forecast:every=2
+  timed planned full.onnx planned.onnx noise:64,1,28,28 label:64
+  echo "== a vision transformer, exact, batch 64"
+  ./optimize vit.onnx -o vit_exact.onnx --overwrite --ep cuda --input-shape x:64,1,28,28 -q
+  timed vit vit.onnx vit_exact.onnx x:64,1,28,28
+  echo "== a language model, latency 0.7, 8 x 256"
+  lossy smollm2 smollm2.onnx input_ids:8,256 --latency 0.7
+  echo "== the same in half precision"
+  lossy half smollm2.onnx input_ids:8,256 --size 0.52 --passes convert-floats
+  [ ! -f half.onnx ] || lossy fewer half.onnx input_ids:8,256 --latency 0.8 ;;
 *)
-  sed -n '2,10p' "$0"
+  sed -n '2,12p' "$0"
   exit 2 ;;
 esac

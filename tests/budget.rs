@@ -152,6 +152,20 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
 }
 
 #[test]
+fn where_nothing_is_offered_methods_say_why() {
+    let bench = Bench::new();
+    let mut model = Model::read(&bench.path("model.onnx")).unwrap().model;
+    model.opsets = vec![(String::new(), 18)];
+    fs::write(bench.path("model.onnx"), model.to_bytes()).unwrap();
+    let set = bench.path("set.npz");
+    let output = bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.5", "--passes", "quantize"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{message}");
+    let expected = "is the least; quantize: blocked DequantizeLinear needs operator set 21; --opset 21 upgrades";
+    assert!(message.contains(expected), "{message}");
+}
+
+#[test]
 fn methods_see_the_samples_that_were_chosen() {
     let bench = Bench::new();
     let objective = |options: &[&str]| bench.report(options)["plan"]["objective"].as_f64().unwrap();

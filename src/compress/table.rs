@@ -239,6 +239,18 @@ impl Table<'_> {
         Some(reason.map_or("there is nothing it could do".to_owned(), |(reason, _)| reason.clone()))
     }
 
+    /// What methods say where none of them offers anything, as the end of a sentence.
+    pub(crate) fn declined(&self) -> String {
+        if !self.places.is_empty() {
+            return String::new();
+        }
+        let said = self.records.iter().filter_map(|(name, record)| {
+            let (reason, _) = record.outcome.refusals.iter().max_by_key(|(_, (count, _))| *count)?;
+            Some(format!("; {name}: {reason}"))
+        });
+        said.collect()
+    }
+
     /// Chooses within the budget.
     pub(crate) fn choose(&self, budget: &allocate::Budget, solver: Solver) -> Result<(Plan, f64), SolveError> {
         let start = Instant::now();

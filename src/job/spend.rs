@@ -92,9 +92,11 @@ impl Limit {
     }
 
     /// That even the smallest share is larger than what is allowed.
-    fn unreachable(&self, least: f64) -> Failure {
-        let (name, share) = (self.name(), self.share);
-        Failure::Refused(format!("a {name} of {share:.3} of the original is asked for, and {least:.3} is the least"))
+    fn unreachable(&self, least: f64, table: &Table<'_>) -> Failure {
+        let (name, share, why) = (self.name(), self.share, table.declined());
+        Failure::Refused(format!(
+            "a {name} of {share:.3} of the original is asked for, and {least:.3} is the least{why}"
+        ))
     }
 }
 
@@ -235,7 +237,7 @@ impl Job<'_> {
         let cx = self.context();
         let mut most = Vec::new();
         for limit in limits {
-            most.push(limit.of_sites().map_err(|least| limit.unreachable(least))?);
+            most.push(limit.of_sites().map_err(|least| limit.unreachable(least, attempt.table))?);
         }
         let mut reached: Vec<f64> = Vec::new();
         let mut smallest_tried = false;
@@ -257,7 +259,8 @@ impl Job<'_> {
                     let short = smallest.iter().find(|(_, least, most)| least > most).or(smallest.first());
                     let &(measure, least, _) = short.expect("a limit is given");
                     let limit = limits.iter().find(|l| l.measure == measure).expect("limits are those that were given");
-                    return Err(limit.unreachable((limit.exact - limit.kept as f64 + least as f64) / limit.original));
+                    let least = (limit.exact - limit.kept as f64 + least as f64) / limit.original;
+                    return Err(limit.unreachable(least, attempt.table));
                 }
                 Err(error) => return Err(Failure::Error(anyhow!(error))),
             };
