@@ -92,9 +92,6 @@ const ROWS_PER_FEATURE: usize = 4;
 const LEAST_ROWS: usize = 8192;
 const LEAST_SAMPLES: usize = 32;
 
-/// Samples that run together at least: matrices of second moments are written out once for a batch.
-const LEAST_BATCH: usize = 4;
-
 /// Execution providers on devices that multiply in half precision.
 const HALF: [&str; 7] = ["cuda", "tensorrt", "rocm", "migraphx", "directml", "webgpu", "coreml"];
 
@@ -204,9 +201,8 @@ impl<'a> Compressor<'a> {
         }
         let set = SampleSet::open(self.set, model).map_err(anyhow::Error::from)?;
         let samples = self.samples(model, found, &set, (ROWS_PER_FEATURE * widest).max(LEAST_ROWS))?;
-        let all = &SetSpec { batch: self.set.batch.or(Some(set.batch_size().max(LEAST_BATCH))), ..self.set.clone() };
-        let some = SetSpec { chosen: Some(set.spread(samples.min(set.len()))), ..all.clone() };
-        let some = if samples >= set.len() { all } else { &some };
+        let some = SetSpec { chosen: Some(set.spread(samples.min(set.len()))), ..self.set.clone() };
+        let some = if samples >= set.len() { self.set } else { &some };
         let columns: Vec<Request> = columns.into_iter().map(Request::Columns).collect();
         let grams: Vec<Request> = grams.into_iter().map(Request::Gram).collect();
         let gather = |set: &SetSpec, requests: &[Request]| {
@@ -216,7 +212,7 @@ impl<'a> Compressor<'a> {
             // The model runs once for both, which are then taken from what is kept.
             gather(some, &[columns.as_slice(), &grams].concat())?;
         }
-        let moments = gather(if half { all } else { some }, &columns)?;
+        let moments = gather(if half { self.set } else { some }, &columns)?;
         let grams = gather(some, &grams)?;
         let mut seen = Seen {
             moments,
