@@ -71,7 +71,7 @@ pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<(StepPlan, O
     };
     let (mut plan, sentence) = match tune {
         Tune::Search(search) => (search::run(&trial, search, &options.progress)?, None),
-        Tune::Methods(text) => (methods::run(&trial, text)?, None),
+        Tune::Methods(text) => methods::run(&trial, text)?,
         Tune::Auto { latency, eyes } => {
             let all = trial.plain(&trial.asked()?);
             let form = options.form.unwrap_or_else(|| likely_form(&denoiser, &all, options.memory));
