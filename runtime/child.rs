@@ -99,6 +99,22 @@ impl Child {
         }
     }
 
+    /// Runs a model on disk on every one of some sets of inputs. It is loaded once.
+    pub fn run_file(
+        &self,
+        model: &Path,
+        inputs: &[Sample],
+        options: &LoadOptions,
+    ) -> Result<Vec<Sample>, RuntimeError> {
+        let (heads, data) = frames::pack_all(inputs);
+        let request = Request::Run { model: model.to_owned(), inputs: heads, options: options.clone() };
+        let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
+        match self.ask(&request, &payload)? {
+            (Answer::Ran(heads), mut payload) => frames::unpack_all(heads, &mut payload).map_err(RuntimeError::Child),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     /// Compares two models on disk, with [`crate::verify`], entirely inside the worker.
     pub fn verify(
         &self,
@@ -113,12 +129,9 @@ impl Child {
             Inputs::Random(spec) => InputHeads::Random(spec.clone()),
             Inputs::Set(spec) => InputHeads::Set(spec.clone()),
             Inputs::Given(samples) => {
-                let pack = |sample: &Sample| {
-                    let (heads, parts) = frames::pack(sample);
-                    data.extend(parts);
-                    heads
-                };
-                InputHeads::Given(samples.iter().map(pack).collect())
+                let (heads, parts) = frames::pack_all(samples);
+                data = parts;
+                InputHeads::Given(heads)
             }
         };
         let (reference, candidate) = (reference.to_owned(), candidate.to_owned());

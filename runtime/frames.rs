@@ -27,6 +27,8 @@ pub(crate) enum Request {
     Hello,
     /// Run a model (the first `model` bytes of the payload) on inputs (the rest).
     Evaluate { model: u64, inputs: Vec<Head>, options: LoadOptions },
+    /// Run a model on disk on several sets of inputs, whose data is the payload.
+    Run { model: PathBuf, inputs: Vec<Vec<Head>>, options: LoadOptions },
     /// Compare two models on disk.
     Verify { reference: PathBuf, candidate: PathBuf, inputs: InputHeads, claim: Claim, options: LoadOptions },
     /// Choose some samples of a set.
@@ -52,6 +54,8 @@ pub(crate) enum Answer {
     Progress(Progress),
     /// The outputs, whose data is the payload.
     Outputs(Vec<Head>),
+    /// The outputs of several runs, whose data is the payload.
+    Ran(Vec<Vec<Head>>),
     /// The result of a comparison.
     Verdict(Verdict),
     /// The samples that were chosen.
@@ -150,6 +154,17 @@ pub(crate) fn pack(tensors: &[(String, Tensor)]) -> (Vec<Head>, Vec<Bytes>) {
         parts.extend(data);
     }
     (heads, parts)
+}
+
+/// Headers and data of several sets of named tensors.
+pub(crate) fn pack_all(samples: &[Sample]) -> (Vec<Vec<Head>>, Vec<Bytes>) {
+    let (heads, parts): (Vec<_>, Vec<_>) = samples.iter().map(|sample| pack(sample)).unzip();
+    (heads, parts.into_iter().flatten().collect())
+}
+
+/// The sets of tensors that `heads` describe, taken off the front of `payload`.
+pub(crate) fn unpack_all(heads: Vec<Vec<Head>>, payload: &mut Bytes) -> Result<Vec<Sample>, String> {
+    heads.into_iter().map(|heads| unpack(heads, payload)).collect()
 }
 
 /// The tensors that `heads` describe, taken off the front of `payload`.

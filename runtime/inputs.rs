@@ -275,6 +275,22 @@ pub fn generate(model: &Model, spec: &InputSpec, sizes: &Sizes) -> Result<Vec<(S
         .collect()
 }
 
+/// How many entries the table has in which an input looks up one class per sample; `None` for any other input.
+pub fn classes(model: &Model, input: &str) -> Option<usize> {
+    let graph = &model.graph;
+    let id = graph.find_value(input)?;
+    let ty = graph.value(id).ty.as_ref()?;
+    let single = ty.shape()?.dims.iter().skip(1).all(|d| d.known() == Some(1));
+    if !single || !ty.elem()?.is_integer() || ty.shape()?.dims.is_empty() {
+        return None;
+    }
+    let known = |shape: &Shape, axis: usize| usize::try_from(shape.dims.get(axis)?.known()?).ok();
+    match roles::role_of(graph, id, &known) {
+        Role::Index { bound } if bound > 1 => Some(bound),
+        _ => None,
+    }
+}
+
 fn check_names(graph: &Graph, spec: &InputSpec) -> Result<(), InputError> {
     let names: Vec<&str> = graph.main().inputs().iter().map(|&v| graph.value(v).name.as_str()).collect();
     match spec.shapes.iter().find(|(name, _)| !names.contains(&name.as_str())) {
@@ -489,6 +505,21 @@ mod tests {
         let inputs = make(&ids_model(), 0);
         let ids = inputs[0].1.to_i64s().unwrap();
         assert!(ids.iter().all(|id| (0..5).contains(id)) && ids.iter().any(|&id| id > 1), "{ids:?}");
+    }
+
+    #[test]
+    fn classes_are_one_per_sample() {
+        let mut build = Build::new();
+        let label = build.input("label", DataType::Int64, &["n"]);
+        build.input("step", DataType::Int64, &["n"]);
+        let none = build.constant("none", Tensor::int64s(&[4]));
+        let both = build.node(Node::new("Concat").with("axis", 0), &[none, label], "both");
+        let table = build.constant("table", Tensor::from_f32s(&[5, 1], &[0.0; 5]));
+        let y = build.node(Node::new("Gather"), &[table, both], "y");
+        let model = build.output(y, Type::unshaped(DataType::Float)).model();
+        assert_eq!([classes(&model, "label"), classes(&model, "step"), classes(&model, "y")], [Some(5), None, None]);
+        // Ids of words are no class.
+        assert_eq!(classes(&ids_model(), "input_ids"), None);
     }
 
     #[test]

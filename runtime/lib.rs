@@ -43,7 +43,7 @@ pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};
 #[cfg(feature = "embedded")]
 pub use embedded::Embedded;
 pub use engine::{Engine, InProcess, LoadOptions, RuntimeError, Session, Source, Timed, start};
-pub use inputs::{InputError, InputSpec, Sizes, Style, generate, required_inputs, sizes_to_try};
+pub use inputs::{InputError, InputSpec, Sizes, Style, classes, generate, required_inputs, sizes_to_try};
 pub use library::{Discovery, Found, Place, Search, Tried};
 pub use measure::{MeasureError, Measured, Scores};
 pub use metrics::{Metric, Score, metrics};

@@ -53,14 +53,23 @@ fn answer(
             let (heads, parts) = frames::pack(&outputs);
             Ok((Answer::Outputs(heads), parts))
         }
+        Request::Run { model, inputs, options } => {
+            let inputs = frames::unpack_all(inputs, &mut payload)?;
+            talk.stage("loading the model");
+            let mut session = engine.load(Source::Path(&model), &options).map_err(|e| e.to_string())?;
+            let mut outputs = Vec::new();
+            for sample in &inputs {
+                talk.stage("running the model");
+                outputs.push(frames::only_tensors(session.run(sample).map_err(|e| e.to_string())?)?);
+            }
+            let (heads, parts) = frames::pack_all(&outputs);
+            Ok((Answer::Ran(heads), parts))
+        }
         Request::Verify { reference, candidate, inputs, claim, options } => {
             let inputs = match inputs {
                 InputHeads::Random(spec) => Inputs::Random(spec),
                 InputHeads::Set(spec) => Inputs::Set(spec),
-                InputHeads::Given(samples) => {
-                    let samples = samples.into_iter().map(|heads| frames::unpack(heads, &mut payload));
-                    Inputs::Given(samples.collect::<Result<_, _>>()?)
-                }
+                InputHeads::Given(samples) => Inputs::Given(frames::unpack_all(samples, &mut payload)?),
             };
             talk.stage("reading the original");
             let model = Model::read(&reference).map_err(|e| e.to_string())?.model;

@@ -30,4 +30,4 @@ pub use latency::{Latency, LatencySide};
 pub use layers::LayerLine;
 pub use pipeline::{PassRecord, Selection};
 pub use report::Report;
-pub use sampler::{SamplerDone, SamplerOptions, SamplerReport, SamplerSide, Search, Tune, compile};
+pub use sampler::{Eyes, SamplerDone, SamplerOptions, SamplerReport, SamplerSide, Search, Tune, compile};

@@ -1,6 +1,12 @@
 //! The sampler compiler's job: read a denoiser, simplify it, compile its sampling loop, prove it step by step, write it.
 
 mod check;
+mod draws;
+mod evaluator;
+mod features;
+mod pairs;
+mod picture;
+mod preview;
 mod report;
 mod tune;
 
@@ -26,8 +32,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use pairs::{FEWEST, SamplerPair, compare_samplers};
 pub use report::{SamplerReport, SamplerSide};
-pub use tune::{Search, Tune};
+pub use tune::{Eyes, Search, Tune};
 
 /// Nodes above which steps are not put side by side.
 const MOST_NODES: usize = 20_000;
@@ -64,6 +71,8 @@ pub struct SamplerOptions {
     pub wishes: Wishes,
     /// The form; `None` chooses.
     pub form: Option<Form>,
+    /// Whether a picture is drawn of samples of the result, beside those of the denoiser with every step computed.
+    pub preview: bool,
     /// Whether the result is compared with the loop step by step.
     pub verify: bool,
     /// The largest relative L2 error of the sample; `None` is what its type allows.
@@ -95,6 +104,8 @@ pub struct SamplerDone {
     pub report: SamplerReport,
     /// The plan that was carried out.
     pub plan: StepPlan,
+    /// The picture that was asked for, a PNG.
+    pub preview: Option<Vec<u8>>,
 }
 
 impl From<Error> for Failure {
@@ -111,21 +122,26 @@ impl From<Error> for Failure {
 /// Compiles a sampler. Nothing is written unless it succeeds.
 pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     let start = Instant::now();
-    let found;
-    let options = match &options.tune {
-        Some(tune) => {
-            job::check_output(&options.denoiser, &options.output, options.overwrite)?;
-            found = SamplerOptions { plan: Some(tune::plan(options, tune)?), tune: None, ..options.clone() };
-            &found
-        }
-        None => options,
-    };
     job::check_output(&options.denoiser, &options.output, options.overwrite)?;
+    if options.preview {
+        let loaded = Model::read(&options.denoiser);
+        let model = loaded.with_context(|| format!("cannot use `{}`", options.denoiser.display()))?.model;
+        preview::check(&model, &Roles::infer(&model, &options.wishes)?)?;
+    }
+    let asked = options;
+    let (mut found, mut sentence) = (None, None);
+    if let Some(tune) = &options.tune {
+        let (plan, why) = tune::plan(options, tune)?;
+        sentence = why;
+        found = Some(SamplerOptions { plan: Some(plan), tune: None, ..options.clone() });
+    }
+    let options = found.as_ref().unwrap_or(options);
     let (scheduler, mut warnings) = Scheduler::parse(&options.scheduler, options.solver)?;
     let request = request(options, &scheduler)?;
     let table = Table::new(&scheduler, &request)?;
     let loaded = Model::read(&options.denoiser);
     let loaded = loaded.with_context(|| format!("cannot use `{}`", options.denoiser.display()))?;
+    warnings.extend(sentence);
     warnings.extend(loaded.warnings.clone());
     let data: u64 = loaded.data_files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
     let input = job::side(&options.denoiser, &loaded.model, loaded.file_bytes + data);
@@ -160,6 +176,10 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         Checked::Not => None,
         Checked::Fails(reason) => return Err(Failure::Refused(reason)),
     };
+    let preview = match options.preview {
+        true => Some(preview::draw(&job, &sampler, &preview::full(asked, &scheduler)?, made.staged.path())?),
+        false => None,
+    };
     let written = made.staged.written().clone();
     let output = SamplerSide {
         side: job::side(&options.output, &made.model, written.file_bytes + written.data_bytes),
@@ -184,7 +204,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         seconds: start.elapsed().as_secs_f64(),
         peak_rss_bytes: contract::peak_rss_bytes(),
     };
-    Ok(SamplerDone { report, plan })
+    Ok(SamplerDone { report, plan, preview })
 }
 
 /// The steps of a plan are those of its grid.
@@ -248,6 +268,16 @@ fn upgraded(original: &Model, runner: &Runner) -> Result<Model, Failure> {
     Ok(model)
 }
 
+/// What can be told about the form before anything is made.
+fn likely_form(denoiser: &Model, plan: &StepPlan, memory: Option<u64>) -> Form {
+    let evaluations: usize = plan.cfg.iter().map(|mode| mode.passes().len()).sum();
+    let nodes = pipeline::node_count(denoiser).saturating_mul(evaluations);
+    let packed = pipeline::weight_bytes(denoiser).saturating_mul(evaluations as u64);
+    let most = memory.map_or(MOST_PACKED, |memory| memory / 2);
+    // Passes of a batch are one evaluation; whoever is near the bound is better off with a loop anyway.
+    if nodes > 2 * MOST_NODES || packed > most { Form::Loop } else { Form::Unrolled }
+}
+
 struct Job<'a> {
     options: &'a SamplerOptions,
     original: &'a Model,
@@ -269,7 +299,7 @@ impl Job<'_> {
         let form = match (self.options.form, sampler.plan.adaptive) {
             (Some(form), _) => form,
             (None, Some(_)) => Form::Adaptive,
-            (None, None) => self.form(sampler),
+            (None, None) => likely_form(sampler.denoiser, sampler.plan, self.options.memory),
         };
         let made = self.make_as(sampler, form)?;
         if self.options.form.is_some() || form != Form::Unrolled {
@@ -291,16 +321,6 @@ impl Job<'_> {
         }
         warnings.push(format!("with its steps side by side {why}, and no steps of the plan repeat"));
         Ok(made)
-    }
-
-    /// What can be told about the form before anything is made.
-    fn form(&self, sampler: &Sampler) -> Form {
-        let evaluations: usize = sampler.plan.cfg.iter().map(|mode| mode.passes().len()).sum();
-        let nodes = pipeline::node_count(sampler.denoiser).saturating_mul(evaluations);
-        let packed = pipeline::weight_bytes(sampler.denoiser).saturating_mul(evaluations as u64);
-        let most = self.options.memory.map_or(MOST_PACKED, |memory| memory / 2);
-        // Passes of a batch are one evaluation; whoever is near the bound is better off with a loop anyway.
-        if nodes > 2 * MOST_NODES || packed > most { Form::Loop } else { Form::Unrolled }
     }
 
     /// How long the runtime takes to load a model; `None` where it is not worth asking.

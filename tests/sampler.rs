@@ -103,6 +103,55 @@ fn every_form_passes_its_comparison() {
     assert!(report["output"]["inputs"].to_string().contains("step_noise float[2, n, 1, 2, 2]"));
 }
 
+/// Width, height and bytes of a grey picture.
+fn picture(path: &std::path::Path) -> (usize, usize, Vec<u8>) {
+    let mut reader = png::Decoder::new(std::io::BufReader::new(fs::File::open(path).unwrap())).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut pixels).unwrap();
+    assert_eq!(info.color_type, png::ColorType::Grayscale);
+    (info.width as usize, info.height as usize, pixels)
+}
+
+/// The halves of a picture of images that are enlarged to 96 pixels.
+fn halves((width, height, pixels): &(usize, usize, Vec<u8>)) -> [Vec<u8>; 2] {
+    assert_eq!((*width, *height), (2 * (2 * 96 + 4) + 16, 4 * 96 + 3 * 4));
+    [0, 196 + 16].map(|from| pixels.chunks(*width).flat_map(|row| row[from..from + 196].to_vec()).collect())
+}
+
+#[test]
+fn a_picture_shows_the_denoiser_beside_the_sampler() {
+    let folder = Folder::new(ddim());
+    let guided = ["--steps", "6", "--guidance", "2.5", "--io", "uncond:label=2", "--preview", "grid.png"];
+    folder.succeeds(&guided);
+    let [left, right] = halves(&picture(&folder.path("grid.png")));
+    assert_eq!(left, right);
+    // Labels are taken in turn without the one for none, so neighbours differ; and so do samples of equal labels.
+    let images: Vec<[u8; 2]> = (0..4).map(|row| [left[row * 100 * 196], left[row * 100 * 196 + 100]]).collect();
+    assert!(images.iter().flatten().collect::<std::collections::BTreeSet<_>>().len() > 4, "{images:?}");
+    // A solver that adds noise, a loop, a scale that is an input.
+    folder.succeeds(&["--steps", "4", "--eta", "1", "--form", "loop", "--preview", "grid.png"]);
+    let [left, right] = halves(&picture(&folder.path("grid.png")));
+    assert_eq!(left, right);
+    let options = ["--guidance", "input", "--io", "uncond:label=input", "--preview", "grid.png"];
+    folder.succeeds(&[&options[..], &["--steps", "6", "--plan", "forecast:every=6,first=1,order=0"]].concat());
+    let [left, right] = halves(&picture(&folder.path("grid.png")));
+    assert_ne!(left, right);
+    // A search aims at many steps and is drawn beside them.
+    folder.succeeds(&["--search", "1", "--evaluations", "3", "--pairs", "1", "--preview", "grid.png"]);
+    let [left, right] = halves(&picture(&folder.path("grid.png")));
+    assert_ne!(left, right);
+}
+
+#[test]
+fn what_is_no_image_has_no_picture() {
+    let folder = Folder::new(ddim());
+    folder.refused(&["--steps", "4", "--preview", "grid.jpg"], 2, "`grid.jpg` does not end in .png");
+    let vector = "g (float[n,4] x, float[n] t) => (float[n,4] eps) { eps = Identity (x) }";
+    fs::write(folder.path("denoiser.onnx"), text::parse(vector).unwrap().to_bytes()).unwrap();
+    folder.refused(&["--steps", "4", "--preview", "grid.png"], 2, "the shape of `x` is [n, 4], expected [n, c, h, w]");
+    assert!(!folder.path("grid.png").exists());
+}
+
 #[test]
 fn refusals_say_why_and_write_nothing() {
     let folder = Folder::new(ddim());

@@ -116,17 +116,28 @@ fn a_search_goes_on_and_gives_the_same() {
 }
 
 #[test]
-fn the_planner_keeps_its_budget_or_a_plain_grid() {
+fn the_planner_is_held_against_plain_steps_that_take_as_long() {
     let folder = Folder::new("DDIMScheduler");
     let options = ["--steps", "10", "--plan", "auto", "--latency", "0.6"];
-    let plan = folder.plan("dit.onnx", &[&GUIDED[..], &options].concat());
-    let evidence = &plan["evidence"];
-    match evidence["kept"].as_str().unwrap() {
+    let output = folder.run("dit.onnx", &[&GUIDED[..], &options].concat());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    let plan: Value = serde_json::from_slice(&fs::read(folder.path("plan.json")).unwrap()).unwrap();
+    let measured = &plan["evidence"]["measured"];
+    let steps = plan["grid"].as_array().unwrap().len();
+    match measured["kept"].as_str().unwrap() {
         "plan" => {
-            assert_eq!(plan["grid"].as_array().unwrap().len(), 10);
-            assert!(evidence["rmse"].as_f64().unwrap() < evidence["plain_rmse"].as_f64().unwrap());
+            assert_eq!(steps, 10);
+            assert!(measured["gained_rmse"][0].as_f64().unwrap() > 0.0, "{plan}");
+            assert!(measured["share"].as_f64().unwrap() < 0.62, "{plan}");
+            assert!(measured["because"].is_null());
         }
-        other => assert_eq!((other, plan["grid"].as_array().unwrap().len()), ("plain", 6)),
+        other => {
+            assert_eq!((other, steps), ("plain", measured["grid_steps"].as_u64().unwrap() as usize));
+            assert!(steps < 10 && plan["steps"].is_null(), "{plan}");
+            let sentence = measured["because"].as_str().unwrap();
+            assert!(said.contains(sentence) && said.contains("plain steps"), "{said}");
+        }
     }
 }
 
@@ -139,6 +150,8 @@ fn what_makes_no_sense_is_refused() {
         (&["--steps", "8", "--plan", "auto"], "--plan auto needs --latency"),
         (&["--steps", "8", "--plan", "auto", "--latency", "2"], "between 0 and 1"),
         (&["--steps", "8", "--latency", "0.5"], "--latency goes with --plan auto"),
+        (&["--steps", "8", "--reference", "f.onnx"], "--reference is for --search and --plan auto"),
+        (&["--steps", "8", "--plan", "auto", "--latency", "0.5", "--reference", "f.onnx"], "--reference needs --real"),
         (&["--steps", "8", "--plan", "gate:at=2"], "no guidance to end"),
         (&["--steps", "8", "--plan", "deep"], "needs such a skip"),
         (&["--steps", "8", "--plan", "delta:blocks=9"], "9 of 4 repeated blocks"),

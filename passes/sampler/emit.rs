@@ -1,7 +1,7 @@
 //! The one place that makes graphs of samplers: steps side by side, or in loops.
 
 use super::{
-    Error, Mode, Pass, Roles, StepPlan, Substitution, Table, Uncond,
+    Error, Mode, Pass, Ref, Roles, StepPlan, Substitution, Table, Uncond,
     network::{Network, Variant},
     plan::Kind,
     sums::{Factor, Sums},
@@ -88,18 +88,18 @@ pub struct Sampler<'a> {
 /// Something that a step leaves for later ones.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum What {
-    /// A cut.
+    /// A tensor.
     Cut(String),
     /// What a range of blocks added: the cut after it minus the tensor before it.
     Added(String, String),
 }
 
 impl What {
-    /// What a substitution needs of the steps it refers to.
-    pub fn of(one: &Substitution) -> What {
+    /// What a substitution needs of a step that it refers to.
+    pub fn of(one: &Substitution, r: &Ref) -> What {
         match &one.kind {
             Kind::Delta { input, .. } => What::Added(one.cut.clone(), input.clone()),
-            _ => What::Cut(one.cut.clone()),
+            _ => What::Cut(r.of.as_ref().unwrap_or(&one.cut).clone()),
         }
     }
 
@@ -118,7 +118,7 @@ pub(crate) fn stored(plan: &StepPlan) -> BTreeMap<usize, BTreeSet<What>> {
     for (&step, substitutions) in &plan.steps {
         for one in substitutions {
             for r in one.refs().iter().filter(|r| r.step != step || r.pass.is_some()) {
-                all.entry(r.step).or_default().insert(What::of(one));
+                all.entry(r.step).or_default().insert(What::of(one, r));
             }
         }
     }

@@ -274,15 +274,29 @@ fn cut(model: &mut Model, facts: &Facts, value: ValueId) -> ValueId {
     input
 }
 
-/// How a cut is replaced inside the network.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum How {
-    /// By the given tensor.
-    Given,
+/// How a cut is replaced inside the network: by the given tensor plus these, each times a number. One may be the cut
+/// itself.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct How(Vec<(ValueId, f64)>);
+
+impl How {
     /// By another tensor of the network plus the given one.
-    Shifted(ValueId),
-    /// By a number times itself plus the given one.
-    Mixed(f64),
+    pub fn shifted(from: ValueId) -> How {
+        How(vec![(from, 1.0)])
+    }
+
+    /// Adds a tensor of the network; one that is there already gets both weights.
+    pub fn add(&mut self, value: ValueId, weight: f64) {
+        match self.0.iter_mut().find(|(known, _)| *known == value) {
+            Some((_, sum)) => *sum += weight,
+            None => self.0.push((value, weight)),
+        }
+    }
+
+    /// Whether the given tensor is all.
+    pub fn is_given(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// The network, or another model of the same values, with cuts replaced.
@@ -309,43 +323,40 @@ pub(crate) fn variant(
     let mut now: Vec<(ValueId, ValueId)> = Vec::new();
     let mut given = Vec::new();
     let current = |now: &[(ValueId, ValueId)], v: ValueId| now.iter().find(|(old, _)| *old == v).map_or(v, |p| p.1);
-    for &(value, how) in cuts {
+    for (value, how) in cuts {
+        let value = *value;
         let elem = facts.as_ref().and_then(|f| f.elem(value)).unwrap_or(DataType::Float);
         let name = graph.fresh_name(&format!("{}.given", graph.value(value).name));
         let input = graph.add_value(name, Some(Type::unshaped(elem)));
         graph.add_input(ScopeId::MAIN, input);
         given.push(input);
-        let new = match how {
-            How::Given => graph.append(ScopeId::MAIN, Node::new("Identity"), &[input], "given"),
-            How::Shifted(from) => {
-                let from = current(&now, from);
-                let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[from, input], "shifted");
-                graph.replace_uses(value, sum);
-                sum
-            }
-            How::Mixed(weight) => {
-                let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[input, input], "mixed");
-                graph.replace_uses(value, sum);
+        // Whoever reads the cut reads this from now on; what it is made of is filled in afterwards.
+        let new = graph.append(ScopeId::MAIN, Node::new("Identity"), &[input], "given");
+        graph.replace_uses(value, new);
+        let mut sum = input;
+        for &(own, weight) in &how.0 {
+            // An earlier cut is what it was replaced by, but a cut itself is what it would be.
+            let own = if own == value { own } else { current(&now, own) };
+            let mut term = own;
+            if weight != 1.0 {
                 let weight = Tensor::from_f64s(elem, &[], &[weight]);
                 let weight = weight.ok_or_else(|| Error::Network(format!("{elem} cannot be weighted")))?;
                 let weight = graph.add_initializer(ScopeId::MAIN, "weight", weight);
-                let own = graph.append(ScopeId::MAIN, Node::new("Mul"), &[value, weight], "own");
-                let node = graph.producer(sum).expect("a node makes the sum");
-                graph.set_input(node, 0, Some(own));
-                sum
+                term = graph.append(ScopeId::MAIN, Node::new("Mul"), &[own, weight], "own");
             }
-        };
-        if how == How::Given {
-            graph.replace_uses(value, new);
+            sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[term, sum], "mixed");
         }
+        let node = graph.producer(new).expect("a node makes what takes the place of the cut");
+        graph.set_input(node, 0, Some(sum));
         now.push((value, new));
     }
-    let predicts = !cuts.iter().any(|&(v, how)| v == output && how == How::Given);
+    let predicts = !cuts.iter().any(|(v, how)| *v == output && how.is_given());
     let mut outputs: Vec<ValueId> = if predicts { vec![current(&now, output)] } else { Vec::new() };
     outputs.extend(kept.iter().map(|&v| current(&now, v)));
-    // An output that is asked for twice must be two values.
-    for index in 1..outputs.len() {
-        if outputs[..index].contains(&outputs[index]) {
+    // An output that is asked for twice must be two values, and none is an input.
+    for index in 0..outputs.len() {
+        let input = matches!(graph.value(outputs[index]).origin(), Origin::Input(_));
+        if input || outputs[..index].contains(&outputs[index]) {
             outputs[index] = graph.append(ScopeId::MAIN, Node::new("Identity"), &[outputs[index]], "copy");
         }
     }

@@ -74,9 +74,12 @@ impl Mode {
     }
 }
 
-/// What a cut was at a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+/// What a cut, or another tensor, was at a step.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ref {
+    /// The tensor: a value of the denoiser by name, or the latent as the denoiser sees it; without it, the cut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of: Option<String>,
     /// The step, counted from 0.
     pub step: usize,
     /// The pass; without it, the one that the substitution is in.
@@ -86,7 +89,14 @@ pub struct Ref {
 
 impl From<usize> for Ref {
     fn from(step: usize) -> Ref {
-        Ref { step, pass: None }
+        Ref { of: None, step, pass: None }
+    }
+}
+
+impl Ref {
+    /// Another tensor than the cut.
+    pub fn of(tensor: impl Into<String>, step: usize) -> Ref {
+        Ref { of: Some(tensor.into()), step, pass: None }
     }
 }
 
@@ -129,7 +139,7 @@ pub enum Kind {
         /// The steps, in any order.
         refs: Vec<usize>,
     },
-    /// A weighted sum; it may refer to the step itself, which is then computed.
+    /// A weighted sum of any tensors; it may refer to the step itself, whose tensor is then computed.
     Affine {
         /// What is summed.
         refs: Vec<Ref>,
@@ -151,7 +161,7 @@ pub struct Substitution {
     pub kind: Kind,
 }
 
-/// A weighted sum of what a cut was at several steps.
+/// A weighted sum of what tensors were at several steps.
 pub type Terms = Vec<(Ref, f64)>;
 
 impl Substitution {
@@ -160,7 +170,7 @@ impl Substitution {
         Substitution { cut: cut.into(), pass: None, kind }
     }
 
-    /// The substitution at `step` as a weighted sum of the cut at some steps; `None` for a delta, which is a sum of
+    /// The substitution at `step` as a weighted sum of tensors at some steps; `None` for a delta, which is a sum of
     /// differences instead.
     pub fn terms(&self, step: usize) -> Option<Terms> {
         let at = step as f64;
@@ -176,7 +186,7 @@ impl Substitution {
                 let steps: Vec<f64> = refs.iter().map(|&r| r as f64).collect();
                 refs.iter().map(|&r| Ref::from(r)).zip(lagrange(&steps, at)).collect()
             }
-            Kind::Affine { refs, coefs } => refs.iter().copied().zip(coefs.iter().copied()).collect(),
+            Kind::Affine { refs, coefs } => refs.iter().cloned().zip(coefs.iter().copied()).collect(),
         })
     }
 

@@ -1,7 +1,7 @@
 //! The sampler step by step, as a program around the denoiser would run it: what a compiled one is compared with.
 
 use super::{
-    Adaptive, Clip, Error, Guidance, Mode, Pass, Row, Sampler, Scale, Substitution, Uncond,
+    Adaptive, Clip, Error, Guidance, Mode, Pass, Ref, Row, Sampler, Scale, Substitution, Uncond,
     emit::{What, stored},
     network::{self, How},
     plan::Kind,
@@ -245,14 +245,14 @@ impl<'a> Run<'a> {
         for one in cuts {
             let value = self.value(&one.cut)?;
             let (how, tensor) = self.given(one, step, pass)?;
-            if value == output && how == How::Given {
+            if value == output && how.is_given() {
                 whole = Some(tensor.clone());
             }
             hows.push((value, how));
             given.push(tensor);
         }
         let names: BTreeSet<&str> = wanted.iter().flat_map(What::names).collect();
-        let kept = names.iter().map(|name| self.value(name)).collect::<Result<Vec<_>, _>>()?;
+        let kept = names.iter().map(|name| self.tensor(name)).collect::<Result<Vec<_>, _>>()?;
         let mut variant = network::variant(self.base, output, &hows, &kept)?;
         for (&value, array) in variant.given.iter().zip(&given) {
             let value = variant.model.graph.value(value);
@@ -285,27 +285,34 @@ impl<'a> Run<'a> {
         network::cut_value(self.base, name)
     }
 
+    /// The value of a tensor that plans refer to.
+    fn tensor(&self, name: &str) -> Result<ValueId, Error> {
+        match self.base.graph.find_value(name) {
+            Some(latent) if name == self.sampler.roles.latent => Ok(latent),
+            _ => self.value(name),
+        }
+    }
+
     fn given(&self, one: &Substitution, step: usize, pass: Pass) -> Result<(How, Array), Error> {
-        let find = |from: usize, pass: Pass| {
-            let found = self.store.get(&(What::of(one), from, pass));
-            found.ok_or_else(|| Error::Plan(format!("step {from} left no `{}`", one.cut)))
+        let find = |r: &Ref, pass: Pass| {
+            let found = self.store.get(&(What::of(one, r), r.step, pass));
+            found.ok_or_else(|| Error::Plan(format!("step {} left no `{}`", r.step, one.cut)))
         };
         let Some(terms) = one.terms(step) else {
             let Kind::Delta { input, from } = &one.kind else { unreachable!("only a delta has no terms") };
-            return Ok((How::Shifted(self.value(input)?), find(*from, pass)?.clone()));
+            return Ok((How::shifted(self.value(input)?), find(&Ref::from(*from), pass)?.clone()));
         };
-        let mut own = None;
-        let mut others = Vec::new();
-        for (r, weight) in terms {
+        let (mut inside, mut others) = (How::default(), Vec::new());
+        for (r, weight) in &terms {
             if r.step == step && r.pass.is_none_or(|p| p == pass) {
-                own = Some(own.unwrap_or(0.0) + weight);
+                inside.add(self.tensor(r.of.as_ref().unwrap_or(&one.cut))?, *weight);
             } else {
-                others.push((find(r.step, r.pass.unwrap_or(pass))?, weight));
+                others.push((find(r, r.pass.unwrap_or(pass))?, *weight));
             }
         }
         let nothing = Array { dims: Vec::new(), values: vec![0.0] };
         let sum = if others.is_empty() { nothing } else { Array::sum(&others)? };
-        Ok((own.map_or(How::Given, How::Mixed), sum))
+        Ok((inside, sum))
     }
 
     /// The prediction of a step: of its only pass, or guided.

@@ -5,7 +5,7 @@
 use lathe_ir::{Model, ScopeId, Tensor, text};
 use lathe_passes::sampler::{
     Adaptive, Condition, Form, Guidance, Kind, Mode, Pass, Ref, Request, Roles, Sampled, Sampler, Scale, Schedule,
-    Scheduler, StepPlan, Steps, Substitution, Table, Uncond, Wishes, emit, sample,
+    Scheduler, StepPlan, Steps, Substitution, Table, Uncond, Wishes, emit, methods::easy, sample,
 };
 use serde_json::{Value, json};
 
@@ -234,11 +234,53 @@ fn substitutions_leave_out_what_they_replace() {
 }
 
 #[test]
-fn passes_have_substitutions_of_their_own() {
-    let uncond = Kind::Affine {
-        refs: vec![Ref { step: 2, pass: Some(Pass::Cond) }, Ref { step: 1, pass: Some(Pass::Cond) }, Ref::from(1)],
-        coefs: vec![0.8, -0.6, 0.7],
+fn sums_hold_any_tensor() {
+    let tanhs = |refs: Vec<Ref>, coefs: Vec<f64>| {
+        let sum = Substitution::new("eps", Kind::Affine { refs, coefs });
+        let bench = Bench::new(TOY, ddim(5), Some(2.0)).cut(3, sum);
+        bench.check(Form::Loop);
+        count(&bench.check(Form::Unrolled), "Tanh")
     };
+    // The latent costs nothing, at this step or an earlier one.
+    assert_eq!(tanhs(vec![Ref::of("x", 3), Ref::of("x", 1), Ref::from(2)], vec![0.5, -0.2, 0.9]), 8);
+    assert_eq!(tanhs(vec![Ref::of("x", 3)], vec![0.5]), 8);
+    // A tensor inside is computed with what it needs, and nothing behind it.
+    assert_eq!(tanhs(vec![Ref::of("h1", 3), Ref::from(1), Ref::of("h1", 2)], vec![0.4, 0.3, 0.2]), 9);
+    assert_eq!(tanhs(vec![Ref::from(3), Ref::of("x", 3)], vec![0.7, 0.1]), 10);
+    // Every step the same, one back: a loop that carries the latent.
+    let mut bench = Bench::new(TOY, ddim(9), None);
+    for step in (2..9).step_by(2) {
+        let refs = vec![Ref::of("x", step), Ref::of("x", step - 1), Ref::from(step - 1)];
+        let sum = Kind::Affine { refs, coefs: vec![1.0, -1.0, 1.0] };
+        bench.plan.steps.insert(step, vec![Substitution::new("eps", sum)]);
+    }
+    assert_eq!(count(&bench.check(Form::Loop), "Loop"), 1);
+    assert_eq!(count(&bench.check(Form::Unrolled), "Tanh"), 2 * 5);
+}
+
+#[test]
+fn the_rule_run_ahead_gives_what_it_gives_at_run_time() {
+    for class in
+        ["DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+    {
+        for guided in [None, Some(2.0)] {
+            let mut bench = Bench::new(TOY, table(class, json!({}), 10), guided);
+            bench.plan.adaptive = Some(Adaptive { threshold: f64::INFINITY, warmup: 4, tail: 2 });
+            let decided = bench.reference();
+            bench.plan.adaptive = None;
+            easy(&mut bench.plan, &bench.table, "x", "eps", &decided.computed).unwrap();
+            assert_eq!(bench.plan.steps.len(), 4);
+            assert!(relative(&bench.reference().sample, &decided.sample) < 1e-5, "{class}");
+            bench.check(Form::Loop);
+            assert_eq!(count(&bench.check(Form::Unrolled), "Tanh"), 2 * 6, "{class}");
+        }
+    }
+}
+
+#[test]
+fn passes_have_substitutions_of_their_own() {
+    let cond = |step: usize| Ref { pass: Some(Pass::Cond), ..Ref::from(step) };
+    let uncond = Kind::Affine { refs: vec![cond(2), cond(1), Ref::from(1)], coefs: vec![0.8, -0.6, 0.7] };
     let estimate = Substitution { cut: "eps".to_owned(), pass: Some(Pass::Uncond), kind: uncond };
     let mut bench = Bench::new(TOY, ddim(5), Some(2.0)).cut(2, estimate);
     bench.plan.cfg[3] = Mode::Conditional;

@@ -2,7 +2,7 @@
 
 use super::{input_spec, load_options, size};
 use crate::{
-    Failure, SamplerOptions, Search, Tune,
+    Eyes, Failure, SamplerOptions, Search, Tune,
     cli::{RunArgs, TalkArgs, print, say},
     progress::Meter,
     sampler,
@@ -105,6 +105,10 @@ pub(crate) struct SamplerArgs {
     /// Write the plan of this run.
     #[arg(long, value_name = "FILE")]
     save_plan: Option<PathBuf>,
+    /// Draw eight samples into a picture: left with the denoiser step by step and every step computed (for --search, 100
+    /// steps), right with the result. For images of 1 or 3 channels from −1 to 1.
+    #[arg(long, value_name = "FILE.png")]
+    preview: Option<PathBuf>,
     /// Write the result without running it.
     #[arg(long)]
     no_verify: bool,
@@ -135,8 +139,9 @@ struct SearchArgs {
     /// The share of attention and MLP layers that may be left out over all steps.
     #[arg(long, value_name = "X", default_value_t = 0.0, requires = "search")]
     skip_layers: f64,
-    /// A network that gives features of images: samples are compared by them.
-    #[arg(long, value_name = "FEATURES", requires = "search")]
+    /// A network that gives features of images: samples are compared by them. For --search, and with --real for --plan
+    /// auto.
+    #[arg(long, value_name = "FEATURES")]
     reference: Option<PathBuf>,
     /// Real images for the network of --reference, a set like those of --calib: the best candidates are drawn from and
     /// compared with them.
@@ -154,8 +159,12 @@ struct SearchArgs {
 fn tune(args: &SamplerArgs) -> Result<Option<Tune>, Failure> {
     let search = &args.search;
     let usage = |message: String| Err(Failure::Usage(message));
-    if args.latency.is_some() && args.plan.as_deref() != Some("auto") {
+    let auto = args.plan.as_deref() == Some("auto");
+    if args.latency.is_some() && !auto {
         return usage("--latency goes with --plan auto".to_owned());
+    }
+    if search.reference.is_some() && search.search.is_none() && !auto {
+        return usage("--reference is for --search and --plan auto".to_owned());
     }
     if let Some(steps) = search.search {
         if !(0.0..=1.0).contains(&search.skip_layers) {
@@ -182,7 +191,19 @@ fn tune(args: &SamplerArgs) -> Result<Option<Tune>, Failure> {
         return usage(format!("--plan {plan} makes a plan for the steps of --steps or --grid"));
     }
     Ok(Some(match (plan.as_str(), args.latency) {
-        ("auto", Some(latency)) => Tune::Auto { latency },
+        ("auto", Some(latency)) => {
+            let eyes = search.reference.as_ref().zip(search.real.as_ref()).map(|(reference, real)| Eyes {
+                reference: reference.clone(),
+                real: SetSpec::all(real),
+                draws: search.draws,
+            });
+            if search.reference.is_some() && eyes.is_none() {
+                return usage(
+                    "with --plan auto, --reference needs --real: sets are held against real images".to_owned(),
+                );
+            }
+            Tune::Auto { latency, eyes }
+        }
         ("auto", None) => return usage("--plan auto needs --latency, the share of time that is left".to_owned()),
         _ => Tune::Methods(plan.clone()),
     }))
@@ -202,6 +223,9 @@ pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failur
     if let Some(path) = args.report.as_ref().filter(|p| p.extension().is_none_or(|e| e != "json")) {
         return Err(Failure::Usage(format!("report `{}` does not end in .json", path.display())));
     }
+    if let Some(path) = args.preview.as_ref().filter(|p| p.extension().is_none_or(|e| e != "png")) {
+        return Err(Failure::Usage(format!("preview `{}` does not end in .png", path.display())));
+    }
     let meter = Meter::new("compiling", args.talk.quiet);
     options.progress = meter.listener();
     let done = sampler::compile(&options)?;
@@ -209,14 +233,17 @@ pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failur
     for warning in &done.report.warnings {
         say(&format!("warning: {warning}"));
     }
-    let write = |path: &PathBuf, text: String| {
-        std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
+    let write = |path: &PathBuf, bytes: &[u8]| {
+        std::fs::write(path, bytes).with_context(|| format!("cannot write `{}`", path.display()))
     };
     if let Some(path) = &args.report {
-        write(path, done.report.to_json())?;
+        write(path, done.report.to_json().as_bytes())?;
     }
     if let Some(path) = &args.save_plan {
-        write(path, done.plan.to_json())?;
+        write(path, done.plan.to_json().as_bytes())?;
+    }
+    if let Some((path, picture)) = args.preview.as_ref().zip(done.preview.as_ref()) {
+        write(path, picture)?;
     }
     if !args.talk.quiet {
         print(&done.summary());
@@ -274,6 +301,7 @@ fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, F
             FormArg::Loop => Some(Form::Loop),
             FormArg::Adaptive => Some(Form::Adaptive),
         },
+        preview: args.preview.is_some(),
         verify: !args.no_verify,
         rtol: args.rtol,
         seed: args.run.seed,

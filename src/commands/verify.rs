@@ -1,4 +1,5 @@
-//! `optimize verify A B`: whether two models compute the same, or how much the second loses on a set.
+//! `optimize verify A B`: whether two models compute the same, or how much the second loses on a set or, of samplers, on
+//! seeds.
 
 use super::{input_spec, runner_options, sets::SetArgs};
 use crate::{
@@ -9,6 +10,7 @@ use crate::{
     progress::Meter,
     report::{OutputLine, Verify},
     runner::{Runner, RunnerOptions},
+    sampler::{self, FEWEST, SamplerPair},
     validate::{self, Bound, significant},
 };
 use anyhow::anyhow;
@@ -38,7 +40,14 @@ pub(crate) struct VerifyArgs {
     /// The largest drop of the metric that passes; a larger one ends with exit code 3.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     max_drop: Option<f64>,
-    /// As JSON, in the form of the report's `verify`.
+    /// Compare two samplers on so many seeds, by distances of pairs (values from −1 to 1): --max-drop bounds --metric,
+    /// rel-l2, psnr or ssim.
+    #[arg(long, value_name = "N", conflicts_with_all = ["rtol", "bits", "calib", "validate", "labels", "batch"])]
+    seeds: Option<usize>,
+    /// With --seeds: a network that gives features of images; distances by what it sees are measured too.
+    #[arg(long, value_name = "FEATURES", requires = "seeds")]
+    features: Option<PathBuf>,
+    /// As JSON, in the form of the report's `verify`; of samplers, every distance.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -55,6 +64,9 @@ pub(crate) fn metric_names() -> PossibleValuesParser {
 }
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
+    if let Some(seeds) = args.seeds {
+        return samplers(args, seeds);
+    }
     let inputs = input_spec(&args.run)?;
     let sets = sets(args, &inputs)?;
     let model = super::read(&args.a)?.model;
@@ -93,6 +105,44 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let found = job::verify(report, claim, set_name, None);
     show(args, &found, &sentence);
     if passed { Ok(()) } else { Err(Failure::Refused(sentence)) }
+}
+
+/// Compares two samplers.
+fn samplers(args: &VerifyArgs, seeds: usize) -> Result<(), Failure> {
+    let usage = |message: String| Err(Failure::Usage(message));
+    let metric = match args.metric.as_deref() {
+        None | Some("auto") => "rel-l2",
+        Some(metric @ ("rel-l2" | "psnr" | "ssim")) => metric,
+        Some(other) => {
+            return usage(format!("--metric {other} is about a set; samplers are held to rel-l2, psnr or ssim"));
+        }
+    };
+    let least = if args.features.is_some() { FEWEST } else { 1 };
+    if seeds < least {
+        return usage(format!("--seeds is {seeds}, expected at least {least}"));
+    }
+    if args.max_drop.is_some_and(f64::is_nan) {
+        return usage("--max-drop is no number".to_owned());
+    }
+    let pair = SamplerPair {
+        a: args.a.clone(),
+        b: args.b.clone(),
+        seeds,
+        features: args.features.clone(),
+        metric: metric.to_owned(),
+        max_drop: args.max_drop,
+        seed: args.run.seed,
+        shapes: input_spec(&args.run)?.shapes,
+    };
+    let meter = Meter::new("drawing", false);
+    let options = RunnerOptions { progress: meter.listener(), ..runner_options(&args.run)? };
+    let found = sampler::compare_samplers(&pair, options)?;
+    drop(meter);
+    match args.json {
+        true => print(&format!("{}\n", serde_json::to_string_pretty(&found).expect("only names and numbers"))),
+        false => print(&found.text()),
+    }
+    if found.passed { Ok(()) } else { Err(Failure::Refused(found.sentence())) }
 }
 
 /// The sets of the command line, where they go together with its other options.

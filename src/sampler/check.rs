@@ -1,9 +1,9 @@
 //! A compiled sampler beside the loop that it replaces.
 
-use super::Job;
+use super::{Job, draws::SCALE, evaluator::Evaluator};
 use crate::{Failure, job, report::Verify, runner::Runner};
 use anyhow::{Context as _, anyhow};
-use lathe_analysis::{Evaluate, EvaluateError};
+use lathe_analysis::Evaluate as _;
 use lathe_ir::{DataType, Model, Tensor, Type};
 use lathe_passes::sampler::{self, Guidance, Sampler, Scale, Uncond};
 use lathe_runtime::{
@@ -15,9 +15,6 @@ use std::{path::Path, time::Duration};
 /// What stands for guidance where there is none.
 pub(super) const UNGUIDED: Guidance = Guidance { scale: Scale::Constant(1.0), rescale: 0.0, batched: true };
 
-/// The scale of guidance in the comparison where it is an input.
-const SCALE: f32 = 3.0;
-
 /// What came of a comparison.
 pub(super) enum Checked {
     /// The sampler does what the loop does.
@@ -28,30 +25,14 @@ pub(super) enum Checked {
     Not,
 }
 
-/// Runs models as the user wants models run.
-struct Evaluator<'a> {
-    runner: &'a Runner,
-    load: &'a LoadOptions,
-}
-
-impl Evaluate for Evaluator<'_> {
-    fn run(&self, model: &Model, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, EvaluateError> {
-        Ok(self.runner.child().evaluate(&model.to_bytes(), inputs, self.load)?)
-    }
-
-    fn name(&self) -> String {
-        Evaluate::name(self.runner.child())
-    }
-}
-
 /// Runs a sampler that was written on seeded noise, and the denoiser step by step on the same.
 pub(super) fn check(job: &Job, sampler: &Sampler, path: &Path) -> Result<Checked, Failure> {
     let options = job.options;
     let inputs = inputs(job, sampler)?;
-    let evaluator = Evaluator { runner: job.runner, load: &options.load };
+    let evaluator = Evaluator::new(job.runner, &options.load);
     let written = Model::read(path).context("the sampler that was written cannot be read")?.model;
-    let found = match evaluator.run(&written, &named(&written, &inputs)) {
-        Ok(found) => found,
+    let found = match job.runner.child().run_file(path, &[named(&written, &inputs)], &options.load) {
+        Ok(mut found) => found.pop().unwrap_or_default(),
         Err(error) => return Ok(Checked::Fails(format!("the sampler cannot be run: {error}"))),
     };
     let steps = sampler.table.rows.len();
@@ -91,7 +72,7 @@ fn precision(sampler: &Sampler) -> DataType {
 }
 
 /// The inputs that a model takes.
-fn named(model: &Model, inputs: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
+pub(super) fn named(model: &Model, inputs: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
     let graph = &model.graph;
     let takes = |name: &str| graph.main().inputs().iter().any(|&v| graph.value(v).name == name);
     inputs.iter().filter(|(name, _)| takes(name)).cloned().collect()

@@ -1,24 +1,26 @@
 //! Plans that are found by running the denoiser: searched timesteps, methods by name, and the planner.
 
 mod auto;
-mod features;
+mod contest;
 mod methods;
 mod search;
 mod trial;
+mod workshop;
 
+pub use contest::Eyes;
+pub(super) use search::REFERENCE_STEPS;
 pub use search::Search;
 
-use super::{SamplerOptions, request, simplify};
+use super::{SamplerOptions, evaluator::Evaluator, likely_form, request, simplify};
 use crate::{
     Failure, job,
     runner::{Runner, RunnerOptions},
 };
 use anyhow::Context as _;
-use lathe_analysis::{Evaluate, EvaluateError};
-use lathe_ir::{Model, Tensor};
+use lathe_ir::Model;
 use lathe_passes::sampler::{Roles, Scheduler, StepPlan};
-use lathe_runtime::LoadOptions;
 use trial::Trial;
+use workshop::Workshop;
 
 /// Where a plan comes from that no file holds.
 #[derive(Debug, Clone)]
@@ -31,27 +33,13 @@ pub enum Tune {
     Auto {
         /// The share.
         latency: f64,
+        /// What sets of samples are held against besides.
+        eyes: Option<Eyes>,
     },
 }
 
-/// Runs models with everything that the runtime does for speed: plans are compared with one another, not with a bound.
-struct Fast<'a> {
-    runner: &'a Runner,
-    load: LoadOptions,
-}
-
-impl Evaluate for Fast<'_> {
-    fn run(&self, model: &Model, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, EvaluateError> {
-        Ok(self.runner.child().evaluate(&model.to_bytes(), inputs, &self.load)?)
-    }
-
-    fn name(&self) -> String {
-        Evaluate::name(self.runner.child())
-    }
-}
-
-/// Finds the plan that `tune` asks for.
-pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<StepPlan, Failure> {
+/// Finds the plan that `tune` asks for, with a sentence where it is not what one would expect.
+pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<(StepPlan, Option<String>), Failure> {
     let (scheduler, _) = Scheduler::parse(&options.scheduler, options.solver)?;
     let loaded = Model::read(&options.denoiser);
     let mut original = loaded.with_context(|| format!("cannot use `{}`", options.denoiser.display()))?.model;
@@ -70,7 +58,7 @@ pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<StepPlan, Fa
         progress: options.progress.clone(),
     })?;
     let (denoiser, _) = simplify(&original, &runner, &options.progress)?;
-    let evaluator = Fast { runner: &runner, load: LoadOptions { optimize: true, ..options.load.clone() } };
+    let evaluator = Evaluator::fast(&runner, &options.load);
     let trial = Trial {
         denoiser: &denoiser,
         roles: &roles,
@@ -81,11 +69,16 @@ pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<StepPlan, Fa
         shapes: &options.shapes,
         evaluator: &evaluator,
     };
-    let mut plan = match tune {
-        Tune::Search(search) => search::run(&trial, search, &options.progress)?,
+    let (mut plan, sentence) = match tune {
+        Tune::Search(search) => (search::run(&trial, search, &options.progress)?, None),
         Tune::Methods(text) => methods::run(&trial, text)?,
-        Tune::Auto { latency } => auto::run(&trial, *latency, &options.progress)?,
+        Tune::Auto { latency, eyes } => {
+            let all = trial.plain(&trial.asked()?);
+            let form = options.form.unwrap_or_else(|| likely_form(&denoiser, &all, options.memory));
+            let shop = Workshop::new(&trial, &runner, &options.load, form)?;
+            auto::run(&trial, &shop, *latency, eyes.as_ref(), &options.progress)?
+        }
     };
     plan.key = trial.key();
-    Ok(plan)
+    Ok((plan, sentence))
 }

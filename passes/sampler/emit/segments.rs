@@ -32,8 +32,11 @@ struct Carried {
     back: usize,
 }
 
-/// What a substitution takes the place of, how, and from which steps, counted back, with which weights.
-type Made = (String, Option<Pass>, Vec<(usize, Option<Pass>, u64)>);
+/// What a substitution takes the place of, in which passes, and the terms it is made of.
+type Made = (String, Option<Pass>, Vec<Term>);
+
+/// A tensor, how many steps back, in which pass, and the bits of its weight.
+type Term = (Option<String>, usize, Option<Pass>, u64);
 
 /// What must be equal for steps to share a body.
 #[derive(PartialEq)]
@@ -66,7 +69,7 @@ impl Emitter<'_> {
     fn signature(&self, step: usize) -> Signature {
         let plan = self.sampler.plan;
         let made = |one: &Substitution| {
-            let relative = |(r, weight): &(Ref, f64)| (step - r.step, r.pass, weight.to_bits());
+            let relative = |(r, weight): &(Ref, f64)| (r.of.clone(), step - r.step, r.pass, weight.to_bits());
             let name = match &one.kind {
                 Kind::Delta { input, .. } => format!("{} - {input}", one.cut),
                 _ => one.cut.clone(),
@@ -115,14 +118,14 @@ impl Emitter<'_> {
             for one in plan.at(step) {
                 for r in one.refs().iter().filter(|r| r.step < start) {
                     let back = (start - r.step).div_ceil(period);
-                    need(What::of(one), r.step + back * period - start, back);
+                    need(What::of(one, r), r.step + back * period - start, back);
                 }
             }
         }
         for (&step, substitutions) in plan.steps.range(segment.end()..) {
             for one in substitutions {
                 for r in one.refs().iter().filter(|r| (start..segment.end()).contains(&r.step) && r.step != step) {
-                    need(What::of(one), (r.step - start) % period, count - (r.step - start) / period);
+                    need(What::of(one, r), (r.step - start) % period, count - (r.step - start) / period);
                 }
             }
         }
@@ -157,7 +160,7 @@ impl Emitter<'_> {
         for one in &carried {
             let before = start + one.at - one.back * period;
             first.push(self.fetch(&one.what, before, one.lane, ScopeId::MAIN, state)?);
-            types.push(self.facts.elem(self.cut(one.what.names()[0])?).unwrap_or(self.net.dtype));
+            types.push(self.facts.elem(self.tensor(one.what.names()[0])?).unwrap_or(self.net.dtype));
         }
         let (scope, index, inputs) = self.body(&types);
         let mut inside = State { x: inputs[0], history: inputs[1..=kept].to_vec(), store: Default::default() };

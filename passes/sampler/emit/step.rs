@@ -84,7 +84,7 @@ impl Emitter<'_> {
         for one in self.sampler.plan.at(step).iter().filter(inside) {
             let cut = self.cut(&one.cut)?;
             let (how, tensor) = self.given(one, step, lane, scope, state)?;
-            if cut == self.net.output && how == How::Given {
+            if cut == self.net.output && how.is_given() {
                 whole = Some(tensor);
             }
             cuts.push((cut, how));
@@ -93,7 +93,7 @@ impl Emitter<'_> {
         let wanted = self.stored.get(&step).cloned().unwrap_or_default();
         let names: BTreeSet<String> = wanted.iter().flat_map(What::names).map(str::to_owned).collect();
         let names: Vec<String> = names.into_iter().collect();
-        let kept = names.iter().map(|name| self.cut(name)).collect::<Result<Vec<_>, _>>()?;
+        let kept = names.iter().map(|name| self.tensor(name)).collect::<Result<Vec<_>, _>>()?;
         let outputs = if whole.is_some() && kept.is_empty() {
             Vec::new()
         } else {
@@ -118,6 +118,11 @@ impl Emitter<'_> {
         let Some(channels) = channels else { return Ok(m) };
         let bounds = [0, channels, 1].map(|n| sums.int64s(&[n], "mean"));
         Ok(sums.node("Slice", &[m, bounds[0], bounds[1], bounds[2]], "mean"))
+    }
+
+    /// The value of a tensor that plans refer to.
+    pub(super) fn tensor(&self, name: &str) -> Result<ValueId, Error> {
+        if name == self.sampler.roles.latent { Ok(self.net.latent) } else { self.cut(name) }
     }
 
     /// The value that a plan cuts.
@@ -179,17 +184,19 @@ impl Emitter<'_> {
         let dtype = self.facts.elem(self.cut(&one.cut)?).unwrap_or(self.net.dtype);
         let Some(terms) = one.terms(step) else {
             let Kind::Delta { input, from } = &one.kind else { unreachable!("only a delta has no terms") };
-            let tensor = self.fetch(&What::of(one), *from, lane, scope, state)?;
-            return Ok((How::Shifted(self.cut(input)?), tensor));
+            let tensor = self.fetch(&What::of(one, &Ref::from(*from)), *from, lane, scope, state)?;
+            return Ok((How::shifted(self.cut(input)?), tensor));
         };
         let own = |r: &Ref| r.step == step && r.pass.is_none_or(|pass| lane == Lane::One(pass));
-        let itself: f64 = terms.iter().filter(|(r, _)| own(r)).map(|(_, weight)| weight).sum();
-        let mut others = Vec::new();
-        for (r, weight) in terms.iter().filter(|(r, _)| !own(r)) {
-            let from = r.pass.map_or(lane, Lane::One);
-            others.push((self.fetch(&What::of(one), r.step, from, scope, state)?, Factor::Number(*weight)));
+        let (mut inside, mut others) = (How::default(), Vec::new());
+        for (r, weight) in &terms {
+            if own(r) {
+                inside.add(self.tensor(r.of.as_ref().unwrap_or(&one.cut))?, *weight);
+            } else {
+                let from = r.pass.map_or(lane, Lane::One);
+                others.push((self.fetch(&What::of(one, r), r.step, from, scope, state)?, Factor::Number(*weight)));
+            }
         }
-        let how = if terms.iter().any(|(r, _)| own(r)) { How::Mixed(itself) } else { How::Given };
         let mut sums = self.sums(scope);
         let tensor = if others.is_empty() {
             let zero = Tensor::from_f64s(dtype, &[], &[0.0]);
@@ -198,7 +205,7 @@ impl Emitter<'_> {
         } else {
             sums.sum(&others, dtype, "forecast")?
         };
-        Ok((how, tensor))
+        Ok((inside, tensor))
     }
 
     /// What a step stored, in a lane; halves of batches are taken and joined as needed.

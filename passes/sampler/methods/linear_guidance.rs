@@ -130,7 +130,7 @@ pub fn linear_guidance(
         }
         let Some(Fit { parts, weights: coefs, away: residual }) = inner.fit(step) else { continue };
         if residual <= options.most_residual {
-            let refs = parts.into_iter().map(|(step, pass)| Ref { step, pass: Some(pass) }).collect();
+            let refs = parts.into_iter().map(|(step, pass)| Ref { of: None, step, pass: Some(pass) }).collect();
             let one = Substitution::new(output, Kind::Affine { refs, coefs });
             substitute(plan, step, Substitution { pass: Some(Pass::Uncond), ..one })?;
             gone.push(step);

@@ -5,6 +5,7 @@
 
 mod delta;
 mod dual;
+mod easy;
 mod forecast;
 mod guidance;
 mod linear_guidance;
@@ -14,6 +15,7 @@ mod sada;
 
 pub use delta::{Delta, delta};
 pub use dual::{Dual, dual};
+pub use easy::{easy, follow, vote};
 pub use forecast::{Forecast, every, forecast};
 pub use guidance::{gate, guide_until};
 pub use linear_guidance::{Inner, LinearGuidance, linear_guidance};

@@ -1,8 +1,10 @@
 //! The planner: which steps are guided, computed and forecast, for a share of the time of the plain loop.
 
 use super::{
+    contest::{self, Eyes, TOLERANCE, Whole},
     methods::Calibration,
-    trial::{BATCH, Seen, Trial},
+    trial::{Seen, Trial},
+    workshop::Workshop,
 };
 use crate::Failure;
 use anyhow::anyhow;
@@ -11,14 +13,15 @@ use lathe_passes::sampler::{
     methods::{Forecast, forecast, gate, guide_until},
     planner::{Bounds, Profile, StepCost, refine, within},
 };
-use lathe_runtime::{Listener, Progress, pairs, quantile};
+use lathe_runtime::{Listener, Progress, pairs};
 use serde_json::json;
 
 /// The time of a step without network, in evaluations.
 const IDLE: f64 = 0.02;
-/// Batches on which plans are ranked, and held-out ones on which the best must prove itself.
-const RANKING: [u64; 1] = [0];
-const HELD_OUT: [u64; 2] = [1 << 21, (1 << 21) + 1];
+/// The batch on which plans are ranked.
+const RANKING: u64 = 0;
+/// Plans that are compiled and timed before plain steps are used.
+const ATTEMPTS: usize = 3;
 /// Measurements that refine a plan.
 const REFINEMENTS: usize = 24;
 /// Thresholds of agreement at which guidance may end; more than 1 is never reached.
@@ -31,8 +34,16 @@ const BOUNDS: Bounds = Bounds { first: 3, last: 1, longest: 4 };
 struct Planner<'a> {
     trial: &'a Trial<'a>,
     table: &'a Table,
-    /// The samples of the plain loop, by batch.
-    wanted: Vec<(u64, lathe_ir::Tensor)>,
+    progress: &'a Listener,
+    /// The samples of the plain loop.
+    wanted: lathe_ir::Tensor,
+    /// For every sample and step the cosine between both passes, where there is guidance.
+    cosines: Option<Vec<Vec<f64>>>,
+    profile: Profile,
+    /// How much an error at a step moves the sample.
+    weights: Vec<f64>,
+    /// Evaluations of a step.
+    passes: f64,
 }
 
 /// A choice of the planner.
@@ -44,8 +55,15 @@ struct Choice {
     computed: Vec<bool>,
 }
 
-/// The best plan that takes `latency` of the time of the plain loop, or the best plain grid where no plan beats that.
-pub(super) fn run(trial: &Trial, latency: f64, progress: &Listener) -> Result<StepPlan, Failure> {
+/// The best plan that takes `latency` of the time of the plain loop, or the best plain grid where no plan beats that; and
+/// a sentence where it is the grid.
+pub(super) fn run(
+    trial: &Trial,
+    shop: &Workshop,
+    latency: f64,
+    eyes: Option<&Eyes>,
+    progress: &Listener,
+) -> Result<(StepPlan, Option<String>), Failure> {
     if !(latency > 0.0 && latency < 1.0) {
         return Err(Failure::Usage(format!("--latency is {latency}, expected a share between 0 and 1")));
     }
@@ -56,60 +74,19 @@ pub(super) fn run(trial: &Trial, latency: f64, progress: &Listener) -> Result<St
             "a plan for {steps} steps saves nothing; --search finds timesteps for few steps"
         )));
     }
-    let mut planner = Planner { trial, table: &table, wanted: Vec::new() };
-    for batch in RANKING.iter().chain(&HELD_OUT) {
-        planner.wanted.push((*batch, trial.samples(&table, &trial.plain(&table), *batch)?));
-    }
-    let passes = if trial.guidance.is_some() { 2.0 } else { 1.0 };
-    let budget = latency * passes * steps as f64;
-    let mut calibration = Calibration { trial, table: &table, runs: Vec::new() };
-    let cosines = if trial.guidance.is_some() { Some(calibration.cosines()?) } else { None };
-    let profile = planner.profile()?;
-    let weights = weights(&table);
-    let mut choices = Vec::new();
-    for threshold in GATES {
-        let end = cosines.as_ref().map_or(steps, |cosines| gate(cosines, threshold, 0.9));
-        for kind in KINDS {
-            choices.extend(planner.choose(end, kind, &profile, &weights, budget, passes)?);
+    let planner = Planner::new(trial, &table, progress)?;
+    let whole = Whole::new(shop, &table)?;
+    let mut share = latency;
+    for attempt in 0..ATTEMPTS {
+        let Some(plan) = planner.best(share)? else { break };
+        let made = whole.measure(shop, &format!("plan{attempt}"), table.clone(), plan)?;
+        if made.share <= latency * (1.0 + TOLERANCE) {
+            return whole.decide(shop, made, eyes, progress);
         }
+        // Evaluations are not all of the time.
+        share *= latency / made.share;
     }
-    let mut best: Option<(f64, Choice)> = None;
-    let count = choices.len();
-    for (index, choice) in choices.into_iter().enumerate() {
-        progress.hear(&Progress::new(index, count, "plans"));
-        let loss = planner.loss(&table, &choice.plan, &RANKING)?;
-        if best.as_ref().is_none_or(|(least, _)| loss < *least) {
-            best = Some((loss, choice));
-        }
-    }
-    let plain = planner.plain(budget, passes)?;
-    let Some((_, choice)) = best else {
-        let mut plan = plain.1;
-        plan.evidence.insert("kept".to_owned(), "plain".into());
-        return Ok(plan);
-    };
-    let mut left = 0;
-    let mut measure = |computed: &[bool]| {
-        progress.hear(&Progress::new(left, REFINEMENTS, "refinements"));
-        left += 1;
-        let plan = planner.plan(choice.gate, choice.kind, computed)?;
-        planner.loss(&table, &plan, &RANKING).map_err(|e| Error::Plan(e.to_string()))
-    };
-    let (computed, _) = refine(choice.computed.clone(), BOUNDS, REFINEMENTS, &mut measure)?;
-    let mut plan = planner.plan(choice.gate, choice.kind, &computed)?;
-    let (ours, theirs) = (planner.loss(&table, &plan, &HELD_OUT)?, planner.loss(&plain.0, &plain.1, &HELD_OUT)?);
-    let evidence = json!({
-        "latency": latency, "gate": choice.gate, "forecast": format!("{:?}", choice.kind),
-        "computed": computed.iter().filter(|&&c| c).count(), "rmse": ours, "psnr_p10": planner.psnr(&table, &plan)?,
-        "plain_steps": plain.1.grid.len(), "plain_rmse": theirs, "held_out": HELD_OUT.len() * BATCH,
-        "kept": if ours < theirs { "plan" } else { "plain" },
-    });
-    // A plan that does not beat fewer plain steps of the same cost is not worth its trouble.
-    if ours.is_nan() || ours >= theirs {
-        plan = plain.1;
-    }
-    plan.evidence = evidence.as_object().cloned().unwrap_or_default();
-    Ok(plan)
+    contest::plain(&whole, shop, latency)
 }
 
 /// How much an error of the prediction at a step moves the sample: its factor there times the factors of later states.
@@ -130,19 +107,69 @@ fn weights(table: &Table) -> Vec<f64> {
     weights
 }
 
-impl Planner<'_> {
-    /// Errors of forecasts of the prediction, over both passes.
-    fn profile(&self) -> Result<Profile, Failure> {
-        let mut profile = Profile::new(&KINDS, BOUNDS.longest, self.table.rows.len());
-        let (_, seen) = self.trial.watch(self.trial.denoiser, self.table, 1 << 24)?;
-        let passes = seen.first().map_or(0, |step| step.outputs.len());
-        for pass in 0..passes {
-            profile.restart();
+impl<'a> Planner<'a> {
+    /// Runs the plain loop for everything that plans are made of.
+    fn new(trial: &'a Trial<'a>, table: &'a Table, progress: &'a Listener) -> Result<Planner<'a>, Failure> {
+        let steps = table.rows.len();
+        let mut calibration = Calibration { trial, table, runs: Vec::new() };
+        let mut planner = Planner {
+            trial,
+            table,
+            progress,
+            wanted: trial.samples(table, &trial.plain(table), RANKING)?,
+            cosines: trial.guidance.is_some().then(|| calibration.cosines()).transpose()?,
+            profile: Profile::new(&KINDS, BOUNDS.longest, steps),
+            weights: weights(table),
+            passes: if trial.guidance.is_some() { 2.0 } else { 1.0 },
+        };
+        // Errors of forecasts of the prediction, over both passes.
+        let (_, seen) = trial.watch(trial.denoiser, table, 1 << 24)?;
+        for pass in 0..seen.first().map_or(0, |step| step.outputs.len()) {
+            planner.profile.restart();
             for step in &seen {
-                profile.push(self.output(step, pass)?)?;
+                let output = planner.output(step, pass)?;
+                planner.profile.push(output)?;
             }
         }
-        Ok(profile)
+        Ok(planner)
+    }
+
+    /// The plan that loses least of those that take this share of the evaluations; `None` if none takes so few.
+    fn best(&self, share: f64) -> Result<Option<StepPlan>, Failure> {
+        let steps = self.table.rows.len();
+        let budget = share * self.passes * steps as f64;
+        let mut choices = Vec::new();
+        for threshold in GATES {
+            let end = self.cosines.as_ref().map_or(steps, |cosines| gate(cosines, threshold, 0.9));
+            for kind in KINDS {
+                choices.extend(self.choose(end, kind, budget)?);
+            }
+        }
+        let mut best: Option<(f64, Choice)> = None;
+        let count = choices.len();
+        for (index, choice) in choices.into_iter().enumerate() {
+            self.progress.hear(&Progress::new(index, count, "plans"));
+            let loss = self.loss(&choice.plan)?;
+            if best.as_ref().is_none_or(|(least, _)| loss < *least) {
+                best = Some((loss, choice));
+            }
+        }
+        let Some((_, choice)) = best else { return Ok(None) };
+        let mut done = 0;
+        let mut measure = |computed: &[bool]| {
+            self.progress.hear(&Progress::new(done, REFINEMENTS, "refinements"));
+            done += 1;
+            let plan = self.plan(choice.gate, choice.kind, computed)?;
+            self.loss(&plan).map_err(|e| Error::Plan(e.to_string()))
+        };
+        let (computed, loss) = refine(choice.computed.clone(), BOUNDS, REFINEMENTS, &mut measure)?;
+        let mut plan = self.plan(choice.gate, choice.kind, &computed)?;
+        let evidence = json!({
+            "evaluations": share, "gate": choice.gate, "forecast": format!("{:?}", choice.kind),
+            "computed": computed.iter().filter(|&&c| c).count(), "rmse": loss,
+        });
+        plan.evidence = evidence.as_object().cloned().unwrap_or_default();
+        Ok(Some(plan))
     }
 
     fn output(&self, step: &Seen, pass: usize) -> Result<Vec<f64>, Failure> {
@@ -153,20 +180,13 @@ impl Planner<'_> {
     }
 
     /// The plan of a gate and a kind of forecast that fits the budget, if there is one.
-    fn choose(
-        &self,
-        end: usize,
-        kind: Forecast,
-        profile: &Profile,
-        weights: &[f64],
-        budget: f64,
-        passes: f64,
-    ) -> Result<Option<Choice>, Failure> {
-        let steps = weights.len();
-        let errors: Vec<Vec<f64>> = profile
+    fn choose(&self, end: usize, kind: Forecast, budget: f64) -> Result<Option<Choice>, Failure> {
+        let (steps, passes) = (self.weights.len(), self.passes);
+        let errors: Vec<Vec<f64>> = self
+            .profile
             .errors(kind)
             .iter()
-            .zip(weights)
+            .zip(&self.weights)
             .map(|(gaps, weight)| gaps.iter().map(|error| error * weight).collect())
             .collect();
         // Steps cost differently before and after the gate, and the programme knows one price: bisect the share of the
@@ -209,31 +229,9 @@ impl Planner<'_> {
     }
 
     /// The root mean square distance to the samples of the plain loop.
-    fn loss(&self, table: &Table, plan: &StepPlan, batches: &[u64]) -> Result<f64, Failure> {
-        let all = self.pairs(table, plan, batches)?;
+    fn loss(&self, plan: &StepPlan) -> Result<f64, Failure> {
+        let found = self.trial.samples(self.table, plan, RANKING)?;
+        let all = pairs(&self.wanted, &found, 2.0).map_err(|e| Failure::Error(anyhow!(e)))?;
         Ok((all.iter().map(|p| p.rmse * p.rmse).sum::<f64>() / all.len().max(1) as f64).sqrt())
-    }
-
-    /// The ratio of signal to noise that nine of ten samples exceed, for samples from −1 to 1.
-    fn psnr(&self, table: &Table, plan: &StepPlan) -> Result<f64, Failure> {
-        let all: Vec<f64> = self.pairs(table, plan, &HELD_OUT)?.iter().map(|p| p.psnr.min(200.0)).collect();
-        Ok(quantile(&all, 0.1))
-    }
-
-    fn pairs(&self, table: &Table, plan: &StepPlan, batches: &[u64]) -> Result<Vec<lathe_runtime::Pair>, Failure> {
-        let mut all = Vec::new();
-        for (batch, wanted) in self.wanted.iter().filter(|(batch, _)| batches.contains(batch)) {
-            let found = self.trial.samples(table, plan, *batch)?;
-            all.extend(pairs(wanted, &found, 2.0).map_err(|e| Failure::Error(anyhow!(e)))?);
-        }
-        Ok(all)
-    }
-
-    /// The plain grid of the most steps that the budget allows.
-    fn plain(&self, budget: f64, passes: f64) -> Result<(Table, StepPlan), Failure> {
-        let count = ((budget / passes).floor() as usize).clamp(1, self.table.rows.len());
-        let table = self.trial.spread(count)?;
-        let plan = self.trial.plain(&table);
-        Ok((table, plan))
     }
 }

@@ -5,16 +5,18 @@ use crate::Failure;
 use anyhow::anyhow;
 use lathe_ir::Tensor;
 use lathe_passes::sampler::{
-    StepPlan, Table,
+    Adaptive, StepPlan, Table,
     methods::{
-        Delta, Dual, Forecast, Inner, LinearGuidance, Parts, Sada, delta, dual, every, forecast, gate, guide_until,
-        is_stable, linear_guidance, rehash, sada,
+        Delta, Dual, Forecast, Inner, LinearGuidance, Parts, Sada, delta, dual, easy, every, follow, forecast, gate,
+        guide_until, is_stable, linear_guidance, rehash, sada, vote,
     },
 };
 use std::{collections::BTreeMap, str::FromStr};
 
 /// Batches that calibrations look at.
 const BATCHES: u64 = 2;
+/// Where runs agree less than this on what is computed, each had better decide for itself.
+const AGREEMENT: f64 = 0.8;
 
 /// Every method with its options and their defaults.
 const METHODS: &[(&str, &[(&str, &str)])] = &[
@@ -27,6 +29,7 @@ const METHODS: &[(&str, &[(&str, &str)])] = &[
     ("deep", &[("skip", "0"), ("every", "3"), ("first", "1")]),
     ("rehash", &[("skip", "0"), ("threshold", "0.95"), ("longest", "4")]),
     ("dual", &[("most", "0.3"), ("first", "false")]),
+    ("easy", &[("threshold", "0.05"), ("warmup", "5"), ("tail", "1"), ("share", "0.3")]),
     ("sada", &[("stride", "4"), ("nodes", "4"), ("agreement", "0.7"), ("longest", "4")]),
 ];
 
@@ -84,8 +87,9 @@ impl Call {
     }
 }
 
-/// The plan of some methods, one after the other, on the steps that were asked for.
-pub(super) fn run(trial: &Trial, text: &str) -> Result<StepPlan, Failure> {
+/// The plan of some methods, one after the other, on the steps that were asked for; and a sentence where it should rather
+/// be decided at run time.
+pub(super) fn run(trial: &Trial, text: &str) -> Result<(StepPlan, Option<String>), Failure> {
     let calls: Vec<Call> = text.split('+').map(Call::parse).collect::<Result<_, _>>()?;
     let table = trial.asked()?;
     let mut plan = trial.plain(&table);
@@ -96,7 +100,12 @@ pub(super) fn run(trial: &Trial, text: &str) -> Result<StepPlan, Failure> {
     }
     plan.check()?;
     plan.evidence.insert("methods".to_owned(), text.into());
-    Ok(plan)
+    let agreement = plan.evidence.get("agreement").and_then(serde_json::Value::as_f64);
+    let sentence = agreement.filter(|&agreement| agreement < AGREEMENT).map(|agreement| {
+        let agreement = 100.0 * agreement;
+        format!("easy: runs agree on {agreement:.0} % of what is computed; --form adaptive lets each decide")
+    });
+    Ok((plan, sentence))
 }
 
 fn apply(call: &Call, plan: &mut StepPlan, parts: &Parts, seen: &mut Calibration) -> Result<(), Failure> {
@@ -147,6 +156,14 @@ fn apply(call: &Call, plan: &mut StepPlan, parts: &Parts, seen: &mut Calibration
             };
             forecast(plan, &[cut], &computed, Forecast::Reuse)?;
         }
+        "easy" => {
+            let rule =
+                Adaptive { threshold: call.get("threshold")?, warmup: call.get("warmup")?, tail: call.get("tail")? };
+            let runs: Vec<Vec<bool>> = seen.samples()?.iter().map(|s| follow(&rule, &s.states, &s.flows)).collect();
+            let (computed, agreement) = vote(&runs, call.get("share")?);
+            easy(plan, seen.table, &seen.trial.roles.latent, &parts.output, &computed)?;
+            plan.evidence.insert("agreement".to_owned(), agreement.into());
+        }
         "dual" => dual(plan, &parts.output, &Dual { most: call.get("most")?, first: call.get("first")? })?,
         _ => {
             let options = Sada {
@@ -160,6 +177,13 @@ fn apply(call: &Call, plan: &mut StepPlan, parts: &Parts, seen: &mut Calibration
         }
     }
     Ok(())
+}
+
+/// One sample's latents and predictions at every step, in the coordinates of a flow.
+#[derive(Default)]
+struct Path {
+    states: Vec<Vec<f64>>,
+    flows: Vec<Vec<f64>>,
 }
 
 /// What the plain loop does, run when it is first asked for.
@@ -233,40 +257,50 @@ impl Calibration<'_> {
         Ok(inner)
     }
 
-    /// At every step the share of samples for which the step can be left out by the criterion of stability.
-    fn stable(&mut self, steps: usize) -> Result<Vec<f64>, Failure> {
+    /// What every sample went through, in the conditional pass.
+    fn samples(&mut self) -> Result<Vec<Path>, Failure> {
         self.runs()?;
-        let rows = &self.table.rows;
-        let (mut votes, mut count) = (vec![0.0; steps], 0);
+        let mut all = Vec::new();
         for run in &self.runs {
             let samples = run.first().map_or(0, |step| step.latent.dims()[0]);
-            let mut states = Vec::new();
-            let mut flows = Vec::new();
-            for (step, row) in run.iter().zip(rows) {
+            let mut paths: Vec<Path> = (0..samples).map(|_| Path::default()).collect();
+            for (step, row) in run.iter().zip(&self.table.rows) {
                 let state: Vec<f64> =
                     step.latent.to_f64s().unwrap_or_default().iter().map(|x| x / row.input_scale).collect();
                 let output = self.outputs(step)?.swap_remove(0);
+                if output.len() != state.len() {
+                    let message = "the denoiser predicts another shape than that of its latent (a variance too?), which \
+                                   this method knows nothing of";
+                    return Err(Failure::Usage(message.to_owned()));
+                }
                 let [a, b] = row.flow.flow;
-                flows.push(state.iter().zip(&output).map(|(x, m)| a * x + b * m).collect::<Vec<f64>>());
-                states.push(state.iter().map(|x| x * row.flow.scale).collect::<Vec<f64>>());
-            }
-            // The time of the flow: its noise over signal and noise together.
-            let times: Vec<f64> = rows.iter().map(|row| -row.estimate[1] / row.flow.flow[1]).collect();
-            let size = (states.first().map_or(0, Vec::len) / samples.max(1)).max(1);
-            for step in 2..steps.saturating_sub(1) {
-                for sample in 0..samples {
-                    let part = |of: &Vec<f64>| of[sample * size..(sample + 1) * size].to_vec();
-                    let gradients = [&flows[step], &flows[step - 1], &flows[step - 2]].map(part);
-                    let [a, b, c] = &gradients;
-                    let width = times[step] - times[step + 1];
-                    if is_stable(&part(&states[step + 1]), &part(&states[step]), [a, b, c], width) {
-                        votes[step + 1] += 1.0;
-                    }
+                let size = (state.len() / samples.max(1)).max(1);
+                for ((path, x), m) in paths.iter_mut().zip(state.chunks(size)).zip(output.chunks(size)) {
+                    path.flows.push(x.iter().zip(m).map(|(x, m)| a * x + b * m).collect());
+                    path.states.push(x.iter().map(|x| x * row.flow.scale).collect());
                 }
             }
-            count += samples;
+            all.extend(paths);
         }
-        Ok(votes.into_iter().map(|v| v / f64::from(count.max(1) as u32)).collect())
+        Ok(all)
+    }
+
+    /// At every step the share of samples for which the step can be left out by the criterion of stability.
+    fn stable(&mut self, steps: usize) -> Result<Vec<f64>, Failure> {
+        let samples = self.samples()?;
+        // The time of the flow: its noise over signal and noise together.
+        let times: Vec<f64> = self.table.rows.iter().map(|row| -row.estimate[1] / row.flow.flow[1]).collect();
+        let mut votes = vec![0.0; steps];
+        for Path { states, flows } in &samples {
+            for step in 2..steps.saturating_sub(1) {
+                let gradients = [&flows[step][..], &flows[step - 1], &flows[step - 2]];
+                let width = times[step] - times[step + 1];
+                if is_stable(&states[step + 1], &states[step], gradients, width) {
+                    votes[step + 1] += 1.0;
+                }
+            }
+        }
+        Ok(votes.into_iter().map(|v| v / samples.len().max(1) as f64).collect())
     }
 
     /// What a tensor inside the denoiser is at every step of one batch, in the conditional pass.

@@ -1,7 +1,7 @@
 //! The search for timesteps: what candidates are worth, and the file that remembers it.
 
 use super::{
-    features::Extractor,
+    super::features::Extractor,
     trial::{BATCH, Seen, Trial},
 };
 use crate::Failure;
@@ -43,7 +43,7 @@ pub struct Search {
 }
 
 /// Steps of the sampler whose samples are aimed at.
-const REFERENCE_STEPS: usize = 100;
+pub(in crate::sampler) const REFERENCE_STEPS: usize = 100;
 /// Candidates that are drawn from in the end.
 const FINALISTS: usize = 10;
 /// Real images that are looked at.

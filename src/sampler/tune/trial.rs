@@ -1,5 +1,6 @@
 //! Runs of one denoiser on fixed noise with many plans.
 
+use super::super::draws::SCALE;
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Evaluate, EvaluateError};
@@ -15,9 +16,6 @@ use std::{
 
 /// Samples that run together.
 pub(super) const BATCH: usize = 32;
-
-/// The scale of guidance in trials where it is an input.
-const SCALE: f32 = 3.0;
 
 /// What stays the same from plan to plan.
 pub(super) struct Trial<'a> {

@@ -1,12 +1,14 @@
 //! The network of the user that sees features in images.
 
-use super::trial::BATCH;
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::Evaluate;
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{Features, SampleSet, SetError, SetSpec, required_inputs};
 use std::path::Path;
+
+/// Images of a set that run together.
+const BATCH: usize = 32;
 
 /// A network that gives a row of features per image.
 pub(super) struct Extractor<'a> {
@@ -27,12 +29,19 @@ impl<'a> Extractor<'a> {
         Ok(Extractor { input: input.clone(), model, evaluator })
     }
 
-    /// Adds the features of images.
-    pub fn add(&self, images: &Tensor, to: &mut Features) -> Result<(), Failure> {
+    /// What the network gives for images, one tensor per output; the first is their features.
+    pub fn see(&self, images: &Tensor) -> Result<Vec<Tensor>, Failure> {
         let outputs = self.evaluator.run(&self.model, &[(self.input.clone(), images.clone())]);
         let outputs = outputs.context("the features of samples cannot be computed")?;
-        let (_, rows) = outputs.first().ok_or_else(|| anyhow!("the network of the features has no output"))?;
-        to.push(rows).map_err(|e| Failure::Error(anyhow!(e)))
+        if outputs.is_empty() {
+            return Err(Failure::Error(anyhow!("the network of the features has no output")));
+        }
+        Ok(outputs.into_iter().map(|(_, tensor)| tensor).collect())
+    }
+
+    /// Adds the features of images.
+    pub fn add(&self, images: &Tensor, to: &mut Features) -> Result<(), Failure> {
+        to.push(&self.see(images)?[0]).map_err(|e| Failure::Error(anyhow!(e)))
     }
 
     /// The features of at most `most` images of a set, spread over it.

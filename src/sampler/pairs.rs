@@ -1,0 +1,400 @@
+//! Two samplers from the same noise: how far apart the samples of each seed are, and how far apart both sets are.
+
+use super::{draws::Draws, evaluator::Evaluator, features::Extractor};
+use crate::{
+    Failure,
+    runner::{Runner, RunnerOptions},
+    validate::significant,
+};
+use anyhow::{Context as _, anyhow};
+use lathe_ir::{Model, Tensor};
+use lathe_runtime::{
+    FeatureError, Features, LoadOptions, Pair, Progress, bootstrap, feature_distances, frechet, kernel, pairs,
+    quantile, sliced,
+};
+use serde::Serialize;
+use std::{
+    fmt::Write as _,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+/// Samples that run together, where that is free.
+const BATCH: usize = 16;
+/// Bytes of noise that are sent at once.
+const MOST_SENT: usize = 64 << 20;
+/// Samples drawn anew for intervals, lines that sets are projected on, subsets of a kernel distance.
+const ROUNDS: usize = 1000;
+const LINES: usize = 256;
+const SUBSETS: usize = 20;
+/// Seeds that distances of sets need at least.
+pub(crate) const FEWEST: usize = 4;
+
+/// What to compare.
+#[derive(Debug, Clone)]
+pub(crate) struct SamplerPair {
+    /// The reference.
+    pub a: PathBuf,
+    /// The candidate.
+    pub b: PathBuf,
+    /// How many samples are drawn from each.
+    pub seeds: usize,
+    /// A network that sees features in samples; its first output counts as one row per image.
+    pub features: Option<PathBuf>,
+    /// What is bounded: `rel-l2`, `psnr` or `ssim`.
+    pub metric: String,
+    /// The largest drop of the metric that passes.
+    pub max_drop: Option<f64>,
+    /// The seed of everything.
+    pub seed: u64,
+    /// Shapes of inputs, where the samplers leave them open.
+    pub shapes: Vec<(String, Vec<usize>)>,
+}
+
+/// How a number is spread over pairs. What is infinite is `null` in JSON.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Spread {
+    /// The mean.
+    pub mean: f64,
+    /// The ends of its 95 % interval, by drawing pairs anew.
+    pub interval: [f64; 2],
+    /// The median.
+    pub median: f64,
+    /// What nine of ten exceed.
+    pub p10: f64,
+    /// What one of ten exceeds.
+    pub p90: f64,
+    /// The least.
+    pub least: f64,
+    /// The most.
+    pub most: f64,
+}
+
+impl Spread {
+    fn of(values: &[f64], seed: u64) -> Spread {
+        Spread {
+            mean: values.iter().sum::<f64>() / values.len().max(1) as f64,
+            interval: bootstrap(values, ROUNDS, seed),
+            median: quantile(values, 0.5),
+            p10: quantile(values, 0.1),
+            p90: quantile(values, 0.9),
+            least: quantile(values, 0.0),
+            most: quantile(values, 1.0),
+        }
+    }
+}
+
+/// Distances by what a network sees. Distances of sets are of one half of the seeds to the other, so that noise is never
+/// shared; `_itself` is that distance within A.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct FeatureDistances {
+    /// How many features an image has.
+    pub width: usize,
+    /// The distance of pairs over all outputs of the network, channels scaled to length one.
+    pub paired: Spread,
+    /// The Fréchet distance.
+    pub fid: f64,
+    /// Within A.
+    pub fid_itself: f64,
+    /// The kernel distance.
+    pub kid: f64,
+    /// Its deviation between subsets.
+    pub kid_deviation: f64,
+    /// Within A.
+    pub kid_itself: f64,
+    /// The sliced Wasserstein distance.
+    pub sliced: f64,
+    /// Within A.
+    pub sliced_itself: f64,
+}
+
+/// What a comparison of two samplers came to.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Compared {
+    /// How many pairs.
+    pub samples: usize,
+    /// The seed.
+    pub seed: u64,
+    /// What is bounded.
+    pub metric: String,
+    /// The loss, positive where B differs; `null` where it is no number.
+    pub drop: f64,
+    /// The bound; `null` where none was set.
+    pub limit: f64,
+    /// Whether all samples are finite and the bound holds.
+    pub passed: bool,
+    /// The peak signal-to-noise ratio in dB, for values from −1 to 1.
+    pub psnr: Spread,
+    /// The structural similarity; `null` for what is no image of at least 11 by 11.
+    pub ssim: Option<Spread>,
+    /// The norm of the difference over that of A's sample.
+    pub rel_l2: Spread,
+    /// The cosine between both.
+    pub cosine: Spread,
+    /// By features, where a network was given.
+    pub features: Option<FeatureDistances>,
+    /// Who ran the samplers.
+    pub runtime: String,
+    /// What is odd.
+    pub notes: Vec<String>,
+}
+
+/// A sampler on disk.
+pub(super) struct Drawer<'a> {
+    path: PathBuf,
+    model: Model,
+    runner: &'a Runner,
+    load: LoadOptions,
+}
+
+impl<'a> Drawer<'a> {
+    /// Reads a sampler; another model is a usage error.
+    pub fn open(path: &Path, runner: &'a Runner, load: &LoadOptions) -> Result<Drawer<'a>, Failure> {
+        let model = Model::read(path).with_context(|| format!("cannot use `{}`", path.display()))?.model;
+        let graph = &model.graph;
+        let name = |v: &lathe_ir::ValueId| graph.value(*v).name.as_str();
+        let takes = graph.main().inputs().iter().any(|v| name(v) == "noise");
+        if !takes || !graph.main().outputs().iter().any(|v| name(v) == "sample") {
+            let message = format!(
+                "`{}` is no sampler, which takes `noise` and gives `sample`; --seeds compares what `optimize sampler` wrote",
+                path.display()
+            );
+            return Err(Failure::Usage(message));
+        }
+        Ok(Drawer { path: path.to_owned(), model, runner, load: LoadOptions { optimize: true, ..load.clone() } })
+    }
+
+    /// Inputs as this sampler takes them.
+    pub fn draws(&self, seed: u64, shapes: &[(String, Vec<usize>)]) -> Result<Draws<'_>, Failure> {
+        Draws::new(&self.model, "noise", seed, shapes)
+    }
+
+    /// The samples of several ranges, one tensor for each.
+    pub fn samples(&self, draws: &Draws, ranges: &[Range<usize>]) -> Result<Vec<Tensor>, Failure> {
+        let inputs: Result<Vec<_>, _> = ranges.iter().map(|r| draws.of_sampler(&self.model, r.clone())).collect();
+        let outputs = self.runner.child().run_file(&self.path, &inputs?, &self.load).map_err(anyhow::Error::from)?;
+        let sample = |outputs: Vec<(String, Tensor)>| {
+            let found = outputs.into_iter().find(|(name, _)| name == "sample").map(|(_, tensor)| tensor);
+            found.ok_or_else(|| Failure::Error(anyhow!("`{}` gives no `sample`", self.path.display())))
+        };
+        outputs.into_iter().map(sample).collect()
+    }
+}
+
+/// Ranges of samples that run together, in groups that are sent together.
+pub(super) fn groups(draws: &Draws, samples: Range<usize>, noises: usize) -> Vec<Vec<Range<usize>>> {
+    let batch = draws.batch(BATCH.min(samples.len().max(1)));
+    let together = (MOST_SENT / (batch * draws.bytes() * (1 + noises)).max(1)).max(1);
+    let runs: Vec<Range<usize>> = samples.step_by(batch).map(|start| start..start + batch).collect();
+    runs.chunks(together).map(<[_]>::to_vec).collect()
+}
+
+/// Draws from two samplers with the same seeds and compares. A candidate that does not run is refused.
+pub(crate) fn compare_samplers(pair: &SamplerPair, options: RunnerOptions) -> Result<Compared, Failure> {
+    let (load, progress) = (options.load.clone(), options.progress.clone());
+    let runner = Runner::new(options)?;
+    let (a, b) = (Drawer::open(&pair.a, &runner, &load)?, Drawer::open(&pair.b, &runner, &load)?);
+    let draws = a.draws(pair.seed, &pair.shapes)?;
+    let evaluator = Evaluator::fast(&runner, &load);
+    let extractor = pair.features.as_ref().map(|path| Extractor::read(path, &evaluator)).transpose()?;
+    let mut notes = Vec::new();
+    let noises = [&a, &b].map(|sampler| super::draws::step_noises(&sampler.model).unwrap_or(0));
+    if noises[0] != noises[1] {
+        notes.push(format!("A adds noise in {} steps and B in {}, of which the first are equal", noises[0], noises[1]));
+    }
+    let mut all: Vec<Pair> = Vec::new();
+    let mut seen = [Features::new(), Features::new()];
+    let mut looks: Vec<f64> = Vec::new();
+    let failed = |e: FeatureError| Failure::Error(anyhow!(e));
+    for group in groups(&draws, 0..pair.seeds, noises[0].max(noises[1])) {
+        let ours = a.samples(&draws, &group).map_err(|e| Failure::Error(anyhow!("`{}`: {e}", pair.a.display())))?;
+        let theirs = b.samples(&draws, &group).map_err(|e| Failure::Refused(format!("`{}`: {e}", pair.b.display())))?;
+        for ((x, y), range) in ours.iter().zip(&theirs).zip(&group) {
+            let left = pair.seeds - range.start;
+            let (x, y) = (first(x, left)?, first(y, left)?);
+            if let Some(at) = not_finite(&x) {
+                return Err(Failure::Error(anyhow!("sample {} of A is not finite", range.start + at)));
+            }
+            if x.dims() != y.dims() {
+                return Err(Failure::Refused(format!("A draws {:?} and B {:?}", x.dims(), y.dims())));
+            }
+            if let Some(at) = not_finite(&y) {
+                return Err(Failure::Refused(format!("sample {} of B is not finite", range.start + at)));
+            }
+            all.extend(pairs(&x, &y, 2.0).map_err(failed)?);
+            if let Some(extractor) = &extractor {
+                let (x, y) = (extractor.see(&x)?, extractor.see(&y)?);
+                seen[0].push(&x[0]).map_err(failed)?;
+                seen[1].push(&y[0]).map_err(failed)?;
+                let layers: Vec<_> = x.iter().zip(&y).filter(|(x, _)| x.dims().len() > 1).collect();
+                looks.extend(feature_distances(&layers).map_err(failed)?);
+            }
+        }
+        progress.hear(&Progress::new(all.len(), pair.seeds, "pairs"));
+    }
+    let spread = |of: &dyn Fn(&Pair) -> f64| Spread::of(&all.iter().map(of).collect::<Vec<_>>(), pair.seed);
+    let ssim: Option<Vec<f64>> = all.iter().map(|p| p.ssim).collect();
+    let drop = match pair.metric.as_str() {
+        // As in the catalogue of metrics: over the peak, which is 2 from −1 to 1.
+        "psnr" => (all.iter().map(|p| p.rmse * p.rmse).sum::<f64>() / all.len() as f64).sqrt() / 2.0,
+        "ssim" => {
+            let ssim = ssim.as_ref().ok_or_else(|| {
+                Failure::Error(anyhow!("ssim cannot be measured here: samples are no images of at least 11 by 11"))
+            })?;
+            1.0 - ssim.iter().sum::<f64>() / ssim.len() as f64
+        }
+        _ => all.iter().map(|p| p.rel_l2).sum::<f64>() / all.len() as f64,
+    };
+    let limit = pair.max_drop.unwrap_or(f64::INFINITY);
+    let features = match extractor {
+        Some(_) => Some(distances(&seen, Spread::of(&looks, pair.seed), pair.seed).map_err(failed)?),
+        None => None,
+    };
+    Ok(Compared {
+        samples: all.len(),
+        seed: pair.seed,
+        metric: pair.metric.clone(),
+        drop,
+        limit,
+        passed: drop <= limit,
+        psnr: spread(&|p| p.psnr),
+        ssim: ssim.map(|values| Spread::of(&values, pair.seed)),
+        rel_l2: spread(&|p| p.rel_l2),
+        cosine: spread(&|p| p.cosine),
+        features,
+        runtime: lathe_analysis::Evaluate::name(&evaluator),
+        notes,
+    })
+}
+
+/// The first samples of a batch.
+fn first(samples: &Tensor, count: usize) -> Result<Tensor, Failure> {
+    let mut dims = samples.dims().to_vec();
+    match dims.first_mut() {
+        Some(all) if *all > count => *all = count,
+        _ => return Ok(samples.clone()),
+    }
+    let mut values = samples.to_f64s().unwrap_or_default();
+    values.truncate(dims.iter().product());
+    let cut = Tensor::from_f64s(samples.dtype(), &dims, &values);
+    cut.ok_or_else(|| Failure::Error(anyhow!("samples are no real numbers")))
+}
+
+/// The first sample of a batch that has something infinite in it.
+fn not_finite(samples: &Tensor) -> Option<usize> {
+    let size: usize = samples.dims().iter().skip(1).product::<usize>().max(1);
+    samples.to_f64s().unwrap_or_default().iter().position(|v| !v.is_finite()).map(|at| at / size)
+}
+
+fn distances(seen: &[Features; 2], paired: Spread, seed: u64) -> Result<FeatureDistances, FeatureError> {
+    let count = seen[0].len() / 2;
+    if count * 2 < FEWEST {
+        return Err(FeatureError::Few { found: seen[0].len(), expected: FEWEST });
+    }
+    let halves = |of: &Features| [0..count, count..2 * count].map(|half| of.select(&half.collect::<Vec<_>>()));
+    let ([a, c], [b, d]) = (halves(&seen[0]), halves(&seen[1]));
+    let mean = |of: &dyn Fn(&Features, &Features) -> Result<f64, FeatureError>| -> Result<f64, FeatureError> {
+        Ok((of(&a, &d)? + of(&c, &b)?) / 2.0)
+    };
+    let kid = |x: &Features, y: &Features| kernel(x, y, SUBSETS, count.div_ceil(2), seed);
+    Ok(FeatureDistances {
+        width: a.width(),
+        paired,
+        fid: mean(&frechet)?,
+        fid_itself: frechet(&a, &c)?,
+        kid: mean(&|x, y| Ok(kid(x, y)?.mean))?,
+        kid_deviation: kid(&a, &d)?.deviation,
+        kid_itself: kid(&a, &c)?.mean,
+        sliced: mean(&|x, y| sliced(x, y, LINES, seed))?,
+        sliced_itself: sliced(&a, &c, LINES, seed)?,
+    })
+}
+
+impl Compared {
+    /// One sentence: what was measured, and the bound.
+    pub fn sentence(&self) -> String {
+        let limit = match self.limit.is_finite() {
+            true => format!(" where {} is allowed", significant(self.limit)),
+            false => String::new(),
+        };
+        format!("{} pairs of samples: a drop of {} by {}{limit}", self.samples, significant(self.drop), self.metric)
+    }
+
+    /// What a person reads.
+    pub fn text(&self) -> String {
+        let mut out = format!("{} on {}, seed {}\n", self.sentence(), self.runtime, self.seed);
+        let n = significant;
+        let mut line = |name: &str, s: &Spread, unit: &str| {
+            let _ = writeln!(
+                out,
+                "  {name:9} median {}{unit}, 10 % {}, 90 % {}; mean {} ({} to {})",
+                n(s.median),
+                n(s.p10),
+                n(s.p90),
+                n(s.mean),
+                n(s.interval[0]),
+                n(s.interval[1])
+            );
+        };
+        line("PSNR", &self.psnr, " dB");
+        if let Some(ssim) = &self.ssim {
+            line("SSIM", ssim, "");
+        }
+        line("rel L2", &self.rel_l2, "");
+        line("cosine", &self.cosine, "");
+        if let Some(f) = &self.features {
+            line("features", &f.paired, "");
+            let sets = [
+                ("FID", f.fid, f.fid_itself),
+                ("KID", f.kid, f.kid_itself),
+                ("sliced Wasserstein", f.sliced, f.sliced_itself),
+            ];
+            for (name, between, within) in sets {
+                let _ = writeln!(out, "  {name} {} between A and B, {} within A", n(between), n(within));
+            }
+        }
+        for note in &self.notes {
+            let _ = writeln!(out, "note: {note}");
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spreads_have_quantiles_and_an_interval() {
+        let found = Spread::of(&[1.0, 2.0, 3.0, 4.0, 5.0], 1);
+        assert_eq!((found.mean, found.median, found.least, found.most), (3.0, 3.0, 1.0, 5.0));
+        assert!(found.interval[0] < 3.0 && found.interval[1] > 3.0 && found.p10 < found.p90);
+        // A sample that does not differ has an infinite ratio, which JSON has no number for.
+        let endless = Spread::of(&[f64::INFINITY; 3], 1);
+        assert!(serde_json::to_string(&endless).unwrap().contains(r#""median":null"#));
+    }
+
+    #[test]
+    fn sets_are_compared_in_halves_of_other_noise() {
+        let features = |count: usize, width: usize, shift: f64| {
+            let value = |i: usize| ((i * 7919) as f64 * 0.37).sin() + shift;
+            let mut features = Features::new();
+            let numbers: Vec<f64> = (0..count * width).map(value).collect();
+            features.push(&Tensor::from_f64s(lathe_ir::DataType::Double, &[count, width], &numbers).unwrap()).unwrap();
+            features
+        };
+        // Fewer images than features and more, which take different ways to the same distance.
+        for width in [3, 40] {
+            let itself = [features(20, width, 0.0), features(20, width, 0.0)];
+            let none = distances(&itself, Spread::of(&[0.0], 1), 1).unwrap();
+            assert!((none.fid - none.fid_itself).abs() < 1e-9 * none.fid.max(1.0), "{none:?}");
+            assert_eq!((none.sliced, none.width), (none.sliced_itself, width));
+            let moved = [features(20, width, 0.0), features(20, width, 2.0)];
+            let moved = distances(&moved, Spread::of(&[0.0], 1), 1).unwrap();
+            assert!(moved.fid > none.fid + 4.0 * width as f64 - 0.5, "{moved:?}");
+            assert!(moved.kid > none.kid && moved.sliced > none.sliced + 1.0, "{moved:?}");
+        }
+        let few = [features(3, 2, 0.0), features(3, 2, 0.0)];
+        assert_eq!(distances(&few, Spread::of(&[0.0], 1), 1).unwrap_err(), FeatureError::Few { found: 3, expected: 4 });
+    }
+}

@@ -1,0 +1,78 @@
+//! Samplers of plans as files: timed beside one another and drawn from.
+
+use super::{
+    super::{check::UNGUIDED, evaluator::Evaluator, pairs::Drawer},
+    trial::Trial,
+};
+use crate::{Failure, runner::Runner};
+use anyhow::{Context as _, anyhow};
+use lathe_passes::sampler::{Form, Sampler, StepPlan, Table, emit};
+use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, LoadOptions};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// Makes samplers of plans.
+pub(super) struct Workshop<'a> {
+    pub trial: &'a Trial<'a>,
+    pub runner: &'a Runner,
+    pub load: &'a LoadOptions,
+    pub form: Form,
+    folder: TempDir,
+}
+
+impl<'a> Workshop<'a> {
+    /// A workshop whose samplers are of this form.
+    pub fn new(
+        trial: &'a Trial<'a>,
+        runner: &'a Runner,
+        load: &'a LoadOptions,
+        form: Form,
+    ) -> Result<Workshop<'a>, Failure> {
+        let folder = tempfile::tempdir().context("there is no place for samplers that are tried")?;
+        Ok(Workshop { trial, runner, load, form, folder })
+    }
+
+    /// Compiles a plan into a file of this name.
+    pub fn make(&self, name: &str, table: &Table, plan: &StepPlan) -> Result<PathBuf, Failure> {
+        let trial = self.trial;
+        let guidance = trial.guidance.unwrap_or(UNGUIDED);
+        let sampler = Sampler { denoiser: trial.denoiser, roles: trial.roles, table, plan, guidance };
+        let model = emit(&sampler, self.form, trial.evaluator)?;
+        // Each has its folder, because links to weights are named by their order.
+        let folder = self.folder.path().join(name);
+        std::fs::create_dir_all(&folder).context("there is no place for samplers that are tried")?;
+        let path = folder.join("sampler.onnx");
+        model.write_linked(&path).map_err(|e| Failure::Error(e.into()))?;
+        Ok(path)
+    }
+
+    /// The times of one run of some samplers that take turns, in milliseconds.
+    pub fn times(&self, samplers: &[&Path]) -> Result<Vec<f64>, Failure> {
+        let models: Vec<PathBuf> = samplers.iter().map(|path| path.to_path_buf()).collect();
+        let inputs = BenchInputs::Random(InputSpec { seed: self.trial.seed, shapes: self.shapes() });
+        match self.runner.bench(&models, &inputs, BenchTask::Each)? {
+            BenchResult::Each(times) if times.len() == samplers.len() => Ok(times),
+            _ => Err(Failure::Error(anyhow!("the worker measured something else"))),
+        }
+    }
+
+    /// Draws from a sampler.
+    pub fn drawer(&self, path: &Path) -> Result<Drawer<'a>, Failure> {
+        Drawer::open(path, self.runner, self.load)
+    }
+
+    /// Shapes of inputs by the names that samplers give them.
+    pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
+        let roles = self.trial.roles;
+        let named = |(name, dims): &(String, Vec<usize>)| {
+            let name = if *name == roles.latent { "noise" } else { name.as_str() };
+            (name != roles.time).then(|| (name.to_owned(), dims.clone()))
+        };
+        self.trial.shapes.iter().filter_map(named).collect()
+    }
+
+    /// Runs networks that are no samplers.
+    pub fn evaluator(&self) -> Evaluator<'a> {
+        Evaluator::fast(self.runner, self.load)
+    }
+}
