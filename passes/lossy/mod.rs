@@ -18,6 +18,7 @@ mod quantize;
 mod quantize_dynamic;
 mod reduce_tokens;
 mod spectrum;
+mod substitute;
 
 pub use compensate::Compensate;
 pub use convert_floats::ConvertFloats;
@@ -32,6 +33,7 @@ pub use prune_units::PruneUnits;
 pub use quantize::Quantize;
 pub use quantize_dynamic::QuantizeDynamic;
 pub use reduce_tokens::ReduceTokens;
+pub use substitute::Substitute;
 
 use crate::{Context, Error, Info, Outcome};
 use factors::Seen;
@@ -210,6 +212,7 @@ pub const METHODS: &[&dyn Method] = &[
     &PruneChannels,
     &DropInputs,
     &PruneUnits,
+    &Substitute,
     &ReduceTokens,
 ];
 

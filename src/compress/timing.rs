@@ -264,3 +264,77 @@ impl Fragment {
         Some(Fragment { model: fragment, key })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::table::Offer, *};
+    use lathe_passes::{
+        Kind, Outcome,
+        lossy::{Choice, METHODS, Method, Spent},
+    };
+    use std::time::Duration;
+
+    fn method(name: &str) -> &'static dyn Method {
+        METHODS.iter().copied().find(|m| m.info().name == name).unwrap()
+    }
+
+    fn offer(name: &'static str, choices: &[&str]) -> Offer {
+        let spent = Spent::default();
+        let choice =
+            |name: &&str| Choice { name: (*name).to_owned(), spent, errors: vec![], measured: None, fitted: None };
+        let site = Site {
+            weight: None,
+            covers: Vec::new(),
+            nodes: Vec::new(),
+            name: "place".to_owned(),
+            taps: Vec::new(),
+            kept: spent,
+            choices: choices.iter().map(choice).collect(),
+            forced: false,
+            apart: true,
+        };
+        Offer { method: method(name), site, sensitivity: vec![], rows: 1, rows_left: vec![None; choices.len()] }
+    }
+
+    #[test]
+    fn what_must_be_faster_and_is_not_is_declined_and_the_rest_keeps_its_time() {
+        let place = |times: &[u64], substitutes: &[&str]| Place {
+            offers: vec![offer("quantize", &["int8", "int4"]), offer("substitute", substitutes)],
+            latency: times.iter().map(|&ns| Some(ns)).collect(),
+        };
+        let mut places = [
+            place(&[100, 120, 90, 97, 60], &["max pool", "identity"]),
+            place(&[100, 120, 90, 130], &["max pool"]),
+            Place { latency: Vec::new(), ..place(&[], &["max pool"]) },
+        ];
+        let record = PassRecord {
+            name: "substitute",
+            kind: Kind::Lossy,
+            outcome: Outcome::default(),
+            time: Duration::ZERO,
+            nodes_delta: 0,
+            weight_bytes_delta: 0,
+            flops_delta: 0,
+            error: None,
+            dropped: None,
+        };
+        let mut records = BTreeMap::from([("substitute", record)]);
+        decline_slower(&mut places, &mut records);
+        let names = |place: &Place| -> Vec<String> {
+            place.choices().map(|(offer, own)| offer.site.choices[own].name.clone()).collect()
+        };
+        assert_eq!(names(&places[0]), ["int8", "int4", "identity"]);
+        assert_eq!(places[0].latency, [100, 120, 90, 60].map(Some));
+        assert_eq!((names(&places[1]).len(), places[1].latency.len()), (2, 3));
+        assert_eq!((names(&places[2]).len(), places[2].latency.len()), (2, 0));
+        assert_eq!(places[0].offers[1].rows_left.len(), 1);
+        let refusals: Vec<&String> = records["substitute"].outcome.refusals.keys().collect();
+        assert_eq!(
+            refusals,
+            [
+                "as measured, nothing it could do is faster than what is there",
+                "what is there cannot be timed by itself"
+            ]
+        );
+    }
+}
