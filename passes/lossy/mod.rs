@@ -17,6 +17,7 @@ mod prune_units;
 mod quantize;
 mod quantize_dynamic;
 mod reduce_tokens;
+mod select_visual_tokens;
 mod spectrum;
 mod substitute;
 
@@ -33,6 +34,7 @@ pub use prune_units::PruneUnits;
 pub use quantize::Quantize;
 pub use quantize_dynamic::QuantizeDynamic;
 pub use reduce_tokens::ReduceTokens;
+pub use select_visual_tokens::SelectVisualTokens;
 pub use substitute::Substitute;
 
 use crate::{Context, Error, Info, Outcome};
@@ -214,6 +216,7 @@ pub const METHODS: &[&dyn Method] = &[
     &PruneUnits,
     &Substitute,
     &ReduceTokens,
+    &SelectVisualTokens,
 ];
 
 /// Layers whose second moments are in memory at a time.

@@ -1,6 +1,6 @@
 //! Fewer tokens from layer to layer: the most similar ones are merged.
 
-mod emit;
+pub(super) mod emit;
 mod place;
 mod schedule;
 #[cfg(test)]
