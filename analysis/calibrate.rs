@@ -194,6 +194,11 @@ pub trait Calibrate {
         Err(unable())
     }
 
+    /// The same over the samples that trials run on, which fits have not seen.
+    fn held_out(&self, _model: &Model, _pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
+        Err(unable())
+    }
+
     /// Floating-point operations of one run of the model over the samples of trials; 0 where that is not known.
     fn trial_flops(&self) -> f64 {
         0.0

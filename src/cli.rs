@@ -166,9 +166,21 @@ pub(crate) struct OptimizeArgs {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_drop: Option<f64>,
     /// What becomes as little as --max-drop allows where no share to keep is given: latency unless told.
-    #[arg(long, value_name = "WHAT", requires = "max_drop", conflicts_with_all = ["size", "params", "flops", "latency"])]
+    #[arg(long, value_name = "WHAT", conflicts_with_all = ["size", "params", "flops", "latency"])]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub minimize: Option<Minimize>,
+    /// Try the recipes that the model's features suggest, each as a job of its own, and write the best that --max-drop
+    /// allows; what was found is remembered for models alike. Needs --calib.
+    #[arg(long, conflicts_with_all = ["size", "params", "flops", "latency", "no_verify", "dry_run"])]
+    pub auto: bool,
+    /// Time after which --auto starts no other recipe: 10m unless told (90s, 2h).
+    #[arg(long, value_name = "TIME", requires = "auto")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time: Option<String>,
+    /// Let --auto write every model that no other beats in both what is saved and what is lost to this folder, with reports.
+    #[arg(long, value_name = "DIR", requires = "auto")]
+    #[serde(skip)]
+    pub pareto: Option<PathBuf>,
     /// What is measured on held-out samples.
     #[arg(long, value_name = "METRIC", value_parser = commands::verify::metric_names())]
     #[serde(skip_serializing_if = "Option::is_none")]

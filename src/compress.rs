@@ -113,7 +113,16 @@ impl<'a> Compressor<'a> {
         let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
         std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
         let seen = self.statistics(model, &found, cache.clone(), temporary.path())?;
-        let outputs: BTreeMap<ValueId, View> = taps().map(|tap| (tap.output, tap.output_rows.view.clone())).collect();
+        let mut outputs: BTreeMap<ValueId, View> =
+            taps().map(|tap| (tap.output, tap.output_rows.view.clone())).collect();
+        for method in methods() {
+            let cx =
+                Context { settings: self.cx.settings.clone(), measures: self.measures.clone(), ..Context::default() };
+            for rows in method.watched(model, &cx).map_err(anyhow::Error::from)? {
+                let value = graph.find_value(&rows.value).context("a value that is watched is not there")?;
+                outputs.entry(value).or_insert(rows.view);
+            }
+        }
         let sensitivity = self.sensitivity(model, &outputs, cache, warnings)?;
         let facts = Facts::infer(model);
         let bindings = Bindings::default();
@@ -172,6 +181,7 @@ impl<'a> Compressor<'a> {
         let mut places: Vec<Place> = places.into_values().collect();
         if self.measures.contains(&Measure::Latency) {
             self.time_options(model, &mut places, &cx, warnings)?;
+            timing::decline_slower(&mut places, &mut records);
         }
         drop(cx);
         Ok(Table { places, records, seen, _scratch: temporary })

@@ -295,6 +295,7 @@ impl Job<'_> {
                 output,
                 passes: records.iter().map(pass_line).collect(),
                 plan,
+                auto: None,
                 verify,
                 latency,
                 layers: layers::largest(&model, &cost(&model)),

@@ -5,6 +5,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod auto;
 pub mod cli;
 mod commands;
 mod compress;
@@ -22,6 +23,7 @@ mod sampler;
 mod summary;
 mod validate;
 
+pub use auto::{AutoOptions, AutoPoint, AutoReport, auto};
 pub use commands::sets::Sets;
 pub use compress::Budget;
 pub use failure::Failure;

@@ -1,6 +1,6 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
-use crate::{Latency, html, layers::LayerLine};
+use crate::{AutoReport, Latency, html, layers::LayerLine};
 use lathe_runtime::ChosenSamples;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt::Write as _;
@@ -155,6 +155,9 @@ pub struct Report {
     pub passes: Vec<PassLine>,
     /// The allocator's plan; `null` without a budget.
     pub plan: Option<serde_json::Value>,
+    /// What `--auto` tried; not there without it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub auto: Option<AutoReport>,
     /// The run beside the original; `null` with `--no-verify`.
     pub verify: Option<Verify>,
     /// The measured latency; `null` where it was not measured.

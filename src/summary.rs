@@ -1,7 +1,7 @@
 //! What a person reads at the end of a run.
 
 use crate::{
-    Report,
+    AutoReport, Report,
     report::{PassLine, mib, rows},
     validate,
 };
@@ -48,6 +48,9 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     if let Some(selection) = &report.calibration {
         out.push_str(&format!("\n{}\n", chosen(selection)));
     }
+    if let Some(auto) = &report.auto {
+        out.push_str(&format!("\n{}\n", tried(auto)));
+    }
     if let Some(verify) = &report.verify {
         if let Some(note) = &verify.note {
             out.push_str(&format!("\nnote: {note}\n"));
@@ -70,13 +73,39 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     if let Some(latency) = &report.latency {
         out.push_str(&format!("latency, {}: {}\n", latency.setting(), latency.describe()));
     }
-    let wrote = if report.output.path.is_empty() {
-        "wrote nothing (--dry-run)".to_owned()
-    } else {
-        format!("wrote {}", report.output.path)
+    let wrote = match (&report.auto, report.output.path.as_str()) {
+        (Some(_), "") => "wrote the models that no other beats".to_owned(),
+        (None, "") => "wrote nothing (--dry-run)".to_owned(),
+        (_, path) => format!("wrote {path}"),
     };
     out.push_str(&format!("{wrote} · {:.2} s · {} peak\n", report.seconds, mib(report.peak_rss_bytes)));
     out
+}
+
+/// Every run of `--auto`; those that no other beats carry a star, and the result an arrow.
+fn tried(auto: &AutoReport) -> String {
+    let figure = |x: Option<f64>| right(x.map_or_else(|| "–".to_owned(), |x| format!("{x:.3}")));
+    let mut points = table();
+    let head =
+        [Cell::new(""), Cell::new("recipe"), right("asked"), right(&auto.measure), right("drop"), right("seconds")];
+    points.set_header(head.to_vec());
+    for point in &auto.points {
+        let mark = match (point.chosen, point.front) {
+            (true, _) => "→",
+            (false, true) => "*",
+            (false, false) => "",
+        };
+        let lost = point.drop.map_or_else(|| "–".to_owned(), |drop| format!("{drop:.4}"));
+        points.add_row(vec![
+            Cell::new(mark),
+            Cell::new(&point.recipe),
+            figure(point.share),
+            figure(point.ratio),
+            right(lost),
+            right(format!("{:.0}", point.seconds)),
+        ]);
+    }
+    points.to_string()
 }
 
 /// Which samples were chosen, all of them if they fit on a few lines.

@@ -71,7 +71,7 @@ fn choices(graph: &Graph, weight: &Weight, layer: &Layer, target: Target) -> Res
             parameters: base.parameters + numbers,
             flops_per_row: base.flops_per_row + 2 * numbers,
         };
-        Choice { name: format!("{} + rank {rank}", coded.name()), spent, errors, measured: None }
+        Choice { name: format!("{} + rank {rank}", coded.name()), spent, errors, measured: None, fitted: None }
     };
     Ok(ranks.map(choice).filter(|c| c.spent.bytes < 4 * (k * n) as u64).collect())
 }

@@ -258,7 +258,13 @@ fn site(
         };
         let mut offer = |form: Form| {
             let errors = errors(graph, weight, inputs, &rounded, form);
-            choices.push(Choice { name: form.name().to_owned(), spent: spent(weight, form), errors, measured: None });
+            choices.push(Choice {
+                name: form.name().to_owned(),
+                spent: spent(weight, form),
+                errors,
+                measured: None,
+                fitted: None,
+            });
         };
         offer(Form::Stored(dtype));
         if products && dtype == DataType::Float16 {

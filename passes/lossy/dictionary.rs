@@ -226,7 +226,7 @@ fn choices(layer: &Layer, rivals: &[Choice], bytes: bool, choosing: Choosing) ->
             1 => vec![lost.sqrt()],
             _ => layer.errors((&layer.matrix - product(dictionary.as_ref(), coefficients.as_ref())).as_ref()),
         };
-        choices.push(Choice { name: form.name(), spent, errors, measured: None });
+        choices.push(Choice { name: form.name(), spent, errors, measured: None, fitted: None });
     }
     if choices.is_empty() && passed_over {
         Err("other options take half the bytes and lose half as much")

@@ -177,7 +177,7 @@ fn picking(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order) -> Result
         };
         if spent.bytes < 4 * elements && spent.flops_per_row < 2 * elements {
             let errors = picked(graph, weight, seen, order, drop)?.errors;
-            choices.push(Choice { name: named(drop, units), spent, errors, measured: None });
+            choices.push(Choice { name: named(drop, units), spent, errors, measured: None, fitted: None });
         }
     }
     if choices.is_empty() {

@@ -130,6 +130,7 @@ fn choices(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Choice>, &'
             spent: factors::spent(k, n, r, uses),
             errors: vec![tails[r].sqrt()],
             measured: None,
+            fitted: None,
         };
         return Ok(ranks.iter().map(choice).collect());
     }
@@ -141,6 +142,7 @@ fn choices(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Choice>, &'
             spent: factors::spent(k, n, r, uses),
             errors: layer.errors(off.as_ref()),
             measured: None,
+            fitted: None,
         }
     };
     Ok(ranks.iter().map(choice).collect())

@@ -129,6 +129,7 @@ impl Team<'_> {
             spent: spent(rank),
             errors: tails.iter().map(|own| own[rank].max(0.0).sqrt()).collect(),
             measured: None,
+            fitted: None,
         };
         let ranks = factorize::ranks(k, n).into_iter().filter(|&r| r < found.len());
         let single: Vec<Site> = self.members.iter().map(|m| m.weight.site(graph, Vec::new())).collect();

@@ -78,6 +78,7 @@ impl Weight {
             kept: Spent { bytes: elements * 4, parameters: elements, flops_per_row: 2 * elements },
             choices,
             forced: false,
+            apart: true,
         }
     }
 }

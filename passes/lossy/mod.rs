@@ -17,7 +17,9 @@ mod prune_units;
 mod quantize;
 mod quantize_dynamic;
 mod reduce_tokens;
+mod select_visual_tokens;
 mod spectrum;
+mod substitute;
 
 pub use compensate::Compensate;
 pub use convert_floats::ConvertFloats;
@@ -32,14 +34,19 @@ pub use prune_units::PruneUnits;
 pub use quantize::Quantize;
 pub use quantize_dynamic::QuantizeDynamic;
 pub use reduce_tokens::ReduceTokens;
+pub use select_visual_tokens::SelectVisualTokens;
+pub use substitute::Substitute;
 
 use crate::{Context, Error, Info, Outcome};
 use factors::Seen;
 use lathe_analysis::Rows;
-use lathe_ir::{Graph, Model, NodeId, ValueId};
+use lathe_ir::{Graph, Model, NodeId, Origin, ScopeId, ValueId};
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
 };
 
@@ -69,6 +76,42 @@ pub struct Choice {
     /// How far the outputs of the model are from where they were with this choice, where it was run; `errors` do not
     /// count then.
     pub measured: Option<f64>,
+    /// What it was fitted to be, where the model and its statistics do not say it again.
+    pub fitted: Option<Arc<Fitted>>,
+}
+
+/// What was fitted on the calibration set to stand between values, which are known by name: a choice can be carried out
+/// on a copy of a part of the model too.
+#[derive(Debug)]
+pub struct Fitted {
+    /// The values that are read, as the inputs of the piece.
+    pub reads: Vec<String>,
+    /// The value that is made anew: the output of the piece, a constant of it if it reads nothing.
+    pub gives: String,
+    /// Nodes and numbers.
+    pub piece: Graph,
+}
+
+impl PartialEq for Fitted {
+    /// Whether both are one: equal ones are never fitted twice.
+    fn eq(&self, other: &Fitted) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
+impl Fitted {
+    /// Puts the piece in its place; what only the old value needed goes. An error says why it does not fit.
+    fn splice(&self, graph: &mut Graph) -> Result<(), &'static str> {
+        let reads: Vec<Option<ValueId>> = self.reads.iter().map(|name| graph.find_value(name)).collect();
+        let gives = graph.find_value(&self.gives).filter(|_| reads.iter().all(Option::is_some));
+        let gives = gives.ok_or("a value that it stands between is gone")?;
+        let fragment = self.piece.fragment(ScopeId::MAIN);
+        let pasted = graph.paste(&fragment, ScopeId::MAIN, &reads, &BTreeMap::new(), &self.gives);
+        let made = pasted.outputs.first().copied().flatten().expect("a piece has an output");
+        take_over(graph, gives, made);
+        drop_unused(graph, gives);
+        graph.sort().map_err(|_| "nodes need one another")
+    }
 }
 
 /// A place where a method could act.
@@ -93,6 +136,9 @@ pub struct Site {
     pub choices: Vec<Choice>,
     /// Whether settings ask for one of the choices, so that the site cannot stay as it is.
     pub forced: bool,
+    /// Whether choices can be carried out on a copy of the nodes alone, so that each is timed; if not, it takes its share
+    /// of the operations.
+    pub apart: bool,
 }
 
 /// What a method could do with a model.
@@ -120,6 +166,16 @@ pub trait Method: Sync {
     /// Values whose magnitudes it wants, as far as second moments tell; they are collected before it proposes.
     fn magnitudes(&self, _model: &Model, _cx: &Context) -> Result<Vec<Rows>, Error> {
         Ok(Vec::new())
+    }
+
+    /// Values whose errors it tells beside those of the outputs of layers with weights.
+    fn watched(&self, _model: &Model, _cx: &Context) -> Result<Vec<Rows>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// Whether a choice that is timed is worth nothing unless it is faster than what is there.
+    fn must_be_faster(&self) -> bool {
+        false
     }
 
     /// Whether settings ask for it where no budget is given.
@@ -158,7 +214,9 @@ pub const METHODS: &[&dyn Method] = &[
     &PruneChannels,
     &DropInputs,
     &PruneUnits,
+    &Substitute,
     &ReduceTokens,
+    &SelectVisualTokens,
 ];
 
 /// Layers whose second moments are in memory at a time.
@@ -201,6 +259,25 @@ fn take_over(graph: &mut Graph, old: ValueId, new: ValueId) {
         let spare = graph.fresh_name(&name);
         graph.rename(old, spare);
         graph.rename(new, name);
+    }
+}
+
+/// Removes what makes a value that nothing uses, and what only that needed.
+fn drop_unused(graph: &mut Graph, value: ValueId) {
+    let mut open = vec![value];
+    while let Some(value) = open.pop() {
+        match graph.value(value).origin() {
+            _ if !graph.value(value).uses().is_empty() => {}
+            Origin::Node(id, _) => {
+                let node = graph.node(id);
+                if node.outputs().iter().flatten().all(|&v| graph.value(v).uses().is_empty()) {
+                    open.extend(node.inputs().iter().flatten());
+                    graph.remove_node(id);
+                }
+            }
+            Origin::Initializer(_) => graph.remove_initializer(value),
+            Origin::Input(_) | Origin::None => {}
+        }
     }
 }
 

@@ -108,7 +108,7 @@ impl<'a> Run<'a> {
                 }
                 errors.push(if fewer { chosen.error(count * step.window) } else { 0.0 });
             }
-            Choice { name: self.name(&counts), spent, errors, measured: None }
+            Choice { name: self.name(&counts), spent, errors, measured: None, fitted: None }
         };
         let all: Vec<usize> = self.steps.iter().map(|step| step.units).collect();
         let choices = self.combinations(&chosen).into_iter().map(choice).collect();

@@ -279,13 +279,13 @@ fn site(
         let bare = *least.get_or_insert(left);
         if wanted && loss.is_finite() && (loss < WORTH * best || choices.is_empty()) {
             let (name, errors) = (choice_name(patch), vec![1.0; gone.len()]);
-            choices.push(Choice { name, spent: left.beyond(&bare), errors, measured: Some(loss) });
+            choices.push(Choice { name, spent: left.beyond(&bare), errors, measured: Some(loss), fitted: None });
         }
     }
     let Some(bare) = least.filter(|_| !choices.is_empty()) else { return Ok(Err("its gap cannot be filled as asked")) };
     let names: Vec<&str> = units.iter().map(|u| u.name.as_str()).collect();
     let mut covers: BTreeSet<ValueId> = gone.iter().copied().collect();
-    covers.extend(own_constants(&model.graph, &nodes));
+    covers.extend(own_values(&model.graph, &nodes));
     Ok(Ok(Site {
         weight: None,
         covers: covers.into_iter().collect(),
@@ -295,14 +295,17 @@ fn site(
         kept: whole.beyond(&bare),
         choices,
         forced: false,
+        apart: false,
     }))
 }
 
-/// Constants that nothing but these nodes reads.
-fn own_constants(graph: &Graph, nodes: &BTreeSet<NodeId>) -> BTreeSet<ValueId> {
+/// What these nodes give, and constants that nothing else reads.
+pub(super) fn own_values(graph: &Graph, nodes: &BTreeSet<NodeId>) -> BTreeSet<ValueId> {
     let read = nodes.iter().flat_map(|&id| graph.node(id).inputs().iter().flatten().copied());
     let inside = |place: &lathe_ir::Use| matches!(place, lathe_ir::Use::Node(id, _) if nodes.contains(id));
-    read.filter(|&v| graph.constant(v).is_some() && graph.value(v).uses().iter().all(inside)).collect()
+    let constants = read.filter(|&v| graph.constant(v).is_some() && graph.value(v).uses().iter().all(inside));
+    let given = nodes.iter().flat_map(|&id| graph.node(id).outputs().iter().flatten().copied());
+    constants.chain(given).collect()
 }
 
 /// A stream as rows of features: channels where it is an image.

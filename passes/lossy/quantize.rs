@@ -229,7 +229,13 @@ fn site(graph: &Graph, weight: &Weight, seen: &[Importance], target: Target) -> 
             let total: f64 = lost.iter().zip(&tap.inputs).map(|(lost, x)| lost * x).sum();
             (total / tap.output).sqrt()
         };
-        choices.push(Choice { name: scheme.name(), spent, errors: seen.iter().map(error).collect(), measured: None });
+        choices.push(Choice {
+            name: scheme.name(),
+            spent,
+            errors: seen.iter().map(error).collect(),
+            measured: None,
+            fitted: None,
+        });
     }
     Ok(weight.site(graph, choices))
 }

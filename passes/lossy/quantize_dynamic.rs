@@ -108,7 +108,13 @@ fn choice(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Result<Choice, &'
         parameters: elements,
         flops_per_row: 2 * elements,
     };
-    Ok(Choice { name: NAME.to_owned(), spent, errors: inputs.iter().map(error).collect(), measured: None })
+    Ok(Choice {
+        name: NAME.to_owned(),
+        spent,
+        errors: inputs.iter().map(error).collect(),
+        measured: None,
+        fitted: None,
+    })
 }
 
 impl Method for QuantizeDynamic {

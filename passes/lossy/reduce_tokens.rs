@@ -1,6 +1,6 @@
 //! Fewer tokens from layer to layer: the most similar ones are merged.
 
-mod emit;
+pub(super) mod emit;
 mod place;
 mod schedule;
 #[cfg(test)]
@@ -296,10 +296,10 @@ fn site(model: &Model, chain: &Chain, asked: &Asked, calibration: &dyn Calibrate
             flops_per_row: kept.flops_per_row.saturating_sub(saved),
         };
         let name = choice_name(chain.tokens.count, &counts, form);
-        choices.push(Choice { name, spent, errors: Vec::new(), measured: Some(lost) });
+        choices.push(Choice { name, spent, errors: Vec::new(), measured: Some(lost), fitted: None });
     }
     let taps = chain.ends(&model.graph);
-    let site = Site { weight: None, covers, nodes, name: called, taps, kept, choices, forced: false };
+    let site = Site { weight: None, covers, nodes, name: called, taps, kept, choices, forced: false, apart: false };
     Ok((!site.choices.is_empty()).then_some(site))
 }
 

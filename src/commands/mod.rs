@@ -38,6 +38,20 @@ pub(crate) fn read(path: &Path) -> Result<Loaded, Failure> {
     anyhow::Context::with_context(Model::read(path), context).map_err(Failure::Error)
 }
 
+/// A time such as `90s`, `10m` or `2h`; seconds without a unit.
+pub(crate) fn time(text: &str) -> Result<Duration, Failure> {
+    let wrong = || Failure::Usage(format!("`{text}` is no time, expected a number with s, m, h or none"));
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..end].parse().map_err(|_| wrong())?;
+    let unit = match text[end..].trim() {
+        "" | "s" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(wrong()),
+    };
+    Duration::try_from_secs_f64(number * unit).map_err(|_| wrong())
+}
+
 /// A size such as `512MB`, `1.5GiB` or `1024`, in bytes. Units count in powers of 1024, as memory does.
 pub(crate) fn size(text: &str) -> Result<u64, Failure> {
     let wrong = || Failure::Usage(format!("`{text}` is no size, expected a number with KB, MB, GB or none"));

@@ -1,8 +1,8 @@
 //! The main job from the command line.
 
-use super::{input_spec, load_options, size};
+use super::{input_spec, load_options, size, time};
 use crate::{
-    Budget, Failure, Options, Report, Selection,
+    AutoOptions, Budget, Failure, Options, Report, Selection,
     cli::{ExternalArg, OptimizeArgs, TargetArg, print, say},
     progress::Meter,
     recipe, summary,
@@ -15,6 +15,9 @@ use std::{collections::BTreeMap, ffi::OsString, path::Path, time::Duration};
 
 /// Time that `--bench` spends on runs.
 const TIMING_SECONDS: f64 = 10.0;
+
+/// Time that `--auto` takes unless told.
+const AUTO_TIME: &str = "10m";
 
 /// The kinds of report there are.
 #[derive(Clone, Copy)]
@@ -42,10 +45,26 @@ pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failu
     if let Some(path) = &args.save_recipe {
         recipe::save(args, path)?;
     }
-    let meter = Meter::new("optimizing", args.talk.quiet);
-    options.progress = meter.listener();
-    let done = crate::optimize(&options)?;
-    drop(meter);
+    let done = match args.auto {
+        true => {
+            let options = AutoOptions {
+                job: options,
+                time: time(args.time.as_deref().unwrap_or(AUTO_TIME))?,
+                pareto: args.pareto.clone(),
+            };
+            let mut tell = |line: &str| {
+                if !args.talk.quiet {
+                    say(line);
+                }
+            };
+            crate::auto(&options, &mut tell)?
+        }
+        false => {
+            let meter = Meter::new("optimizing", args.talk.quiet);
+            options.progress = meter.listener();
+            crate::optimize(&options)?
+        }
+    };
     for warning in &done.report.warnings {
         say(&format!("warning: {warning}"));
     }
@@ -73,7 +92,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         Failure::Usage("no model is given; `optimize MODEL -o OUT` is the main job, --help shows the rest".to_owned())
     })?;
     let output = args.output.clone().or_else(|| args.second.clone());
-    if output.is_none() && !args.dry_run {
+    if output.is_none() && !args.dry_run && args.pareto.is_none() {
         return Err(Failure::Usage("no output is given; -o OUT says where the result goes".to_owned()));
     }
     let mut settings = BTreeMap::new();
@@ -90,8 +109,12 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
     let inputs = input_spec(&args.run)?;
     let sets = args.sets.sets()?;
     // Time is measured at given shapes, whatever the set's are.
-    let timed =
-        args.latency.is_some() || (args.max_drop.is_some() && args.size.or(args.params).or(args.flops).is_none());
+    let shares = args.size.or(args.params).or(args.flops);
+    let timed = args.latency.is_some() || args.auto || (args.max_drop.is_some() && shares.is_none());
+    if args.minimize.is_some() && args.max_drop.is_none() && !args.auto {
+        let message = "--minimize says what becomes as little as --max-drop allows, and none is given";
+        return Err(Failure::Usage(message.to_owned()));
+    }
     if !timed {
         sets.instead_of(&inputs)?;
     }

@@ -39,6 +39,30 @@ pub(super) struct Seen<'a> {
 }
 
 impl Seen<'_> {
+    /// Second moments between values of a variant of the model, over a part of the calibration set.
+    fn cross_on(&self, set: &SetSpec, model: &Model, pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
+        let request = |(x, y): &(Rows, Rows)| Request::Cross(x.clone(), y.clone());
+        let requests: Vec<Request> = pairs.iter().map(request).collect();
+        let found = self.runner.collect(model, set, &requests, &self.collect).map_err(failed)?;
+        let cross = |request: &Request| -> Result<Cross, StatisticsError> {
+            let rows = found.counts(request)?.rows;
+            let mean = |name: &str| -> Result<Vec<f64>, StatisticsError> {
+                let mut field = found.field(request, name)?.data;
+                field.iter_mut().for_each(|x| *x /= rows.max(1) as f64);
+                Ok(field)
+            };
+            Ok(Cross {
+                matrix: mean("cross")?,
+                x_mean: mean("x_sum")?,
+                y_mean: mean("y_sum")?,
+                x_square: mean("x_square_sum")?,
+                y_square: mean("y_square_sum")?,
+                rows,
+            })
+        };
+        requests.iter().map(cross).collect::<Result<_, _>>().map_err(failed)
+    }
+
     /// What these weights read and give in a variant of the model, with everything else as it was.
     pub fn again(&self, variant: &Model, weights: &[&Weight]) -> Result<Self, StatisticsError> {
         let (mut columns, mut grams) = (BTreeSet::new(), BTreeSet::new());
@@ -169,26 +193,11 @@ impl Calibrate for Seen<'_> {
     }
 
     fn cross(&self, model: &Model, pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
-        let request = |(x, y): &(Rows, Rows)| Request::Cross(x.clone(), y.clone());
-        let requests: Vec<Request> = pairs.iter().map(request).collect();
-        let found = self.runner.collect(model, &self.split.fits, &requests, &self.collect).map_err(failed)?;
-        let cross = |request: &Request| -> Result<Cross, StatisticsError> {
-            let rows = found.counts(request)?.rows;
-            let mean = |name: &str| -> Result<Vec<f64>, StatisticsError> {
-                let mut field = found.field(request, name)?.data;
-                field.iter_mut().for_each(|x| *x /= rows.max(1) as f64);
-                Ok(field)
-            };
-            Ok(Cross {
-                matrix: mean("cross")?,
-                x_mean: mean("x_sum")?,
-                y_mean: mean("y_sum")?,
-                x_square: mean("x_square_sum")?,
-                y_square: mean("y_square_sum")?,
-                rows,
-            })
-        };
-        requests.iter().map(cross).collect::<Result<_, _>>().map_err(failed)
+        self.cross_on(&self.split.fits, model, pairs)
+    }
+
+    fn held_out(&self, model: &Model, pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
+        self.cross_on(&self.split.trials, model, pairs)
     }
 
     fn trial_flops(&self) -> f64 {

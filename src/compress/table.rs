@@ -139,7 +139,7 @@ impl Nesting {
 
 /// Whether two places share a part and neither lies in the other, so that what both take cannot be told.
 pub(super) fn overlap(one: &[ValueId], other: &[ValueId]) -> bool {
-    let shared = one.iter().filter(|value| other.contains(value)).count();
+    let shared = one.iter().filter(|value| other.binary_search(value).is_ok()).count();
     shared > 0 && shared < one.len().min(other.len())
 }
 
@@ -435,6 +435,7 @@ mod tests {
                     kept: Spent { bytes: 10 * covers.len() as u64, parameters: 0, flops_per_row: 0 },
                     choices: Vec::new(),
                     forced: false,
+                    apart: true,
                 },
                 sensitivity: Vec::new(),
                 rows: 1,

@@ -1,7 +1,7 @@
 //! How long options take: each one's own small graph, timed on the provider at the shapes of a run.
 
 use super::{Compressor, seen::sizes, table::Place};
-use crate::Failure;
+use crate::{Failure, PassRecord};
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Facts};
 use lathe_ir::{DataType, Dim, External, Graph, Model, Node, ScopeId, Tensor, Type, ValueId, WriteOptions};
@@ -35,29 +35,25 @@ impl Compressor<'_> {
             }
             place.latency = known[&key].clone();
         }
-        // Times of a place of several constants are told in those of its parts, so that both add up alike.
-        let own: BTreeMap<ValueId, Option<u64>> = places
+        // Times of a place of several values are told in those of its parts, so that both add up alike.
+        let own: BTreeMap<ValueId, u64> = places
             .iter()
-            .filter_map(|p| Some((p.site().weight.filter(|_| p.site().covers.len() == 1)?, p)))
-            .map(|(weight, p)| (weight, p.latency.first().copied().flatten()))
+            .filter(|p| p.site().covers.len() == 1)
+            .filter_map(|p| Some((p.site().covers[0], p.latency.first().copied().flatten()?)))
             .collect();
-        for place in places.iter_mut().filter(|p| p.site().weight.is_none()) {
-            // It takes what its parts take at least.
-            let parts: u64 = place.site().covers.iter().filter_map(|value| own.get(value).copied().flatten()).sum();
-            if let Some(whole) = place.latency.first_mut() {
-                *whole = whole.map(|ns| ns.max(parts));
+        for place in places.iter_mut().filter(|p| p.site().covers.len() > 1) {
+            let known: Vec<u64> = place.site().covers.iter().filter_map(|value| own.get(value).copied()).collect();
+            let parts: u64 = known.iter().sum();
+            let Some(whole) = place.latency.first().copied().flatten() else { continue };
+            if !place.site().apart {
+                // It takes what its parts take at least.
+                place.latency[0] = Some(whole.max(parts));
+                continue;
             }
-        }
-        for place in places.iter_mut().filter(|p| p.site().weight.is_some() && p.site().covers.len() > 1) {
-            let parts: Option<u64> = place.site().covers.iter().map(|value| own.get(value).copied().flatten()).sum();
-            let whole = place.latency.first().copied().flatten();
-            place.latency = match (parts, whole) {
-                (Some(parts), Some(whole)) => {
-                    let scaled = |ns: &Option<u64>| ns.map(|ns| (ns as f64 * parts as f64 / whole as f64) as u64);
-                    place.latency.iter().map(scaled).collect()
-                }
-                _ => Vec::new(),
-            };
+            let all = known.len() == place.site().covers.len();
+            let factor = parts as f64 / whole as f64;
+            let factor = if all { factor } else { factor.max(1.0) };
+            place.latency.iter_mut().flatten().for_each(|ns| *ns = (*ns as f64 * factor) as u64);
         }
         if untimed > 0 {
             warnings.push(format!("{untimed} places stay as they are: what is there cannot be timed by itself"));
@@ -100,8 +96,7 @@ impl Compressor<'_> {
         };
         save(0, &fragment.model)?;
         // What is left of several units is timed by its share of the operations.
-        let as_one = place.site().weight.is_some();
-        for (index, (offer, own)) in place.choices().enumerate().filter(|_| as_one) {
+        for (index, (offer, own)) in place.choices().enumerate().filter(|(_, (offer, _))| offer.site.apart) {
             let mut changed = fragment.model.clone();
             let weight = changed.graph.find_value(&offer.site.name);
             let site = Site { weight, ..offer.site.clone() };
@@ -119,14 +114,51 @@ impl Compressor<'_> {
         for (&index, ms) in of.iter().zip(medians) {
             latency[index] = Some((ms * 1e6).round().max(1.0) as u64);
         }
-        if let (false, Some(whole)) = (as_one, latency[0]) {
-            for (index, (offer, own)) in place.choices().enumerate() {
+        if let Some(whole) = latency[0] {
+            for (index, (offer, own)) in place.choices().enumerate().filter(|(_, (offer, _))| !offer.site.apart) {
                 let (left, kept) = (offer.site.choices[own].spent.flops_per_row, offer.site.kept.flops_per_row);
                 latency[index + 1] = Some((whole as f64 * left as f64 / kept.max(1) as f64) as u64);
             }
         }
         Ok(latency)
     }
+}
+
+/// Part of the time of what is there that a choice of a method that must be faster may take at most.
+const FASTER: f64 = 0.95;
+
+/// Drops the choices of methods that must be faster and are not, and says so.
+pub(super) fn decline_slower(places: &mut [Place], records: &mut BTreeMap<&'static str, PassRecord>) {
+    for place in places {
+        let times = std::mem::take(&mut place.latency);
+        let whole = times.first().copied().flatten();
+        let mut kept: Vec<Option<u64>> = times.first().copied().into_iter().collect();
+        let mut rest = times.into_iter().skip(1);
+        for offer in &mut place.offers {
+            let own: Vec<Option<u64>> = offer.site.choices.iter().map(|_| rest.next().flatten()).collect();
+            let faster =
+                |ns: &Option<u64>| whole.zip(*ns).is_some_and(|(whole, ns)| ns as f64 <= FASTER * whole as f64);
+            let stays: Vec<bool> = own.iter().map(|ns| !offer.method.must_be_faster() || faster(ns)).collect();
+            if !stays.is_empty() && !stays.contains(&true) {
+                let reason = match whole {
+                    Some(_) => "as measured, nothing it could do is faster than what is there",
+                    None => "what is there cannot be timed by itself",
+                };
+                let record = records.get_mut(offer.method.info().name).expect("a method that proposes has a record");
+                record.outcome.refuse(reason, format!("`{}`", offer.site.name));
+            }
+            let chosen = |at: usize| stays[at];
+            kept.extend(own.iter().enumerate().filter(|(at, _)| chosen(*at)).map(|(_, ns)| *ns));
+            offer.site.choices = retained(&mut offer.site.choices, chosen);
+            offer.rows_left = retained(&mut offer.rows_left, chosen);
+        }
+        place.latency = if kept.len() == 1 + place.choices().count() { kept } else { Vec::new() };
+    }
+}
+
+/// The items whose index is chosen.
+fn retained<T>(items: &mut Vec<T>, chosen: impl Fn(usize) -> bool) -> Vec<T> {
+    std::mem::take(items).into_iter().enumerate().filter(|(at, _)| chosen(*at)).map(|(_, item)| item).collect()
 }
 
 /// The nodes of a site and nothing else.
@@ -230,5 +262,79 @@ impl Fragment {
         }
         let fragment = Model { graph, functions: Vec::new(), training: Vec::new(), ..model.clone() };
         Some(Fragment { model: fragment, key })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::table::Offer, *};
+    use lathe_passes::{
+        Kind, Outcome,
+        lossy::{Choice, METHODS, Method, Spent},
+    };
+    use std::time::Duration;
+
+    fn method(name: &str) -> &'static dyn Method {
+        METHODS.iter().copied().find(|m| m.info().name == name).unwrap()
+    }
+
+    fn offer(name: &'static str, choices: &[&str]) -> Offer {
+        let spent = Spent::default();
+        let choice =
+            |name: &&str| Choice { name: (*name).to_owned(), spent, errors: vec![], measured: None, fitted: None };
+        let site = Site {
+            weight: None,
+            covers: Vec::new(),
+            nodes: Vec::new(),
+            name: "place".to_owned(),
+            taps: Vec::new(),
+            kept: spent,
+            choices: choices.iter().map(choice).collect(),
+            forced: false,
+            apart: true,
+        };
+        Offer { method: method(name), site, sensitivity: vec![], rows: 1, rows_left: vec![None; choices.len()] }
+    }
+
+    #[test]
+    fn what_must_be_faster_and_is_not_is_declined_and_the_rest_keeps_its_time() {
+        let place = |times: &[u64], substitutes: &[&str]| Place {
+            offers: vec![offer("quantize", &["int8", "int4"]), offer("substitute", substitutes)],
+            latency: times.iter().map(|&ns| Some(ns)).collect(),
+        };
+        let mut places = [
+            place(&[100, 120, 90, 97, 60], &["max pool", "identity"]),
+            place(&[100, 120, 90, 130], &["max pool"]),
+            Place { latency: Vec::new(), ..place(&[], &["max pool"]) },
+        ];
+        let record = PassRecord {
+            name: "substitute",
+            kind: Kind::Lossy,
+            outcome: Outcome::default(),
+            time: Duration::ZERO,
+            nodes_delta: 0,
+            weight_bytes_delta: 0,
+            flops_delta: 0,
+            error: None,
+            dropped: None,
+        };
+        let mut records = BTreeMap::from([("substitute", record)]);
+        decline_slower(&mut places, &mut records);
+        let names = |place: &Place| -> Vec<String> {
+            place.choices().map(|(offer, own)| offer.site.choices[own].name.clone()).collect()
+        };
+        assert_eq!(names(&places[0]), ["int8", "int4", "identity"]);
+        assert_eq!(places[0].latency, [100, 120, 90, 60].map(Some));
+        assert_eq!((names(&places[1]).len(), places[1].latency.len()), (2, 3));
+        assert_eq!((names(&places[2]).len(), places[2].latency.len()), (2, 0));
+        assert_eq!(places[0].offers[1].rows_left.len(), 1);
+        let refusals: Vec<&String> = records["substitute"].outcome.refusals.keys().collect();
+        assert_eq!(
+            refusals,
+            [
+                "as measured, nothing it could do is faster than what is there",
+                "what is there cannot be timed by itself"
+            ]
+        );
     }
 }

@@ -41,6 +41,7 @@ fn report() -> Report {
         output: Side { flops: 1_000_000, file_bytes: 1 << 20, opset: 17, ..side(345) },
         passes: vec![line("fold-batch-norm", 5, Some(3e-7)), line("drop-casts", 0, None)],
         plan: None,
+        auto: None,
         verify: Some(Verify {
             set: "random".to_owned(),
             samples: 2,

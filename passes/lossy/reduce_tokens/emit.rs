@@ -12,22 +12,27 @@ use std::collections::BTreeMap;
 const NEVER: f32 = -1e4;
 
 /// The end of every slice that has none.
-const END: usize = i64::MAX as usize;
+pub(in crate::lossy) const END: usize = i64::MAX as usize;
 
 /// Nodes and constants that are added at one place.
-struct Writer<'a> {
-    graph: &'a mut Graph,
+pub(in crate::lossy) struct Writer<'a> {
+    pub graph: &'a mut Graph,
     name: String,
     ints: BTreeMap<Vec<i64>, ValueId>,
 }
 
-impl Writer<'_> {
-    fn node(&mut self, node: Node, inputs: &[ValueId]) -> ValueId {
+impl<'a> Writer<'a> {
+    /// Names of what is written begin with this one.
+    pub fn new(graph: &'a mut Graph, name: String) -> Writer<'a> {
+        Writer { graph, name, ints: BTreeMap::new() }
+    }
+
+    pub fn node(&mut self, node: Node, inputs: &[ValueId]) -> ValueId {
         let name = format!("{}_{}", self.name, node.op_type);
         self.graph.append(ScopeId::MAIN, node, inputs, &name)
     }
 
-    fn pair(&mut self, node: Node, inputs: &[ValueId]) -> (ValueId, ValueId) {
+    pub fn pair(&mut self, node: Node, inputs: &[ValueId]) -> (ValueId, ValueId) {
         let mut output = || {
             let name = self.graph.fresh_name(&format!("{}_{}", self.name, node.op_type));
             self.graph.add_value(name, None)
@@ -38,12 +43,12 @@ impl Writer<'_> {
         (first, second)
     }
 
-    fn constant(&mut self, tensor: Tensor) -> ValueId {
+    pub fn constant(&mut self, tensor: Tensor) -> ValueId {
         let name = self.graph.fresh_name(&format!("{}_constant", self.name));
         self.graph.add_initializer(ScopeId::MAIN, &name, tensor)
     }
 
-    fn ints(&mut self, numbers: &[i64]) -> ValueId {
+    pub fn ints(&mut self, numbers: &[i64]) -> ValueId {
         if let Some(&known) = self.ints.get(numbers) {
             return known;
         }
@@ -53,28 +58,28 @@ impl Writer<'_> {
     }
 
     /// `x[:, start::step]` up to `end`.
-    fn slice(&mut self, x: ValueId, start: usize, end: usize, step: i64) -> ValueId {
+    pub fn slice(&mut self, x: ValueId, start: usize, end: usize, step: i64) -> ValueId {
         let bounds = [start as i64, end as i64, 1, step].map(|n| self.ints(&[n]));
         self.node(Node::new("Slice"), &[x, bounds[0], bounds[1], bounds[2], bounds[3]])
     }
 
-    fn reshape(&mut self, x: ValueId, sizes: &[i64]) -> ValueId {
+    pub fn reshape(&mut self, x: ValueId, sizes: &[i64]) -> ValueId {
         let sizes = self.ints(sizes);
         self.node(Node::new("Reshape"), &[x, sizes])
     }
 
-    fn unsqueeze(&mut self, x: ValueId) -> ValueId {
+    pub fn unsqueeze(&mut self, x: ValueId) -> ValueId {
         let axis = self.ints(&[-1]);
         self.node(Node::new("Unsqueeze"), &[x, axis])
     }
 
     /// Rows of `x`, `[batch, tokens, …]`, at `index`, `[batch, k]`.
-    fn rows(&mut self, x: ValueId, index: ValueId) -> ValueId {
+    pub fn rows(&mut self, x: ValueId, index: ValueId) -> ValueId {
         let index = self.unsqueeze(index);
         self.node(Node::new("GatherND").with("batch_dims", 1), &[x, index])
     }
 
-    fn join(&mut self, parts: &[ValueId], axis: i64) -> ValueId {
+    pub fn join(&mut self, parts: &[ValueId], axis: i64) -> ValueId {
         match parts {
             [one] => *one,
             _ => self.node(Node::new("Concat").with("axis", axis), parts),
@@ -97,18 +102,18 @@ pub(super) enum Form {
 }
 
 /// What one reduction leaves.
-struct Merged {
+pub(in crate::lossy) struct Merged {
     /// How many tokens.
-    count: usize,
+    pub count: usize,
     /// For how many tokens each one stands, `[batch, tokens, 1]`.
-    sizes: ValueId,
+    pub sizes: ValueId,
     /// Where every token went; only if it is asked for.
-    origin: Option<Origin>,
+    pub origin: Option<Origin>,
 }
 
 /// Where tokens went.
 #[derive(Clone, Copy)]
-enum Origin {
+pub(in crate::lossy) enum Origin {
     /// The position of the one it is part of, `[batch, tokens before]`.
     Place(ValueId),
     /// How much of it every one has, `[batch, tokens, tokens before]`.
@@ -253,7 +258,7 @@ fn reduce(graph: &mut Graph, chain: &Chain, cut: &Cut, r: usize, before: Option<
     let uses: Vec<Use> = graph.value(cut.stream).uses().iter().copied().collect();
     let name = format!("{}_merged", graph.value(cut.stream).name);
     let count = before.map_or(chain.tokens.count, |merged| merged.count);
-    let w = &mut Writer { graph, name, ints: BTreeMap::new() };
+    let w = &mut Writer::new(graph, name);
     let keys = mean_keys(w, cut);
     let keys = w.node(Node::new("LpNormalization").with("axis", -1).with("p", 2), &[keys]);
     // Features times size, and the size behind them.
@@ -454,7 +459,7 @@ impl Moved {
 }
 
 /// Writes the number of tokens into the target of a Reshape.
-fn resize(graph: &mut Graph, id: NodeId, axes: &[usize], count: usize) {
+pub(in crate::lossy) fn resize(graph: &mut Graph, id: NodeId, axes: &[usize], count: usize) {
     let target = graph.node(id).input(1).expect("a Reshape has a target");
     let mut sizes = graph.constant(target).and_then(Tensor::to_i64s).expect("targets of tokens were checked");
     for &axis in axes {
@@ -471,17 +476,17 @@ fn resize(graph: &mut Graph, id: NodeId, axes: &[usize], count: usize) {
 }
 
 /// The logarithm of what tokens stand for, `[batch, 1, 1, tokens]`.
-fn logarithm(graph: &mut Graph, merged: &Merged) -> ValueId {
+pub(in crate::lossy) fn logarithm(graph: &mut Graph, merged: &Merged) -> ValueId {
     let name = graph.value(merged.sizes).name.clone();
-    let w = &mut Writer { graph, name, ints: BTreeMap::new() };
+    let w = &mut Writer::new(graph, name);
     let logarithm = w.node(Node::new("Log"), &[merged.sizes]);
     w.reshape(logarithm, &[0, 1, 1, -1])
 }
 
 /// Lets every token count in an attention as often as it stands for.
-fn weigh_attention(graph: &mut Graph, id: NodeId, bias: ValueId, count: usize) {
+pub(in crate::lossy) fn weigh_attention(graph: &mut Graph, id: NodeId, bias: ValueId, count: usize) {
     let name = graph.value(bias).name.clone();
-    let w = &mut Writer { graph, name, ints: BTreeMap::new() };
+    let w = &mut Writer::new(graph, name);
     let node = w.graph.node(id);
     if node.is("Softmax") {
         let scores = node.input(0).expect("a softmax reads something");
@@ -497,10 +502,10 @@ fn weigh_attention(graph: &mut Graph, id: NodeId, bias: ValueId, count: usize) {
 }
 
 /// Weighs an average over tokens by what they stand for.
-fn weigh_average(graph: &mut Graph, id: NodeId, merged: &Merged, skipped: usize, original: usize) {
+pub(in crate::lossy) fn weigh_average(graph: &mut Graph, id: NodeId, merged: &Merged, skipped: usize, original: usize) {
     let read = graph.node(id).input(0).expect("an average reads something");
     let name = graph.value(read).name.clone();
-    let w = &mut Writer { graph, name, ints: BTreeMap::new() };
+    let w = &mut Writer::new(graph, name);
     let sizes = if skipped > 0 { w.slice(merged.sizes, skipped, END, 1) } else { merged.sizes };
     let share = (merged.count - skipped) as f32 / (original - skipped) as f32;
     let share = w.constant(Tensor::from_f32s(&[], &[share]));
@@ -512,7 +517,7 @@ fn weigh_average(graph: &mut Graph, id: NodeId, merged: &Merged, skipped: usize,
 /// Gives a use a row for every token there was: that of the token it went into, or its mix of those.
 fn restore_all(graph: &mut Graph, place: Use, value: ValueId, merged: &[Merged]) {
     let name = format!("{}_restored", graph.value(value).name);
-    let w = &mut Writer { graph, name, ints: BTreeMap::new() };
+    let w = &mut Writer::new(graph, name);
     let mut all = value;
     for one in merged.iter().rev() {
         all = match one.origin.expect("origins are kept where something is restored") {

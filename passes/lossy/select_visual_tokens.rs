@@ -1,0 +1,281 @@
+//! Fewer visual tokens before a language model: those that the vision tower looks at, and those unlike them.
+
+mod emit;
+mod place;
+#[cfg(test)]
+mod tests;
+
+use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, allocate::Measure};
+use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
+use emit::{Form, Rest, emit};
+use lathe_analysis::{Bindings, Cost, Facts};
+use lathe_ir::{DataType, Model, NodeId, ScopeId, ValueId};
+use place::{Place, Span, place};
+use std::collections::BTreeSet;
+
+/// Selects visual tokens.
+pub struct SelectVisualTokens;
+
+static INFO: Info = Info {
+    name: "select-visual-tokens",
+    summary: "keep the visual tokens that matter between a vision tower and a language model",
+    doc: "Where settings tell which tokens of the stream before the first attention of a language model come from a vision \
+          tower, offers to keep a part of them: a few that the last attention of the tower looks at most, more by the same \
+          score, and the rest so that each is as unlike those before it as can be (EfficientVLA); or all of them one after \
+          another by how unlike they are times how much they are looked at (the selection of FlashVID). With several \
+          frames or images each keeps its own part. Those that go are left out, or counted by attentions and averages \
+          with the one they are most like. The loss of each choice is measured. Positions that are added before the first \
+          attention go with their tokens. Declines where the tokens are not told, where no attention over them can be \
+          read, and where anything later reads tokens by their position: rotary tables, masks with a number per token, \
+          outputs with a row per token.",
+    options: &[
+        Opt {
+            name: "span",
+            unit: "START:LENGTH or the name of a value",
+            default: "",
+            doc: "which tokens are visual: counted in the stream before the first attention, or the value that is joined \
+                  with others to make it; without it nothing is done",
+        },
+        Opt {
+            name: "keep",
+            unit: "auto or a number",
+            default: "auto",
+            doc: "how many stay; auto offers several numbers",
+        },
+        Opt {
+            name: "frames",
+            unit: "a number above 0",
+            default: "1",
+            doc: "parts of equal length that each keep their share",
+        },
+        Opt {
+            name: "key",
+            unit: "auto or a number",
+            default: "auto",
+            doc: "tokens that go by the score first, of every part",
+        },
+        Opt {
+            name: "task",
+            unit: "a share from 0 to 1",
+            default: "0.5",
+            doc: "of the others, those that go by the score too; what is left goes by how unlike they are",
+        },
+    ],
+    kind: Kind::Lossy,
+    lowers: &[Quantity::Flops],
+    source: Some("Yang et al. 2025, EfficientVLA, arXiv:2506.10100; Fan et al. 2026, FlashVID, arXiv:2602.08024"),
+};
+
+/// The oldest operator set with what is written.
+const OLDEST_OPSET: i64 = 18;
+
+/// Percent of the visual tokens that are offered to stay.
+const SHARES: [usize; 5] = [75, 50, 35, 25, 15];
+
+/// Tokens that go by their score first, at most.
+const MOST_KEYS: usize = 8;
+
+/// A number, or what seems good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Number(Option<usize>);
+
+impl std::str::FromStr for Number {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "auto" => Ok(Number(None)),
+            count => count.parse().ok().filter(|&n| n > 0).map(|n| Number(Some(n))).ok_or(()),
+        }
+    }
+}
+
+/// A share from 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Part(f64);
+
+impl std::str::FromStr for Part {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        text.parse().ok().filter(|x| (0.0..=1.0).contains(x)).map(Part).ok_or(())
+    }
+}
+
+/// What settings ask for.
+#[derive(Debug, Clone)]
+struct Asked {
+    span: Span,
+    keep: Option<usize>,
+    frames: usize,
+    key: Option<usize>,
+    task: f64,
+}
+
+impl Asked {
+    /// `None` where nobody says which tokens are visual.
+    fn of(cx: &Context) -> Result<Option<Asked>, Error> {
+        let Some(span) = cx.setting::<Span>(&INFO, "span").map(|span| Some(span).filter(|s| *s != Span::None))? else {
+            return Ok(None);
+        };
+        let (Number(keep), Number(key)) = (cx.setting(&INFO, "keep")?, cx.setting(&INFO, "key")?);
+        let Part(task) = cx.setting(&INFO, "task")?;
+        let frames = cx.setting::<std::num::NonZeroUsize>(&INFO, "frames")?.get();
+        Ok(Some(Asked { span, keep, frames, key, task }))
+    }
+
+    /// How `keep` tokens of every part are chosen.
+    fn counts(&self, form: Form, keep: usize) -> emit::Counts {
+        match form {
+            Form::Spread => emit::Counts { key: 1, task: 0, spread: keep - 1 },
+            Form::Score => {
+                let key = self.key.unwrap_or((keep / 4).clamp(1, MOST_KEYS)).min(keep);
+                let task = (self.task * (keep - key) as f64) as usize;
+                emit::Counts { key, task, spread: keep - key - task }
+            }
+        }
+    }
+}
+
+/// Whether a model reads numbers of pixels and ids of words, so that some of its tokens may be visual.
+fn looks_mixed(model: &Model) -> bool {
+    let types = || model.graph.main().inputs().iter().filter_map(|&v| model.graph.value(v).ty.as_ref());
+    let ids = types().any(|ty| matches!(ty.elem(), Some(DataType::Int64 | DataType::Int32)));
+    let pixels =
+        types().any(|ty| ty.elem().is_some_and(|t| t.is_float()) && ty.shape().is_some_and(|s| s.dims.len() > 3));
+    ids && pixels
+}
+
+impl Method for SelectVisualTokens {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn reads_activations(&self) -> bool {
+        false
+    }
+
+    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+        let mut proposal = Proposal::default();
+        let saves = |m: &Measure| matches!(m, Measure::Flops | Measure::Latency);
+        let Some(calibration) = cx.calibration.filter(|_| cx.measures.iter().any(saves)) else { return Ok(proposal) };
+        let Some(asked) = Asked::of(cx)? else {
+            if looks_mixed(model) {
+                let reason =
+                    "which tokens are visual is not told; --set select-visual-tokens.span=START:LENGTH tells it";
+                proposal.outcome.refuse(reason, "the model");
+            }
+            return Ok(proposal);
+        };
+        let found = match model.opset() {
+            OLDEST_OPSET.. => place(model, &asked.span, asked.frames),
+            _ => Err("operator set 18 or newer is needed"),
+        };
+        let place = match found {
+            Ok(place) => place,
+            Err(reason) => {
+                proposal.outcome.refuse(reason, "the visual tokens");
+                return Ok(proposal);
+            }
+        };
+        let flops = |model: &Model| Cost::of(model, &Facts::infer(model), &Bindings::default()).flops;
+        let (whole, nodes) = (flops(model), place.nodes(&model.graph));
+        let kept = kept(model, &nodes);
+        let mut choices: Vec<Choice> = Vec::new();
+        for keep in keeps(&asked, &place) {
+            for (form, rest) in [(Form::Score, Rest::Gone), (Form::Score, Rest::Counted), (Form::Spread, Rest::Counted)]
+            {
+                let mut changed = model.clone();
+                emit(&mut changed, &place, &asked.counts(form, keep), form, rest);
+                let loss = calibration.trials(&changed, &[Vec::new()])?.first().copied().unwrap_or(f64::INFINITY);
+                let saved = whole.saturating_sub(flops(&changed));
+                if !loss.is_finite() || saved == 0 {
+                    continue;
+                }
+                let count = |model: &Model| model.graph.nodes(ScopeId::MAIN).count() as u64;
+                let spent = Spent {
+                    bytes: kept.bytes + OVERHEAD * count(&changed).saturating_sub(count(model)),
+                    parameters: kept.parameters,
+                    flops_per_row: kept.flops_per_row.saturating_sub(saved),
+                };
+                let name = choice_name(&place, keep, form, rest);
+                choices.push(Choice { name, spent, errors: Vec::new(), measured: Some(loss), fitted: None });
+            }
+        }
+        if choices.is_empty() {
+            proposal.outcome.refuse("no selection of visual tokens saves anything", "the visual tokens");
+            return Ok(proposal);
+        }
+        proposal.sites.push(Site {
+            weight: None,
+            covers: place.covers(&model.graph, &nodes),
+            nodes,
+            name: name(model, &place),
+            taps: place.ends(&model.graph),
+            kept,
+            choices,
+            forced: false,
+            apart: false,
+        });
+        Ok(proposal)
+    }
+
+    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
+        let choice = &site.choices[choice].name;
+        let mut outcome = Outcome::default();
+        let asked = Asked::of(cx)?;
+        let found = asked.as_ref().ok_or("which tokens are visual is not told");
+        let found = found.and_then(|asked| Ok((asked, place(model, &asked.span, asked.frames)?)));
+        let all = [(Form::Score, Rest::Gone), (Form::Score, Rest::Counted), (Form::Spread, Rest::Counted)];
+        let done = found.and_then(|(asked, place)| {
+            let keeps = keeps(asked, &place);
+            let mut choices = keeps.iter().flat_map(|&keep| all.map(|(form, rest)| (keep, form, rest)));
+            let own = choices.find(|&(keep, form, rest)| choice_name(&place, keep, form, rest) == *choice);
+            let (keep, form, rest) = own.ok_or("the visual tokens are no longer what they were")?;
+            emit(model, &place, &asked.counts(form, keep), form, rest);
+            Ok(())
+        });
+        match done {
+            Ok(()) => outcome.change(choice.clone(), site.name.clone()),
+            Err(reason) => outcome.refuse(reason, site.name.clone()),
+        }
+        Ok(outcome)
+    }
+}
+
+fn name(model: &Model, place: &Place) -> String {
+    format!("visual tokens of `{}`", model.graph.value(place.stream).name)
+}
+
+/// What a choice is called: `64 of 256 visual tokens, others counted`.
+fn choice_name(place: &Place, keep: usize, form: Form, rest: Rest) -> String {
+    let (kept, all) = (keep * place.frames, place.length);
+    let spread = if form == Form::Spread { " spread out" } else { "" };
+    let others = if rest == Rest::Counted { ", others counted" } else { "" };
+    format!("{kept} of {all} visual tokens{spread}{others}")
+}
+
+/// How many tokens of every part may stay.
+fn keeps(asked: &Asked, place: &Place) -> Vec<usize> {
+    let part = place.length / place.frames;
+    let mut keeps: Vec<usize> = match asked.keep {
+        Some(keep) => vec![keep / place.frames],
+        None => SHARES.iter().map(|share| part * share / 100).collect(),
+    };
+    keeps.retain(|&keep| keep > 0 && keep < part);
+    keeps.dedup();
+    keeps
+}
+
+/// What nodes take with all tokens.
+fn kept(model: &Model, nodes: &[NodeId]) -> Spent {
+    let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
+    let read: BTreeSet<ValueId> =
+        nodes.iter().flat_map(|&id| model.graph.node(id).inputs()).flatten().copied().collect();
+    let tensors = || read.iter().filter_map(|&v| model.graph.constant(v));
+    Spent {
+        bytes: tensors().map(|t| t.byte_len() as u64).sum(),
+        parameters: tensors().filter(|t| t.dtype().is_float()).map(|t| t.len() as u64).sum(),
+        flops_per_row: nodes.iter().map(|id| cost.by_node[id.index()].flops).sum(),
+    }
+}
