@@ -33,6 +33,8 @@ pub(crate) struct Network {
     pub ahead: Vec<ValueId>,
     /// Inputs that depend on conditions only.
     pub hoisted: Vec<ValueId>,
+    /// What the denoiser calls them.
+    pub hoisted_names: Vec<String>,
     /// Computes `ahead` from the time.
     pub time_part: Model,
     /// Computes `hoisted` from the conditions.
@@ -76,6 +78,7 @@ impl Network {
         let masks = masks(&model.graph, latent, time);
         let ahead = if feed == TimeFeed::Batch { Vec::new() } else { boundary(&model.graph, &masks, TIME) };
         let hoisted = boundary(&model.graph, &masks, CONDITION);
+        let hoisted_names = hoisted.iter().map(|&v| model.graph.value(v).name.clone()).collect();
         let time_part = part(&model, &ahead)?;
         let condition_part = part(&model, &hoisted)?;
         let cut = |values: Vec<ValueId>, model: &mut Model| values.into_iter().map(|v| cut(model, &facts, v)).collect();
@@ -89,6 +92,7 @@ impl Network {
             output,
             ahead,
             hoisted,
+            hoisted_names,
             time_part,
             condition_part,
             feed,

@@ -122,7 +122,12 @@ impl Emitter<'_> {
 
     /// The value of a tensor that plans refer to.
     pub(super) fn tensor(&self, name: &str) -> Result<ValueId, Error> {
-        if name == self.sampler.roles.latent { Ok(self.net.latent) } else { self.cut(name) }
+        if name == self.sampler.roles.latent {
+            return Ok(self.net.latent);
+        }
+        // A stream that has not met the latent yet is computed in front of all steps.
+        let hoisted = self.net.hoisted_names.iter().zip(&self.net.hoisted).find(|(known, _)| *known == name);
+        hoisted.map_or_else(|| self.cut(name), |(_, &value)| Ok(value))
     }
 
     /// The value that a plan cuts.
@@ -185,7 +190,7 @@ impl Emitter<'_> {
         let Some(terms) = one.terms(step) else {
             let Kind::Delta { input, from } = &one.kind else { unreachable!("only a delta has no terms") };
             let tensor = self.fetch(&What::of(one, &Ref::from(*from)), *from, lane, scope, state)?;
-            return Ok((How::shifted(self.cut(input)?), tensor));
+            return Ok((How::shifted(self.tensor(input)?), tensor));
         };
         let own = |r: &Ref| r.step == step && r.pass.is_none_or(|pass| lane == Lane::One(pass));
         let (mut inside, mut others) = (How::default(), Vec::new());
