@@ -24,7 +24,10 @@ pub use graph::{
     ShardedDim, Sharding, Use, Value, ValueId,
 };
 pub use model::{DeviceConfiguration, Function, Model, RENAMED, imported};
-pub use onnx::{External, ExternalError, Loaded, ReadError, Staged, WriteError, WriteOptions, Written, remove_staged};
+pub use onnx::{
+    External, ExternalError, Loaded, ReadError, Staged, WriteError, WriteOptions, Written, remove_staged,
+    remove_staged_of,
+};
 pub use patch::Patch;
 pub use pattern::{Bindings, Pattern};
 pub use tensor::{Metadata, SparseTensor, Tensor, TensorError, element_count};

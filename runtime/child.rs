@@ -75,6 +75,11 @@ impl Child {
         Child { listener, ..self }
     }
 
+    /// Who hears how far long work is.
+    pub fn listener(&self) -> &Listener {
+        &self.listener
+    }
+
     /// The engine's name and its execution providers.
     pub fn hello(&self) -> Result<(String, Vec<String>), RuntimeError> {
         match self.ask(&Request::Hello, &[])? {
@@ -211,6 +216,9 @@ impl Child {
 
     /// Sends one request and waits for its answer. A worker that fails is gone afterwards; the next request starts anew.
     fn ask(&self, request: &Request, payload: &[&[u8]]) -> Result<(Answer, Bytes), RuntimeError> {
+        if self.listener.is_stopped() {
+            return Err(RuntimeError::Stopped);
+        }
         let mut slot = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
         let mut worker = match slot.take() {
             Some(worker) => worker,
@@ -218,10 +226,14 @@ impl Child {
         };
         // A worker that died while being written to says more when it is waited for.
         let _ = frames::write(&mut worker.requests, request, payload);
-        let answer = worker.wait(self.limits, &self.listener).map_err(RuntimeError::Child)?;
+        let answer = match worker.wait(self.limits, &self.listener) {
+            Err(_) if self.listener.is_stopped() => return Err(RuntimeError::Stopped),
+            answer => answer.map_err(RuntimeError::Child)?,
+        };
         *slot = Some(worker);
         match answer {
             (Answer::Error(message), _) => Err(RuntimeError::Child(message)),
+            (Answer::NoEngine(message), _) => Err(RuntimeError::NoEngine(message)),
             answer => Ok(answer),
         }
     }
@@ -297,6 +309,10 @@ impl Worker {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => return Err(self.obituary(&stage)),
                 Err(RecvTimeoutError::Timeout) => {}
+            }
+            if listener.is_stopped() {
+                self.stop();
+                return Err("the runtime was stopped".to_owned());
             }
             if let Some(limit) = limits.timeout.filter(|&limit| start.elapsed() > limit) {
                 self.stop();
@@ -386,6 +402,7 @@ fn resident(id: u32) -> Option<u64> {
 #[cfg(all(test, unix))]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     fn shell(script: &str, limits: Limits) -> Child {
         Child::new("/bin/sh", vec!["-c".into(), script.into()], limits)
@@ -409,6 +426,23 @@ mod tests {
         let limits = Limits { timeout: Some(Duration::from_millis(200)), memory: None };
         let error = shell("exec sleep 60", limits).hello().unwrap_err().to_string();
         assert_eq!(error, "the runtime was stopped: starting took longer than 0.2 s");
+    }
+
+    #[test]
+    fn work_that_is_called_off_ends_at_once() {
+        let stop = Arc::new(AtomicBool::new(false));
+        let child = shell("exec sleep 60", Limits::default());
+        let child = child.heard_by(Listener::default().stopped_by(Arc::clone(&stop)));
+        let start = Instant::now();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(100));
+                stop.store(true, Ordering::Relaxed);
+            });
+            assert!(matches!(child.hello().unwrap_err(), RuntimeError::Stopped));
+        });
+        assert!(matches!(child.hello().unwrap_err(), RuntimeError::Stopped));
+        assert!(start.elapsed() < Duration::from_secs(10));
     }
 
     #[test]

@@ -51,6 +51,12 @@ pub enum RuntimeError {
         /// Every place that was looked at and what was there.
         tried: Vec<String>,
     },
+    /// The worker has nothing to run models with; it says why.
+    #[error("{0}")]
+    NoEngine(String),
+    /// The work was called off.
+    #[error("the work was called off")]
+    Stopped,
     /// The library that was asked for cannot be used.
     #[error("cannot load ONNX Runtime from `{}`: {message}", .path.display())]
     Library {

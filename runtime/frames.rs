@@ -70,6 +70,8 @@ pub(crate) enum Answer {
     Timed(BenchResult),
     /// It did not work.
     Error(String),
+    /// There is nothing to run models with.
+    NoEngine(String),
 }
 
 /// The inputs of a comparison.

@@ -18,6 +18,8 @@ pub struct Search {
     pub executable_dir: Option<PathBuf>,
     /// Where `doctor --install` puts the library.
     pub data_dir: Option<PathBuf>,
+    /// Folders that hold the library in Python packages which the program knows of by itself.
+    pub packages: Vec<PathBuf>,
     /// Virtual environments whose `site-packages` are looked at: `.venv`.
     pub environments: Vec<PathBuf>,
     /// Python interpreters that are asked where `onnxruntime` is installed.
@@ -129,6 +131,9 @@ impl Search {
         let beside: Vec<PathBuf> = beside.collect();
         let data: Vec<PathBuf> = self.data_dir.iter().cloned().collect();
         if discovery.look(Place::Executable, &beside, usable) || discovery.look(Place::DataDir, &data, usable) {
+            return Ok(discovery);
+        }
+        if !self.packages.is_empty() && discovery.look(Place::Python, &self.packages, usable) {
             return Ok(discovery);
         }
         for environment in &self.environments {
@@ -254,6 +259,7 @@ mod tests {
         let search = Search {
             executable_dir: Some(beside.0.clone()),
             data_dir: Some(data.0.clone()),
+            packages: vec!["no/such/package".into()],
             pythons: vec!["no-such-python".into()],
             ..Search::default()
         };
@@ -264,6 +270,10 @@ mod tests {
         assert!(nothing.found.is_none());
         let lines: Vec<String> = nothing.tried.iter().map(ToString::to_string).collect();
         assert!(lines[0].ends_with("libonnxruntime.so.1.9.0 (too old)"), "{lines:?}");
+        assert!(
+            lines.iter().any(|l| l == "an installed Python package at no/such/package (no library there)"),
+            "{lines:?}"
+        );
         assert!(lines.iter().any(|l| l.contains("no-such-python (cannot be run")), "{lines:?}");
         assert_eq!(lines.last().unwrap(), "the system's libraries (none known)");
     }

@@ -1,7 +1,13 @@
 //! How far long work is: said by the worker, heard by the program.
 
 use serde::{Deserialize, Serialize};
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 /// How far a piece of work is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,27 +29,40 @@ impl Progress {
 
 type Hear = dyn Fn(&Progress) + Send + Sync;
 
-/// Who hears of progress; by default nobody. Cheap to clone.
+/// Who hears of progress, and may call the work off; by default nobody. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Listener(Option<Arc<Hear>>);
+pub struct Listener {
+    hear: Option<Arc<Hear>>,
+    stop: Option<Arc<AtomicBool>>,
+}
 
 impl Listener {
     /// Calls `hear` with every report.
     pub fn new(hear: impl Fn(&Progress) + Send + Sync + 'static) -> Listener {
-        Listener(Some(Arc::new(hear)))
+        Listener { hear: Some(Arc::new(hear)), stop: None }
+    }
+
+    /// The same, and once `stop` is true the work that it hears of ends as an error at the next occasion.
+    pub fn stopped_by(self, stop: Arc<AtomicBool>) -> Listener {
+        Listener { stop: Some(stop), ..self }
     }
 
     /// Passes a report on.
     pub fn hear(&self, progress: &Progress) {
-        if let Some(hear) = &self.0 {
+        if let Some(hear) = &self.hear {
             hear(progress);
         }
+    }
+
+    /// Whether the work was called off.
+    pub fn is_stopped(&self) -> bool {
+        self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed))
     }
 }
 
 impl fmt::Debug for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Listener" } else { "nobody" })
+        f.write_str(if self.hear.is_some() { "Listener" } else { "nobody" })
     }
 }
 

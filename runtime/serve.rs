@@ -20,7 +20,10 @@ fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, out
     while let Some((request, payload)) = frames::read::<Request>(input)? {
         let answered = match &engine {
             Ok(engine) => answer(*engine, request, payload, output),
-            Err(error) => Err(error.to_string()),
+            Err(error) => {
+                frames::write(output, &Answer::NoEngine(error.to_string()), &[])?;
+                continue;
+            }
         };
         match answered {
             Ok((answer, parts)) => {
@@ -160,6 +163,6 @@ mod tests {
         let missing = RuntimeError::NoLibrary { tried: vec!["nowhere".into()] };
         serve_on(Err(missing), &mut &wire[..], &mut answers).unwrap();
         let (answer, _) = frames::read::<Answer>(&mut &answers[..]).unwrap().unwrap();
-        assert!(matches!(answer, Answer::Error(message) if message.contains("tried nowhere")));
+        assert!(matches!(answer, Answer::NoEngine(message) if message.contains("tried nowhere")));
     }
 }

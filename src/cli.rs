@@ -1,8 +1,9 @@
 //! The command line: what is asked for, and the exit code that answers.
 
-use crate::{Failure, commands, recipe, runner};
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use crate::{Answer, Failure, commands, recipe, runner};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, parser::ValueSource};
 use lathe_passes::lossy::allocate::Measure;
+use lathe_runtime::Listener;
 use serde::Serialize;
 use std::{
     ffi::OsString,
@@ -249,28 +250,75 @@ pub(crate) struct TalkArgs {
 
 /// Runs the program on the arguments of this process.
 pub fn main() -> ExitCode {
-    let arguments: Vec<OsString> = std::env::args_os().collect();
+    ExitCode::from(run(std::env::args_os().collect()))
+}
+
+/// Runs the program on a command line, the name of the program included. Returns the exit code.
+pub fn run(arguments: Vec<OsString>) -> u8 {
     if arguments.get(1).is_some_and(|a| a == runner::SERVE) {
         return commands::serve(arguments.get(2).map(PathBuf::from));
     }
     stop_cleanly_on_interrupt();
     silence_panics();
-    match run(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+    match perform(arguments) {
+        Ok(()) => 0,
         Err(failure) => {
             say(&format!("error: {failure}"));
-            ExitCode::from(failure.exit_code())
+            failure.exit_code()
         }
     }
 }
 
-fn parse(arguments: &[OsString]) -> Cli {
-    let matches = Cli::command().get_matches_from(arguments);
-    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+/// The command line, with the options of its recipe where it does not say otherwise.
+fn parse(arguments: &[OsString]) -> Result<Result<Cli, clap::Error>, Failure> {
+    let command = Cli::command();
+    let read = |arguments: &[OsString]| {
+        let matches = command.clone().try_get_matches_from(arguments)?;
+        Cli::from_arg_matches(&matches).map(|cli| (cli, matches))
+    };
+    let (cli, matches) = match read(arguments) {
+        Ok(found) => found,
+        Err(error) => return Ok(Err(error)),
+    };
+    let Some(path) = cli.optimize.recipe.as_ref().filter(|_| cli.command.is_none()) else { return Ok(Ok(cli)) };
+    let given = |key: &str| {
+        let id = command.get_arguments().find(|a| a.get_long() == Some(key)).map(|a| a.get_id().as_str());
+        // Settings of passes add up; the last one of an option counts.
+        key != "set" && id.is_some_and(|id| matches.value_source(id) == Some(ValueSource::CommandLine))
+    };
+    let mut all: Vec<OsString> = arguments.first().cloned().into_iter().collect();
+    let options = recipe::read(path, &command)?;
+    all.extend(options.into_iter().filter(|(key, _)| !given(key)).flat_map(|(_, arguments)| arguments));
+    all.extend(arguments.iter().skip(1).cloned());
+    Ok(read(&all).map(|(cli, _)| cli))
 }
 
-fn run(arguments: Vec<OsString>) -> Result<(), Failure> {
-    let mut cli = parse(&arguments);
+/// What a command line without a terminal asks for: errors are values, and nothing is printed.
+///
+/// Commands that only print have no answer; `--json`, `--quiet` and `--verbose` make no difference.
+pub(crate) fn answer(arguments: &[OsString], progress: Listener) -> Result<Answer, Failure> {
+    let usage = |error: clap::Error| {
+        let text = error.render().to_string();
+        // How to use the command line is said to those who sit at one.
+        let end = ["\n\nUsage:", "\n\nFor more information"].iter().filter_map(|rest| text.find(rest)).min();
+        let sentence = &text[..end.unwrap_or(text.len())];
+        let words: Vec<&str> = sentence.trim_start_matches("error: ").split_whitespace().collect();
+        Failure::Usage(words.join(" "))
+    };
+    let cli = parse(arguments)?.map_err(usage)?;
+    match &cli.command {
+        Some(Command::Sampler(args)) => commands::sampler::answer(args, arguments, progress),
+        Some(Command::Inspect(args)) => commands::inspect::answer(args, progress),
+        Some(Command::Verify(args)) => commands::verify::answer(args, progress),
+        Some(Command::Bench(args)) => commands::bench::answer(args, progress),
+        Some(Command::Passes(_)) => Ok(commands::catalogue::answer()),
+        Some(_) => Err(Failure::Usage("only the command line has this command".to_owned())),
+        None => commands::optimize::answer(&cli.optimize, arguments, progress),
+    }
+}
+
+fn perform(arguments: Vec<OsString>) -> Result<(), Failure> {
+    let cli = parse(&arguments)?.unwrap_or_else(|error| error.exit());
     match &cli.command {
         Some(Command::Sampler(args)) => commands::sampler::run(args, &arguments),
         Some(Command::Inspect(args)) => commands::inspect::run(args),
@@ -282,12 +330,7 @@ fn run(arguments: Vec<OsString>) -> Result<(), Failure> {
         Some(Command::Dump(args)) => commands::dump::run(args),
         Some(Command::Doctor(args)) => commands::doctor::run(args),
         Some(Command::Serve) => Err(Failure::Usage("only the program itself starts this command".to_owned())),
-        None => {
-            if let Some(path) = &cli.optimize.recipe {
-                cli = parse(&recipe::extend(&arguments, path)?);
-            }
-            commands::optimize::run(&cli.optimize, &arguments)
-        }
+        None => commands::optimize::run(&cli.optimize, &arguments),
     }
 }
 
@@ -308,7 +351,7 @@ pub(crate) fn say(text: &str) {
 }
 
 /// A panic inside a pass is reported as a sentence by the pipeline; its trace would only hide that.
-fn silence_panics() {
+pub(crate) fn silence_panics() {
     if std::env::var_os("RUST_BACKTRACE").is_none() {
         std::panic::set_hook(Box::new(|_| {}));
     }

@@ -142,6 +142,7 @@ impl<'a> Compressor<'a> {
         let mut places: BTreeMap<Vec<ValueId>, Place> = BTreeMap::new();
         let mut records = BTreeMap::new();
         for method in methods() {
+            Failure::if_stopped(self.runner.child().listener())?;
             let start = Instant::now();
             let proposal = method.propose(model, &cx).map_err(anyhow::Error::from)?;
             let mut outcome = proposal.outcome;

@@ -1,5 +1,7 @@
 //! How a run ends when it does not succeed, and the exit code that says so.
 
+use lathe_runtime::{Listener, RuntimeError};
+
 /// Why nothing was written.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -12,6 +14,9 @@ pub enum Failure {
     /// The result was computed and turned down.
     #[error("{0}")]
     Refused(String),
+    /// Whoever asked for the work called it off.
+    #[error("interrupted; nothing was written")]
+    Interrupted,
 }
 
 impl From<anyhow::Error> for Failure {
@@ -27,6 +32,22 @@ impl Failure {
             Failure::Error(_) => 1,
             Failure::Usage(_) => 2,
             Failure::Refused(_) => 3,
+            Failure::Interrupted => 130,
         }
+    }
+
+    /// Whether there is nothing to run models with: the library that was asked for is not to be had.
+    pub fn is_missing_runtime(&self) -> bool {
+        let Failure::Error(error) = self else { return false };
+        let missing = |error: &RuntimeError| {
+            use RuntimeError::{Library, NoEngine, NoLibrary};
+            matches!(error, NoEngine(_) | NoLibrary { .. } | Library { .. })
+        };
+        error.chain().any(|cause| cause.downcast_ref::<RuntimeError>().is_some_and(missing))
+    }
+
+    /// An error if the work that `progress` hears of was called off.
+    pub(crate) fn if_stopped(progress: &Listener) -> Result<(), Failure> {
+        if progress.is_stopped() { Err(Failure::Interrupted) } else { Ok(()) }
     }
 }

@@ -271,6 +271,7 @@ impl Job<'_> {
             let written = staged.written().clone();
             let mut output = side(&target, &model, written.file_bytes + written.data_bytes);
             let mut files = Vec::new();
+            Failure::if_stopped(&options.progress)?;
             if options.output.is_some() {
                 staged.commit().map_err(|e| Failure::Error(e.into()))?;
                 files.push(target.clone());
@@ -358,10 +359,14 @@ impl Job<'_> {
             }
         };
         let count = |model: &Model| flops(model);
-        let tell = |done: usize| self.options.progress.hear(&Progress::new(done, passes.len(), "passes"));
+        let tell = |done: usize| {
+            self.options.progress.hear(&Progress::new(done, passes.len(), "passes"));
+            !self.options.progress.is_stopped()
+        };
         let count: Option<&dyn Fn(&Model) -> u64> = if self.options.detailed { Some(&count) } else { None };
         let settings = Run { passes, limit: usize::MAX, watch: &mut watch, count_flops: count, tell: &tell };
         let result = pipeline::run(&mut model, &cx, settings);
+        Failure::if_stopped(&self.options.progress)?;
         if let Some(error) = trouble {
             return Err(error.into());
         }

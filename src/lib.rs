@@ -1,11 +1,13 @@
 //! onnx-lathe: an ahead-of-time, training-free optimizer for ONNX models.
 //!
 //! This crate joins the parts: it reads a model, runs the passes, runs the result beside the original, writes it and
-//! reports what happened. [`optimize`] is the main job; [`cli`] is the program around it.
+//! reports what happened. [`optimize`] is the main job; [`cli`] is the program around it, and a [`Call`] is a command
+//! of the program for other programs.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod auto;
+mod call;
 pub mod cli;
 mod commands;
 mod compress;
@@ -24,7 +26,8 @@ mod summary;
 mod validate;
 
 pub use auto::{AutoOptions, AutoPoint, AutoReport, auto};
-pub use commands::sets::Sets;
+pub use call::{Call, Event};
+pub use commands::{Answer, sets::Sets};
 pub use compress::Budget;
 pub use failure::Failure;
 pub use job::{Done, Options, optimize};
@@ -32,4 +35,5 @@ pub use latency::{Latency, LatencySide};
 pub use layers::LayerLine;
 pub use pipeline::{PassRecord, Selection};
 pub use report::Report;
+pub use runner::{Host, set_host};
 pub use sampler::{Eyes, SamplerDone, SamplerOptions, SamplerReport, SamplerSide, Search, Tune, compile};

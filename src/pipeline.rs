@@ -91,8 +91,8 @@ pub(crate) struct Run<'a> {
     pub watch: &'a mut Watch<'a>,
     /// Counts the floating-point operations of one run of a model, for the report.
     pub count_flops: Option<&'a dyn Fn(&Model) -> u64>,
-    /// Hears how many passes of a round are done.
-    pub tell: &'a dyn Fn(usize),
+    /// Hears how many passes of a round are done; `false` ends the run where it is.
+    pub tell: &'a dyn Fn(usize) -> bool,
 }
 
 /// A pass that broke its claim, or broke down.
@@ -142,8 +142,7 @@ pub(crate) fn run(model: &mut Model, cx: &Context, run: Run) -> Result<(Vec<Pass
     for _ in 0..ROUNDS {
         let before_round = applied;
         for (index, pass) in run.passes.iter().enumerate() {
-            (run.tell)(index);
-            if applied >= run.limit {
+            if !(run.tell)(index) || applied >= run.limit {
                 return Ok((records, applied));
             }
             if seen[index].as_ref() == Some(&stamp(model)) {
@@ -216,7 +215,7 @@ pub(crate) fn bisect(
             last = Some(pass.info().name);
             Ok(None)
         };
-        let settings = Run { passes, limit: middle, watch: &mut watch, count_flops: None, tell: &|_| {} };
+        let settings = Run { passes, limit: middle, watch: &mut watch, count_flops: None, tell: &|_| true };
         run(&mut model, cx, settings).map_err(|b| anyhow!("pass `{}`: {}", b.pass, b.reason))?;
         if middle < bad && holds(&model).context("while looking for the pass that broke the model")? {
             good = middle;

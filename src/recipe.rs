@@ -4,34 +4,45 @@ use crate::{Failure, cli::OptimizeArgs};
 use anyhow::{Context as _, anyhow};
 use std::{ffi::OsString, path::Path};
 
-/// The arguments with those of the recipe put before them, so that the command line wins.
-pub(crate) fn extend(arguments: &[OsString], recipe: &Path) -> Result<Vec<OsString>, Failure> {
+/// Options that a recipe cannot have: it would name itself.
+const OUTSIDE: [&str; 2] = ["recipe", "save-recipe"];
+
+/// The options of a recipe, each with its arguments. `command` knows which there are.
+pub(crate) fn read(recipe: &Path, command: &clap::Command) -> Result<Vec<(String, Vec<OsString>)>, Failure> {
     let path = recipe.display();
     let text = std::fs::read_to_string(recipe).with_context(|| format!("cannot read recipe `{path}`"))?;
     let table: toml::Table = text.parse().with_context(|| format!("recipe `{path}` is not TOML"))?;
-    let mut all: Vec<OsString> = arguments.first().cloned().into_iter().collect();
+    let mut options = Vec::new();
     for (key, value) in table {
-        let flag = format!("--{key}");
+        let known = command.get_arguments().any(|a| a.get_long() == Some(&key));
+        if !known || OUTSIDE.contains(&key.as_str()) {
+            return Err(Failure::Usage(format!("`{key}` in recipe `{path}` is no option of the main job")));
+        }
         let several = match value {
             toml::Value::Array(values) => values,
             value => vec![value],
         };
+        let mut arguments = Vec::new();
         for value in several {
-            match value {
-                toml::Value::Boolean(true) => all.push(flag.clone().into()),
-                toml::Value::Boolean(false) => {}
-                toml::Value::String(text) => all.push(format!("{flag}={text}").into()),
-                toml::Value::Integer(number) => all.push(format!("{flag}={number}").into()),
-                toml::Value::Float(number) => all.push(format!("{flag}={number}").into()),
+            let text = match value {
+                toml::Value::Boolean(true) => {
+                    arguments.push(format!("--{key}").into());
+                    continue;
+                }
+                toml::Value::Boolean(false) => continue,
+                toml::Value::String(text) => text,
+                toml::Value::Integer(number) => number.to_string(),
+                toml::Value::Float(number) => number.to_string(),
                 other => {
                     let kind = other.type_str();
                     return Err(Failure::Error(anyhow!("`{key}` in recipe `{path}` is a {kind}, expected a value")));
                 }
-            }
+            };
+            arguments.push(format!("--{key}={text}").into());
         }
+        options.push((key, arguments));
     }
-    all.extend(arguments.iter().skip(1).cloned());
-    Ok(all)
+    Ok(options)
 }
 
 /// Writes the options of a run as a recipe.

@@ -10,11 +10,37 @@ use lathe_runtime::{
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
+    sync::OnceLock,
     time::Duration,
 };
 
 /// The hidden subcommand under which the program serves runs to its parent.
 pub(crate) const SERVE: &str = "__serve";
+
+/// The process that this library is part of, where that is not the `optimize` program: a Python interpreter.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// The program that runs models for this one, and what it is called with before the hidden subcommand.
+    pub worker: (PathBuf, Vec<OsString>),
+    /// The folder that takes the place of the executable's where libraries are looked for.
+    pub folder: PathBuf,
+    /// Folders of ONNX Runtime libraries that the host knows of.
+    pub packages: Vec<PathBuf>,
+    /// The interpreter whose pip installs ONNX Runtime.
+    pub python: PathBuf,
+}
+
+static HOST: OnceLock<Host> = OnceLock::new();
+
+/// Tells once, before anything else is called, which process this library is part of; later calls change nothing.
+pub fn set_host(host: Host) {
+    HOST.get_or_init(|| host);
+}
+
+/// The interpreter that has pip.
+pub(crate) fn python() -> PathBuf {
+    HOST.get().map_or_else(|| PathBuf::from("python3"), |host| host.python.clone())
+}
 
 /// How models are run.
 #[derive(Debug, Clone)]
@@ -38,8 +64,12 @@ pub(crate) fn search(library: Option<PathBuf>) -> Search {
     Search {
         explicit: library,
         variable: std::env::var_os("ORT_DYLIB_PATH").filter(|v| !v.is_empty()).map(PathBuf::from),
-        executable_dir: std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned)),
+        executable_dir: match HOST.get() {
+            Some(host) => Some(host.folder.clone()),
+            None => std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned)),
+        },
         data_dir: data_dir(),
+        packages: HOST.get().map(|host| host.packages.clone()).unwrap_or_default(),
         environments: [std::env::var_os("VIRTUAL_ENV").map(PathBuf::from), Some(PathBuf::from(".venv"))]
             .into_iter()
             .flatten()
@@ -78,11 +108,12 @@ pub(crate) struct Runner {
 
 impl Runner {
     pub(crate) fn new(options: RunnerOptions) -> anyhow::Result<Runner> {
-        let program = match options.worker {
-            Some(program) => program,
-            None => std::env::current_exe().context("the program does not find itself")?,
+        let (program, mut arguments) = match (options.worker, HOST.get()) {
+            (Some(program), _) => (program, Vec::new()),
+            (None, Some(host)) => host.worker.clone(),
+            (None, None) => (std::env::current_exe().context("the program does not find itself")?, Vec::new()),
         };
-        let mut arguments = vec![OsString::from(SERVE)];
+        arguments.push(OsString::from(SERVE));
         arguments.extend(options.library.map(PathBuf::into_os_string));
         let limits = Limits { timeout: Some(options.timeout), memory: options.memory };
         Ok(Runner { child: Child::new(program, arguments, limits).heard_by(options.progress), load: options.load })

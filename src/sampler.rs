@@ -188,6 +188,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         outputs: report::signature(&made.model, made.model.graph.main().outputs()),
         evaluations: plan.cfg.iter().map(|mode| mode.passes().len()).sum(),
     };
+    Failure::if_stopped(&options.progress)?;
     made.staged.commit().map_err(|e| Failure::Error(e.into()))?;
     let report = SamplerReport {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -248,9 +249,14 @@ fn simplify(original: &Model, runner: &Runner, progress: &Listener) -> Result<(M
         cx.settings.insert("upgrade-opset.to".to_owned(), OPSET.to_string());
     }
     let mut watch = |_: &Model, _: &dyn lathe_passes::Pass| Ok(None);
-    let tell = |done: usize| progress.hear(&Progress::new(done, PASSES.len(), "passes"));
+    let tell = |done: usize| {
+        progress.hear(&Progress::new(done, PASSES.len(), "passes"));
+        !progress.is_stopped()
+    };
     let run = Run { passes: PASSES, limit: usize::MAX, watch: &mut watch, count_flops: None, tell: &tell };
-    match pipeline::run(&mut model, &cx, run) {
+    let result = pipeline::run(&mut model, &cx, run);
+    Failure::if_stopped(progress)?;
+    match result {
         Ok((records, _)) => Ok((model, records)),
         Err(_) => Ok((upgraded(original, runner)?, Vec::new())),
     }

@@ -12,4 +12,4 @@ mod tests;
 
 pub use external::ExternalError;
 pub use read::{Loaded, ReadError};
-pub use write::{External, Staged, WriteError, WriteOptions, Written, remove_staged};
+pub use write::{External, Staged, WriteError, WriteOptions, Written, remove_staged, remove_staged_of};

@@ -12,6 +12,7 @@ use std::{
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
     sync::Mutex,
+    thread::{self, ThreadId},
 };
 
 /// Files above this go to external data: protobuf ends at 2 GiB.
@@ -114,7 +115,7 @@ impl Model {
             _ => Path::new("."),
         };
         let folder = tempfile::Builder::new().prefix(".optimize-").tempdir_in(parent).map_err(failed)?;
-        staging().push(folder.path().to_owned());
+        staging().push((thread::current().id(), folder.path().to_owned()));
         let mut data_name = name.clone();
         data_name.push(".data");
         let inline = Plan::new(self, &Weights::Inline);
@@ -152,17 +153,26 @@ fn create(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()
     out.flush()
 }
 
-/// Folders of results that are not yet in place, for [`remove_staged`].
-static STAGING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// Folders of results that are not yet in place, and the threads that write them, for [`remove_staged`].
+static STAGING: Mutex<Vec<(ThreadId, PathBuf)>> = Mutex::new(Vec::new());
 
-fn staging() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
+fn staging() -> std::sync::MutexGuard<'static, Vec<(ThreadId, PathBuf)>> {
     STAGING.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Removes every result that is not yet in place: for a program about to be interrupted.
 pub fn remove_staged() {
-    for folder in staging().drain(..) {
+    for (_, folder) in staging().drain(..) {
         // The program is ending; a folder that cannot be removed is only litter.
+        let _ = fs::remove_dir_all(folder);
+    }
+}
+
+/// Removes what `thread` has not put in place yet: for work that was called off and has not noticed. Its
+/// [`Staged::commit`] fails.
+pub fn remove_staged_of(thread: ThreadId) {
+    for (_, folder) in staging().extract_if(.., |(writer, _)| *writer == thread) {
+        // Nobody waits for it any more.
         let _ = fs::remove_dir_all(folder);
     }
 }
@@ -180,7 +190,7 @@ pub struct Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        staging().retain(|folder| folder != self.folder.path());
+        staging().retain(|(_, folder)| folder != self.folder.path());
     }
 }
 

@@ -1,19 +1,18 @@
 //! `optimize bench A [B]`: the latency of a model, or of two side by side.
 
-use super::{input_spec, runner_options};
+use super::{Answer, input_spec, runner_options};
 use crate::{
     Failure,
-    cli::{RunArgs, print, say},
+    cli::RunArgs,
     latency::{Latency, LatencySide, Measurement, digits},
     progress::Meter,
     report::mib,
-    runner::RunnerOptions,
 };
 use clap::Args;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use lathe_analysis::{Facts, Units};
 use lathe_ir::Model;
-use lathe_runtime::{BenchInputs, Profile, SampleSet, SetSpec};
+use lathe_runtime::{BenchInputs, Listener, Profile, SampleSet, SetSpec};
 use serde::Serialize;
 use std::{
     collections::BTreeMap,
@@ -81,6 +80,14 @@ struct Output<'a> {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
+    let meter = Meter::new("timing", false);
+    let found = answer(args, meter.listener())?;
+    drop(meter);
+    found.show(args.json);
+    Ok(())
+}
+
+pub(crate) fn answer(args: &BenchArgs, progress: Listener) -> Result<Answer, Failure> {
     let first = super::read(&args.a)?.model;
     let models: Vec<&Path> = std::iter::once(&args.a).chain(&args.b).map(PathBuf::as_path).collect();
     if let Some(second) = &args.b {
@@ -95,8 +102,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         }
         None => BenchInputs::Random(input_spec(&args.run)?),
     };
-    let meter = Meter::new("timing", false);
-    let options = RunnerOptions { progress: meter.listener(), ..runner_options(&args.run)? };
+    let options = runner_options(&args.run, progress)?;
     let measurement = Measurement { options: &options, models: &models, inputs: &inputs, seconds: args.seconds };
     let latency = measurement.run(&mut |_| {})?;
     let profiles = if args.profile {
@@ -106,17 +112,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     } else {
         None
     };
-    drop(meter);
-    for note in latency.notes() {
-        say(&format!("note: {note}"));
-    }
-    if args.json {
-        let output = Output { latency: &latency, profile: profiles.as_deref() };
-        print(&format!("{}\n", serde_json::to_string_pretty(&output).expect("only names and numbers")));
-    } else {
-        print(&text(&latency, profiles.as_deref().unwrap_or_default()));
-    }
-    Ok(())
+    let output = Output { latency: &latency, profile: profiles.as_deref() };
+    Ok(Answer::new(&output, text(&latency, profiles.as_deref().unwrap_or_default()), latency.notes()))
 }
 
 fn report(path: &Path, profile: &Profile) -> Result<ProfileReport, Failure> {

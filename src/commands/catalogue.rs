@@ -1,5 +1,6 @@
 //! `optimize passes` and `optimize explain`: the catalogue.
 
+use super::Answer;
 use crate::{Failure, cli::print};
 use clap::Args;
 use lathe_passes::{Info, Kind, PASSES, lossy::METHODS};
@@ -20,8 +21,12 @@ pub(crate) struct PassesArgs {
 /// Which pass to describe.
 #[derive(Debug, Args)]
 pub(crate) struct ExplainArgs {
-    /// The pass.
-    pass: String,
+    /// The pass; with --markdown all of them without one.
+    #[arg(required_unless_present = "markdown")]
+    pass: Option<String>,
+    /// As a chapter of the documentation.
+    #[arg(long)]
+    markdown: bool,
 }
 
 fn claim(kind: Kind) -> String {
@@ -38,27 +43,28 @@ fn infos() -> impl Iterator<Item = &'static Info> {
 }
 
 pub(crate) fn passes(args: &PassesArgs) -> Result<(), Failure> {
-    let infos = infos();
-    let mut out = String::new();
-    if args.json {
-        let list: Vec<_> = infos
-            .map(|i| json!({"name": i.name, "kind": i.kind.name(), "summary": i.summary, "options": options(i)}))
-            .collect();
-        out = serde_json::to_string_pretty(&list).expect("the catalogue has only names and texts");
-        out.push('\n');
-    } else if args.markdown {
-        out.push_str("| pass | claim | what it does |\n|---|---|---|\n");
-        for info in infos {
-            let _ = writeln!(out, "| `{}` | {} | {} |", info.name, info.kind.name(), info.summary);
-        }
+    if args.markdown {
+        print(&table());
     } else {
-        let width = self::infos().map(|i| i.name.len()).max().unwrap_or(0);
-        for info in infos {
-            let _ = writeln!(out, "{:width$}  {:10}  {}", info.name, info.kind.name(), info.summary);
-        }
+        answer().show(args.json);
     }
-    print(&out);
     Ok(())
+}
+
+/// The list of passes.
+pub(crate) fn answer() -> Answer {
+    let object = |i: &Info| json!({"name": i.name, "kind": i.kind.name(), "summary": i.summary, "options": options(i)});
+    let width = infos().map(|i| i.name.len()).max().unwrap_or(0);
+    let line = |i: &Info| format!("{:width$}  {:10}  {}\n", i.name, i.kind.name(), i.summary);
+    Answer::new(&infos().map(object).collect::<Vec<_>>(), infos().map(line).collect(), Vec::new())
+}
+
+fn table() -> String {
+    let mut out = String::from("| pass | claim | what it does |\n|---|---|---|\n");
+    for info in infos() {
+        let _ = writeln!(out, "| `{}` | {} | {} |", info.name, info.kind.name(), info.summary);
+    }
+    out
 }
 
 fn options(info: &Info) -> Vec<serde_json::Value> {
@@ -67,24 +73,54 @@ fn options(info: &Info) -> Vec<serde_json::Value> {
 }
 
 pub(crate) fn explain(args: &ExplainArgs) -> Result<(), Failure> {
-    let Some(info) = infos().find(|i| i.name == args.pass) else {
-        return Err(Failure::Usage(format!("there is no pass `{}`; `optimize passes` lists them", args.pass)));
+    let Some(name) = &args.pass else {
+        print(&infos().map(chapter).collect::<String>());
+        return Ok(());
     };
-    let mut out = format!("{}: {}\n\n{}\n\n", info.name, info.summary, info.doc);
-    let _ = writeln!(out, "Claim: {}.", claim(info.kind));
+    let Some(info) = infos().find(|i| i.name == name) else {
+        return Err(Failure::Usage(format!("there is no pass `{name}`; `optimize passes` lists them")));
+    };
+    print(&if args.markdown { chapter(info) } else { page(info) });
+    Ok(())
+}
+
+/// What a pass claims, lowers and is taken from, one sentence each.
+fn facts(info: &Info) -> Vec<String> {
     let lowers: Vec<String> = info.lowers.iter().map(|q| format!("{q:?}").to_lowercase()).collect();
     let lowers = if lowers.is_empty() { "nothing by itself".to_owned() } else { lowers.join(", ") };
-    let _ = writeln!(out, "Lowers: {lowers}.");
-    if let Some(source) = info.source {
-        let _ = writeln!(out, "Source: {source}.");
+    let mut facts = vec![format!("Claim: {}.", claim(info.kind)), format!("Lowers: {lowers}.")];
+    facts.extend(info.source.map(|source| format!("Source: {source}.")));
+    facts
+}
+
+fn page(info: &Info) -> String {
+    let mut out = format!("{}: {}\n\n{}\n\n{}\n", info.name, info.summary, info.doc, facts(info).join("\n"));
+    for option in info.options {
+        let (name, unit, default, doc) = (option.name, option.unit, option.default, option.doc);
+        let _ = writeln!(out, "\n--set {}.{name}=… ({unit}, default {default})\n    {doc}", info.name);
+    }
+    out
+}
+
+/// The page as a chapter of the documentation. What reads as markup there is code here.
+fn chapter(info: &Info) -> String {
+    let plain = |text: &str| text.replace('|', "\\|").replace('<', "&lt;");
+    let mut out = format!("## {}\n\n{}.\n\n{}\n\n", info.name, capital(&plain(info.summary)), plain(info.doc));
+    for fact in facts(info) {
+        let _ = writeln!(out, "- {}", plain(&fact));
+    }
+    if !info.options.is_empty() {
+        out.push_str("\n| option | | default | |\n|---|---|---|---|\n");
     }
     for option in info.options {
-        let _ = writeln!(
-            out,
-            "\n--set {}.{}=… ({}, default {})\n    {}",
-            info.name, option.name, option.unit, option.default, option.doc
-        );
+        let (name, unit, default) = (option.name, plain(option.unit), plain(option.default));
+        let _ = writeln!(out, "| `{}.{name}` | {unit} | {default} | {} |", info.name, plain(option.doc));
     }
-    print(&out);
-    Ok(())
+    out.push('\n');
+    out
+}
+
+fn capital(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
 }

@@ -3,10 +3,7 @@
 use crate::{Failure, cli::print, progress::Meter, runner};
 use anyhow::anyhow;
 use clap::Args;
-use std::{
-    fmt::Write as _,
-    path::{Path, PathBuf},
-};
+use std::{fmt::Write as _, path::PathBuf};
 
 /// What to do.
 #[derive(Debug, Args)]
@@ -26,7 +23,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     if args.install {
         let folder = runner::data_dir().ok_or_else(|| anyhow!("there is no data folder: HOME is not set"))?;
         let meter = Meter::new("fetching ONNX Runtime", false);
-        let files = lathe_runtime::install(args.gpu, &folder, Path::new("python3")).map_err(|e| anyhow!(e))?;
+        let files = lathe_runtime::install(args.gpu, &folder, &runner::python()).map_err(|e| anyhow!(e))?;
         drop(meter);
         for file in files {
             print(&format!("installed {}\n", file.display()));

@@ -5,23 +5,16 @@ mod anatomy;
 mod ceilings;
 mod text;
 
-use super::runner_options;
-use crate::{
-    Failure,
-    cli::{RunArgs, print},
-    job,
-    progress::Meter,
-    report::Side,
-    runner::{Runner, RunnerOptions},
-};
+use super::{Answer, runner_options};
+use crate::{Failure, cli::RunArgs, job, progress::Meter, report::Side, runner::Runner};
 use activations::{Activations, Sources};
 use anatomy::Anatomy;
 use clap::Args;
 use lathe_analysis::{Facts, NodeCost, UnitId};
 use lathe_ir::{Model, ValueId};
-use lathe_runtime::SetSpec;
+use lathe_runtime::{Listener, SetSpec};
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// How many of the layers that cost most are shown.
 const DEAREST: usize = 8;
@@ -77,7 +70,7 @@ struct RunsOfSet {
 }
 
 impl RunsOfSet {
-    fn measure(&self, model: &Model, calib: &std::path::Path) -> Result<Activations, Failure> {
+    fn measure(&self, model: &Model, calib: &Path, progress: Listener) -> Result<Activations, Failure> {
         let run = RunArgs {
             input_shape: Vec::new(),
             ep: self.ep.clone(),
@@ -88,15 +81,14 @@ impl RunsOfSet {
             memory: self.memory.clone(),
             timeout: self.timeout,
         };
-        let options = runner_options(&run)?;
+        let options = runner_options(&run, progress)?;
         let (load, memory) = (options.load.clone(), options.memory);
         let set = SetSpec {
             labels: self.labels.clone(),
             batch: self.batch.map(|batch| batch as usize),
             ..SetSpec::all(calib)
         };
-        let meter = Meter::new("measuring activations", false);
-        let runner = Runner::new(RunnerOptions { progress: meter.listener(), ..options })?;
+        let runner = Runner::new(options)?;
         Sources { runner: &runner, set: &set, load: &load, memory }.activations(model)
     }
 }
@@ -125,6 +117,14 @@ struct Found<'a> {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
+    let meter = Meter::new(if args.activations { "measuring activations" } else { "inspecting" }, false);
+    let found = answer(args, meter.listener())?;
+    drop(meter);
+    found.show(args.json);
+    Ok(())
+}
+
+pub(crate) fn answer(args: &InspectArgs, progress: Listener) -> Result<Answer, Failure> {
     let loaded = super::read(&args.model)?;
     let mut model = loaded.model;
     let mut warnings = loaded.warnings;
@@ -136,21 +136,21 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
         values.iter().map(|&v| value_line(&model, &facts, v)).collect()
     };
     let (inputs, outputs) = (lines(model.graph.main().inputs()), lines(model.graph.main().outputs()));
-    let activations = args.calib.as_deref().map(|calib| args.runs.measure(&model, calib)).transpose()?;
+    let activations = args.calib.as_deref().map(|calib| args.runs.measure(&model, calib, progress)).transpose()?;
     let found = Found { side, anatomy: Anatomy::of(&model, &facts), inputs, outputs, warnings, activations };
-    if args.json {
-        print(&format!("{}\n", serde_json::to_string_pretty(&as_json(&found)).expect("only names and numbers")));
-    } else {
-        print(&text::page(&found, args.units));
-    }
-    Ok(())
+    Ok(Answer::new(&as_json(&found), text::page(&found, args.units), Vec::new()))
 }
 
 fn as_json(found: &Found) -> Value {
     let (anatomy, model) = (&found.anatomy, found.anatomy.model);
-    let values = |lines: &[(String, String)]| -> Vec<_> {
-        lines.iter().map(|(name, ty)| json!({"name": name, "type": ty})).collect()
+    let values = |ids: &[ValueId]| -> Vec<_> {
+        let line = |&id: &ValueId| {
+            let (name, ty) = value_line(model, anatomy.facts, id);
+            json!({"name": name, "type": ty, "ndim": anatomy.facts.ndim(id)})
+        };
+        ids.iter().map(line).collect()
     };
+    let main = model.graph.main();
     let operators: Vec<_> = anatomy
         .cost
         .operators
@@ -178,7 +178,7 @@ fn as_json(found: &Found) -> Value {
     let rejected = rejected.map(|r| json!({"join": text::node_name(graph, r.join), "reason": r.reason.to_string()}));
     json!({
         "model": found.side, "ir_version": model.ir_version, "producer": model.producer_name,
-        "inputs": values(&found.inputs), "outputs": values(&found.outputs), "functions": model.functions.len(),
+        "inputs": values(main.inputs()), "outputs": values(main.outputs()), "functions": model.functions.len(),
         "operators": operators, "uncounted": anatomy.cost.uncounted, "layers": layers.collect::<Vec<_>>(),
         "unit_kinds": kinds.collect::<Vec<_>>(), "chains": chains.collect::<Vec<_>>(),
         "units": anatomy.units.iter().map(|(id, _)| with(unit_json(anatomy, id), cost(&anatomy.of_unit[id.index()])))

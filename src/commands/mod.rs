@@ -13,23 +13,51 @@ pub(crate) mod verify;
 
 use crate::{
     Failure,
-    cli::RunArgs,
+    cli::{RunArgs, print, say},
     runner::{self, RunnerOptions},
 };
 use lathe_ir::{Loaded, Model};
 use lathe_runtime::{InputSpec, Listener, LoadOptions};
 use std::{
     path::{Path, PathBuf},
-    process::ExitCode,
     time::Duration,
 };
 
-/// Runs models for the parent process until it hangs up. `library` is the user's `--ort`.
-pub(crate) fn serve(library: Option<PathBuf>) -> ExitCode {
-    match lathe_runtime::serve(runner::engine(&runner::search(library))) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+/// What a command found out.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// For programs; the names are a contract.
+    pub json: serde_json::Value,
+    /// For people.
+    pub text: String,
+    /// What was odd, one sentence each.
+    pub notes: Vec<String>,
+    /// Why the answer does not do, where two models were compared and differ: exit code 3.
+    pub refused: Option<String>,
+}
+
+impl Answer {
+    pub(crate) fn new(found: &impl serde::Serialize, text: String, notes: Vec<String>) -> Answer {
+        let json = serde_json::to_value(found).expect("answers are names, texts and numbers");
+        Answer { json, text, notes, refused: None }
     }
+
+    /// Prints it as JSON or as text.
+    pub(crate) fn show(&self, json: bool) {
+        for note in &self.notes {
+            say(&format!("note: {note}"));
+        }
+        if json {
+            print(&format!("{}\n", serde_json::to_string_pretty(&self.json).expect("a JSON value has a text")));
+        } else {
+            print(&self.text);
+        }
+    }
+}
+
+/// Runs models for the parent process until it hangs up. `library` is the user's `--ort`.
+pub(crate) fn serve(library: Option<PathBuf>) -> u8 {
+    lathe_runtime::serve(runner::engine(&runner::search(library))).is_err().into()
 }
 
 /// Reads a model and names it in the error.
@@ -86,14 +114,14 @@ pub(crate) fn load_options(args: &RunArgs) -> LoadOptions {
     LoadOptions { threads: args.threads, provider: args.ep.clone(), device: args.device, ..LoadOptions::default() }
 }
 
-pub(crate) fn runner_options(args: &RunArgs) -> Result<RunnerOptions, Failure> {
+pub(crate) fn runner_options(args: &RunArgs, progress: Listener) -> Result<RunnerOptions, Failure> {
     Ok(RunnerOptions {
         library: args.ort.clone(),
         load: load_options(args),
         timeout: Duration::from_secs(args.timeout),
         memory: args.memory.as_deref().map(size).transpose()?,
         worker: None,
-        progress: Listener::default(),
+        progress,
     })
 }
 

@@ -1,6 +1,6 @@
 //! The main job from the command line.
 
-use super::{input_spec, load_options, size, time};
+use super::{Answer, input_spec, load_options, size, time};
 use crate::{
     AutoOptions, Budget, Failure, Options, Report, Selection,
     cli::{ExternalArg, OptimizeArgs, TargetArg, print, say},
@@ -37,7 +37,34 @@ fn report_kind(path: &Path) -> Result<ReportKind, Failure> {
 }
 
 pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failure> {
-    let mut options = options(args, command)?;
+    let options = options(args, command)?;
+    // `--auto` says what it tries line by line, which a bar would be in the way of.
+    let meter = Meter::new("optimizing", args.talk.quiet || args.auto);
+    let mut tell = |line: &str| {
+        if !args.talk.quiet {
+            say(line);
+        }
+    };
+    let report = perform(args, Options { progress: meter.listener(), ..options }, &mut tell)?;
+    drop(meter);
+    for warning in &report.warnings {
+        say(&format!("warning: {warning}"));
+    }
+    if !args.talk.quiet {
+        print(&summary::text(&report, args.talk.verbose));
+    }
+    Ok(())
+}
+
+/// The same for a program, whose report always counts the FLOPs of every pass.
+pub(crate) fn answer(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Result<Answer, Failure> {
+    let options = Options { progress, detailed: true, ..options(args, command)? };
+    let report = perform(args, options, &mut |_| {})?;
+    Ok(Answer::new(&report, summary::text(&report, args.talk.verbose), report.warnings.clone()))
+}
+
+/// Does the job and writes what was asked for besides the model. `tell` hears what `--auto` tries.
+fn perform(args: &OptimizeArgs, options: Options, tell: &mut dyn FnMut(&str)) -> Result<Report, Failure> {
     let mut reports = Vec::new();
     for path in &args.report {
         reports.push((path, report_kind(path)?));
@@ -52,29 +79,15 @@ pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failu
                 time: time(args.time.as_deref().unwrap_or(AUTO_TIME))?,
                 pareto: args.pareto.clone(),
             };
-            let mut tell = |line: &str| {
-                if !args.talk.quiet {
-                    say(line);
-                }
-            };
-            crate::auto(&options, &mut tell)?
+            crate::auto(&options, tell)?
         }
-        false => {
-            let meter = Meter::new("optimizing", args.talk.quiet);
-            options.progress = meter.listener();
-            crate::optimize(&options)?
-        }
+        false => crate::optimize(&options)?,
     };
-    for warning in &done.report.warnings {
-        say(&format!("warning: {warning}"));
-    }
+    let report = done.report;
     for (path, kind) in reports {
-        write_report(&done.report, path, kind)?;
+        write_report(&report, path, kind)?;
     }
-    if !args.talk.quiet {
-        print(&summary::text(&done.report, args.talk.verbose));
-    }
-    Ok(())
+    Ok(report)
 }
 
 fn write_report(report: &Report, path: &Path, kind: ReportKind) -> Result<(), Failure> {

@@ -1,8 +1,8 @@
 //! `optimize sampler DENOISER -o OUT`: a whole diffusion sampling loop as one model.
 
-use super::{input_spec, load_options, size};
+use super::{Answer, input_spec, load_options, size};
 use crate::{
-    Eyes, Failure, SamplerOptions, Search, Tune,
+    Eyes, Failure, SamplerDone, SamplerOptions, Search, Tune,
     cli::{RunArgs, TalkArgs, print, say},
     progress::Meter,
     sampler,
@@ -10,7 +10,7 @@ use crate::{
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lathe_passes::sampler::{Adaptive, Class, Form, Guidance, Mode, Request, Scale, StepPlan, Steps, Table, Wishes};
-use lathe_runtime::SetSpec;
+use lathe_runtime::{Listener, SetSpec};
 use serde_json::Value;
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
@@ -219,20 +219,34 @@ fn solver(name: &str) -> Result<Class, String> {
 }
 
 pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failure> {
-    let mut options = options(args, command)?;
+    let options = options(args, command)?;
+    let meter = Meter::new("compiling", args.talk.quiet);
+    let done = perform(args, SamplerOptions { progress: meter.listener(), ..options })?;
+    drop(meter);
+    for warning in &done.report.warnings {
+        say(&format!("warning: {warning}"));
+    }
+    if !args.talk.quiet {
+        print(&done.summary());
+    }
+    Ok(())
+}
+
+/// The same for a program.
+pub(crate) fn answer(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Result<Answer, Failure> {
+    let done = perform(args, SamplerOptions { progress, ..options(args, command)? })?;
+    Ok(Answer::new(&done.report, done.summary(), done.report.warnings.clone()))
+}
+
+/// Compiles, and writes what was asked for besides the sampler.
+fn perform(args: &SamplerArgs, options: SamplerOptions) -> Result<SamplerDone, Failure> {
     if let Some(path) = args.report.as_ref().filter(|p| p.extension().is_none_or(|e| e != "json")) {
         return Err(Failure::Usage(format!("report `{}` does not end in .json", path.display())));
     }
     if let Some(path) = args.preview.as_ref().filter(|p| p.extension().is_none_or(|e| e != "png")) {
         return Err(Failure::Usage(format!("preview `{}` does not end in .png", path.display())));
     }
-    let meter = Meter::new("compiling", args.talk.quiet);
-    options.progress = meter.listener();
     let done = sampler::compile(&options)?;
-    drop(meter);
-    for warning in &done.report.warnings {
-        say(&format!("warning: {warning}"));
-    }
     let write = |path: &PathBuf, bytes: &[u8]| {
         std::fs::write(path, bytes).with_context(|| format!("cannot write `{}`", path.display()))
     };
@@ -245,10 +259,7 @@ pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failur
     if let Some((path, picture)) = args.preview.as_ref().zip(done.preview.as_ref()) {
         write(path, picture)?;
     }
-    if !args.talk.quiet {
-        print(&done.summary());
-    }
-    Ok(())
+    Ok(done)
 }
 
 fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, Failure> {
@@ -311,7 +322,7 @@ fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, F
         timeout: Duration::from_secs(args.run.timeout),
         memory: args.run.memory.as_deref().map(size).transpose()?,
         worker: None,
-        progress: lathe_runtime::Listener::default(),
+        progress: Listener::default(),
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
 }

@@ -5,7 +5,7 @@ use crate::{
     Failure,
     cli::{RunArgs, TalkArgs, print, say},
     progress::Meter,
-    runner::{self, Runner, RunnerOptions},
+    runner::{self, Runner},
     summary,
 };
 use anyhow::{Context as _, anyhow};
@@ -79,7 +79,8 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     }
     let model = super::read(&args.model)?.model;
     let requests = requests(&model, args)?;
-    let options = runner_options(&args.run)?;
+    let meter = Meter::new("collecting statistics", args.talk.quiet);
+    let options = runner_options(&args.run, meter.listener())?;
     let mut set = SetSpec { labels: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
     let memory = args.run.memory.as_deref().map(size).transpose()?.unwrap_or_else(quarter_of_memory);
     let temporary = tempfile::tempdir().context("there is no place for results")?;
@@ -92,8 +93,7 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
         Some(name) => MaskInput::Named(name.to_owned()),
     };
     let collect = CollectOptions { memory, mask, ..CollectOptions::new(options.load.clone(), cache) };
-    let meter = Meter::new("collecting statistics", args.talk.quiet);
-    let runner = Runner::new(RunnerOptions { progress: meter.listener(), ..options })?;
+    let runner = Runner::new(options)?;
     if let Some(count) = args.calib_select {
         let chosen = runner.select(&args.model, &set, count, args.run.seed)?;
         if !args.talk.quiet {

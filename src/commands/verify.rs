@@ -1,15 +1,15 @@
 //! `optimize verify A B`: whether two models compute the same, or how much the second loses on a set or, of samplers, on
 //! seeds.
 
-use super::{input_spec, runner_options, sets::SetArgs};
+use super::{Answer, input_spec, runner_options, sets::SetArgs};
 use crate::{
     Failure, Sets,
-    cli::{RunArgs, print, say},
+    cli::RunArgs,
     job,
     latency::Measurement,
     progress::Meter,
     report::{OutputLine, Verify},
-    runner::{Runner, RunnerOptions},
+    runner::Runner,
     sampler::{self, FEWEST, SamplerPair},
     validate::{self, Bound, significant},
 };
@@ -18,7 +18,7 @@ use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser},
 };
-use lathe_runtime::{BenchInputs, Claim, InputSpec, Inputs, Verdict};
+use lathe_runtime::{BenchInputs, Claim, InputSpec, Inputs, Listener, Verdict};
 use std::{fmt::Write as _, path::PathBuf};
 
 /// What to compare.
@@ -64,37 +64,42 @@ pub(crate) fn metric_names() -> PossibleValuesParser {
 }
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
+    let meter = Meter::new(if args.seeds.is_some() { "drawing" } else { "comparing" }, false);
+    let found = answer(args, meter.listener())?;
+    drop(meter);
+    found.show(args.json);
+    found.refused.map_or(Ok(()), |why| Err(Failure::Refused(why)))
+}
+
+/// The comparison, which may be one that does not pass.
+pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Failure> {
     if let Some(seeds) = args.seeds {
-        return samplers(args, seeds);
+        return samplers(args, seeds, progress);
     }
     let inputs = input_spec(&args.run)?;
     let sets = sets(args, &inputs)?;
     let model = super::read(&args.a)?.model;
     super::read(&args.b)?;
-    let meter = Meter::new("comparing", false);
-    let runner = Runner::new(RunnerOptions { progress: meter.listener(), ..runner_options(&args.run)? })?;
+    let options = runner_options(&args.run, progress)?;
+    let runner = Runner::new(options.clone())?;
     let exact = args.bits || args.rtol.is_some();
     let set = sets.check(&model)?;
     let fed = match &set {
         Some((set, _)) => BenchInputs::Set(set.clone()),
         None => BenchInputs::Random(inputs.clone()),
     };
-    let options = runner_options(&args.run)?;
     let placed = Measurement { options: &options, models: &[&args.b], inputs: &fed, seconds: 0.0 };
-    for note in placed.left_behind()? {
-        say(&format!("note: {note}"));
-    }
+    let notes = placed.left_behind()?;
     let (inputs, set_name) = match set {
         Some((set, set_name)) if !exact => {
             let metric = args.metric.clone().unwrap_or_else(|| "auto".to_owned());
-            return measure(args, &runner, meter, &Bound { set, set_name, metric, max_drop: args.max_drop });
+            return measure(args, &runner, notes, &Bound { set, set_name, metric, max_drop: args.max_drop });
         }
         Some((set, set_name)) => (Inputs::Set(set), set_name),
         None => (Inputs::Random(inputs), "random"),
     };
     let claim = if args.bits { Claim::Identical } else { Claim::Equivalent { rtol: args.rtol } };
     let verdict = runner.compare(&args.a, &args.b, &inputs, claim)?;
-    drop(meter);
     let sentence = verdict.describe();
     let report = match verdict {
         Verdict::Compared(report) => report,
@@ -103,12 +108,12 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     };
     let passed = report.comparison.failures.is_empty();
     let found = job::verify(report, claim, set_name, None);
-    show(args, &found, &sentence);
-    if passed { Ok(()) } else { Err(Failure::Refused(sentence)) }
+    let answer = Answer::new(&found, text(&found, &sentence), notes);
+    Ok(Answer { refused: (!passed).then_some(sentence), ..answer })
 }
 
 /// Compares two samplers.
-fn samplers(args: &VerifyArgs, seeds: usize) -> Result<(), Failure> {
+fn samplers(args: &VerifyArgs, seeds: usize, progress: Listener) -> Result<Answer, Failure> {
     let usage = |message: String| Err(Failure::Usage(message));
     let metric = match args.metric.as_deref() {
         None | Some("auto") => "rel-l2",
@@ -134,15 +139,9 @@ fn samplers(args: &VerifyArgs, seeds: usize) -> Result<(), Failure> {
         seed: args.run.seed,
         shapes: input_spec(&args.run)?.shapes,
     };
-    let meter = Meter::new("drawing", false);
-    let options = RunnerOptions { progress: meter.listener(), ..runner_options(&args.run)? };
-    let found = sampler::compare_samplers(&pair, options)?;
-    drop(meter);
-    match args.json {
-        true => print(&format!("{}\n", serde_json::to_string_pretty(&found).expect("only names and numbers"))),
-        false => print(&found.text()),
-    }
-    if found.passed { Ok(()) } else { Err(Failure::Refused(found.sentence())) }
+    let found = sampler::compare_samplers(&pair, runner_options(&args.run, progress)?)?;
+    let answer = Answer::new(&found, found.text(), Vec::new());
+    Ok(Answer { refused: (!found.passed).then(|| found.sentence()), ..answer })
 }
 
 /// The sets of the command line, where they go together with its other options.
@@ -162,25 +161,18 @@ fn sets(args: &VerifyArgs, inputs: &InputSpec) -> Result<Sets, Failure> {
     Ok(sets)
 }
 
-fn measure(args: &VerifyArgs, runner: &Runner, meter: Meter, bound: &Bound) -> Result<(), Failure> {
+fn measure(args: &VerifyArgs, runner: &Runner, notes: Vec<String>, bound: &Bound) -> Result<Answer, Failure> {
     let found = validate::validate(runner, &args.a, &args.b, bound)?;
-    drop(meter);
     let sentence = validate::describe(&found);
-    show(args, &found, &sentence);
-    if found.passed {
-        return Ok(());
-    }
-    Err(Failure::Refused(match &found.note {
+    let answer = Answer::new(&found, text(&found, &sentence), notes);
+    let why = match &found.note {
         Some(note) => format!("{sentence}; {note}"),
         None => sentence,
-    }))
+    };
+    Ok(Answer { refused: (!found.passed).then_some(why), ..answer })
 }
 
-fn show(args: &VerifyArgs, found: &Verify, sentence: &str) {
-    if args.json {
-        print(&format!("{}\n", serde_json::to_string_pretty(found).expect("only names and numbers")));
-        return;
-    }
+fn text(found: &Verify, sentence: &str) -> String {
     let mut out = format!("{sentence} on {}\n", found.runtime);
     if let Some(detail) = &found.detail {
         let _ = writeln!(out, "{detail}");
@@ -194,7 +186,7 @@ fn show(args: &VerifyArgs, found: &Verify, sentence: &str) {
     for output in &found.outputs {
         let _ = writeln!(out, "  {}", line(output));
     }
-    print(&out);
+    out
 }
 
 fn line(o: &OutputLine) -> String {

@@ -242,6 +242,7 @@ impl Job<'_> {
         let mut reached: Vec<f64> = Vec::new();
         let mut smallest_tried = false;
         for _ in 0..ATTEMPTS {
+            Failure::if_stopped(&self.options.progress)?;
             let mut budget = allocate::Budget::default();
             for (limit, &most) in limits.iter().zip(&most) {
                 budget.set(limit.measure, most);
