@@ -105,11 +105,8 @@ pub(crate) fn divergence(a: &[f64], b: &[f64], plain: bool) -> f64 {
         return 0.0;
     }
     if plain {
-        let logs = |x: f64, y: f64| (x.max(TINY).ln(), y.max(TINY).ln().max(LEAST));
-        let part = |(&x, &y): (&f64, &f64)| match logs(x, y) {
-            (p, q) => p.exp() * (p - q),
-        };
-        return a.iter().zip(b).map(part).sum::<f64>().max(0.0);
+        let logs = a.iter().zip(b).map(|(x, y)| (x.max(TINY).ln(), y.max(TINY).ln()));
+        return logs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0);
     }
     // Σ p (log p − log q) with p = e^(a − top) / Z, in one pass over the exponentials of `a`.
     let (top, to) = (a.iter().copied().fold(f64::NEG_INFINITY, f64::max), log_sum_exp(b));
