@@ -159,8 +159,11 @@ fn check(model: &Model, proposal: &Proposal, site: &str, choice: &str) -> Model 
 
 const CHANNELS: usize = 6;
 
+/// The kernel of every channel.
+type Kernels = dyn Fn(usize) -> [f32; 9];
+
 /// A convolution whose channel `i` reads channel `i` with this kernel, times a factor, plus a constant.
-fn planted(kernels: &dyn Fn(usize) -> [f32; 9], depthwise: bool, attributes: &str, size: &str, rest: &str) -> Model {
+fn planted(kernels: &Kernels, depthwise: bool, attributes: &str, size: &str, rest: &str) -> Model {
     let mut weights = Vec::new();
     for o in 0..CHANNELS {
         for i in 0..if depthwise { 1 } else { CHANNELS } {
@@ -193,7 +196,7 @@ const IMAGE: [usize; 4] = [2, CHANNELS, 8, 8];
 
 #[test]
 fn convolutions_that_are_copies_pools_and_shifts_are_found() {
-    let cases: [(&dyn Fn(usize) -> [f32; 9], &str, usize); 4] = [
+    let cases: [(&Kernels, &str, usize); 4] = [
         (&|_| one_at(4), "identity, scaled", 1),
         (&|_| [1.0 / 9.0; 9], "average pool, scaled", 2),
         (&|_| one_at(5), "shift, scaled", 2),
@@ -330,8 +333,8 @@ fn a_grid_of_neighbours_is_averaged_and_the_class_token_stays() {
     let made = runs.values(&variant, &["n", &name], 0);
     let [read, made] = [&made[0], &made[1]].map(|t| as_rows(t, &View::Axis(-1)));
     let grid = |token: usize, feature: usize| made[token][2 * WIDTH + feature];
-    for feature in 0..WIDTH {
-        assert_eq!(grid(0, feature), read[0][feature]);
+    for (feature, first) in read[0].iter().enumerate() {
+        assert_eq!(grid(0, feature), *first);
         let average = |tokens: &[usize]| tokens.iter().map(|&t| read[t][feature]).sum::<f64>() / tokens.len() as f64;
         assert!((grid(1, feature) - average(&[1, 2, 4, 5])).abs() < 1e-6);
         assert!((grid(5, feature) - average(&[1, 2, 3, 4, 5, 6, 7, 8, 9])).abs() < 1e-6);
