@@ -36,6 +36,9 @@ def optimize(
     max_drop: float | None = None,
     minimize: Quantity | None = None,
     metric: str | None = None,
+    auto: bool = False,
+    time: str | None = None,
+    pareto: StrPath | None = None,
     passes: Iterable[str] | None = None,
     skip: Iterable[str] | None = None,
     set: Mapping[str, object] | None = None,
@@ -82,6 +85,9 @@ def optimize(
         max_drop: The largest drop of the metric on held-out samples.
         minimize: What becomes as little as ``max_drop`` allows where no share is given.
         metric: What is measured on held-out samples.
+        auto: Try the recipes that the model suggests and write the best that ``max_drop`` allows.
+        time: Time after which ``auto`` starts no other recipe: ``"10m"``.
+        pareto: A folder for every model that no other beats in both what is saved and what is lost.
         passes: Run only these passes.
         skip: Do not run these passes.
         set: Options of passes: ``{"prune-units.attention": 3}``.
@@ -157,6 +163,7 @@ def sampler(
     draws: int | None = None,
     search_log: StrPath | None = None,
     save_plan: StrPath | None = None,
+    preview: StrPath | None = None,
     overwrite: bool = False,
     no_verify: bool = False,
     rtol: float | None = None,
@@ -202,6 +209,7 @@ def sampler(
         draws: Samples that are drawn from each of the best candidates.
         search_log: Where scores are kept.
         save_plan: Write the plan of this run.
+        preview: Draw samples of the denoiser and of the result into this .png file.
         overwrite: Let the sampler replace the denoiser itself.
         no_verify: Write the result without running it.
         rtol: The largest relative L2 error of the sample.
@@ -232,6 +240,8 @@ def verify(
     bits: bool = False,
     metric: str | None = None,
     max_drop: float | None = None,
+    seeds: int | None = None,
+    features: StrPath | None = None,
     calib: Samples | None = None,
     validate: Samples | None = None,
     labels: str | None = None,
@@ -255,6 +265,8 @@ def verify(
         bits: Expect equal bits.
         metric: What to measure on a set.
         max_drop: The largest drop of the metric that passes.
+        seeds: Compare two samplers on so many seeds.
+        features: A network that gives features of images, for samplers.
 
     The other arguments are those of :func:`optimize`. A comparison that fails is an answer, which is false; a candidate
     that cannot be run at all raises :class:`Refused`.

@@ -22,9 +22,9 @@ else:
 def put(samples: Samples | None, path: Path, ndims: Callable[[], Mapping[str, int | None]]) -> str | None:
     """What the program is told: a path as it is; arrays as the archive ``path``, with ``.npz`` appended.
 
-    A mapping holds all samples along the first axis. Anything else is one mapping per sample or per batch, batches being
-    what a session would be fed; they are written as they come, so that a generator may give more than memory holds.
-    ``ndims`` tells how many axes the inputs of the model have.
+    A mapping holds all samples along the first axis. Anything else is one mapping per sample or per batch, batches
+    being what a session would be fed; they are written as they come, so that a generator may give more than memory
+    holds. ``ndims`` tells how many axes the inputs of the model have.
     """
     if samples is None:
         return None

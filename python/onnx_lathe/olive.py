@@ -36,6 +36,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "max_drop": (float, "The largest drop of the metric on held-out samples."),
     "minimize": (str, "What becomes as little as max_drop allows where no share is given."),
     "metric": (str, "What is measured on held-out samples."),
+    "auto": (bool, "Try the recipes that the model suggests and write the best that max_drop allows."),
+    "time": (str, "Time after which auto starts no other recipe: 10m."),
     "passes": (list[str], "Run only these passes."),
     "skip": (list[str], "Do not run these passes."),
     "set": (dict[str, Any], 'Options of passes: {"prune-units.attention": 3}.'),
