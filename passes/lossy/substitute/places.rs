@@ -341,7 +341,8 @@ fn branch(graph: &Graph, facts: &Facts, unit: &lathe_analysis::Unit, name: Strin
     if inputs > super::MOST_FEATURES {
         return Err("it has too many features to be fitted");
     }
-    let tokens = facts.shape(reads).filter(|s| s.len() == 3 && unit.kind == UnitKind::Attention);
+    let mixes = unit.kind == UnitKind::Attention && sees_all_tokens(graph, &all);
+    let tokens = facts.shape(reads).filter(|s| s.len() == 3 && mixes);
     let tokens = tokens.and_then(|s| usize::try_from(s[1].as_known()?).ok()).filter(|&n| n > 1);
     Ok(Place {
         name,
@@ -354,6 +355,28 @@ fn branch(graph: &Graph, facts: &Facts, unit: &lathe_analysis::Unit, name: Strin
         outputs,
         second: None,
     })
+}
+
+/// Whether attention among these nodes is spelled out and has no mask: an average of all tokens in the place of a causal
+/// attention would know tokens that are yet to come.
+fn sees_all_tokens(graph: &Graph, nodes: &BTreeSet<NodeId>) -> bool {
+    let mut weights = nodes.iter().map(|&id| graph.node(id)).filter(|node| node.is("Softmax")).peekable();
+    let bare = |scores: Option<ValueId>| {
+        let mut value = scores?;
+        loop {
+            let node = graph.node(graph.producer(value)?);
+            if node.is("MatMul") || node.is("Einsum") {
+                return Some(());
+            }
+            if !["Mul", "Div", "Cast", "Identity"].iter().any(|op| node.is(op)) {
+                return None;
+            }
+            let numbers =
+                node.inputs().iter().skip(1).flatten().all(|&v| graph.constant(v).is_some_and(|t| t.len() == 1));
+            value = node.input(0).filter(|_| numbers)?;
+        }
+    };
+    weights.peek().is_some() && weights.all(|node| bare(node.input(0)).is_some())
 }
 
 /// What all of a branch is computed from: its normalization in one node, if nothing else reads the stream, which is told

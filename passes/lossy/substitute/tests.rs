@@ -375,6 +375,19 @@ fn a_branch_that_reads_more_than_the_stream_is_declined() {
 }
 
 #[test]
+fn a_causal_attention_is_no_average_of_all_tokens() {
+    let text = lathe_ir::text::print_full(&transformer());
+    let rows = (0..100).map(|at| if at % 10 > at / 10 { "-1e9" } else { "0" });
+    let mask = format!("float[10,10] mask = {{{}}}, ", rows.collect::<Vec<_>>().join(", "));
+    let at = text.find("float[8] high").unwrap();
+    let causal = format!("{}{mask}{}", &text[..at], &text[at..]);
+    let causal = causal.replace("p = Softmax (scores)", "ms = Add (scores, mask) p = Softmax (ms)");
+    let (found, _) = places(&model(&causal));
+    let of_one = found.iter().find(|place| place.name == "one").unwrap();
+    assert_eq!(basis::bases(of_one), [basis::Base::Identity]);
+}
+
+#[test]
 fn it_is_idle_under_a_budget_of_bytes() {
     let model = planted(&|_| one_at(4), false, "", "6,8,8", "y = Tanh (u)");
     let runs = Runs::of(&model, &IMAGE);
