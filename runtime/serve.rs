@@ -11,9 +11,27 @@ use std::io::{self, BufReader, Read, Write};
 
 /// Serves requests on standard input and output. What the hidden subcommand of the program calls.
 ///
-/// An engine that could not be started is reported to every request.
+/// An engine that could not be started is reported to every request. Where the system tells, the process ends with the one
+/// that started it, whatever it is doing.
 pub fn serve(engine: Result<&dyn Engine, RuntimeError>) -> io::Result<()> {
+    end_with_parent();
     serve_on(engine, &mut BufReader::new(io::stdin().lock()), &mut io::stdout().lock())
+}
+
+/// Ends this process soon after its parent: work that nobody waits for would go on for minutes.
+fn end_with_parent() {
+    #[cfg(unix)]
+    {
+        let parent = std::os::unix::process::parent_id();
+        let watch = move || {
+            while std::os::unix::process::parent_id() == parent {
+                std::thread::sleep(std::time::Duration::from_millis(500));
+            }
+            std::process::exit(1);
+        };
+        // Without it the process ends when its work is done.
+        let _ = std::thread::Builder::new().spawn(watch);
+    }
 }
 
 fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, output: &mut dyn Write) -> io::Result<()> {
