@@ -42,7 +42,7 @@ use factors::Seen;
 use lathe_analysis::Rows;
 use lathe_ir::{Graph, Model, NodeId, Origin, ScopeId, ValueId};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -260,6 +260,23 @@ fn take_over(graph: &mut Graph, old: ValueId, new: ValueId) {
         graph.rename(old, spare);
         graph.rename(new, name);
     }
+}
+
+/// What nodes read that is constant, and what they give.
+fn held_by(graph: &Graph, nodes: &[NodeId]) -> Vec<ValueId> {
+    let mut held = BTreeSet::new();
+    for &id in nodes {
+        let node = graph.node(id);
+        held.extend(node.inputs().iter().flatten().filter(|v| graph.constant(**v).is_some()));
+        held.extend(node.outputs().iter().flatten());
+    }
+    held.into_iter().collect()
+}
+
+/// The outputs of the model that nodes give.
+fn ends_of(graph: &Graph, nodes: &[NodeId]) -> Vec<ValueId> {
+    let outputs = nodes.iter().flat_map(|&id| graph.node(id).outputs()).flatten();
+    outputs.copied().filter(|&v| graph.is_output(v)).collect()
 }
 
 /// Removes what makes a value that nothing uses, and what only that needed.

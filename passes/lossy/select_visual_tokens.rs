@@ -5,7 +5,7 @@ mod place;
 #[cfg(test)]
 mod tests;
 
-use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, allocate::Measure};
+use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, allocate::Measure, held_by};
 use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
 use emit::{Form, Rest, emit};
 use lathe_analysis::{Bindings, Cost, Facts};
@@ -208,7 +208,7 @@ impl Method for SelectVisualTokens {
         }
         proposal.sites.push(Site {
             weight: None,
-            covers: place.covers(&model.graph, &nodes),
+            covers: held_by(&model.graph, &nodes),
             nodes,
             name: name(model, &place),
             taps: place.ends(&model.graph),

@@ -1,6 +1,7 @@
 //! Where tokens can become fewer, and what then has to change.
 
 use super::emit::mean_part;
+use crate::lossy::{ends_of, held_by};
 use lathe_analysis::{Facts, Keys, Tokens, UnitKind, Units};
 use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -203,19 +204,11 @@ impl Chain {
 
     /// What these nodes read that is constant, and what they give.
     pub fn covers(&self, graph: &Graph) -> Vec<ValueId> {
-        let mut covers = BTreeSet::new();
-        for id in self.nodes(graph) {
-            let node = graph.node(id);
-            covers.extend(node.inputs().iter().flatten().filter(|v| graph.constant(**v).is_some()));
-            covers.extend(node.outputs().iter().flatten());
-        }
-        covers.into_iter().collect()
+        held_by(graph, &self.nodes(graph))
     }
 
     /// The outputs of the model that these nodes give.
     pub fn ends(&self, graph: &Graph) -> Vec<ValueId> {
-        let nodes = self.nodes(graph);
-        let outputs = nodes.iter().flat_map(|&id| graph.node(id).outputs()).flatten();
-        outputs.copied().filter(|&v| graph.is_output(v)).collect()
+        ends_of(graph, &self.nodes(graph))
     }
 }

@@ -1,5 +1,6 @@
 //! Which tokens are visual, what looks at them, and whether what follows works with fewer.
 
+use crate::lossy::ends_of;
 use lathe_analysis::{Facts, Tokens, UnitKind, Units};
 use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, ValueId};
 use std::collections::BTreeSet;
@@ -169,21 +170,8 @@ impl Place {
         nodes
     }
 
-    /// What these nodes read that is constant, and what they give.
-    pub fn covers(&self, graph: &Graph, nodes: &[NodeId]) -> Vec<ValueId> {
-        let mut covers = BTreeSet::new();
-        for &id in nodes {
-            let node = graph.node(id);
-            covers.extend(node.inputs().iter().flatten().filter(|v| graph.constant(**v).is_some()));
-            covers.extend(node.outputs().iter().flatten());
-        }
-        covers.into_iter().collect()
-    }
-
     /// The outputs of the model that depend on the stream.
     pub fn ends(&self, graph: &Graph) -> Vec<ValueId> {
-        let nodes = self.nodes(graph);
-        let outputs = nodes.iter().flat_map(|&id| graph.node(id).outputs()).flatten();
-        outputs.copied().filter(|&v| graph.is_output(v)).collect()
+        ends_of(graph, &self.nodes(graph))
     }
 }
