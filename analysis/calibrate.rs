@@ -189,7 +189,7 @@ pub trait Calibrate {
     }
 
     /// Second moments between values of `model`, the one that is being compressed or a variant of it without gates, over
-    /// the calibration samples that trials do not run on.
+    /// the calibration samples that trials do not run on, or as many of them as give enough rows.
     fn cross(&self, _model: &Model, _pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
         Err(unable())
     }

@@ -7,8 +7,9 @@
 The denoiser takes x, t and label (10 is "none") and predicts noise under linear betas 1e-4..0.02. Every plan of METHODS
 is compiled for --steps DDIM steps with guidance --guidance. For each: time of a batch (median of --rounds, plans and grids
 in turn), speed against all steps, PSNR (median and the tenth percentile) over --pairs samples of equal noise, and, with
---features, the kernel distance of --draws samples to the test images of Fashion-MNIST in DIR. The last columns are the
-plain grid of the most steps that takes no more time: what a plan must beat.
+--features, the kernel distance of --draws samples to the test images of Fashion-MNIST in DIR. The next columns are the
+plain grid of the most steps that takes no more time: what a plan must beat; the last says by which measures it does. `adaptive` is
+--form adaptive, which decides for a whole batch of 16 while it runs.
 """
 import argparse
 import gzip
@@ -26,9 +27,10 @@ CONFIG = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_sta
           "beta_schedule": "linear", "clip_sample": True, "timestep_spacing": "leading"}
 METHODS = [
     "gate:at=30", "gate:threshold=0.99", "linear-guidance", "delta:speed=1.5", "arms:every=2", "stack:every=2",
-    "forecast:every=2", "forecast:every=3", "forecast:every=3,points=3", "sada", "dual:most=0.2",
-    "gate:at=30+forecast:every=2",
+    "forecast:every=2", "forecast:every=3", "forecast:every=3,points=3", "easy", "sada", "dual:most=0.2",
+    "gate:at=30+forecast:every=2", "adaptive",
 ]
+UNROLLED = ["--form", "unrolled"]
 
 
 def compile_plan(a, name, folder, *more):
@@ -36,7 +38,7 @@ def compile_plan(a, name, folder, *more):
     config.write_text(json.dumps(CONFIG))
     out = folder / f"{name}.onnx"
     command = [a.tool, "sampler", a.denoiser, "-o", out, "--scheduler", config, "--io", "uncond:label=10", "--guidance",
-               a.guidance, "--form", "unrolled", "--no-verify", "-q", "--overwrite", *more]
+               a.guidance, "--no-verify", "-q", "--overwrite", *more]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     return (out, None) if done.returncode == 0 else (None, done.stderr.strip().splitlines()[-1])
 
@@ -95,11 +97,12 @@ def main():
     a = ap.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        made = {"all steps": compile_plan(a, "full", folder, "--steps", a.steps)}
+        made = {"all steps": compile_plan(a, "full", folder, "--steps", a.steps, *UNROLLED)}
         for n in a.grids:
-            made[f"{n} steps"] = compile_plan(a, f"grid{n}", folder, "--steps", n)
+            made[f"{n} steps"] = compile_plan(a, f"grid{n}", folder, "--steps", n, *UNROLLED)
         for i, method in enumerate(a.methods):
-            made[method] = compile_plan(a, f"plan{i}", folder, "--steps", a.steps, "--plan", method)
+            how = ["--form", "adaptive"] if method == "adaptive" else ["--plan", method, *UNROLLED]
+            made[method] = compile_plan(a, f"plan{i}", folder, "--steps", a.steps, *how)
         for plan, (_, why) in made.items():
             if why:
                 print(f"{plan}: {why}")
@@ -120,16 +123,19 @@ def main():
             eye = session(a.features)
             real = real_features(eye, a.real, 5000)
             distance = {plan: kid(features(eye, draw(net, a.draws, 2)), real) for plan, net in nets.items()}
-        print(f"{'plan':32} {'ms':>7} {'speed':>6} {'psnr':>6} {'p10':>6} {'kid':>8} | {'grid':>9} {'psnr':>6} {'kid':>8}")
+        print(f"{'plan':32} {'ms':>7} {'speed':>6} {'psnr':>6} {'p10':>6} {'kid':>8} | {'grid':>9} {'psnr':>6} {'kid':>8} | pays")
         grids = [f"{n} steps" for n in sorted(a.grids) if f"{n} steps" in nets]
+        medians = {p: float(np.median(r)) for p, r in ratio.items()}
         for plan in nets:
             equal = [g for g in grids if times[g] <= times[plan] * 1.02]
             equal = equal[-1] if equal else ""
+            better = {measure for measure, sign, values in [("psnr", 1, medians), ("kid", -1, distance)]
+                      if equal in values and sign * values[plan] > sign * values[equal]}
+            verdict = "" if plan in grids or plan == "all steps" else " and ".join(sorted(better)) or "no"
             show = lambda p, values, form: format(values[p], form) if p in values else "-"
-            medians = {p: float(np.median(r)) for p, r in ratio.items()}
             print(f"{plan:32} {times[plan] * 1e3:7.0f} {times['all steps'] / times[plan]:6.2f} {medians[plan]:6.1f} "
                   f"{np.quantile(ratio[plan], 0.1):6.1f} {show(plan, distance, '8.4f'):>8} | {equal:>9} "
-                  f"{show(equal, medians, '6.1f'):>6} {show(equal, distance, '8.4f'):>8}")
+                  f"{show(equal, medians, '6.1f'):>6} {show(equal, distance, '8.4f'):>8} | {verdict}")
 
 
 if __name__ == "__main__":

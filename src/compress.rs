@@ -194,28 +194,17 @@ impl<'a> Compressor<'a> {
             memory: self.memory.unwrap_or_else(quarter_of_memory),
             ..CollectOptions::new(self.load.clone(), cache)
         };
-        let (mut columns, mut grams) = (BTreeSet::new(), BTreeSet::new());
-        let mut widest = 0;
         // Second moments have no range, which layers in half precision have to keep to on every sample.
         let half = self.computes_in_half();
-        for weight in found {
-            let wanted = gram_rows(weight);
-            widest = widest.max(if wanted.is_empty() { 0 } else { weight.inputs() });
-            for tap in &weight.taps {
-                let patches = |rows: &&Rows| !matches!(rows.view, View::Patches(_));
-                let alone = tap.rows.iter().filter(|rows| patches(rows) && (half || !wanted.contains(rows)));
-                columns.extend(alone.chain([&tap.output_rows]).cloned());
-                let wide = tap.rows.iter().filter(|rows| half && !patches(rows));
-                columns.extend(wide.map(|rows| Rows::channels(rows.value.clone())));
-            }
-            grams.extend(wanted);
-        }
+        let cx = Context { measures: self.measures.clone(), half_precision: half, ..Context::default() };
+        let ranges = METHODS.iter().any(|m| (self.admits)(m.info().name) && m.reads_ranges(&cx));
+        let widths = found.iter().filter(|w| !gram_rows(w).is_empty()).map(Weight::inputs);
+        let widest = widths.max().unwrap_or(0);
+        let (columns, grams) = requests(found, half, ranges);
         let set = SampleSet::open(self.set, model).map_err(anyhow::Error::from)?;
         let samples = self.samples(model, found, &set, (ROWS_PER_FEATURE * widest).max(LEAST_ROWS))?;
         let some = SetSpec { chosen: Some(set.spread(samples.min(set.len()))), ..self.set.clone() };
         let some = if samples >= set.len() { self.set } else { &some };
-        let columns: Vec<Request> = columns.into_iter().map(Request::Columns).collect();
-        let grams: Vec<Request> = grams.into_iter().map(Request::Gram).collect();
         let gather = |set: &SetSpec, requests: &[Request]| {
             self.runner.collect(model, set, requests, &collect).map_err(anyhow::Error::from)
         };
@@ -298,6 +287,23 @@ impl<'a> Compressor<'a> {
     }
 }
 
+/// What is collected of layers: sums and ranges of columns, and Gram matrices, which tell sums of their columns too.
+fn requests(found: &[Weight], half: bool, ranges: bool) -> (Vec<Request>, Vec<Request>) {
+    let (mut columns, mut grams) = (BTreeSet::new(), BTreeSet::new());
+    for weight in found {
+        let wanted = gram_rows(weight);
+        for tap in &weight.taps {
+            let patches = |rows: &&Rows| !matches!(rows.view, View::Patches(_));
+            let alone = tap.rows.iter().filter(|rows| patches(rows) && (ranges || !wanted.contains(rows)));
+            columns.extend(alone.chain([&tap.output_rows]).cloned());
+            let wide = tap.rows.iter().filter(|rows| half && !patches(rows));
+            columns.extend(wide.map(|rows| Rows::channels(rows.value.clone())));
+        }
+        grams.extend(wanted);
+    }
+    (columns.into_iter().map(Request::Columns).collect(), grams.into_iter().map(Request::Gram).collect())
+}
+
 /// Rows of a use's output in one run.
 fn rows_of(facts: &Facts, bindings: &Bindings, tap: &Tap) -> u64 {
     let shape = facts.shape(tap.output).unwrap_or_default();
@@ -319,5 +325,24 @@ impl Runner {
         options: &ProbeOptions,
     ) -> Result<Vec<Option<f64>>, lathe_runtime::StatisticsError> {
         sensitivities(self.child(), model, set, probes, options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A Gram matrix tells the squares of what a layer reads, but not how large it gets.
+    #[test]
+    fn ranges_are_collected_where_a_method_reads_them() {
+        let text = "<ir_version: 10, opset_import: [\"\" : 21]> m (float[n, 4] x) => (float[n, 3] y) \
+                    <float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}> { y = MatMul (x, w) }";
+        let found = weights(&lathe_ir::text::parse(text).unwrap().graph).0;
+        let input = Request::Columns(found[0].taps[0].rows.clone().unwrap());
+        for ranges in [false, true] {
+            let (columns, grams) = requests(&found, false, ranges);
+            assert_eq!(grams.len(), 1);
+            assert_eq!(columns.contains(&input), ranges);
+        }
     }
 }

@@ -282,6 +282,10 @@ impl Method for ConvertFloats {
         &INFO
     }
 
+    fn reads_ranges(&self, cx: &Context) -> bool {
+        cx.half_precision
+    }
+
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let graph = &model.graph;

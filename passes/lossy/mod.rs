@@ -163,6 +163,11 @@ pub trait Method: Sync {
         true
     }
 
+    /// Whether it reads the largest magnitudes of what layers read, which second moments do not tell.
+    fn reads_ranges(&self, _cx: &Context) -> bool {
+        false
+    }
+
     /// Values whose magnitudes it wants, as far as second moments tell; they are collected before it proposes.
     fn magnitudes(&self, _model: &Model, _cx: &Context) -> Result<Vec<Rows>, Error> {
         Ok(Vec::new())

@@ -122,6 +122,10 @@ impl Method for QuantizeDynamic {
         &INFO
     }
 
+    fn reads_ranges(&self, cx: &Context) -> bool {
+        cx.measures.contains(&Measure::Latency)
+    }
+
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         if !cx.measures.contains(&Measure::Latency) {

@@ -58,7 +58,7 @@ const OLDEST_OPSET: i64 = 18;
 const MOST_FEATURES: usize = 1536;
 
 /// Numbers of second moments that are in memory at a time.
-const MOST_NUMBERS: usize = 1 << 25;
+const MOST_NUMBERS: usize = 1 << 26;
 
 /// A number above 0.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -17,6 +17,12 @@ const TRIAL_FLOPS: f64 = 4e11;
 /// Samples of trials, at least and at most, where a quarter of the set is as many.
 const TRIAL_SAMPLES: (usize, usize) = (4, 256);
 
+/// Rows that second moments between values are taken over at least, per feature and altogether, and samples, where the
+/// set has as many: fits have far fewer coefficients per output than features.
+const CROSS_ROWS_PER_FEATURE: usize = 8;
+const LEAST_CROSS_ROWS: usize = 8192;
+const LEAST_CROSS_SAMPLES: usize = 64;
+
 /// Statistics by the names of values, and everything that running a variant of the model needs.
 pub(super) struct Seen<'a> {
     /// Mean squares of what layers read and give, over the whole calibration set.
@@ -43,7 +49,8 @@ impl Seen<'_> {
     fn cross_on(&self, set: &SetSpec, model: &Model, pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
         let request = |(x, y): &(Rows, Rows)| Request::Cross(x.clone(), y.clone());
         let requests: Vec<Request> = pairs.iter().map(request).collect();
-        let found = self.runner.collect(model, set, &requests, &self.collect).map_err(failed)?;
+        let set = self.split.enough(set, model, pairs);
+        let found = self.runner.collect(model, &set, &requests, &self.collect).map_err(failed)?;
         let cross = |request: &Request| -> Result<Cross, StatisticsError> {
             let rows = found.counts(request)?.rows;
             let mean = |name: &str| -> Result<Vec<f64>, StatisticsError> {
@@ -102,13 +109,20 @@ pub(super) struct Split {
     pub fits: SetSpec,
     /// Floating-point operations of one run over what trials run on.
     pub trial_flops: f64,
+    /// The sizes of the first run over the set, and its samples.
+    sizes: Bindings,
+    samples: usize,
 }
 
 impl Split {
     pub fn of(set: &SetSpec, model: &Model) -> Result<Split, SetError> {
         let samples = SampleSet::open(set, model)?;
         let (least, most) = TRIAL_SAMPLES;
-        let flops = flops_of_sample(&samples, model)?;
+        let (sizes, of_run) = match samples.batches().next().transpose()? {
+            Some(batch) => (sizes(model, &batch.inputs), batch.samples.max(1)),
+            None => (Bindings::default(), 1),
+        };
+        let flops = Cost::of(model, &Facts::infer(model), &sizes).flops as f64 / of_run as f64;
         let affordable = (TRIAL_FLOPS / flops.max(1.0)) as usize;
         let trials = samples.spread(affordable.clamp(least, most).min(samples.len() / 4).max(1));
         let tried: BTreeSet<usize> = trials.iter().copied().collect();
@@ -116,15 +130,29 @@ impl Split {
         fits.retain(|unit| !tried.contains(unit) || samples.len() == 1);
         let part = |chosen| SetSpec { chosen: Some(chosen), ..set.clone() };
         let trial_flops = flops * trials.len() as f64;
-        Ok(Split { trials: part(trials), fits: part(fits), trial_flops })
+        Ok(Split { trials: part(trials), fits: part(fits), trial_flops, sizes, samples: of_run })
     }
-}
 
-/// Operations of one sample, as the first batch is shaped.
-fn flops_of_sample(samples: &SampleSet, model: &Model) -> Result<f64, SetError> {
-    let Some(batch) = samples.batches().next().transpose()? else { return Ok(0.0) };
-    let bindings = sizes(model, &batch.inputs);
-    Ok(Cost::of(model, &Facts::infer(model), &bindings).flops as f64 / batch.samples.max(1) as f64)
+    /// As many of the samples of a part as second moments of these pairs need.
+    fn enough(&self, part: &SetSpec, model: &Model, pairs: &[(Rows, Rows)]) -> SetSpec {
+        let facts = Facts::infer(model);
+        let wanted = pairs.iter().flat_map(|(x, y)| [x, y]).filter_map(|rows| {
+            let View::Axis(axis) = rows.view else { return None };
+            let shape = facts.shape(model.graph.find_value(&rows.value)?)?;
+            let dims: Vec<usize> = shape
+                .iter()
+                .map(|dim| usize::try_from(self.sizes.evaluate(dim)?).ok().filter(|&size| size > 0))
+                .collect::<Option<_>>()?;
+            let axis = if axis < 0 { dims.len().checked_add_signed(axis as isize)? } else { axis as usize };
+            let (all, features) = (dims.iter().product::<usize>(), *dims.get(axis)?);
+            let rows = LEAST_CROSS_ROWS.max(CROSS_ROWS_PER_FEATURE * features);
+            Some((rows * self.samples).div_ceil(all / features))
+        });
+        let chosen = part.chosen.clone().unwrap_or_default();
+        let wanted = wanted.max().unwrap_or(chosen.len()).clamp(LEAST_CROSS_SAMPLES.min(chosen.len()), chosen.len());
+        let spread = (0..wanted).map(|i| chosen[i * chosen.len() / wanted]).collect();
+        SetSpec { chosen: Some(spread), ..part.clone() }
+    }
 }
 
 /// The sizes that symbols of the inputs' shapes have in these inputs.

@@ -201,7 +201,10 @@ impl Fragment {
         let mut graph = Graph::new("fragment");
         let mut key = String::new();
         let name = |value: ValueId| from.value(value).name.clone();
-        let mut copied: BTreeMap<ValueId, ValueId> = BTreeMap::new();
+        // Nodes may stand in any order, so what they give is there before the first of them reads it.
+        let given = site.nodes.iter().flat_map(|&id| from.node(id).outputs().iter().flatten());
+        let mut copied: BTreeMap<ValueId, ValueId> =
+            given.map(|&output| (output, graph.add_value(name(output), None))).collect();
         for &id in &site.nodes {
             let node = from.node(id);
             let called = model.function(&node.domain, &node.op_type, &node.overload).is_some();
@@ -240,16 +243,10 @@ impl Fragment {
             let mut own = node.clone();
             own.name.clear();
             key += &format!(" {} {:?}", own.op_type, own.attributes);
-            let mut outputs = Vec::new();
-            for output in node.outputs() {
-                outputs.push(output.map(|output| {
-                    let value = graph.add_value(name(output), None);
-                    copied.insert(output, value);
-                    value
-                }));
-            }
+            let outputs = node.outputs().iter().map(|output| output.map(|output| copied[&output])).collect();
             graph.add_node(ScopeId::MAIN, own, inputs, outputs);
         }
+        graph.sort().ok()?;
         let shown: Vec<ValueId> = site.taps.iter().filter_map(|tap| copied.get(tap).copied()).collect();
         if shown.is_empty() {
             return None;

@@ -31,6 +31,12 @@ const MOST_OF_LATENCY: f64 = 0.9;
 /// What is aimed for beyond a budget of latency that was missed: the next measurement differs a little again.
 const LATENCY_MARGIN: f64 = 1.05;
 
+/// Share of a budget of latency below which a result saves more than it was asked to, and loses more than it needs to.
+const SAVED_TOO_MUCH: f64 = 0.96;
+
+/// Times that such a result gives back what it saved beyond its budget.
+const LOOSENINGS: usize = 2;
+
 /// Larger budgets that are tried to say what would keep to the allowed drop, and smaller ones to find the least.
 const BISECTIONS: usize = 4;
 
@@ -106,6 +112,17 @@ struct Attempt<'a> {
     table: &'a Table<'a>,
     inputs: &'a BenchInputs,
     solver: Solver,
+    /// Whether a budget of latency is to be used up.
+    loosens: bool,
+}
+
+/// A plan that was carried out.
+struct Candidate {
+    model: Model,
+    staged: Staged,
+    plan: serde_json::Value,
+    records: Vec<PassRecord>,
+    latency: Option<Latency>,
 }
 
 impl Job<'_> {
@@ -163,7 +180,7 @@ impl Job<'_> {
             let kept = table.kept();
             limits.push(Limit { measure, share, original, exact: left, kept: kept[measure as usize] });
         }
-        let attempt = Attempt { exact, table: &table, inputs: &inputs, solver };
+        let attempt = Attempt { exact, table: &table, inputs: &inputs, solver, loosens: !least };
         if least {
             return self.least(&attempt, &limits);
         }
@@ -241,6 +258,8 @@ impl Job<'_> {
         }
         let mut reached: Vec<f64> = Vec::new();
         let mut smallest_tried = false;
+        let mut loosenings = if attempt.loosens { LOOSENINGS } else { 0 };
+        let mut within: Option<Candidate> = None;
         for _ in 0..ATTEMPTS {
             Failure::if_stopped(&self.options.progress)?;
             let mut budget = allocate::Budget::default();
@@ -271,7 +290,7 @@ impl Job<'_> {
             model.check().context("the result is not a valid model; this is a fault of this program")?;
             let staged = model.stage(exact.target, exact.write).map_err(|e| Failure::Error(e.into()))?;
             let mut latency = None;
-            let mut over = false;
+            let (mut over, mut loosened) = (false, false);
             reached.clear();
             for (limit, most) in limits.iter().zip(&mut most) {
                 let took = match limit.measure {
@@ -285,38 +304,54 @@ impl Job<'_> {
                 };
                 reached.push(took / limit.original);
                 let allowed = limit.share * limit.original;
+                let used = plan.used[limit.measure as usize];
+                let (reckoned, saved) = (limit.kept as f64 - used as f64, limit.exact - took);
+                // What the plan may take so that as much is saved as is asked for, as far as this measurement tells.
+                let asked = || {
+                    let needed = (limit.exact - allowed) * reckoned / saved * LATENCY_MARGIN;
+                    (limit.kept as f64 - needed).max(0.0) as u64
+                };
+                let is_latency = limit.measure == Measure::Latency && saved > 0.0;
                 if took > allowed {
                     // Names and attributes take a little more than was reckoned; kernels save more or less.
                     over = true;
-                    let used = plan.used[limit.measure as usize] as f64;
-                    let (reckoned, saved) = (limit.kept as f64 - used, limit.exact - took);
-                    *most = if limit.measure == Measure::Latency && saved > 0.0 {
-                        let needed = (limit.exact - allowed) * reckoned / saved * LATENCY_MARGIN;
-                        (limit.kept as f64 - needed).max(0.0).min(used) as u64
+                    *most = if is_latency {
+                        asked().min(used)
                     } else {
                         // A plan may have left part of its budget, which it must not take now.
-                        plan.used[limit.measure as usize].min(*most).saturating_sub((took - allowed).ceil() as u64)
+                        used.min(*most).saturating_sub((took - allowed).ceil() as u64)
                     };
+                } else if is_latency && loosenings > 0 && took < SAVED_TOO_MUCH * allowed && asked() > used {
+                    loosened = true;
+                    *most = asked();
                 }
             }
             if over {
+                loosenings = 0;
                 continue;
             }
-            let verify = self.held_out(staged.path())?;
             let mut plan = found.plan;
+            plan["seconds"] = json!(seconds);
+            within = Some(Candidate { model, staged, plan, records: found.records, latency });
+            if !loosened {
+                break;
+            }
+            loosenings -= 1;
+        }
+        if let Some(Candidate { model, staged, mut plan, records, latency }) = within {
+            let verify = self.held_out(staged.path())?;
             let solver = match attempt.solver {
                 Solver::Auto if limits.len() < 2 => Solver::Pareto,
                 Solver::Auto => Solver::Ilp,
                 solver => solver,
             };
             plan["solver"] = json!(solver.name());
-            plan["seconds"] = json!(seconds);
             plan["budget"] = limits
                 .iter()
                 .map(|l| (l.name().to_lowercase(), json!(l.share)))
                 .collect::<serde_json::Map<_, _>>()
                 .into();
-            return Ok(Spent { model, staged, verify, plan, records: found.records, latency });
+            return Ok(Spent { model, staged, verify, plan, records, latency });
         }
         let told = limits.iter().zip(&reached).filter(|(l, r)| **r > l.share);
         let told = told.map(|(l, r)| {
