@@ -1,14 +1,19 @@
-"""What fewer tokens are worth on the zoo: accuracy on held-out images and measured latency at batch 1 on one thread.
+"""What methods are worth on the zoo: accuracy on held-out images and measured latency at batch 1 on one thread.
 
     python benches/structure.py OPTIMIZE ZOO [FOLDER] [--methods reduce-tokens] [--shares 0.9,0.8,0.7] [--models vit]
-                                [--budget latency|flops] [--target portable|ort]
+                                [--budget latency|flops] [--target portable|ort] [--max-drop 0.01]
+
+METHODS are methods that share the budget, separated by commas, or `all`; several such groups separated by spaces are tried
+one after the other.
 
 ZOO holds vit.onnx, resnet.onnx and mobilenet.onnx; FOLDER is that of the Debian package dataset-fashion-mnist. 512 test
-images calibrate, 4,096 others evaluate; neither were trained on. Prints one row per model and share: what was chosen, accuracy
+images calibrate, 4,096 others evaluate; neither were trained on. Prints one row per model, group and share: what was chosen, accuracy
 before and after, and the shares of FLOPs and latency that are left, or why there is no result.
 """
 
 import argparse
+import collections
+import itertools
 import json
 import pathlib
 import subprocess
@@ -24,15 +29,18 @@ def others(optimize, methods):
     table = subprocess.run([optimize, "passes", "--markdown"], capture_output=True, text=True, check=True).stdout
     rows = [line.split("|") for line in table.splitlines()]
     lossy = [row[1].strip(" `") for row in rows if len(row) > 2 and row[2].strip() == "lossy"]
-    return ",".join(name for name in lossy if name not in methods.split(","))
+    return ",".join(name for name in lossy if methods != "all" and name not in methods.split(","))
 
 
-def run(args, model, name, share, scratch):
+def run(args, model, name, methods, share, scratch):
     report = scratch / "report.json"
     report.unlink(missing_ok=True)
     command = [args.optimize, args.zoo / f"{model}.onnx", "-o", scratch / "out.onnx", "--overwrite", "-q"]
     command += ["--calib", scratch / f"{name}-calib.npz", "--validate", scratch / f"{name}-eval.npz"]
-    command += ["--labels", "label", "--metric", "accuracy", "--skip", others(args.optimize, args.methods), f"--{args.budget}", share]
+    command += ["--labels", "label", "--metric", "accuracy", f"--{args.budget}", share]
+    skipped = others(args.optimize, methods)
+    command += ["--skip", skipped] if skipped else []
+    command += ["--max-drop", args.max_drop] if args.max_drop else []
     command += ["--input-shape", f"{name}:1,1,28,28", "--threads", "1", "--target", args.target, "--report", report]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
@@ -50,26 +58,28 @@ def main():
     parser.add_argument("--models", default="vit")
     parser.add_argument("--budget", default="latency")
     parser.add_argument("--target", default="portable")
+    parser.add_argument("--max-drop")
     args = parser.parse_args()
     pixels, labels = fashion.load(args.folder)
-    print("| model | share | chosen | accuracy before | after | FLOPs left | latency, ms | left | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| model | methods | share | chosen | accuracy before | after | FLOPs left | latency, ms | left | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         for model in args.models.split(","):
             name = input_name(args.zoo / f"{model}.onnx", args.optimize)
             numpy.savez(scratch / f"{name}-calib.npz", **{name: pixels[:512], "label": labels[:512]})
             numpy.savez(scratch / f"{name}-eval.npz", **{name: pixels[512:4608], "label": labels[512:4608]})
-            for share in args.shares.split(","):
-                found, said = run(args, model, name, share, scratch)
+            for methods, share in itertools.product(args.methods.split(), args.shares.split(",")):
+                found, said = run(args, model, name, methods, share, scratch)
                 if found is None:
-                    print(f"| {model} | {share} | {said} | | | | | | |", flush=True)
+                    print(f"| {model} | {methods} | {share} | {said} | | | | | | |", flush=True)
                     continue
-                chosen = [choice["option"] for choice in found["plan"]["choices"] if choice["method"]]
+                names = (choice["option"] for choice in found["plan"]["choices"] if choice["method"])
+                chosen = (f"{count} × {name}" if count > 1 else name for name, count in collections.Counter(names).items())
                 verify, latency = found["verify"], found["latency"]
                 flops = found["output"]["flops"] / found["input"]["flops"]
-                print(f"| {model} | {share} | {'; '.join(chosen)} | {verify['before']:.4f} | {verify['after']:.4f} | {flops:.3f} "
-                      f"| {latency['before_ms']:.2f} to {latency['after_ms']:.2f} | {latency['ratio']:.3f} "
+                print(f"| {model} | {methods} | {share} | {'; '.join(chosen)} | {verify['before']:.4f} | {verify['after']:.4f} "
+                      f"| {flops:.3f} | {latency['before_ms']:.2f} to {latency['after_ms']:.2f} | {latency['ratio']:.3f} "
                       f"| {found['seconds']:.0f} |", flush=True)
 
 
