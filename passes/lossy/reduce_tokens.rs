@@ -230,8 +230,8 @@ fn reduce(model: &mut Model, wish: Wish, called: &str, counts: &[usize], form: F
     };
     let Some(chain) = find(model) else { return false };
     let active = chain.cuts.iter().zip(counts).filter(|(_, count)| **count > 0);
-    let streams: Vec<ValueId> = active.map(|(cut, _)| cut.stream).collect();
-    let opened = streams.into_iter().filter(|&stream| open_sum(&mut model.graph, stream)).count();
+    let sums: Vec<(ValueId, NodeId)> = active.map(|(cut, _)| (cut.stream, cut.node)).collect();
+    let opened = sums.into_iter().filter(|&(stream, node)| open_sum(&mut model.graph, stream, node)).count();
     let chain = if opened > 0 { find(model) } else { Some(chain) };
     chain.inspect(|chain| emit(model, chain, counts, form)).is_some()
 }
