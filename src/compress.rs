@@ -7,7 +7,7 @@ mod timing;
 
 use seen::{Seen, Split};
 pub(crate) use table::Table;
-use table::{Offer, Place};
+use table::{Inside, Offer, Place};
 
 use crate::{
     Failure, PassRecord,
@@ -154,11 +154,9 @@ impl<'a> Compressor<'a> {
                 if let (Some(weight), 1) = (site.weight, site.covers.len()) {
                     cx.rivals.entry(weight).or_default().extend(site.choices.iter().cloned());
                 }
-                let choices = 0..site.choices.len();
-                let rows_left = choices.map(|choice| method.rows_left(model, &site, choice, &cx));
                 let offer = Offer {
                     method,
-                    rows_left: rows_left.collect::<Result<_, _>>().map_err(anyhow::Error::from)?,
+                    inside: Vec::new(),
                     sensitivity: site.taps.iter().filter_map(|tap| sensitivity.get(tap).copied()).collect(),
                     rows: site.weight.map_or(1, rows),
                     site,
@@ -184,8 +182,27 @@ impl<'a> Compressor<'a> {
             self.time_options(model, &mut places, &cx, warnings)?;
             timing::decline_slower(&mut places, &mut records);
         }
+        self.look_inside(model, &mut places, &cx)?;
         drop(cx);
         Ok(Table { places, records, seen, _scratch: temporary })
+    }
+
+    /// Asks what every place takes where a choice of one around it is carried out.
+    fn look_inside(&self, model: &Model, places: &mut [Place], cx: &Context) -> Result<(), Failure> {
+        for at in 0..places.len() {
+            for offer in 0..places[at].offers.len() {
+                let mut inside = Vec::new();
+                for choice in 0..places[at].offers[offer].site.choices.len() {
+                    Failure::if_stopped(self.runner.child().listener())?;
+                    let Offer { method, site, .. } = &places[at].offers[offer];
+                    let around = method.around(model, site, choice, cx).map_err(anyhow::Error::from)?;
+                    let found = around.map(|around| Inside::of(places, at, &around, cx)).transpose();
+                    inside.push(found.map_err(anyhow::Error::from)?);
+                }
+                places[at].offers[offer].inside = inside;
+            }
+        }
+        Ok(())
     }
 
     /// What layers read and give on the calibration set.

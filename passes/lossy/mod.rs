@@ -64,6 +64,17 @@ pub struct Spent {
     pub flops_per_row: u64,
 }
 
+impl Spent {
+    /// Both together.
+    fn and(&self, other: &Spent) -> Spent {
+        Spent {
+            bytes: self.bytes + other.bytes,
+            parameters: self.parameters + other.parameters,
+            flops_per_row: self.flops_per_row + other.flops_per_row,
+        }
+    }
+}
+
 /// One way to carry out the work of a site.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
@@ -121,7 +132,8 @@ pub struct Site {
     /// counted for a whole run.
     pub weight: Option<ValueId>,
     /// Every value that would change or go, in order: constants, and what nodes give. Sites that cover the same exclude
-    /// each other; a site that covers more holds those that cover a part of it: they exist only where it stays as it is.
+    /// each other; a site that covers more holds those that cover a part of it: they exist only where it stays as it is, or
+    /// where its choice leaves them ([`Method::around`]).
     /// A site that shares but a part with another is refused.
     pub covers: Vec<ValueId>,
     /// The nodes that would change, in order; for a single constant, those that use it.
@@ -152,6 +164,25 @@ pub struct Proposal {
 
 /// Shares of rows by weight.
 pub type RowsLeft = BTreeMap<ValueId, f64>;
+
+/// What a choice leaves of the places inside its site.
+pub struct Around {
+    /// The model with the choice carried out, and nothing else.
+    pub model: Model,
+    /// The share of its rows that the layer of every weight still has.
+    pub rows: RowsLeft,
+}
+
+/// What a site takes where a choice around it is carried out.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Within {
+    /// The share of its rows that operations are counted by.
+    pub rows: f64,
+    /// What it takes as it is.
+    pub kept: Spent,
+    /// What every choice takes; `None` for one that cannot be carried out there.
+    pub choices: Vec<Option<Spent>>,
+}
 
 /// A lossy method: one idea, one file.
 pub trait Method: Sync {
@@ -191,16 +222,21 @@ pub trait Method: Sync {
     /// Every place this method could act on, and what it could do there. Reads the calibration of `cx`.
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error>;
 
-    /// What share of its rows the layer of every weight inside a site still has where a choice is carried out: the places
-    /// of these weights go on. `None` where nothing inside is left as it was.
-    fn rows_left(
-        &self,
-        _model: &Model,
-        _site: &Site,
-        _choice: usize,
-        _cx: &Context,
-    ) -> Result<Option<RowsLeft>, Error> {
+    /// What a choice leaves of the places inside its site, which go on then; `None` where nothing inside is left as it
+    /// was.
+    fn around(&self, _model: &Model, _site: &Site, _choice: usize, _cx: &Context) -> Result<Option<Around>, Error> {
         Ok(None)
+    }
+
+    /// What a site inside another one takes where a choice of that one is carried out first; `None` where it is no longer
+    /// a place then.
+    ///
+    /// What concerns products of weights alone goes on with the rows that all of these have left.
+    fn within(&self, site: &Site, around: &Around, _cx: &Context) -> Result<Option<Within>, Error> {
+        let Some(&rows) = site.weight.and_then(|weight| around.rows.get(&weight)) else { return Ok(None) };
+        let alike = site.covers.iter().all(|value| around.rows.get(value) == Some(&rows));
+        let choices = site.choices.iter().map(|choice| Some(choice.spent)).collect();
+        Ok(alike.then_some(Within { rows, kept: site.kept, choices }))
     }
 
     /// Carries out one choice of a site that [`Method::propose`] named, for a model whose other sites may have changed.

@@ -9,7 +9,7 @@ mod surgery;
 #[cfg(test)]
 mod tests;
 
-use super::{Choice, Method, Proposal, Site, Spent};
+use super::{Around, Choice, Method, Proposal, Site, Spent, Within};
 use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass as _, Quantity, exact::DropDead};
 use caches::{Caches, settle};
 use candidates::{Candidate, candidates};
@@ -31,9 +31,9 @@ static INFO: Info = Info {
           absence the outputs miss least, then the next one without it, and so on; the loss of every set is measured, \
           not predicted. What is left of a run of units can be patched: by a factor per feature, by a change of the \
           layer before it, or by a product, fitted in closed form to the stream of the whole model on other samples. \
-          Key-value caches of attention that goes go with it. Declines on the first and the last block of a chain, on \
-          units that change the size of the stream or that hold a quarter of the model, on those whose inside is read \
-          elsewhere, and in subgraphs.",
+          Key-value caches of attention that goes go with it. Where tokens become fewer too, gaps stay as they are. Declines \
+          on the first and the last block of a chain, on units that change the size of the stream or that hold a quarter \
+          of the model, on those whose inside is read elsewhere, and in subgraphs.",
     options: &[
         Opt { name: "count", unit: "a number", default: "0", doc: "units that must go, of any kind" },
         Opt { name: "attention", unit: "a number", default: "0", doc: "attention units that must go besides" },
@@ -167,6 +167,24 @@ impl Method for PruneUnits {
         Ok(proposal)
     }
 
+    /// What a choice around it added may still read something inside, which then stays. Patches are fitted to a stream
+    /// whose rows are the same with the units and without, as they are not where tokens merge: there is none.
+    fn within(&self, site: &Site, around: &Around, cx: &Context) -> Result<Option<Within>, Error> {
+        let (mut bare, nodes) = (around.model.clone(), site.nodes.iter().copied().collect());
+        let left = match leave(&mut bare, &site.taps, &nodes, Patch::None, cx)? {
+            Ok(_) => settle(&mut bare, &nodes, cx.setting(&INFO, "caches")?, cx)?.is_ok(),
+            Err(_) => false,
+        };
+        if !left {
+            return Ok(None);
+        }
+        let stays = still_read(&bare, site);
+        let kept = Totals::of(&around.model).beyond(&Totals::of(&bare)).and(&stays);
+        let bare = |choice: &Choice| (choice.name == choice_name(Patch::None)).then_some(stays);
+        let choices: Vec<Option<Spent>> = site.choices.iter().map(bare).collect();
+        Ok(choices.contains(&Some(stays)).then_some(Within { rows: 1.0, kept, choices }))
+    }
+
     fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let name = &site.choices[choice].name;
@@ -227,6 +245,19 @@ impl Totals {
             parameters: self.parameters.saturating_sub(other.parameters),
             flops_per_row: self.flops.saturating_sub(other.flops),
         }
+    }
+}
+
+/// What is still there of a site's own nodes and constants in a model without its units.
+fn still_read(model: &Model, site: &Site) -> Spent {
+    let graph = &model.graph;
+    let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
+    let nodes = site.nodes.iter().filter(|&&id| graph.get(id).is_some());
+    let tensors = || site.covers.iter().filter_map(|&v| graph.constant(v));
+    Spent {
+        bytes: tensors().map(|t| t.byte_len() as u64).sum(),
+        parameters: tensors().filter(|t| t.dtype().is_float()).map(|t| t.len() as u64).sum(),
+        flops_per_row: nodes.map(|id| cost.by_node[id.index()].flops).sum(),
     }
 }
 

@@ -6,11 +6,13 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 
-use super::{Choice, Method, OVERHEAD, Proposal, RowsLeft, Site, Spent, Tap, Weight, allocate::Measure, weights};
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
+use super::{
+    Around, Choice, Method, OVERHEAD, Proposal, RowsLeft, Site, Spent, Tap, Weight, allocate::Measure, weights,
+};
+use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass as _, Quantity, exact::DropDead};
 use emit::{Form, emit, most, open_sum};
 use lathe_analysis::{Bindings, Calibrate, Cost, Facts};
-use lathe_ir::{Model, NodeId, ScopeId, Use, ValueId};
+use lathe_ir::{Model, NodeId, Use, ValueId};
 use place::{Chain, Wish, chains};
 use schedule::{SHARES, Stretch, merged, plans};
 use std::collections::BTreeSet;
@@ -25,7 +27,8 @@ static INFO: Info = Info {
           the tokens look for their most similar one in the other half, by the cosine of their keys, and the most similar \
           pairs become their mean. Later attentions and averages count a token as often as it stands for. What is lost by \
           merging a share of the tokens after one attention alone is measured on calibration samples; a dynamic \
-          programme over the layers makes schedules of that, and the loss of each is measured again as a whole. Tokens \
+          programme over the layers makes schedules of that, and the loss of each is measured again as a whole. Units \
+          that go and other choices for layers join a schedule at what is left to compute; their losses add up. Tokens \
           at the front that the model picks by their position stay. Heads that need every token get all of them back. \
           Declines where the number of tokens is open, and where anything reads tokens other than one by one, in \
           attentions or in averages: windows, grids, tables of positions inside, masks, caches, convolutions. Lowers \
@@ -176,11 +179,15 @@ impl Method for ReduceTokens {
         Ok(proposal)
     }
 
-    fn rows_left(&self, model: &Model, site: &Site, choice: usize, cx: &Context) -> Result<Option<RowsLeft>, Error> {
-        let (found, counts) = (chains(model, Asked::of(cx)?.wish), counts_of(&site.choices[choice].name));
+    fn around(&self, model: &Model, site: &Site, choice: usize, cx: &Context) -> Result<Option<Around>, Error> {
+        let counts = counts_of(&site.choices[choice].name);
         let own = |chain: &Chain| name(model, chain) == site.name && chain.cuts.len() == counts.len();
-        let own = found.into_iter().flatten().find(own);
-        Ok(own.map(|chain| rows_left(model, &chain, &counts)))
+        let Some(chain) = chains(model, Asked::of(cx)?.wish).into_iter().flatten().find(own) else { return Ok(None) };
+        let mut changed = model.clone();
+        let done = self.rewrite(&mut changed, site, choice, cx)?;
+        DropDead.apply(&mut changed, cx)?;
+        let rows = rows_left(model, &chain, &counts);
+        Ok((!done.changes.is_empty()).then_some(Around { model: changed, rows }))
     }
 
     fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
@@ -230,8 +237,8 @@ fn reduce(model: &mut Model, wish: Wish, called: &str, counts: &[usize], form: F
     };
     let Some(chain) = find(model) else { return false };
     let active = chain.cuts.iter().zip(counts).filter(|(_, count)| **count > 0);
-    let streams: Vec<ValueId> = active.map(|(cut, _)| cut.stream).collect();
-    let opened = streams.into_iter().filter(|&stream| open_sum(&mut model.graph, stream)).count();
+    let sums: Vec<(ValueId, NodeId)> = active.map(|(cut, _)| (cut.stream, cut.node)).collect();
+    let opened = sums.into_iter().filter(|&(stream, node)| open_sum(&mut model.graph, stream, node)).count();
     let chain = if opened > 0 { find(model) } else { Some(chain) };
     chain.inspect(|chain| emit(model, chain, counts, form)).is_some()
 }
@@ -273,7 +280,6 @@ fn site(model: &Model, chain: &Chain, asked: &Asked, calibration: &dyn Calibrate
             *lost = changed.as_ref().map_or(Ok(f64::INFINITY), &loss)?;
         }
     }
-    let whole = flops(model);
     let (nodes, covers) = (chain.nodes(&model.graph), chain.covers(&model.graph));
     let kept = work.spent(model, &nodes);
     let mut choices = Vec::new();
@@ -287,25 +293,13 @@ fn site(model: &Model, chain: &Chain, asked: &Asked, calibration: &dyn Calibrate
             }
         }
         let Some((lost, form, changed)) = best else { continue };
-        let nodes_of = |model: &Model| model.graph.nodes(ScopeId::MAIN).count();
-        let added = nodes_of(&changed).saturating_sub(nodes_of(model));
-        let saved = whole.saturating_sub(flops(&changed));
-        let spent = Spent {
-            bytes: kept.bytes + OVERHEAD * added as u64,
-            parameters: kept.parameters,
-            flops_per_row: kept.flops_per_row.saturating_sub(saved),
-        };
+        let spent = work.left(&kept, &changed);
         let name = choice_name(chain.tokens.count, &counts, form);
         choices.push(Choice { name, spent, errors: Vec::new(), measured: Some(lost), fitted: None });
     }
     let taps = chain.ends(&model.graph);
     let site = Site { weight: None, covers, nodes, name: called, taps, kept, choices, forced: false, apart: false };
     Ok((!site.choices.is_empty()).then_some(site))
-}
-
-/// Floating-point operations of a run of one sample.
-fn flops(model: &Model) -> u64 {
-    Cost::of(model, &Facts::infer(model), &Bindings::default()).flops
 }
 
 /// What nodes compute with all tokens.
@@ -326,6 +320,17 @@ impl Work {
             bytes: tensors().map(|t| t.byte_len() as u64).sum(),
             parameters: tensors().filter(|t| t.dtype().is_float()).map(|t| t.len() as u64).sum(),
             flops_per_row: nodes.iter().map(|id| self.cost.by_node[id.index()].flops).sum(),
+        }
+    }
+
+    /// What these nodes, which take `kept`, take in a model with fewer tokens.
+    fn left(&self, kept: &Spent, changed: &Model) -> Spent {
+        let now = Work::of(changed).cost;
+        Spent {
+            bytes: (kept.bytes + now.weight_bytes).saturating_sub(self.cost.weight_bytes)
+                + OVERHEAD * now.nodes.saturating_sub(self.cost.nodes) as u64,
+            parameters: (kept.parameters + now.parameters).saturating_sub(self.cost.parameters),
+            flops_per_row: (kept.flops_per_row + now.flops).saturating_sub(self.cost.flops),
         }
     }
 

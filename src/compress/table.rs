@@ -11,7 +11,7 @@ use lathe_ir::{Model, NodeId, ValueId};
 use lathe_passes::{
     Context,
     lossy::{
-        Choice, Method, RowsLeft, Site, Spent, Weight,
+        Around, Choice, Method, Site, Spent, Weight, Within,
         allocate::{self, Group, Measure, Plan, SolveError, Solver, Status},
         block_by_block, weights,
     },
@@ -40,8 +40,31 @@ pub(super) struct Offer {
     pub sensitivity: Vec<f64>,
     /// Rows in one run that operations are counted by: of all products with the weight, or 1.
     pub rows: u64,
-    /// Of every choice that leaves the weights inside their places: the share of their rows that is left.
-    pub rows_left: Vec<Option<RowsLeft>>,
+    /// Of every choice, what is inside where it is carried out; `None` where it leaves nothing as it was.
+    pub inside: Vec<Option<Inside>>,
+}
+
+/// The places inside another one where a choice of that one is carried out.
+pub(super) struct Inside {
+    /// What the site of every offer of a place takes then, if it is still a place.
+    within: BTreeMap<usize, Vec<Option<Within>>>,
+    nesting: Nesting,
+}
+
+impl Inside {
+    /// Asks the methods of every place inside the place `at`.
+    pub fn of(places: &[Place], at: usize, around: &Around, cx: &Context) -> Result<Inside, lathe_passes::Error> {
+        let mut within = BTreeMap::new();
+        for (index, place) in places.iter().enumerate().filter(|(_, place)| place.lies_in(&places[at])) {
+            let found = place.offers.iter().map(|offer| offer.method.within(&offer.site, around, cx));
+            let found: Vec<Option<Within>> = found.collect::<Result<_, _>>()?;
+            if found.iter().any(Option::is_some) {
+                within.insert(index, found);
+            }
+        }
+        let nesting = Nesting::of(places, &|index| within.contains_key(&index));
+        Ok(Inside { within, nesting })
+    }
 }
 
 /// Values that would change together, with the options of all methods.
@@ -59,22 +82,47 @@ pub(crate) struct Compressed {
     pub records: Vec<PassRecord>,
 }
 
+/// What the site of every offer of a place takes where a choice around the place is carried out; `None` outside of one.
+type Then<'t> = Option<&'t [Option<Within>]>;
+
+/// A group as a plan counts it.
+struct Entry<'t> {
+    place: &'t Place,
+    then: Then<'t>,
+    /// The choice of the place that every option is; `None` where it stays as it is.
+    options: Vec<Option<usize>>,
+}
+
+/// What a plan does with a place: a choice, or to leave it as it is.
+#[derive(Clone, Copy)]
+struct Chosen<'t> {
+    place: &'t Place,
+    then: Then<'t>,
+    choice: Option<usize>,
+}
+
 impl Offer {
     fn loss(&self, choice: &Choice) -> f64 {
         let squares = || self.sensitivity.iter().zip(&choice.errors).map(|(s, e)| s * e * e).sum();
         choice.measured.unwrap_or_else(squares)
     }
 
-    fn option(&self, spent: &Spent, latency_ns: Option<u64>, error: f64) -> allocate::Choice {
+    fn option(&self, spent: &Spent, latency_ns: Option<u64>, error: f64, within: Option<&Within>) -> allocate::Choice {
+        let flops = spent.flops_per_row.saturating_mul(self.rows);
         allocate::Choice {
             bytes: spent.bytes,
             parameters: spent.parameters,
-            flops: spent.flops_per_row.saturating_mul(self.rows),
+            flops: within.map_or(flops, |within| part(flops, within.rows)),
             latency_ns,
             error,
             ..allocate::Choice::default()
         }
     }
+}
+
+/// A share of a whole number.
+fn part(whole: u64, share: f64) -> u64 {
+    (whole as f64 * share).round() as u64
 }
 
 impl Place {
@@ -87,6 +135,11 @@ impl Place {
         &self.site().covers
     }
 
+    fn lies_in(&self, other: &Place) -> bool {
+        let (own, around) = (self.covers(), other.covers());
+        own.len() < around.len() && own.iter().all(|value| around.binary_search(value).is_ok())
+    }
+
     /// Whether the user asked for a change, so that the place cannot stay as it is.
     fn forced(&self) -> bool {
         self.offers.iter().any(|o| o.site.forced)
@@ -97,22 +150,62 @@ impl Place {
         self.offers.iter().flat_map(|offer| (0..offer.site.choices.len()).map(move |own| (offer, own)))
     }
 
-    /// The place as it is.
-    fn whole(&self, timed: bool) -> allocate::Choice {
-        let measured = self.latency.first().copied().flatten();
-        self.offers[0].option(&self.site().kept, measured.or(timed.then_some(0)), 0.0)
+    /// Nanoseconds of what takes `spent`: the place as it is at index 0, or a choice. What is timed by its share of the
+    /// operations has that share of those that are left too.
+    fn latency(&self, index: usize, offer: &Offer, spent: &Spent, within: Option<&Within>) -> Option<u64> {
+        let measured = |index: usize| self.latency.get(index).copied().flatten();
+        let Some(within) = within else { return measured(index) };
+        if offer.site.apart {
+            return measured(index).map(|ns| part(ns, within.rows));
+        }
+        let left = spent.flops_per_row as f64 / offer.site.kept.flops_per_row.max(1) as f64;
+        measured(0).map(|ns| part(ns, within.rows * left))
     }
 
-    /// What could be done instead. What was not measured is not chosen: it is as slow as can be told.
-    fn options(&self, timed: bool) -> Vec<allocate::Choice> {
-        let latency = |index: usize| self.latency.get(index).copied().flatten();
-        let unknown = timed.then(|| latency(0).unwrap_or(0));
-        let choices = self.choices().enumerate();
-        let option = |(index, (offer, own)): (usize, (&Offer, usize))| {
-            let choice = &offer.site.choices[own];
-            offer.option(&choice.spent, latency(index + 1).or(unknown), offer.loss(choice))
-        };
-        choices.map(option).collect()
+    /// The place as it is.
+    fn whole(&self, then: Then<'_>, timed: bool) -> allocate::Choice {
+        let first = then.and_then(|then| then.iter().position(Option::is_some)).unwrap_or(0);
+        let (offer, within) = (&self.offers[first], then.and_then(|then| then[first].as_ref()));
+        let kept = within.map_or(&offer.site.kept, |within| &within.kept);
+        let latency = self.latency(0, offer, kept, within);
+        offer.option(kept, latency.or(timed.then_some(0)), 0.0, within)
+    }
+
+    /// What could be done instead, with the index of the choice. What was not measured is not chosen: it is as slow as can
+    /// be told.
+    fn options(&self, then: Then<'_>, timed: bool) -> Vec<(usize, allocate::Choice)> {
+        let unknown = timed.then(|| self.latency.first().copied().flatten().unwrap_or(0));
+        let (mut index, mut options) = (0, Vec::new());
+        for (at, offer) in self.offers.iter().enumerate() {
+            let within = then.map(|then| then[at].as_ref());
+            for (own, choice) in offer.site.choices.iter().enumerate() {
+                let spent = match within {
+                    None => Some(choice.spent),
+                    Some(within) => within.and_then(|within| within.choices[own]),
+                };
+                if let Some(spent) = spent {
+                    let within = within.flatten();
+                    let latency = self.latency(index + 1, offer, &spent, within);
+                    options.push((index, offer.option(&spent, latency.or(unknown), offer.loss(choice), within)));
+                }
+                index += 1;
+            }
+        }
+        options
+    }
+}
+
+impl Chosen<'_> {
+    /// What the place then takes.
+    fn takes(&self) -> allocate::Choice {
+        match self.choice {
+            None => self.place.whole(self.then, false),
+            Some(choice) => {
+                let options = self.place.options(self.then, false);
+                let own = options.into_iter().find(|(index, _)| *index == choice);
+                own.expect("plans choose among what is there").1
+            }
+        }
     }
 }
 
@@ -123,11 +216,13 @@ struct Nesting {
 }
 
 impl Nesting {
-    fn of(places: &[Place]) -> Nesting {
+    /// Of those places that are `chosen` by their index.
+    fn of(places: &[Place], chosen: &dyn Fn(usize) -> bool) -> Nesting {
         let mut nesting = Nesting { roots: Vec::new(), inner: vec![Vec::new(); places.len()] };
         let sets: Vec<BTreeSet<ValueId>> = places.iter().map(|p| p.covers().iter().copied().collect()).collect();
-        for (index, set) in sets.iter().enumerate() {
-            let around = (0..sets.len()).filter(|&o| sets[o].len() > set.len() && set.is_subset(&sets[o]));
+        for (index, set) in sets.iter().enumerate().filter(|(index, _)| chosen(*index)) {
+            let others = (0..sets.len()).filter(|&other| chosen(other));
+            let around = others.filter(|&o| sets[o].len() > set.len() && set.is_subset(&sets[o]));
             match around.min_by_key(|&outer| sets[outer].len()) {
                 Some(outer) => nesting.inner[outer].push(index),
                 None => nesting.roots.push(index),
@@ -166,66 +261,87 @@ impl Table<'_> {
     pub(crate) fn kept(&self) -> [u64; 4] {
         fn of(table: &Table, nesting: &Nesting, at: usize, measure: Measure) -> u64 {
             let inside = nesting.inner[at].iter().map(|&i| of(table, nesting, i, measure)).sum();
-            table.places[at].whole(true).cost(measure).max(inside)
+            table.places[at].whole(None, true).cost(measure).max(inside)
         }
-        let nesting = Nesting::of(&self.places);
+        let nesting = Nesting::of(&self.places, &|_| true);
         Measure::ALL.map(|m| nesting.roots.iter().map(|&at| of(self, &nesting, at, m)).sum())
     }
 
-    /// The places as groups, and the place of every group as the allocator counts them. A place holds those inside it
-    /// where it stays as it is.
-    fn groups(&self, timed: bool) -> (Vec<Group>, Vec<usize>) {
-        let nesting = Nesting::of(&self.places);
+    /// The places as groups, and what every group is as the allocator counts them. A place holds those inside it where it
+    /// stays as it is, and where its choice leaves them.
+    fn groups(&self, timed: bool) -> (Vec<Group>, Vec<Entry<'_>>) {
+        let nesting = Nesting::of(&self.places, &|_| true);
         let mut order = Vec::new();
-        let groups = nesting.roots.iter().map(|&at| self.group(at, timed, &nesting, &mut order)).collect();
-        (groups, order)
+        let roots = nesting.roots.iter();
+        let groups = roots.map(|&at| self.group(at, timed, &nesting, None, &mut order));
+        (groups.collect(), order)
     }
 
-    fn group(&self, at: usize, timed: bool, nesting: &Nesting, order: &mut Vec<usize>) -> Group {
+    /// The group of a place among others, `inside` a choice around it that is carried out.
+    fn group<'t>(
+        &'t self,
+        at: usize,
+        timed: bool,
+        nesting: &Nesting,
+        inside: Option<&'t Inside>,
+        order: &mut Vec<Entry<'t>>,
+    ) -> Group {
         let place = &self.places[at];
-        order.push(at);
-        let mut options = Vec::new();
+        let then: Then<'t> = inside.map(|inside| inside.within[&at].as_slice());
+        let entry = order.len();
+        order.push(Entry { place, then, options: Vec::new() });
+        let (mut options, mut choices) = (Vec::new(), Vec::new());
         if !place.forced() {
-            let mut whole = place.whole(timed);
-            for &inner in &nesting.inner[at] {
-                // What is left is nothing that another place offers something for.
-                subtract(&mut whole, &self.places[inner].whole(timed));
-                whole.inner.push(self.group(inner, timed, nesting, order));
-            }
-            options.push(whole);
+            options.push(self.holding(place.whole(then, timed), &nesting.inner[at], timed, nesting, inside, order));
+            choices.push(None);
         }
-        for ((offer, own), mut option) in place.choices().zip(place.options(timed)) {
-            for (value, share) in offer.rows_left[own].iter().flatten() {
-                self.add_inside(&mut option, at, (*value, *share), timed, order);
-            }
+        let insides: Vec<Option<&Inside>> = match inside {
+            None => place.choices().map(|(offer, own)| offer.inside.get(own)?.as_ref()).collect(),
+            // One choice around a place is carried out first, and no further ones.
+            Some(_) => Vec::new(),
+        };
+        for (index, option) in place.options(then, timed) {
+            let option = match insides.get(index).copied().flatten() {
+                Some(inside) if !self.leaves_what_is_forced(at, inside) => continue,
+                Some(inside) => {
+                    self.holding(option, &inside.nesting.roots, timed, &inside.nesting, Some(inside), order)
+                }
+                None => option,
+            };
             options.push(option);
+            choices.push(Some(index));
         }
+        order[entry].options = choices;
         Group { name: place.site().name.clone(), options }
     }
 
-    /// Adds the place of a weight inside place `at` to one of its options, for a share of the weight's rows.
-    fn add_inside(
-        &self,
-        option: &mut allocate::Choice,
-        at: usize,
-        (value, share): (ValueId, f64),
+    /// An option with the places that exist only where it is taken.
+    fn holding<'t>(
+        &'t self,
+        mut option: allocate::Choice,
+        places: &[usize],
         timed: bool,
-        order: &mut Vec<usize>,
-    ) {
-        let inside = self.places[at].covers().contains(&value);
-        let own = self.places.iter().position(|p| p.site().weight == Some(value) && p.covers().len() == 1);
-        let Some(own) = own.filter(|_| inside) else { return };
-        let place = &self.places[own];
-        let fewer = |mut choice: allocate::Choice| {
-            choice.flops = (choice.flops as f64 * share) as u64;
-            choice.latency_ns = choice.latency_ns.map(|ns| (ns as f64 * share) as u64);
-            choice
+        nesting: &Nesting,
+        inside: Option<&'t Inside>,
+        order: &mut Vec<Entry<'t>>,
+    ) -> allocate::Choice {
+        for &at in places {
+            // What is left is nothing that another place offers something for.
+            let then: Then<'_> = inside.map(|inside| inside.within[&at].as_slice());
+            subtract(&mut option, &self.places[at].whole(then, timed));
+            option.inner.push(self.group(at, timed, nesting, inside, order));
+        }
+        option
+    }
+
+    /// Whether all that settings ask for inside the place `at` can still be done.
+    fn leaves_what_is_forced(&self, at: usize, inside: &Inside) -> bool {
+        let possible = |index: usize| {
+            let then = inside.within.get(&index).map(Vec::as_slice);
+            then.is_some_and(|then| !self.places[index].options(Some(then), false).is_empty())
         };
-        let whole = fewer(place.whole(timed));
-        subtract(option, &whole);
-        order.push(own);
-        let options = [whole].into_iter().chain(place.options(timed).into_iter().map(fewer)).collect();
-        option.inner.push(Group { name: place.site().name.clone(), options });
+        let forced = |index: &usize| self.places[*index].forced() && self.places[*index].lies_in(&self.places[at]);
+        (0..self.places.len()).filter(forced).all(possible)
     }
 
     /// Why a method that was asked for offers nothing; `None` if it does.
@@ -264,11 +380,11 @@ impl Table<'_> {
         &self,
         result: &mut Model,
         records: &mut BTreeMap<&'static str, PassRecord>,
-        edits: &[(&Place, usize)],
+        edits: &[Chosen<'_>],
         cx: &Context,
     ) -> Result<(), Failure> {
-        for &(place, index) in edits {
-            let (offer, own) = place.choices().nth(index).expect("plans choose among what was offered");
+        for edit in edits {
+            let Some((offer, own)) = edit.choice.and_then(|choice| edit.place.choices().nth(choice)) else { continue };
             let (site, choice) = (&offer.site, &offer.site.choices[own]);
             let name = offer.method.info().name;
             let outcome = offer.method.rewrite(result, site, own, cx).map_err(anyhow::Error::from)?;
@@ -281,9 +397,9 @@ impl Table<'_> {
                 return Err(Failure::Error(fault));
             }
             let record = records.get_mut(name).expect("a method that proposes has a record");
-            record.weight_bytes_delta += choice.spent.bytes as i64 - site.kept.bytes as i64;
-            let rows = offer.rows as i64;
-            record.flops_delta += (choice.spent.flops_per_row as i64 - site.kept.flops_per_row as i64) * rows;
+            let (before, after) = (edit.place.whole(edit.then, false), edit.takes());
+            record.weight_bytes_delta += after.bytes as i64 - before.bytes as i64;
+            record.flops_delta += after.flops as i64 - before.flops as i64;
             record.outcome.merge(outcome);
         }
         Ok(())
@@ -300,16 +416,14 @@ impl Table<'_> {
             ..Context::default()
         };
         let (_, order) = self.groups(false);
-        // Inside a place that does not stay as it is, nothing is chosen. Where that is possible, the first option is to
-        // leave a place as it is.
-        let chosen = order.iter().zip(&plan.choices).filter_map(|(&at, chosen)| {
-            let place = &self.places[at];
-            Some((place, (*chosen)?.checked_sub(usize::from(!place.forced()))))
+        let chosen = order.iter().zip(&plan.choices).filter_map(|(entry, option)| {
+            let choice = entry.options[(*option)?];
+            Some(Chosen { place: entry.place, then: entry.then, choice })
         });
-        let chosen: Vec<(&Place, Option<usize>)> = chosen.collect();
-        let mut edits: Vec<(&Place, usize)> = chosen.iter().filter_map(|&(p, choice)| Some((p, choice?))).collect();
+        let chosen: Vec<Chosen<'_>> = chosen.collect();
+        let mut edits: Vec<Chosen<'_>> = chosen.iter().copied().filter(|c| c.choice.is_some()).collect();
         // What reaches over several layers goes first: the others work on what it leaves of theirs.
-        edits.sort_by_key(|(place, _)| (place.site().weight.is_some(), std::cmp::Reverse(place.covers().len())));
+        edits.sort_by_key(|edit| (edit.place.site().weight.is_some(), std::cmp::Reverse(edit.place.covers().len())));
         let stages = match block_by_block(&cx).map_err(anyhow::Error::from)? {
             true => stages(model, edits),
             false => vec![edits],
@@ -318,7 +432,7 @@ impl Table<'_> {
         for (stage, edits) in stages.into_iter().enumerate() {
             if stage > 0 {
                 let (found, _) = weights(&result.graph);
-                let covered = |w: &&Weight| edits.iter().any(|(place, _)| place.covers().contains(&w.value));
+                let covered = |w: &&Weight| edits.iter().any(|edit| edit.place.covers().contains(&w.value));
                 let own: Vec<&Weight> = found.iter().filter(covered).collect();
                 again = Some(self.seen.again(&result, &own).map_err(anyhow::Error::from)?);
             }
@@ -330,9 +444,9 @@ impl Table<'_> {
             };
             self.edit(&mut result, &mut records, &edits, &cx)?;
         }
-        let choices = chosen.iter().filter_map(|&(place, choice)| told(place, choice)).collect();
-        let done = chosen.iter().filter_map(|&(place, choice)| {
-            let (offer, own) = place.choices().nth(choice?)?;
+        let choices = chosen.iter().filter_map(told).collect();
+        let done = chosen.iter().filter_map(|chosen| {
+            let (offer, own) = chosen.place.choices().nth(chosen.choice?)?;
             Some(Done { nodes: &offer.site.nodes, option: &offer.site.choices[own].name })
         });
         let mut json = plan_json(plan, choices);
@@ -342,7 +456,7 @@ impl Table<'_> {
 }
 
 /// Edits by the residual block that they are in, in the order of the model; what is in none goes with what is before it.
-fn stages<'p>(model: &Model, mut edits: Vec<(&'p Place, usize)>) -> Vec<Vec<(&'p Place, usize)>> {
+fn stages<'p>(model: &Model, mut edits: Vec<Chosen<'p>>) -> Vec<Vec<Chosen<'p>>> {
     let units = Units::find(model, &Facts::infer(model));
     let order: BTreeMap<NodeId, usize> =
         model.graph.nodes(lathe_ir::ScopeId::MAIN).enumerate().map(|(at, id)| (id, at)).collect();
@@ -356,11 +470,11 @@ fn stages<'p>(model: &Model, mut edits: Vec<(&'p Place, usize)>) -> Vec<Vec<(&'p
         Some((unit.chain, unit.position / units.period(unit.chain).unwrap_or(1).max(1)))
     };
     // What reaches over several layers stays first.
-    edits.sort_by_key(|(place, _)| (place.site().weight.is_some(), first(place)));
-    let mut stages: Vec<Vec<(&Place, usize)>> = Vec::new();
+    edits.sort_by_key(|edit| (edit.place.site().weight.is_some(), first(edit.place)));
+    let mut stages: Vec<Vec<Chosen<'p>>> = Vec::new();
     let mut last = None;
     for edit in edits {
-        let own = block(edit.0).filter(|_| edit.0.site().weight.is_some());
+        let own = block(edit.place).filter(|_| edit.place.site().weight.is_some());
         match stages.last_mut() {
             Some(stage) if own.is_none() || own == last => stage.push(edit),
             _ => stages.push(vec![edit]),
@@ -371,26 +485,22 @@ fn stages<'p>(model: &Model, mut edits: Vec<(&'p Place, usize)>) -> Vec<Vec<(&'p
 }
 
 /// A choice as the report tells it; `None` for a place of several constants that stays as it is.
-fn told(place: &Place, choice: Option<usize>) -> Option<Value> {
-    let first = &place.offers[0];
-    let (option, method, offer, spent, error) = match choice {
+fn told(chosen: &Chosen<'_>) -> Option<Value> {
+    let place = chosen.place;
+    let (option, method) = match chosen.choice {
         None if place.covers().len() > 1 => return None,
-        None => ("as it is", None, first, &first.site.kept, 0.0),
+        None => ("as it is", None),
         Some(index) => {
             let (offer, own) = place.choices().nth(index).expect("plans choose among what was offered");
-            let choice = &offer.site.choices[own];
-            (choice.name.as_str(), Some(offer.method.info().name), offer, &choice.spent, offer.loss(choice))
+            (offer.site.choices[own].name.as_str(), Some(offer.method.info().name))
         }
     };
-    let mut cost = json!({
-        "bytes": spent.bytes,
-        "parameters": spent.parameters,
-        "flops": spent.flops_per_row.saturating_mul(offer.rows),
-    });
-    if let Some(ns) = place.latency.get(choice.map_or(0, |index| index + 1)).copied().flatten() {
+    let takes = chosen.takes();
+    let mut cost = json!({ "bytes": takes.bytes, "parameters": takes.parameters, "flops": takes.flops });
+    if let Some(ns) = takes.latency_ns {
         cost["latency_ms"] = json!(ns as f64 * 1e-6);
     }
-    Some(json!({ "site": first.site.name, "option": option, "method": method, "cost": cost, "error": error }))
+    Some(json!({ "site": place.site().name, "option": option, "method": method, "cost": cost, "error": takes.error }))
 }
 
 fn plan_json(plan: &Plan, choices: Vec<Value>) -> Value {
@@ -439,12 +549,12 @@ mod tests {
                 },
                 sensitivity: Vec::new(),
                 rows: 1,
-                rows_left: Vec::new(),
+                inside: Vec::new(),
             }],
             latency: Vec::new(),
         };
         let places = [place(&[1]), place(&[0, 1, 2, 3]), place(&[0, 1]), place(&[4]), place(&[3])];
-        let nesting = Nesting::of(&places);
+        let nesting = Nesting::of(&places, &|_| true);
         assert_eq!(nesting.roots, [1, 3]);
         assert_eq!(nesting.inner, [vec![], vec![2, 4], vec![0], vec![], vec![]]);
         assert!(overlap(places[2].covers(), &[values[1], values[2]]));

@@ -159,7 +159,6 @@ pub(super) fn decline_slower(places: &mut [Place], records: &mut BTreeMap<&'stat
             let chosen = |at: usize| stays[at];
             kept.extend(own.iter().enumerate().filter(|(at, _)| chosen(*at)).map(|(_, ns)| *ns));
             offer.site.choices = retained(&mut offer.site.choices, chosen);
-            offer.rows_left = retained(&mut offer.rows_left, chosen);
         }
         place.latency = if kept.len() == 1 + place.choices().count() { kept } else { Vec::new() };
     }
@@ -299,7 +298,7 @@ mod tests {
             forced: false,
             apart: true,
         };
-        Offer { method: method(name), site, sensitivity: vec![], rows: 1, rows_left: vec![None; choices.len()] }
+        Offer { method: method(name), site, sensitivity: vec![], rows: 1, inside: vec![] }
     }
 
     #[test]
@@ -339,7 +338,6 @@ mod tests {
         assert_eq!(places[0].latency, [100, 120, 90, 60].map(Some));
         assert_eq!((names(&places[1]).len(), places[1].latency.len()), (2, 3));
         assert_eq!((names(&places[2]).len(), places[2].latency.len()), (2, 0));
-        assert_eq!(places[0].offers[1].rows_left.len(), 1);
         let refusals: Vec<&String> = records["substitute"].outcome.refusals.keys().collect();
         assert_eq!(
             refusals,

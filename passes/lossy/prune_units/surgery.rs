@@ -88,8 +88,12 @@ pub(super) fn leave_out(model: &mut Model, gone: &[ValueId]) -> Result<(), &'sta
         match kind {
             Join::Sum => {
                 let sum = node.output(0).ok_or("a sum has no output")?;
-                let kept: Vec<ValueId> =
+                let mut kept: Vec<ValueId> =
                     node.inputs().iter().flatten().copied().filter(|v| !names.contains(v)).collect();
+                // What is left is a bias of the unit, not a stream.
+                if kept.iter().all(|&v| graph.constant(v).is_some()) {
+                    kept.clear();
+                }
                 match kept.as_slice() {
                     [] => {
                         names.insert(sum);

@@ -6,7 +6,7 @@ use super::{
 };
 use lathe_analysis::Keys;
 use lathe_ir::{Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Added to a score that a softmax is not to see.
 const NEVER: f32 = -1e4;
@@ -188,7 +188,9 @@ pub(super) fn emit(model: &mut Model, chain: &Chain, counts: &[usize], form: For
 }
 
 /// Where a stream is summed and normalized by one node, makes two of it: tokens are merged in between. Whether it was.
-pub(super) fn open_sum(graph: &mut Graph, stream: ValueId) -> bool {
+///
+/// A bias is added to what `attention` gives, so that both are one summand of the stream.
+pub(super) fn open_sum(graph: &mut Graph, stream: ValueId, attention: NodeId) -> bool {
     let Some(id) = graph.producer(stream) else { return false };
     let node = graph.node(id).clone();
     let (Some(x), Some(skip), Some(gamma)) = (node.input(0), node.input(1), node.input(2)) else { return false };
@@ -196,10 +198,13 @@ pub(super) fn open_sum(graph: &mut Graph, stream: ValueId) -> bool {
         return false;
     }
     let name = graph.value(stream).name.clone();
-    let mut sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[x, skip], &format!("{name}_sum"));
+    let mut summands = [x, skip];
     if let Some(bias) = node.input(4) {
-        sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[sum, bias], &format!("{name}_sum"));
+        let own = usize::from(!comes_from(graph, x, attention));
+        summands[own] =
+            graph.append(ScopeId::MAIN, Node::new("Add"), &[summands[own], bias], &format!("{name}_biased"));
     }
+    let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &summands, &format!("{name}_sum"));
     let mut norm = Node::new("LayerNormalization").with("axis", -1);
     if let Some(epsilon) = node.float("epsilon") {
         norm = norm.with("epsilon", epsilon);
@@ -212,6 +217,19 @@ pub(super) fn open_sum(graph: &mut Graph, stream: ValueId) -> bool {
     }
     graph.remove_node(id);
     true
+}
+
+/// Whether a node has part in making a value.
+fn comes_from(graph: &Graph, value: ValueId, node: NodeId) -> bool {
+    let (mut open, mut seen) = (vec![value], BTreeSet::new());
+    while let Some(value) = open.pop() {
+        match graph.producer(value) {
+            Some(maker) if maker == node => return true,
+            Some(maker) if seen.insert(maker) => open.extend(graph.node(maker).inputs().iter().flatten()),
+            _ => {}
+        }
+    }
+    false
 }
 
 /// The mean key over heads of every token, `[batch, tokens, size]`.

@@ -164,10 +164,6 @@ impl Chain {
     /// How many of the cuts that are made (`active`, rising) every value with tokens comes after.
     pub fn stages(&self, graph: &Graph, active: &[usize]) -> Result<BTreeMap<ValueId, usize>, &'static str> {
         let mut stages: BTreeMap<ValueId, usize> = BTreeMap::new();
-        let reached = |value: ValueId, stage: usize| match active.iter().position(|&at| self.cuts[at].stream == value) {
-            Some(made) => made + 1,
-            None => stage,
-        };
         for &id in &self.tokens.nodes {
             let node = graph.node(id);
             let mut stage = None;
@@ -182,7 +178,10 @@ impl Chain {
                 }
             }
             for &output in node.outputs().iter().flatten().filter(|v| self.tokens.of(**v).is_some()) {
-                stages.insert(output, reached(output, stage.unwrap_or(0)));
+                // The normalization of a sum in the same node is made of the stream, and comes after it.
+                let own = |&at: &usize| [Some(output), node.output(3)].contains(&Some(self.cuts[at].stream));
+                let made = active.iter().position(own);
+                stages.insert(output, made.map_or(stage.unwrap_or(0), |made| made + 1));
             }
         }
         Ok(stages)

@@ -1,14 +1,19 @@
 //! Merging in small transformers.
 
 use super::{
-    choice_name, counts_of,
+    ReduceTokens, Work, choice_name, counts_of,
     emit::{Form, emit, most},
     name,
     place::{Chain, Wish, chains},
     reduce,
 };
-use lathe_analysis::{Bindings, Cost, Facts};
-use lathe_ir::{Model, Tensor, text};
+use crate::{
+    Context, Pass as _,
+    exact::DropDead,
+    lossy::{Choice, Method as _, PruneUnits, Site, Spent, Within},
+};
+use lathe_analysis::{Bindings, Calibrate, Cost, EvaluateError, Facts, Gram, Moments, Rows};
+use lathe_ir::{Initializer, Model, Tensor, text};
 use std::fmt::Write as _;
 
 const WISH: Wish = Wish { restore: true, protected: None };
@@ -92,6 +97,18 @@ fn blocks(count: usize, style: Style, constants: &mut String) -> String {
 
 /// `head` reads `s` and gives `y`; `front` reads `x` and gives `t`, `tokens` rows.
 fn transformer(style: Style, tokens: usize, input: &str, front: &str, output: &str, head: &str) -> Model {
+    transformer_of(2, style, tokens, input, front, output, head)
+}
+
+fn transformer_of(
+    depth: usize,
+    style: Style,
+    tokens: usize,
+    input: &str,
+    front: &str,
+    output: &str,
+    head: &str,
+) -> Model {
     let list = |n: usize, value: &str| vec![value; n].join(", ");
     let mut constants = format!(
         "float[{WIDTH}] g = {{{}}}, float[{WIDTH}] b = {{{}}}, int64[4] heads = {{0, {tokens}, 2, 4}}, \
@@ -100,7 +117,7 @@ fn transformer(style: Style, tokens: usize, input: &str, front: &str, output: &s
         list(WIDTH, "1"),
         list(WIDTH, "0.1"),
     );
-    let body = blocks(2, style, &mut constants);
+    let body = blocks(depth, style, &mut constants);
     let source = format!(
         "<ir_version: 10, opset_import: [\"\" : 23, \"com.microsoft\" : 1]> g (float[{input}] x) => (float[{output}] y) \
          <{constants}> {{ {front} {body} {head} }}"
@@ -178,7 +195,7 @@ fn dense_heads_get_every_token_back() {
 }
 
 #[test]
-fn a_stream_whose_first_sum_is_fused_is_refused_with_the_reason() {
+fn tokens_merge_inside_a_sum_that_is_fused_with_its_normalization() {
     let model = twins(Style::Packed, "batch, 8", PICK);
     let source = text::print_full(&model);
     let source = source.replace("h0 = Add (s0, a0)", "").replace(
@@ -187,8 +204,9 @@ fn a_stream_whose_first_sum_is_fused_is_refused_with_the_reason() {
     );
     let fused = text::parse(&source).unwrap();
     assert_equivalent(&model, &fused);
-    let refused = chains(&fused, WISH).pop().unwrap().err().unwrap();
-    assert_eq!(refused.1, "tokens from before an attention meet those from after it, past its sum");
+    for counts in [[4, 0], [0, 4], [2, 2]] {
+        assert_equivalent(&model, &reduced(&fused, &counts));
+    }
 }
 
 /// One merge by loops over numbers: ToMe's bipartite soft matching, with the first token protected.
@@ -331,4 +349,178 @@ fn what_is_left_is_counted_in_full() {
             assert_eq!(unknown, [] as [String; 0]);
         }
     }
+}
+
+/// Runs models beside one on a sample.
+struct Runs {
+    model: Model,
+    sample: Tensor,
+}
+
+impl Calibrate for Runs {
+    fn gram(&self, _: &Rows) -> Result<Option<Gram>, EvaluateError> {
+        Ok(None)
+    }
+
+    fn moments(&self, _: &Rows) -> Result<Option<Moments>, EvaluateError> {
+        Ok(None)
+    }
+
+    fn trials(&self, variant: &Model, gates: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
+        let before = run(&self.model, self.sample.clone()).remove(0).1.to_f32s().unwrap();
+        let loss = |gates: &Vec<(String, f32)>| {
+            let numbers = gates.iter().map(|(name, x)| (name.clone(), Tensor::from_f32s(&[], &[*x])));
+            let inputs: Vec<(String, Tensor)> =
+                [("x".to_owned(), self.sample.clone())].into_iter().chain(numbers).collect();
+            let after = lathe_testkit::evaluator().run(variant, &inputs).unwrap().remove(0).1.to_f32s().unwrap();
+            let square = |x: f32| f64::from(x).powi(2);
+            let far: f64 = before.iter().zip(&after).map(|(a, b)| square(a - b)).sum();
+            far / before.iter().map(|x| square(*x)).sum::<f64>()
+        };
+        Ok(gates.iter().map(loss).collect())
+    }
+}
+
+/// Four blocks over [`twins`], of which the second attention and the third feed-forward unit add nothing.
+fn idle(style: Style) -> Model {
+    let front = "t = Gather <axis = 1> (x, twice)";
+    let mut model = transformer_of(4, style, 9, "batch, 5, 8", front, "batch, 8", PICK);
+    let values = |index: usize| index % (3 * WIDTH) >= 2 * WIDTH;
+    for (name, keep) in [("qkv1", false), ("bias1", false), ("down2", true)] {
+        let value = model.graph.find_value(name).unwrap();
+        let tensor = model.graph.constant(value).unwrap();
+        let (dims, numbers) = (tensor.dims().to_vec(), tensor.to_f32s().unwrap());
+        let left = numbers.iter().enumerate().map(|(at, x)| if keep || values(at) { 0.0 } else { *x });
+        let left: Vec<f32> = left.collect();
+        model.graph.set_initializer(value, Initializer::Dense(Tensor::from_f32s(&dims, &left)));
+    }
+    DropDead.apply(&mut model, &Context::default()).unwrap();
+    model
+}
+
+/// Units that could be left out, those that are missed least first; the last place holds as many as can go.
+fn units(model: &Model, cx: &Context) -> Vec<Site> {
+    PruneUnits.propose(model, cx).unwrap().sites
+}
+
+/// A place with one schedule.
+fn schedule(model: &Model, counts: &[usize], form: Form) -> Site {
+    let (chain, work) = (only(model), Work::of(model));
+    let (nodes, covers) = (chain.nodes(&model.graph), chain.covers(&model.graph));
+    let kept = work.spent(model, &nodes);
+    let spent = work.left(&kept, &reduced_by(model, counts, form));
+    let choice = choice_name(chain.tokens.count, counts, form);
+    let choice = Choice { name: choice, spent, errors: Vec::new(), measured: Some(0.0), fitted: None };
+    let (name, taps) = (name(model, &chain), chain.ends(&model.graph));
+    Site { weight: None, covers, nodes, name, taps, kept, choices: vec![choice], forced: false, apart: false }
+}
+
+/// Both carried out, fewer tokens first, and what the units take among them.
+fn both(model: &Model, tokens: &Site, units: &Site, cx: &Context) -> (Model, Within) {
+    let around = ReduceTokens.around(model, tokens, 0, cx).unwrap().unwrap();
+    let within = PruneUnits.within(units, &around, cx).unwrap().unwrap();
+    let mut joint = model.clone();
+    for done in [ReduceTokens.rewrite(&mut joint, tokens, 0, cx), PruneUnits.rewrite(&mut joint, units, 0, cx)] {
+        assert_eq!(done.unwrap().changes.len(), 1);
+    }
+    DropDead.apply(&mut joint, cx).unwrap();
+    joint.check().unwrap_or_else(|error| panic!("{error}\n{}", text::print(&joint)));
+    (joint, within)
+}
+
+fn context(calibration: &Runs) -> Context<'_> {
+    let settings = [("prune-units.patch", "none"), ("reduce-tokens.temperature", "0.01")];
+    let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    Context { calibration: Some(calibration), settings: settings.into(), ..Context::default() }
+}
+
+fn runs(model: &Model) -> Runs {
+    Runs { model: model.clone(), sample: Tensor::from_f32s(&[1, 5, 8], &noise(40, 5)) }
+}
+
+#[test]
+fn fewer_tokens_and_units_that_go_add_up_in_one_plan() {
+    for style in [Style::Spelled, Style::Standard, Style::Packed, Style::Flat] {
+        let model = idle(style);
+        let calibration = runs(&model);
+        let cx = context(&calibration);
+        let found = units(&model, &cx);
+        let both_idle = found.iter().find(|site| site.taps.len() == 2).unwrap();
+        assert!(both_idle.choices[0].measured.unwrap() < 1e-10, "{}", both_idle.name);
+        // Merging before, in and after the attention that goes.
+        for counts in [[4, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0], [0, 2, 0, 0]] {
+            let tokens = schedule(&model, &counts, Form::Merge);
+            let (joint, within) = both(&model, &tokens, both_idle, &cx);
+            assert_equivalent(&model, &joint);
+            let cost = |model: &Model| Cost::of(model, &Facts::infer(model), &Bindings::default());
+            let (before, after, left) = (cost(&model), cost(&joint), within.choices[0].unwrap());
+            let schedule = tokens.choices[0].spent;
+            let told = |of: &dyn Fn(&Spent) -> u64, whole: u64| {
+                whole - of(&tokens.kept) + of(&schedule) - of(&within.kept) + of(&left)
+            };
+            assert_eq!(told(&|s| s.flops_per_row, before.flops), after.flops, "{counts:?}");
+            assert_eq!(told(&|s| s.parameters, before.parameters), after.parameters, "{counts:?}");
+            let added = cost(&reduced(&model, &counts)).nodes - before.nodes;
+            let bytes = told(&|s| s.bytes, before.weight_bytes) - super::OVERHEAD * added as u64;
+            assert_eq!(bytes, after.weight_bytes, "{counts:?}");
+            // The keys of an attention that goes stay where tokens merge by them.
+            assert_eq!(left.flops_per_row > 0, counts[1] > 0, "{counts:?}");
+            let alone = both_idle.kept.flops_per_row;
+            assert!(within.kept.flops_per_row < alone, "{counts:?}: {} of {alone}", within.kept.flops_per_row);
+        }
+    }
+}
+
+#[test]
+fn units_go_after_tokens_as_they_would_before() {
+    let model = transformer_of(4, Style::Spelled, 9, "batch, 9, 8", "t = Identity (x)", "batch, 8", PICK);
+    let calibration = Runs { model: model.clone(), sample: Tensor::from_f32s(&[1, 9, 8], &noise(72, 5)) };
+    let cx = context(&calibration);
+    for units in units(&model, &cx) {
+        let tokens = schedule(&model, &[4, 0, 0, 0], Form::Merge);
+        let (joint, _) = both(&model, &tokens, &units, &cx);
+        let mut first = model.clone();
+        PruneUnits.rewrite(&mut first, &units, 0, &cx).unwrap();
+        // An attention that goes has no place for a schedule.
+        let mut counts = vec![0; only(&first).cuts.len()];
+        counts[0] = 4;
+        assert_equivalent(&reduced(&first, &counts), &joint);
+    }
+}
+
+#[test]
+fn weights_that_tokens_mix_by_stay_when_their_attention_goes() {
+    let model = idle(Style::Spelled);
+    let calibration = runs(&model);
+    let cx = context(&calibration);
+    let found = units(&model, &cx);
+    let idle = found.iter().find(|site| site.taps.len() == 2).unwrap();
+    // Only the keys of the second attention are needed to merge there, and its queries too to mix there.
+    let left = |form: Form| {
+        let tokens = schedule(&model, &[0, 2, 0, 0], form);
+        let (joint, within) = both(&model, &tokens, idle, &cx);
+        let alone = reduced_by(&model, &[0, 2, 0, 0], form);
+        assert_equivalent(&alone, &joint);
+        within.choices[0].unwrap().flops_per_row
+    };
+    assert!(left(Form::Mix(0.01)) > left(Form::Merge));
+}
+
+#[test]
+fn a_bias_of_a_fused_sum_goes_with_its_unit() {
+    let source = text::print_full(&idle(Style::Packed));
+    let fused = source.replace("h1 = Add (s1, a1)", "").replace(
+        "m1 = LayerNormalization (h1, g, b)",
+        "m1, \"\", \"\", h1 = com.microsoft.SkipLayerNormalization <epsilon = 1e-05> (s1, a1, g, b, b)",
+    );
+    assert_ne!(fused, source);
+    let model = text::parse(&fused).unwrap();
+    let calibration = runs(&model);
+    let cx = context(&calibration);
+    let attention =
+        units(&model, &cx).into_iter().find(|site| site.name.contains("a1") || site.taps.len() == 2).unwrap();
+    let mut without = model.clone();
+    PruneUnits.rewrite(&mut without, &attention, 0, &cx).unwrap();
+    let tokens = schedule(&model, &[0, 4, 0, 0], Form::Merge);
+    assert_equivalent(&without, &both(&model, &tokens, &attention, &cx).0);
 }
