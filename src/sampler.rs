@@ -18,7 +18,7 @@ use crate::{
 };
 use anyhow::{Context as _, anyhow};
 use check::Checked;
-use lathe_ir::{Model, Staged, WriteOptions};
+use lathe_ir::{Dim, Model, Staged, Type, WriteOptions};
 use lathe_passes::{
     Context, PASSES,
     sampler::{
@@ -137,8 +137,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     }
     let options = found.as_ref().unwrap_or(options);
     let (scheduler, mut warnings) = Scheduler::parse(&options.scheduler, options.solver)?;
-    let request = request(options, &scheduler)?;
-    let table = Table::new(&scheduler, &request)?;
+    let table = table(options, &scheduler)?;
     let loaded = Model::read(&options.denoiser);
     let loaded = loaded.with_context(|| format!("cannot use `{}`", options.denoiser.display()))?;
     warnings.extend(sentence);
@@ -158,11 +157,13 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         worker: options.worker.clone(),
         progress: options.progress.clone(),
     })?;
+    let drawn = drawn(&original, &roles, &plan, &options.shapes)?;
     let (simplified, records) = simplify(&original, &runner, &options.progress)?;
     let bare;
     let external = if loaded.data_files.is_empty() { lathe_ir::External::Auto } else { lathe_ir::External::Always };
-    let job = Job { options, original: &original, runner: &runner, write: WriteOptions { external } };
+    let job = Job { options, original: &original, drawn: &drawn, runner: &runner, write: WriteOptions { external } };
     let mut sampler = Sampler { denoiser: &simplified, roles: &roles, table: &table, plan: &plan, guidance };
+    check::check_sizes(&job, &sampler)?;
     let mut made = job.make(&sampler, &mut warnings)?;
     if let Checked::Fails(reason) = &made.checked {
         // A pass that broke the denoiser would show here; the loop around it is tried with the denoiser as it is.
@@ -222,6 +223,38 @@ fn request(options: &SamplerOptions, scheduler: &Scheduler) -> Result<Request, F
         return Ok(counted);
     }
     Ok(Request { steps: lathe_passes::sampler::Steps::Times(plan.grid.clone()), ..options.request.clone() })
+}
+
+/// The numbers of the steps that were asked for.
+fn table(options: &SamplerOptions, scheduler: &Scheduler) -> Result<Table, Failure> {
+    Ok(match options.plan.as_ref().and_then(|plan| Some((plan, plan.sizes.as_ref()?))) {
+        Some((plan, sizes)) if plan.solver == scheduler.class.name() => {
+            Table::staged(scheduler, &options.request, &plan.grid, sizes)?
+        }
+        _ => Table::new(scheduler, &request(options, scheduler)?)?,
+    })
+}
+
+/// The denoiser as inputs are made up for it: its latent has the size that the plan says.
+fn drawn(original: &Model, roles: &Roles, plan: &StepPlan, shapes: &[(String, Vec<usize>)]) -> Result<Model, Failure> {
+    let mut drawn = original.clone();
+    let Some(sizes) = &plan.sizes else { return Ok(drawn) };
+    let (name, [height, width]) = (&roles.latent, sizes.full());
+    let value = drawn.graph.find_value(name);
+    let Some(ty) = value.and_then(|v| drawn.graph.value_mut(v).ty.as_mut()) else { return Ok(drawn) };
+    let given = shapes.iter().find(|(n, _)| n == name).map(|(_, dims)| dims.as_slice());
+    if given.is_some_and(|dims| !dims.ends_with(&[height, width])) {
+        let message =
+            format!("the plan makes samples of {height}×{width}, and --input-shape gives `{name}` another size");
+        return Err(Failure::Usage(message));
+    }
+    if let (Some(elem), Some(mut dims)) = (ty.elem(), ty.shape().map(|shape| shape.dims.clone()))
+        && let [.., h, w] = dims.as_mut_slice()
+    {
+        (*h, *w) = (Dim::Known(height as i64), Dim::Known(width as i64));
+        *ty = Type::tensor(elem, dims);
+    }
+    Ok(drawn)
 }
 
 /// The plan that was given, or the one that computes everything.
@@ -287,6 +320,8 @@ fn likely_form(denoiser: &Model, plan: &StepPlan, memory: Option<u64>) -> Form {
 struct Job<'a> {
     options: &'a SamplerOptions,
     original: &'a Model,
+    /// The denoiser as inputs are made up for it.
+    drawn: &'a Model,
     runner: &'a Runner,
     write: WriteOptions,
 }
@@ -305,10 +340,11 @@ impl Job<'_> {
         let form = match (self.options.form, sampler.plan.adaptive) {
             (Some(form), _) => form,
             (None, Some(_)) => Form::Adaptive,
+            (None, None) if sampler.plan.sizes.is_some() => Form::Unrolled,
             (None, None) => likely_form(sampler.denoiser, sampler.plan, self.options.memory),
         };
         let made = self.make_as(sampler, form)?;
-        if self.options.form.is_some() || form != Form::Unrolled {
+        if self.options.form.is_some() || form != Form::Unrolled || sampler.plan.sizes.is_some() {
             return Ok(made);
         }
         let nodes = pipeline::node_count(&made.model);

@@ -92,6 +92,65 @@ fn skips_and_two_streams_are_cut() {
     assert_eq!(plan["steps"]["1"][0]["kind"], "delta");
 }
 
+/// Two scales of a latent of open height and width; it takes even sizes only.
+const OPEN: &str = "<ir_version: 8, opset_import: [\"\" : 18]>
+g (float[n,1,h,w] sample, float[n] timestep) => (float[n,1,h,w] out) <
+    float[1,1,3,3] kernel = {0.1, -0.2, 0.3, 0.2, 0.4, -0.1, 0.1, 0.2, -0.3}, float[1,1,2,2] up = {0.2, -0.1, 0.3, 0.1},
+    float[1] speed = {0.004}, int64[4] column = {-1, 1, 1, 1}
+> {
+    angle = Mul (timestep, speed)
+    wave = Cos (angle)
+    time = Reshape (wave, column)
+    fine = Conv <pads = [1, 1, 1, 1]> (sample, kernel)
+    skip = Mul (fine, time)
+    coarse = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (skip)
+    bent = Tanh (coarse)
+    grown = ConvTranspose <strides = [2, 2]> (bent, up)
+    out = Add (skip, grown)
+}";
+
+#[test]
+fn the_middle_is_gone_at_a_smaller_size() {
+    let folder = Folder::new("FlowMatchEulerDiscreteScheduler");
+    let open = folder.path("open.onnx");
+    fs::write(&open, lathe_ir::text::parse(OPEN).unwrap().to_bytes()).unwrap();
+    let open = open.to_str().unwrap();
+    let sized = |plan| ["--steps", "7", "--input-shape", "sample:1,1,16,8", "--plan", plan];
+    for (methods, entries) in
+        [("bottleneck", 0), ("bottleneck:up=matched,ends=2/5/7", 0), ("bottleneck+forecast:every=2,first=1,order=0", 1)]
+    {
+        let plan = folder.plan(open, &sized(methods));
+        assert_eq!(plan["evidence"]["methods"], methods);
+        assert_eq!(plan["steps"].as_object().map_or(0, serde_json::Map::len), entries, "{plan}");
+        let sizes = plan["sizes"]["steps"].as_array().unwrap();
+        assert_eq!((&sizes[0], &sizes[4], &sizes[6]), (&json!([16, 8]), &json!([8, 4]), &json!([16, 8])));
+    }
+    // The plan that was saved says how large samples are, and gives the same model again.
+    let first = fs::read(folder.path("out.onnx")).unwrap();
+    folder.plan(open, &["--plan", "plan.json", "--preview", "grid.png"]);
+    assert_eq!(fs::read(folder.path("out.onnx")).unwrap(), first);
+    let wrong = ["--plan", "plan.json", "--input-shape", "sample:1,1,8,8"];
+    folder.refused(open, &wrong, "the plan makes samples of 16×8");
+    folder.refused(open, &["--plan", "plan.json", "--form", "loop"], "stand side by side");
+    for (plan, sentence) in [
+        ("bottleneck:sizes=1/0.125/1", "the denoiser rejects `sample` of the size 2×1: "),
+        ("bottleneck:sizes=1/0.3/1", "0.3 of 16, expected a whole number up to 16"),
+        ("bottleneck:sizes=1/0.5", "ends with 1, the size of the sample"),
+        ("bottleneck:sizes=1/0.5/0.25/0.5/1", "its option ends for 5 stages of 7 steps"),
+        ("bottleneck:ends=3/2/7", "expected as many ends"),
+        ("bottleneck:up=fast", "expected nearest, linear, cubic or matched"),
+        ("forecast+bottleneck", "comes first"),
+        ("bottleneck+easy", "easy looks at steps of one size"),
+        ("bottleneck+gate", "gate without its option at"),
+    ] {
+        folder.refused(open, &sized(plan), sentence);
+    }
+    folder.refused(open, &["--steps", "7", "--plan", "bottleneck"], "--input-shape sample:... says how large");
+    folder.refused("dit.onnx", &["--steps", "7", "--plan", "bottleneck"], "height and width are open");
+    let lcm = Folder::new("LCMScheduler");
+    lcm.refused(open, &sized("bottleneck"), "not defined for solver lcm");
+}
+
 #[test]
 fn a_search_goes_on_and_gives_the_same() {
     let folder = Folder::new("DDIMScheduler");

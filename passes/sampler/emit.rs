@@ -1,7 +1,7 @@
 //! The one place that makes graphs of samplers: steps side by side, or in loops.
 
 use super::{
-    Error, Mode, Pass, Ref, Roles, StepPlan, Substitution, Table, Uncond,
+    Error, Mode, Pass, Ref, Roles, Sizes, StepPlan, Substitution, Table, Uncond,
     network::{Network, Variant},
     plan::Kind,
     sums::{Factor, Sums},
@@ -21,9 +21,11 @@ mod adaptive;
 mod conditions;
 mod numbers;
 mod segments;
+mod sizes;
 mod step;
 
 use numbers::{Iteration, Numbers};
+use sizes::Sized;
 
 /// The operator set that samplers are written in; denoisers of older ones must be upgraded first.
 pub const OPSET: i64 = 18;
@@ -146,11 +148,17 @@ struct State {
 
 struct Emitter<'a> {
     sampler: &'a Sampler<'a>,
+    evaluator: &'a dyn Evaluate,
+    /// The network as the current step needs it.
     net: Network,
     facts: Facts,
     out: Model,
     /// What constants and conditions of the denoiser became.
     known: BTreeMap<ValueId, ValueId>,
+    /// The network at other sizes than that of the current step; that of no size yet has none.
+    others: BTreeMap<Option<[usize; 2]>, Sized>,
+    /// The size of the current step, if steps have sizes.
+    size: Option<[usize; 2]>,
     /// What conditions became, by lane, in the order of [`Network::hoisted`].
     hoisted: BTreeMap<Lane, Vec<ValueId>>,
     stored: BTreeMap<usize, BTreeSet<What>>,
@@ -174,7 +182,7 @@ pub fn emit(sampler: &Sampler, form: Form, evaluator: &dyn Evaluate) -> Result<M
     let net = Network::new(sampler.denoiser, sampler.roles)?;
     let times: Result<Vec<_>, Error> =
         sampler.table.rows.iter().map(|row| net.at(row.time * sampler.roles.time_scale, evaluator)).collect();
-    let mut emitter = Emitter::new(sampler, net, times?)?;
+    let mut emitter = Emitter::new(sampler, net, times?, evaluator)?;
     let state = emitter.start()?;
     let outputs = match form {
         Form::Unrolled => {
@@ -197,6 +205,11 @@ fn check(sampler: &Sampler, form: Form) -> Result<(), Error> {
         let (steps, rows) = (plan.grid.len(), sampler.table.rows.len());
         return Err(Error::Plan(format!("the plan has {steps} steps and the solver {rows}")));
     }
+    sampler.check_latent()?;
+    if plan.sizes.is_some() && form != Form::Unrolled {
+        let message = "steps of several sizes stand side by side; leave out --form, or --form unrolled";
+        return Err(Error::Form(message.to_owned()));
+    }
     if (form == Form::Adaptive) != plan.adaptive.is_some() {
         return Err(Error::Form("a rule that decides at run time and the adaptive form go together".to_owned()));
     }
@@ -213,7 +226,12 @@ fn check(sampler: &Sampler, form: Form) -> Result<(), Error> {
 }
 
 impl<'a> Emitter<'a> {
-    fn new(sampler: &'a Sampler<'a>, net: Network, times: Vec<Vec<Tensor>>) -> Result<Emitter<'a>, Error> {
+    fn new(
+        sampler: &'a Sampler<'a>,
+        net: Network,
+        times: Vec<Vec<Tensor>>,
+        evaluator: &'a dyn Evaluate,
+    ) -> Result<Emitter<'a>, Error> {
         let denoiser = sampler.denoiser;
         let mut out = Model {
             ir_version: denoiser.ir_version.max(8),
@@ -238,9 +256,12 @@ impl<'a> Emitter<'a> {
             facts: Facts::infer(&net.model),
             stored: stored(sampler.plan),
             sampler,
+            evaluator,
             net,
             out,
             known,
+            others: BTreeMap::new(),
+            size: None,
             hoisted: BTreeMap::new(),
             variants: BTreeMap::new(),
             times,
@@ -264,7 +285,8 @@ impl<'a> Emitter<'a> {
 
     /// Makes the inputs and the first state.
     fn start(&mut self) -> Result<State, Error> {
-        let dims = self.net.dims.clone();
+        let sizes = self.sampler.plan.sizes.as_ref();
+        let dims = self.dims(sizes.map(Sizes::full));
         let noise = self.input("noise", Some(Type::tensor(DataType::Float, dims.clone())));
         let count = self.sampler.table.noises();
         if count > 0 {
@@ -286,6 +308,7 @@ impl<'a> Emitter<'a> {
             self.scale = Some(self.input("guidance", Some(Type::tensor(DataType::Float, Vec::new()))));
         }
         let scale = Factor::Number(self.sampler.table.initial_scale);
+        let noise = self.cropped(noise, sizes.map(|sizes| sizes.steps[0]), ScopeId::MAIN);
         let x = self.sums(ScopeId::MAIN).scaled(noise, scale, DataType::Float, "state")?;
         Ok(State { x, history: Vec::new(), store: Store::new() })
     }
@@ -299,12 +322,13 @@ impl<'a> Emitter<'a> {
 
     /// Names the outputs, drops what nothing uses, and shares constants.
     fn finish(mut self, outputs: &[ValueId]) -> Result<Model, Error> {
+        let sample = self.dims(self.sampler.plan.sizes.as_ref().map(Sizes::full));
         let graph = &mut self.out.graph;
         let names = ["sample", "computed"];
         for (&value, name) in outputs.iter().zip(names) {
             let value = graph.append(ScopeId::MAIN, Node::new("Identity"), &[value], name);
             let ty = match name {
-                "sample" => Type::tensor(DataType::Float, self.net.dims.clone()),
+                "sample" => Type::tensor(DataType::Float, sample.clone()),
                 _ => Type::tensor(DataType::Bool, vec![Dim::Known(self.sampler.table.rows.len() as i64)]),
             };
             graph.value_mut(value).ty = Some(ty);

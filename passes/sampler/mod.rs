@@ -15,6 +15,7 @@ mod reference;
 mod roles;
 mod schedule;
 pub mod search;
+mod sizes;
 mod solvers;
 mod sums;
 mod table;
@@ -29,6 +30,6 @@ pub use plan::{Adaptive, Key, Kind, Mode, Pass, Ref, StepPlan, Substitution, Ter
 pub use reference::{Sampled, sample};
 pub use roles::{Condition, Roles, Uncond, Wishes};
 pub use schedule::Schedule;
-#[cfg(test)]
-pub(crate) use solvers::Level;
+pub use sizes::{Sizes, Up};
+pub use solvers::Level;
 pub use table::{Flow, Request, Row, Table};

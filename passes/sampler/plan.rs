@@ -3,7 +3,7 @@
 //! A plan says at which timesteps the network runs, which passes guide it, and which tensors inside it (cuts) are not
 //! computed but made from what earlier steps left. A method only writes entries; the emitter turns any plan into a graph.
 
-use super::Error;
+use super::{Error, Sizes};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -223,6 +223,9 @@ impl Substitution {
             if r.step > step || (r.step == step && !itself) {
                 return Err(format!("{what} refers to step {}, which is not earlier", r.step));
             }
+            if plan.sizes.as_ref().is_some_and(|sizes| !sizes.are_joined(r.step, step)) {
+                return Err(format!("{what} refers to step {}, beyond a border where the size changes", r.step));
+            }
             for &pass in plan.cfg[step].passes().iter().filter(|&&p| self.is_in(p)) {
                 let pass = r.pass.unwrap_or(pass);
                 if !plan.cfg[r.step].passes().contains(&pass) {
@@ -310,6 +313,9 @@ pub struct StepPlan {
     /// What is not computed, by step.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty", with = "steps")]
     pub steps: BTreeMap<usize, Vec<Substitution>>,
+    /// Height and width of each step; without them, those of the noise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sizes: Option<Sizes>,
     /// The rule that decides at run time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adaptive: Option<Adaptive>,
@@ -329,6 +335,7 @@ impl StepPlan {
             grid,
             solver: solver.to_owned(),
             steps: BTreeMap::new(),
+            sizes: None,
             adaptive: None,
             key: Key::default(),
             evidence: Map::new(),
@@ -357,6 +364,9 @@ impl StepPlan {
         if let Some(step) = self.steps.keys().find(|&&step| step >= self.grid.len()) {
             return plan(format!("the plan has {} steps and substitutions at step {step}", self.grid.len()));
         }
+        if let Some(sizes) = &self.sizes {
+            sizes.check(self.grid.len()).map_err(Error::Plan)?;
+        }
         for (&step, substitutions) in &self.steps {
             for (index, one) in substitutions.iter().enumerate() {
                 one.check(step, self).map_err(Error::Plan)?;
@@ -372,10 +382,15 @@ impl StepPlan {
         if adaptive.threshold.is_nan() || adaptive.threshold < 0.0 || adaptive.warmup < 2 {
             return plan("the adaptive rule needs a threshold of at least 0 and a warm-up of at least 2".to_owned());
         }
-        if !self.steps.is_empty() || self.cfg.iter().any(|mode| *mode != self.cfg[0]) {
+        if !self.steps.is_empty() || self.sizes.is_some() || self.cfg.iter().any(|mode| *mode != self.cfg[0]) {
             return plan("a plan that decides at run time computes every step in the same way".to_owned());
         }
         Ok(())
+    }
+
+    /// Whether a step has another size than the one before it, so that nothing is left from earlier ones.
+    pub fn begins_stage(&self, step: usize) -> bool {
+        self.sizes.as_ref().is_some_and(|sizes| step > 0 && !sizes.are_joined(step - 1, step))
     }
 
     /// The substitutions of a step.
@@ -407,6 +422,7 @@ mod steps {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Up;
     use super::*;
 
     fn forecast(kind: Kind, step: usize, value: &dyn Fn(f64) -> f64) -> f64 {
@@ -438,6 +454,9 @@ mod tests {
         let plan = StepPlan::parse(json).unwrap();
         assert_eq!(plan.cfg, [Mode::Guided, Mode::Scaled(2.5), Mode::Conditional, Mode::Unconditional]);
         assert_eq!(plan.at(1)[0].kind, Kind::Delta { input: "a.in".to_owned(), from: 0 });
+        assert_eq!(StepPlan::parse(&plan.to_json()).unwrap(), plan);
+        let sizes = Some(Sizes { steps: vec![[2, 4], [4, 8]], up: Up::Matched });
+        let plan = StepPlan { sizes, ..StepPlan::plain("ddim", vec![9.0, 5.0], Mode::Conditional) };
         assert_eq!(StepPlan::parse(&plan.to_json()).unwrap(), plan);
         let adaptive = Some(Adaptive { threshold: f64::INFINITY, warmup: 2, tail: 1 });
         let plan = StepPlan { adaptive, ..StepPlan::plain("euler", vec![9.0, 5.0], Mode::Conditional) };

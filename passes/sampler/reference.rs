@@ -5,6 +5,7 @@ use super::{
     emit::{What, stored},
     network::{self, How},
     plan::Kind,
+    sizes::Resize,
 };
 use lathe_analysis::Evaluate;
 use lathe_ir::{DataType, Model, Tensor, Type, ValueId};
@@ -83,6 +84,38 @@ impl Array {
         Array { dims, values }
     }
 
+    /// The upper left of the last two axes.
+    fn cropped(&self, [height, width]: [usize; 2]) -> Array {
+        let mut dims = self.dims.clone();
+        let [.., old_height, old_width] = dims.as_mut_slice() else { return self.clone() };
+        let whole = [std::mem::replace(old_height, height), std::mem::replace(old_width, width)];
+        let rows = self.values.chunks(whole[0] * whole[1]).flat_map(|plane| plane.chunks(whole[1]).take(height));
+        Array { values: rows.flat_map(|row| &row[..width]).copied().collect(), dims }
+    }
+
+    /// The last two axes resized.
+    fn resized(&self, [rows, columns]: &[Resize; 2]) -> Array {
+        let mut dims = self.dims.clone();
+        if let [.., height, width] = dims.as_mut_slice() {
+            (*height, *width) = (rows.to, columns.to);
+        }
+        let at = |plane: &[f64], y: usize, x: usize| -> f64 {
+            let across = |j: usize| -> f64 {
+                let row = plane[j * columns.from..].iter();
+                row.zip(&columns.weights[x * columns.from..][..columns.from]).map(|(v, w)| v * w).sum()
+            };
+            (0..rows.from)
+                .map(|j| (rows.weights[y * rows.from + j], j))
+                .filter(|(w, _)| *w != 0.0)
+                .map(|(w, j)| w * across(j))
+                .sum()
+        };
+        let planes = self.values.chunks(rows.from * columns.from);
+        let values =
+            planes.flat_map(|plane| (0..rows.to * columns.to).map(move |i| at(plane, i / columns.to, i % columns.to)));
+        Array { values: values.collect(), dims }
+    }
+
     fn samples(&self) -> impl Iterator<Item = &[f64]> {
         let size: usize = self.dims.iter().skip(1).product();
         self.values.chunks(size.max(1))
@@ -126,7 +159,11 @@ impl<'a> Run<'a> {
 
     fn all(mut self, tell: &dyn Fn(usize)) -> Result<Sampled, Error> {
         let table = self.sampler.table;
+        let sizes = self.sampler.plan.sizes.as_ref();
         let mut x = Array::of(self.input("noise")?)?.scaled(table.initial_scale);
+        if let Some(sizes) = sizes {
+            x = x.cropped(sizes.steps[0]);
+        }
         self.channels = x.dims.get(1).copied();
         let mut history: Vec<Array> = Vec::new();
         let mut computed = Vec::new();
@@ -153,12 +190,23 @@ impl<'a> Run<'a> {
             let mut terms = vec![(&x, row.state), (&m, row.output)];
             terms.extend(history.iter().zip(row.estimates.iter().copied()));
             let fresh = if row.noise == 0.0 { None } else { Some(self.fresh(noises)?) };
+            noises += usize::from(fresh.is_some());
+            let next = sizes.map(|sizes| sizes.steps[(step + 1).min(table.rows.len() - 1)]);
+            let mut fresh = fresh.map(|fresh| next.map_or(fresh.clone(), |next| fresh.cropped(next)));
+            let border = sizes.and_then(|sizes| sizes.border(step));
+            let kept;
+            if let Some(border) = &border {
+                kept = Array::sum(&terms)?.resized(&border.resize);
+                terms = vec![(&kept, 1.0)];
+                if let Some((noise, without)) = fresh.as_mut().zip(border.without.as_ref()) {
+                    *noise = Array::sum(&[(noise, 1.0), (&noise.resized(without), -1.0)])?;
+                }
+            }
             if let Some(fresh) = &fresh {
-                noises += 1;
                 terms.push((fresh, row.noise));
             }
             x = Array::sum(&terms)?;
-            history.truncate(3);
+            history.truncate(if border.is_some() { 0 } else { 3 });
             tell(step + 1);
         }
         if rule.is_none() {

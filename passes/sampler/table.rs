@@ -15,6 +15,8 @@ use super::{
 pub struct Row {
     /// The timestep that the network is told.
     pub time: f64,
+    /// How much signal and how much noise the state holds.
+    pub level: Level,
     /// The network sees the state times this.
     pub input_scale: f64,
     /// The estimate of the clean sample: factors of the state and of the output.

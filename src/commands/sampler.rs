@@ -94,7 +94,9 @@ pub(crate) struct SamplerArgs {
     /// For --form adaptive: last steps that are always computed, 1 unless given.
     #[arg(long, value_name = "N", conflicts_with = "plan")]
     tail: Option<usize>,
-    /// A step plan: a .json file; `auto` with --latency; or methods by name, on --steps: gate:at=30+forecast:every=2.
+    /// A step plan: a .json file; `auto` with --latency; or methods by name, on --steps: gate:at=30+forecast:every=2. They
+    /// are bottleneck, gate, linear-guidance, delta, arms, stack, forecast, deep, rehash, dual, easy and sada; bottleneck
+    /// goes through sizes of the latent (sizes=1/0.5/1,ends=4/16/21,up=linear), whose height and width must be open.
     #[arg(long, value_name = "PLAN")]
     plan: Option<String>,
     /// For --plan auto: the share of the time of the plain loop that is left.

@@ -5,12 +5,12 @@ use crate::{Failure, job, report::Verify, runner::Runner};
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::Evaluate as _;
 use lathe_ir::{DataType, Model, Tensor, Type};
-use lathe_passes::sampler::{self, Guidance, Sampler, Scale, Uncond};
+use lathe_passes::sampler::{self, Guidance, Mode, Sampler, Scale, Sizes, StepPlan, Table, Uncond};
 use lathe_runtime::{
     BenchInputs, BenchResult, BenchTask, Claim, Datum, InputSpec, LoadOptions, Progress, Random, compare, default_rtol,
     generate, sizes_to_try,
 };
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeSet, path::Path, time::Duration};
 
 /// What stands for guidance where there is none.
 pub(super) const UNGUIDED: Guidance = Guidance { scale: Scale::Constant(1.0), rescale: 0.0, batched: true };
@@ -83,10 +83,10 @@ fn inputs(job: &Job, sampler: &Sampler) -> Result<Vec<(String, Tensor)>, Failure
     let options = job.options;
     let make = |seed: u64| {
         let spec = InputSpec { seed, shapes: options.shapes.clone() };
-        let sizes = sizes_to_try(job.original, &spec);
+        let sizes = sizes_to_try(job.drawn, &spec);
         // The second sizes have a batch of several.
         let sizes = sizes.get(1).or(sizes.first()).ok_or_else(|| anyhow!("the denoiser accepts no sizes"))?;
-        generate(job.original, &spec, sizes).context("no inputs for the denoiser can be made up")
+        generate(job.drawn, &spec, sizes).context("no inputs for the denoiser can be made up")
     };
     let (given, others) = (make(options.seed)?, make(options.seed.wrapping_add(1))?);
     let find = |from: &[(String, Tensor)], name: &str| {
@@ -114,6 +114,30 @@ fn inputs(job: &Job, sampler: &Sampler) -> Result<Vec<(String, Tensor)>, Failure
         inputs.push(("guidance".to_owned(), Tensor::from_f32s(&[], &[SCALE])));
     }
     Ok(inputs)
+}
+
+/// Runs the denoiser once at every size that steps have. Fails where it rejects one, or predicts another size.
+pub(super) fn check_sizes(job: &Job, sampler: &Sampler) -> Result<(), Failure> {
+    let Some(sizes) = &sampler.plan.sizes else { return Ok(()) };
+    sampler.check_latent()?;
+    let roles = sampler.roles;
+    let distinct: BTreeSet<[usize; 2]> = sizes.steps.iter().copied().collect();
+    for size in distinct {
+        // One step of the loop, whatever else the plan says.
+        let time = sampler.table.rows[0].time;
+        let steps = Sizes { steps: vec![size], up: sizes.up };
+        let plan = StepPlan { sizes: Some(steps), ..StepPlan::plain("", vec![time], Mode::Conditional) };
+        let table = Table { rows: sampler.table.rows[..1].to_vec(), ..sampler.table.clone() };
+        let one = Sampler { table: &table, plan: &plan, guidance: UNGUIDED, ..*sampler };
+        let inputs = inputs(job, &one)?;
+        let evaluator = Evaluator::new(job.runner, &job.options.load);
+        if let Err(error) = sampler::sample(&one, job.original, &inputs, &evaluator, &|_| {}) {
+            let [height, width] = size;
+            let message = format!("the denoiser rejects `{}` of the size {height}×{width}: {error}", roles.latent);
+            return Err(Failure::Usage(message));
+        }
+    }
+    Ok(())
 }
 
 /// How long the runtime takes to load a model.

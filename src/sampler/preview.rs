@@ -41,6 +41,10 @@ pub(super) fn full(asked: &SamplerOptions, scheduler: &Scheduler) -> Result<Tabl
             let steps = Steps::Count(tune::REFERENCE_STEPS.min(scheduler.num_train_timesteps));
             Request { steps, ..asked.request.clone() }
         }
+        // Beside steps of several sizes stand as many of one.
+        (None, Some(plan)) if plan.sizes.is_some() => {
+            Request { steps: Steps::Count(plan.grid.len()), ..asked.request.clone() }
+        }
         (None, Some(_)) => super::request(asked, scheduler)?,
         _ => asked.request.clone(),
     };
@@ -54,7 +58,7 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
     let plan = StepPlan::plain("", full.rows.iter().map(|row| row.time).collect(), mode);
     let whole = Sampler { table: full, plan: &plan, ..*sampler };
     let written = Model::read(path).context("the sampler that was written cannot be read")?.model;
-    let draws = Draws::new(job.original, &roles.latent, options.seed, &options.shapes)?;
+    let draws = Draws::new(job.drawn, &roles.latent, options.seed, &options.shapes)?;
     let evaluator = Evaluator::fast(job.runner, &options.load);
     let load = LoadOptions { optimize: true, ..options.load.clone() };
     let (mut left, mut right) = (Half::default(), Half::default());

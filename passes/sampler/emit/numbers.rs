@@ -3,6 +3,7 @@
 use super::Emitter;
 use crate::sampler::{
     Clip, Error, Row,
+    sizes::Border,
     sums::{Factor, Sums},
 };
 use lathe_ir::{ScopeId, Tensor, ValueId};
@@ -21,6 +22,8 @@ pub(super) struct Numbers {
     pub noise: Factor,
     /// The fresh noise.
     pub fresh: Option<ValueId>,
+    /// What happens to the state before noise is added, where the next step has another size.
+    pub border: Option<Border>,
     /// What the network knows of the time.
     pub ahead: Vec<ValueId>,
     /// The state of the flow: factor of the state. Only the adaptive form asks.
@@ -78,6 +81,7 @@ impl Emitter<'_> {
                 .collect(),
             noise: factor(&|step| row(step).noise, "noise"),
             fresh: None,
+            border: None,
             ahead: Vec::new(),
             flow_scale: match adaptive {
                 true => factor(&|step| row(step).flow.scale, "flow_scale"),
@@ -92,8 +96,19 @@ impl Emitter<'_> {
             Some(noise) if steps.iter().any(|&step| row(step).noise != 0.0) => Some(self.fresh(noise, steps, at)),
             _ => None,
         };
+        // Where steps have sizes, each has its own numbers.
+        let (sizes, last) = (self.sampler.plan.sizes.as_ref(), table.rows.len() - 1);
+        let border = sizes.and_then(|sizes| sizes.border(steps[0]));
+        let next = sizes.map(|sizes| sizes.steps[(steps[0] + 1).min(last)]);
+        let fresh = match fresh.map(|fresh| self.cropped(fresh, next, at.scope)) {
+            Some(fresh) => match &border {
+                Some(border) => Some(self.lessened(fresh, border, at.scope)?),
+                None => Some(fresh),
+            },
+            None => None,
+        };
         let ahead = (0..self.net.ahead.len()).map(|k| self.ahead(k, steps, at)).collect::<Result<_, _>>()?;
-        Ok(Numbers { fresh, ahead, noise: unless(fresh.is_some(), numbers.noise), ..numbers })
+        Ok(Numbers { fresh, border, ahead, noise: unless(fresh.is_some(), numbers.noise), ..numbers })
     }
 
     /// The noise that a step adds.

@@ -17,6 +17,7 @@ impl Emitter<'_> {
     /// One step in the main graph.
     pub(super) fn unrolled(&mut self, step: usize, state: &mut State) -> Result<(), Error> {
         let at = Iteration { scope: ScopeId::MAIN, index: None };
+        self.enter(step)?;
         let numbers = self.numbers(&[step], at)?;
         self.step(step, &numbers, at.scope, state)
     }
@@ -291,10 +292,15 @@ impl Emitter<'_> {
             }
         }
         state.history.truncate(kept);
+        if let Some(border) = &numbers.border {
+            let x = sums.sum(&terms, DataType::Float, "state")?;
+            terms = vec![(self.resized(x, border, scope), Factor::Number(1.0))];
+            state.history.clear();
+        }
         if let Some(fresh) = numbers.fresh {
             terms.push((fresh, numbers.noise));
         }
-        state.x = sums.sum(&terms, DataType::Float, "state")?;
+        state.x = self.sums(scope).sum(&terms, DataType::Float, "state")?;
         Ok(())
     }
 }

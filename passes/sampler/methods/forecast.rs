@@ -48,7 +48,8 @@ pub fn every(interval: usize, first: usize, steps: usize) -> Vec<bool> {
     (0..steps).map(computed).collect()
 }
 
-/// Lets `cuts` be forecast at every step that is not in `computed`.
+/// Lets `cuts` be forecast at every step that is not in `computed`, from computed steps of the same stage. The first step of
+/// a stage is computed in any case.
 pub fn forecast(plan: &mut StepPlan, cuts: &[String], computed: &[bool], how: Forecast) -> Result<(), Error> {
     if computed.len() != plan.grid.len() || computed.first() == Some(&false) || cuts.is_empty() {
         let (steps, given) = (plan.grid.len(), computed.len());
@@ -60,11 +61,17 @@ pub fn forecast(plan: &mut StepPlan, cuts: &[String], computed: &[bool], how: Fo
     }
     let mut before = Vec::new();
     for (step, &full) in computed.iter().enumerate() {
+        if plan.begins_stage(step) {
+            before.clear();
+        }
         if full {
             before.insert(0, step);
             continue;
         }
-        let Some(kind) = how.kind(&before) else { continue };
+        let Some(kind) = how.kind(&before) else {
+            before.insert(0, step);
+            continue;
+        };
         for cut in cuts {
             substitute(plan, step, Substitution::new(cut.clone(), kind.clone()))?;
         }

@@ -3,6 +3,7 @@
 //! A method takes the names of the tensors it may cut ([`Parts`]) and, where it decides by what was seen on calibration
 //! runs, the numbers of those runs. Whether a plan is worth it is measured elsewhere.
 
+mod bottleneck;
 mod delta;
 mod dual;
 mod easy;
@@ -13,6 +14,7 @@ mod parts;
 mod rehash;
 mod sada;
 
+pub use bottleneck::{Bottleneck, bottleneck};
 pub use delta::{Delta, delta};
 pub use dual::{Dual, dual};
 pub use easy::{easy, follow, vote};

@@ -1,7 +1,7 @@
 //! Euler steps of a flow: Esser et al. 2024, arXiv:2403.03206.
 
 use super::{
-    super::{DynamicShift, Error, Request, Row, Scheduler, Sigmas, Steps, grid, schedule::linspace},
+    super::{Error, Request, Row, Scheduler, Sigmas, Steps, grid, schedule::linspace},
     Level,
 };
 
@@ -21,8 +21,8 @@ fn sigmas(s: &Scheduler, request: &Request) -> Result<Vec<f64>, Error> {
     let even = linspace(1.0, least, count);
     let mut sigmas: Vec<f64> = match &s.dynamic_shift {
         None => even.iter().map(|&sigma| shifted(sigma, s.shift)).collect(),
-        Some(dynamic) => {
-            let shift = dynamic_factor(dynamic, request.tokens)?;
+        Some(_) => {
+            let shift = shift(s, request)?;
             even.iter().map(|&sigma| shift / (shift + (1.0 / sigma - 1.0))).collect()
         }
     };
@@ -41,8 +41,10 @@ fn sigmas(s: &Scheduler, request: &Request) -> Result<Vec<f64>, Error> {
     })
 }
 
-fn dynamic_factor(dynamic: &DynamicShift, tokens: Option<usize>) -> Result<f64, Error> {
-    let tokens = tokens.ok_or_else(|| {
+/// By how much even noise levels are shifted.
+pub(in super::super) fn shift(s: &Scheduler, request: &Request) -> Result<f64, Error> {
+    let Some(dynamic) = &s.dynamic_shift else { return Ok(s.shift) };
+    let tokens = request.tokens.ok_or_else(|| {
         let message = "`use_dynamic_shifting` depends on the number of tokens, which is not given; --tokens N";
         Error::Plan(message.to_owned())
     })?;

@@ -11,7 +11,7 @@ use super::{Class, Error, Prediction, Request, Row, Scheduler, Table, schedule::
 
 /// A point of the way from noise to sample: `x = alpha·x0 + noise·ε`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Level {
+pub struct Level {
     /// Factor of the clean sample.
     pub alpha: f64,
     /// Factor of the noise.
@@ -55,9 +55,21 @@ impl Level {
     /// A row at this level that so far leaves the state as it is.
     fn row(self, time: f64, estimate: [f64; 2]) -> Row {
         let flow = Flow::of(self, estimate);
-        Row { time, input_scale: 1.0, estimate, state: 1.0, output: 0.0, estimates: vec![0.0], noise: 0.0, flow }
+        Row {
+            time,
+            level: self,
+            input_scale: 1.0,
+            estimate,
+            state: 1.0,
+            output: 0.0,
+            estimates: vec![0.0],
+            noise: 0.0,
+            flow,
+        }
     }
 }
+
+pub(super) use flow::shift as flow_shift;
 
 /// The table of the solver that the configuration names.
 pub(super) fn table(s: &Scheduler, schedule: &Schedule, request: &Request) -> Result<Table, Error> {

@@ -5,10 +5,10 @@ use crate::Failure;
 use anyhow::anyhow;
 use lathe_ir::Tensor;
 use lathe_passes::sampler::{
-    Adaptive, StepPlan, Table,
+    Adaptive, StepPlan, Table, Up,
     methods::{
-        Delta, Dual, Forecast, Inner, LinearGuidance, Parts, Sada, delta, dual, easy, every, follow, forecast, gate,
-        guide_until, is_stable, linear_guidance, rehash, sada, vote,
+        Bottleneck, Delta, Dual, Forecast, Inner, LinearGuidance, Parts, Sada, bottleneck, delta, dual, easy, every,
+        follow, forecast, gate, guide_until, is_stable, linear_guidance, rehash, sada, vote,
     },
 };
 use std::{collections::BTreeMap, str::FromStr};
@@ -20,6 +20,7 @@ const AGREEMENT: f64 = 0.8;
 
 /// Every method with its options and their defaults.
 const METHODS: &[(&str, &[(&str, &str)])] = &[
+    ("bottleneck", &[("sizes", "1/0.5/1"), ("ends", ""), ("up", "linear")]),
     ("gate", &[("at", ""), ("threshold", "0.99"), ("share", "0.9")]),
     ("linear-guidance", &[("every", "2"), ("residual", "0.05")]),
     ("delta", &[("blocks", ""), ("speed", "1.6"), ("every", "2"), ("switch", "")]),
@@ -32,6 +33,9 @@ const METHODS: &[(&str, &[(&str, &str)])] = &[
     ("easy", &[("threshold", "0.05"), ("warmup", "5"), ("tail", "1"), ("share", "0.3")]),
     ("sada", &[("stride", "4"), ("nodes", "4"), ("agreement", "0.7"), ("longest", "4")]),
 ];
+
+/// What may follow on steps of several sizes: the others look at runs of one size, or at earlier steps whatever their size.
+const STAGED: [&str; 5] = ["gate", "arms", "stack", "forecast", "deep"];
 
 /// One method with the options that were given.
 struct Call {
@@ -70,6 +74,13 @@ impl Call {
         }
         let wrong = |_| Failure::Usage(format!("option {key} of {} is `{text}`, expected a number", self.name));
         text.parse().map(Some).map_err(wrong)
+    }
+
+    /// An option of several numbers; `None` where it is neither given nor has a default.
+    fn several<T: FromStr>(&self, key: &str) -> Result<Option<Vec<T>>, Failure> {
+        let Some(text) = self.option::<String>(key)? else { return Ok(None) };
+        let wrong = |_| Failure::Usage(format!("option {key} of {} is `{text}`, expected numbers as 1/2/3", self.name));
+        text.split('/').map(|part| part.parse().map_err(wrong)).collect::<Result<_, _>>().map(Some)
     }
 
     /// An option that has a default.
@@ -112,7 +123,31 @@ fn apply(call: &Call, plan: &mut StepPlan, parts: &Parts, seen: &mut Calibration
     let steps = plan.grid.len();
     let output = vec![parts.output.clone()];
     let none = |what: &str| Failure::Usage(format!("{} needs {what}, and the denoiser has none", call.name));
+    let uncalibrated = call.name == "gate" && call.option::<usize>("at")?.is_none();
+    if plan.sizes.is_some() && call.name != "bottleneck" && (uncalibrated || !STAGED.contains(&call.name)) {
+        let without = if uncalibrated { " without its option at" } else { "" };
+        let message = format!("{}{without} looks at steps of one size, and bottleneck makes several", call.name);
+        return Err(Failure::Usage(message));
+    }
     match call.name {
+        "bottleneck" => {
+            let up: String = call.get("up")?;
+            let up = Up::from_name(&up).ok_or_else(|| {
+                let message = format!("option up of bottleneck is `{up}`, expected nearest, linear, cubic or matched");
+                Failure::Usage(message)
+            })?;
+            let shares: Vec<f64> = call.several("sizes")?.unwrap_or_default();
+            let sizes = sizes(seen.trial, &shares)?;
+            let usual = if shares.len() == 3 { Bottleneck::usual_ends(steps) } else { None };
+            let ends = call.several("ends")?.or(usual).ok_or_else(|| {
+                let stages = shares.len();
+                Failure::Usage(format!(
+                    "bottleneck needs its option ends for {stages} stages of {steps} steps: 4/16/21"
+                ))
+            })?;
+            let trial = seen.trial;
+            bottleneck(plan, trial.scheduler, &trial.request, seen.table, &Bottleneck { sizes, ends, up })?;
+        }
         "gate" => {
             let at = match call.option("at")? {
                 Some(at) => at,
@@ -177,6 +212,26 @@ fn apply(call: &Call, plan: &mut StepPlan, parts: &Parts, seen: &mut Calibration
         }
     }
     Ok(())
+}
+
+/// Height and width of stages by their shares of those that samples have.
+fn sizes(trial: &Trial, shares: &[f64]) -> Result<Vec<[usize; 2]>, Failure> {
+    let full = trial.sides()?;
+    let side = |share: f64, whole: usize| {
+        let side = share * whole as f64;
+        let fits = side >= 1.0 && share <= 1.0 && side.fract() == 0.0;
+        fits.then_some(side as usize).ok_or_else(|| {
+            Failure::Usage(format!(
+                "option sizes of bottleneck has {share} of {whole}, expected a whole number up to {whole}"
+            ))
+        })
+    };
+    if shares.last() != Some(&1.0) {
+        return Err(Failure::Usage(
+            "option sizes of bottleneck ends with 1, the size of the sample: 1/0.5/1".to_owned(),
+        ));
+    }
+    shares.iter().map(|&share| Ok([side(share, full[0])?, side(share, full[1])?])).collect()
 }
 
 /// One sample's latents and predictions at every step, in the coordinates of a flow.
@@ -328,6 +383,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_documentation_lists_every_method() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/src/samplers.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let rows: Vec<(&str, &str)> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `"))
+            .filter_map(|line| Some((line.split_once('`')?.0, line.split('`').nth(2)?)))
+            .collect();
+        let options = |options: &[(&str, &str)]| {
+            options.iter().map(|(key, default)| format!("{key}={default}")).collect::<Vec<_>>().join(",")
+        };
+        let expected: Vec<(&str, String)> = METHODS.iter().map(|(name, o)| (*name, options(o))).collect();
+        assert_eq!(rows, expected.iter().map(|(name, options)| (*name, options.as_str())).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn options_are_read_and_refused() {
         let call = Call::parse("delta:blocks=3,every=4").unwrap();
         assert_eq!((call.get::<usize>("blocks").unwrap(), call.get::<usize>("every").unwrap()), (3, 4));
@@ -338,7 +409,7 @@ mod tests {
             Ok(call) => call.get::<usize>("every").unwrap_err().to_string(),
             Err(failure) => failure.to_string(),
         };
-        assert!(refused("magic").contains("expected one of gate"));
+        assert!(refused("magic").contains("expected one of bottleneck, gate"));
         assert!(refused("delta:rate=3").contains("`rate=3` is no option of delta"));
         assert!(refused("arms:every=x").contains("expected a number"));
     }

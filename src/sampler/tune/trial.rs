@@ -91,6 +91,24 @@ impl Trial<'_> {
         Some(graph.value(graph.find_value(input)?).ty.as_ref()?.shape()?.dims.clone())
     }
 
+    /// Height and width of samples.
+    pub fn sides(&self) -> Result<[usize; 2], Failure> {
+        let name = &self.roles.latent;
+        let given = self.shapes.iter().find(|(n, _)| n == name).map(|(_, dims)| dims.clone());
+        let stated = || {
+            let dims = self.dims(name)?;
+            dims.iter().skip(1).map(|d| d.known().and_then(|d| usize::try_from(d).ok())).collect::<Option<Vec<usize>>>()
+        };
+        match given.or_else(stated).as_deref() {
+            Some([.., height, width]) => Ok([*height, *width]),
+            _ => {
+                let message =
+                    format!("the shape of `{name}` is open; --input-shape {name}:... says how large samples are");
+                Err(Failure::Usage(message))
+            }
+        }
+    }
+
     /// Noise and conditions of a batch, told apart by number: the same for every plan.
     pub fn inputs(&self, noises: usize, batch: u64) -> Result<Vec<(String, Tensor)>, Failure> {
         let seed = self.seed.wrapping_add(batch.wrapping_mul(0x9e37_79b9));
