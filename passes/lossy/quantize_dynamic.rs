@@ -19,7 +19,8 @@ static INFO: Info = Info {
     doc: "Offers every float32 `MatMul` and `Gemm` with a constant weight as `DynamicQuantizeLinear` and `MatMulInteger`: \
           inputs are rounded to 8 bits between the least and the largest number of the run's whole input, weights to 7 \
           bits with one scale per output, so that no processor's 16-bit sums overflow. Offered only where latency is \
-          limited, and taken only where its own timing wins. What one sample gives then depends a little on the samples \
+          limited, and taken only where its own timing wins. A table of which rows are picked too stays beside its whole \
+          numbers. What one sample gives then depends a little on the samples \
           that share its batch.",
     options: &[],
     kind: Kind::Lossy,
@@ -42,14 +43,18 @@ struct Input {
     output: f64,
 }
 
-/// What was seen of every use, or why the weight is passed over.
-fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Result<Vec<Input>, &'static str>, Error> {
+/// What was seen of every use, `None` where rows are picked, or why the weight is passed over.
+fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Result<Vec<Option<Input>>, &'static str>, Error> {
     if weight.dims.len() != 2 {
         return Ok(Err("it is a convolution"));
     }
     let Some(calibration) = cx.calibration else { return Ok(Err("nothing was seen of it on the calibration set")) };
     let mut inputs = Vec::new();
     for tap in &weight.taps {
+        let Some(rows) = &tap.rows else {
+            inputs.push(None);
+            continue;
+        };
         if tap.inputs_axis != weight.inputs_axis() {
             return Ok(Err("its uses sum over different axes"));
         }
@@ -57,7 +62,6 @@ fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Result<Vec<Input
         if node.is("Gemm") && ["alpha", "beta"].iter().any(|f| node.float(f).is_some_and(|factor| factor != 1.0)) {
             return Ok(Err("its Gemm scales the product or what it adds"));
         }
-        let Some(rows) = &tap.rows else { return Ok(Err("rows are picked of the constant")) };
         let (moments, output) = (calibration.moments(rows)?, calibration.moments(&tap.output_rows)?);
         let (Some(moments), Some(output)) = (moments, output) else {
             return Ok(Err("nothing was seen of it on the calibration set"));
@@ -69,19 +73,22 @@ fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Result<Vec<Input
         if moments.square.len() != factors::sides(weight).0 || output.is_nan() || output <= 0.0 {
             return Ok(Err("what it reads is not finite, or what it gives is all zero"));
         }
-        inputs.push(Input { squares: moments.square, largest, output });
+        inputs.push(Some(Input { squares: moments.square, largest, output }));
+    }
+    if inputs.iter().all(Option::is_none) {
+        return Ok(Err("rows are picked of the constant"));
     }
     Ok(Ok(inputs))
 }
 
-fn coded(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Result<Coded, &'static str> {
-    let joint = |i: usize| inputs.iter().map(|input| input.squares[i] / input.output).sum();
+fn coded(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Coded, &'static str> {
+    let joint = |i: usize| inputs.iter().flatten().map(|input| input.squares[i] / input.output).sum();
     let squares: Vec<f64> = (0..factors::sides(weight).0).map(joint).collect();
     Coded::of(graph, weight, SCHEME, &squares)
 }
 
-/// What rounding weights and inputs loses of every use's output, relative to it.
-fn choice(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Result<Choice, &'static str> {
+/// What rounding weights and inputs loses of every use's output, relative to it. Rows are picked of the constant as it is.
+fn choice(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Choice, &'static str> {
     let coded = coded(graph, weight, inputs)?;
     let matrix = factors::matrix(graph, weight)?;
     let restored = coded.restored();
@@ -103,15 +110,17 @@ fn choice(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Result<Choice, &'
         (total / input.output).sqrt()
     };
     let elements = (k * n) as u64;
+    let products = inputs.iter().flatten().count() as u64;
+    let table = if products < inputs.len() as u64 { elements } else { 0 };
     let spent = Spent {
-        bytes: elements + 4 * n as u64 + 5 * OVERHEAD * weight.taps.len() as u64,
-        parameters: elements,
+        bytes: elements + 4 * n as u64 + 5 * OVERHEAD * products + 4 * table,
+        parameters: elements + table,
         flops_per_row: 2 * elements,
     };
     Ok(Choice {
         name: NAME.to_owned(),
         spent,
-        errors: inputs.iter().map(error).collect(),
+        errors: inputs.iter().map(|input| input.as_ref().map_or(0.0, error)).collect(),
         measured: None,
         fitted: None,
     })
@@ -173,7 +182,7 @@ impl Method for QuantizeDynamic {
     }
 }
 
-/// Replaces every use of a weight by a product of whole numbers. The weight has no uses afterwards.
+/// Replaces every product with a weight by one of whole numbers. Only what picks rows of it uses it afterwards.
 fn emit(graph: &mut Graph, weight: &Weight, coded: &Coded) {
     let name = graph.value(weight.value).name.clone();
     let (k, n) = factors::sides(weight);
@@ -186,7 +195,7 @@ fn emit(graph: &mut Graph, weight: &Weight, coded: &Coded) {
     let codes = graph.add_initializer(ScopeId::MAIN, &fresh, codes);
     let fresh = graph.fresh_name(&format!("{name}_scale"));
     let scales = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&[n], scales));
-    for tap in &weight.taps {
+    for tap in weight.taps.iter().filter(|tap| tap.rows.is_some()) {
         let data = graph.node(tap.node).input(0).expect("a tap multiplies data");
         let added = graph.node(tap.node).input(2).filter(|_| graph.node(tap.node).is("Gemm"));
         let [rounded, step, zero] = rounded(graph, data);
@@ -266,6 +275,26 @@ mod tests {
         check("float[72, 64] w = {}", "y = MatMul (x, w)");
         check("float[64, 72] w = {}", "y = Gemm <transB = 1> (x, w, c)");
         check("float[64, 72] w = {}", "t = Transpose <perm = [1, 0]> (w) y = MatMul (x, t)");
+    }
+
+    #[test]
+    fn a_table_that_is_a_layer_too_stays_for_those_who_look_up() {
+        let numbers: Vec<String> = (0..72 * 64).map(|i| format!("{:e}", (i * 37 % 101) as f32 / 50.0 - 1.0)).collect();
+        let source = format!(
+            "<ir_version: 10, opset_import: [\"\" : 18]> g (float[3, 72] x) => (float[3, 64] y, float[2, 72] z) \
+             <float[64, 72] w = {{{}}}, int64[2] ids = {{5, 9}}> {{ z = Gather (w, ids) y = Gemm <transB = 1> (x, w) }}",
+            numbers.join(", ")
+        );
+        let model = text::parse(&source).unwrap();
+        let mut changed = model.clone();
+        let weight = weights(&changed.graph).0.remove(0);
+        assert_eq!(weight.taps.len(), 2);
+        let coded = Coded::of(&changed.graph, &weight, SCHEME, &[1.0; 72]).unwrap();
+        emit(&mut changed.graph, &weight, &coded);
+        changed.check().unwrap();
+        let ops: Vec<_> = changed.graph.nodes(ScopeId::MAIN).map(|id| changed.graph.node(id).op_type.clone()).collect();
+        assert!(ops.contains(&"Gather".to_owned()) && !ops.contains(&"Gemm".to_owned()), "{ops:?}");
+        lathe_testkit::equivalent(&model, &changed, Some(0.03), 1).unwrap();
     }
 
     #[test]

@@ -135,7 +135,7 @@ struct SearchArgs {
     /// How many candidates the search scores.
     #[arg(long, value_name = "N", default_value_t = 200, requires = "search")]
     evaluations: usize,
-    /// Pairs of samples that a score is made of, rounded up to whole batches of 32.
+    /// Pairs of samples that a score is made of, rounded up to whole batches of 32; with --real, samples, and at least 256.
     #[arg(long, value_name = "N", default_value_t = 32, requires = "search")]
     pairs: usize,
     /// The share of attention and MLP layers that may be left out over all steps.
@@ -145,8 +145,8 @@ struct SearchArgs {
     /// auto.
     #[arg(long, value_name = "FEATURES")]
     reference: Option<PathBuf>,
-    /// Real images for the network of --reference, a set like those of --calib: the best candidates are drawn from and
-    /// compared with them.
+    /// Real images for the network of --reference, a set like those of --calib: candidates are scored by the distance of
+    /// sets of samples from them, without it by that of single samples from those of 100 steps.
     #[arg(long, value_name = "SET", requires = "reference")]
     real: Option<PathBuf>,
     /// Samples that are drawn from each of the best candidates.

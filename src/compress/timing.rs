@@ -4,7 +4,7 @@ use super::{Compressor, seen::sizes, table::Place};
 use crate::{Failure, PassRecord};
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Facts};
-use lathe_ir::{DataType, Dim, External, Graph, Model, Node, ScopeId, Tensor, Type, ValueId, WriteOptions};
+use lathe_ir::{DataType, Dim, External, Graph, Model, Node, NodeId, ScopeId, Tensor, Type, ValueId, WriteOptions};
 use lathe_passes::{Context, lossy::Site};
 use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, SampleSet};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -203,20 +203,24 @@ impl Known<'_> {
 }
 
 impl Fragment {
-    /// `None` where something that a node reads is not known well enough to make it up, or rows are picked of the weight.
+    /// `None` where something that a node reads is not known well enough to make it up, or only rows are picked of the
+    /// weight.
     fn of(model: &Model, site: &Site, known: &Known<'_>) -> Option<Fragment> {
         let from = &model.graph;
         let mut graph = Graph::new("fragment");
         let mut key = String::new();
         let name = |value: ValueId| from.value(value).name.clone();
         // Nodes may stand in any order, so what they give is there before the first of them reads it.
-        let given = site.nodes.iter().flat_map(|&id| from.node(id).outputs().iter().flatten());
+        // Looking rows up takes next to nothing beside products with the same table.
+        let nodes: Vec<NodeId> =
+            site.nodes.iter().copied().filter(|&id| site.weight.is_none() || !from.node(id).is("Gather")).collect();
+        let given = nodes.iter().flat_map(|&id| from.node(id).outputs().iter().flatten());
         let mut copied: BTreeMap<ValueId, ValueId> =
             given.map(|&output| (output, graph.add_value(name(output), None))).collect();
-        for &id in &site.nodes {
+        for id in nodes {
             let node = from.node(id);
             let called = model.function(&node.domain, &node.op_type, &node.overload).is_some();
-            if node.is("Gather") && site.weight.is_some() || called || !node.subgraphs().is_empty() {
+            if called || !node.subgraphs().is_empty() {
                 return None;
             }
             let mut inputs = Vec::new();

@@ -34,9 +34,9 @@ pub struct Search {
     pub skip: f64,
     /// A network whose features say how alike samples are; without it, the samples themselves are compared.
     pub reference: Option<PathBuf>,
-    /// Real images, which decide between the best candidates.
+    /// Real images: candidates are scored by how far the set of their samples is from them.
     pub real: Option<SetSpec>,
-    /// Samples that are drawn for that decision.
+    /// Samples that are drawn to decide between the best candidates.
     pub draws: usize,
     /// Where scores are kept, so that a search can go on.
     pub log: PathBuf,
@@ -48,22 +48,40 @@ pub(in crate::sampler) const REFERENCE_STEPS: usize = 100;
 const FINALISTS: usize = 10;
 /// Real images that are looked at.
 const MOST_REAL: usize = 5000;
+/// Samples that a score by real images is of at least, and images that they are held against.
+const LEAST_DRAWN: usize = 256;
+const MOST_HELD_AGAINST: usize = 1000;
 
 /// Finds timesteps, writes every score into the log at once, and returns the plan of the best.
 pub(super) fn run(trial: &Trial, wanted: &Search, progress: &Listener) -> Result<StepPlan, Failure> {
     let train = trial.scheduler.num_train_timesteps;
     let dense = trial.spread(REFERENCE_STEPS.min(train))?;
-    let batches = wanted.pairs.div_ceil(BATCH).max(1) as u64;
     let extractor = wanted.reference.as_ref().map(|path| Extractor::read(path, trial.evaluator)).transpose()?;
+    let images = match (&wanted.real, &extractor) {
+        (Some(real), Some(extractor)) => Some((extractor, extractor.of_set(real, MOST_REAL)?)),
+        _ => None,
+    };
+    let samples = if images.is_some() { wanted.pairs.max(LEAST_DRAWN) } else { wanted.pairs };
+    let batches = samples.div_ceil(BATCH).max(1) as u64;
     let arms = if wanted.skip > 0.0 { Parts::find(trial.denoiser, trial.roles)?.arms } else { Vec::new() };
     let (first, seen) = trial.watch(trial.denoiser, &dense, 0)?;
-    let mut reference = vec![first];
-    for batch in 1..batches {
-        reference.push(trial.samples(&dense, &trial.plain(&dense), batch)?);
-    }
     let seeds = seeds(trial, &dense, &seen, wanted.steps)?;
-    let mut paired = Paired { trial, arms: &arms, extractor: extractor.as_ref(), reference: Vec::new() };
-    paired.reference = reference.iter().map(|sample| paired.look(sample)).collect::<Result<_, _>>()?;
+    let (mut sets, mut paired);
+    let scorer: &mut dyn Scorer = match &images {
+        Some((extractor, images)) => {
+            sets = Sets { trial, arms: &arms, extractor, images, batches };
+            &mut sets
+        }
+        None => {
+            let mut reference = vec![first];
+            for batch in 1..batches {
+                reference.push(trial.samples(&dense, &trial.plain(&dense), batch)?);
+            }
+            paired = Paired { trial, arms: &arms, extractor: extractor.as_ref(), reference: Vec::new() };
+            paired.reference = reference.iter().map(|sample| paired.look(sample)).collect::<Result<_, _>>()?;
+            &mut paired
+        }
+    };
     let setting = setting(trial, wanted, arms.len());
     let (known, mut log) = open_log(&wanted.log, &setting)?;
     let options = SearchOptions {
@@ -80,25 +98,30 @@ pub(super) fn run(trial: &Trial, wanted: &Search, progress: &Listener) -> Result
         let written = log.write_all(format!("{line}\n").as_bytes()).and_then(|()| log.sync_data());
         written.map_err(|e| Error::Plan(format!("the log of the search cannot be written: {e}")))
     };
-    let mut remembering = Remembering::new(known, &mut paired, &mut keep);
+    let mut remembering = Remembering::new(known, scorer, &mut keep);
     let unit = |best: f64| format!("candidates, best {best:.4}");
     let ranked = search(&options, &seeds, &mut remembering, &mut |done, _, best| {
         progress.hear(&Progress::new(done, wanted.evaluations, &unit(best.score)));
     })?;
     let uniform = ranked.iter().find(|s| Some(&s.candidate) == seeds.first()).map(|s| s.score);
-    let (best, decided) = match (&wanted.real, &extractor) {
-        (Some(real), Some(extractor)) => {
+    let (best, decided) = match &images {
+        Some((extractor, images)) => {
             let finalists: Vec<&Candidate> =
                 ranked.iter().take(FINALISTS).map(|s| &s.candidate).chain(seeds.first()).collect();
-            decide(trial, extractor, real, wanted.draws, &finalists, &arms, progress)?
+            decide(trial, extractor, images, wanted.draws, &finalists, &arms, progress)?
         }
-        _ => (ranked[0].candidate.clone(), Value::Null),
+        None => (ranked[0].candidate.clone(), Value::Null),
     };
     let mut plan = plan_of(trial, &best, &arms)?.1;
     let score = ranked.iter().find(|s| s.candidate == best).map(|s| s.score);
+    let measure = match (&images, &extractor) {
+        (Some(_), _) => "kid",
+        (None, Some(_)) => "features",
+        (None, None) => "samples",
+    };
     let evidence = json!({
         "search": {"evaluations": ranked.len(), "pairs": batches as usize * BATCH, "score": score, "uniform": uniform,
-                   "measure": if wanted.reference.is_some() { "features" } else { "samples" }},
+                   "measure": measure},
         "sets": decided,
     });
     plan.evidence = evidence.as_object().cloned().unwrap_or_default();
@@ -243,18 +266,52 @@ impl Scorer for Paired<'_> {
     }
 }
 
+/// Scores by the kernel distance between a set of samples, always from the same noise, and real images.
+struct Sets<'a> {
+    trial: &'a Trial<'a>,
+    arms: &'a [String],
+    extractor: &'a Extractor<'a>,
+    images: &'a Features,
+    batches: u64,
+}
+
+impl Scorer for Sets<'_> {
+    fn score(&mut self, candidate: &Candidate) -> Result<f64, Error> {
+        let failed = |e: &dyn std::fmt::Display| Error::Plan(e.to_string());
+        let drawn = draw(self.trial, self.extractor, candidate, self.arms, 0..self.batches).map_err(|e| failed(&e))?;
+        // Samples that are no numbers are worst, not an error.
+        let distance = kernel(&drawn, self.images, 1, MOST_HELD_AGAINST, self.trial.seed);
+        Ok(distance.map_or(f64::INFINITY, |distance| distance.mean))
+    }
+}
+
+/// What the network sees in the samples of a candidate.
+fn draw(
+    trial: &Trial,
+    extractor: &Extractor,
+    candidate: &Candidate,
+    arms: &[String],
+    batches: std::ops::Range<u64>,
+) -> Result<Features, Failure> {
+    let (table, plan) = plan_of(trial, candidate, arms)?;
+    let mut drawn = Features::new();
+    for batch in batches {
+        extractor.add(&trial.samples(&table, &plan, batch)?, &mut drawn)?;
+    }
+    Ok(drawn)
+}
+
 /// The finalist whose samples, as a set, are closest to real images, and what was measured.
 fn decide(
     trial: &Trial,
     extractor: &Extractor,
-    real: &SetSpec,
+    images: &Features,
     draws: usize,
     finalists: &[&Candidate],
     arms: &[String],
     progress: &Listener,
 ) -> Result<(Candidate, Value), Failure> {
     let failed = |e: FeatureError| Failure::Error(anyhow!(e));
-    let images = extractor.of_set(real, MOST_REAL)?;
     let mut lines = Vec::new();
     let mut best: Option<(f64, &Candidate)> = None;
     let mut measured = BTreeSet::new();
@@ -263,14 +320,11 @@ fn decide(
         if !measured.insert(candidate.key()) {
             continue;
         }
-        let (table, plan) = plan_of(trial, candidate, arms)?;
-        let mut drawn = Features::new();
         // Batches that no score was made of.
-        for batch in 0..draws.div_ceil(BATCH).max(1) as u64 {
-            extractor.add(&trial.samples(&table, &plan, (1 << 20) + batch)?, &mut drawn)?;
-        }
-        let distance = kernel(&drawn, &images, 20, 500, trial.seed).map_err(failed)?;
-        let frechet = frechet(&drawn, &images).map_err(failed)?;
+        let batches = (1 << 20)..(1 << 20) + draws.div_ceil(BATCH).max(1) as u64;
+        let drawn = draw(trial, extractor, candidate, arms, batches)?;
+        let distance = kernel(&drawn, images, 20, 500, trial.seed).map_err(failed)?;
+        let frechet = frechet(&drawn, images).map_err(failed)?;
         lines.push(json!({"candidate": candidate.key(), "kid": distance.mean, "kid_deviation": distance.deviation,
                           "fid": frechet, "draws": drawn.len(), "real": images.len()}));
         if best.is_none_or(|(least, _)| distance.mean < least) {
@@ -288,6 +342,7 @@ fn setting(trial: &Trial, wanted: &Search, layers: usize) -> Value {
         "denoiser": key.model, "guidance": key.guidance, "shape": key.shape, "solver": trial.scheduler.class.name(),
         "scheduler": format!("{:?}", trial.scheduler), "eta": trial.request.eta, "seed": trial.seed, "pairs": wanted.pairs,
         "layers": layers, "reference": wanted.reference, "shapes": trial.shapes,
+        "real": wanted.real.as_ref().map(|real| format!("{real:?}")),
     })
 }
 
