@@ -7,7 +7,7 @@ PART is one or more of
     order       perplexity where 20 and 30 % of the linear weights are removed: plain SVD, whitened, knapsack, dictionary
     size        perplexity at --size 0.30 and 0.20, with and without `compensate`; bytes of plan, constants and file
     latency     --latency 0.7 at one sample on one thread, and what `optimize bench` says of the result afterwards
-    prediction  the rank correlation of predicted and measured loss over 30 random plans
+    prediction  the rank correlation of predicted and measured loss over 30 random plans of weights
 
 FOLDER of smollm2 holds smollm2.onnx, calib.npz and eval.npz, that of the zoo vit.onnx, resnet.onnx and mobilenet.onnx;
 DATA is for fashion.py. What chooses is never what evaluates: calib.npz and the first 512 test images choose.
@@ -24,9 +24,13 @@ import tempfile
 import time
 
 import fashion
+import numpy
 
 # Linear weights of the layers, and all parameters, of SmolLM2-135M.
 LINEAR, ALL = 106_168_320, 134_515_008
+
+# Methods that change more than weights.
+STRUCTURE = "prune-units,substitute,reduce-tokens,select-visual-tokens"
 
 LOW_RANK = "factorize,factorize-jointly"
 ORDER = {
@@ -44,11 +48,11 @@ class Model:
     def __init__(self, path, sets, metric, drop, single, labels=None):
         self.path, self.sets, self.metric, self.drop, self.single, self.labels = path, sets, metric, drop, single, labels
 
-    def optimize(self, args, options, out, metric=None):
+    def optimize(self, args, options, out, metric=None, validate=None):
         """The report of a run, or what the program says where it refuses; seconds, and what the result is."""
         report = pathlib.Path(str(out) + ".json")
         command = [args.optimize, self.path, "-o", out, "--overwrite", "-q", "--report", report, "--metric", metric or self.metric]
-        command += ["--calib", self.sets / "calib.npz", "--validate", self.sets / "eval.npz"]
+        command += ["--calib", self.sets / "calib.npz", "--validate", validate or self.sets / "eval.npz"]
         command += ["--labels", self.labels] if self.labels else []
         start = time.time()
         done = subprocess.run([*map(str, command), *options], capture_output=True, text=True)
@@ -122,9 +126,12 @@ def spearman(a, b):
 def prediction(args, models, out):
     for name, model in models.items():
         predicted, measured = [], []
+        few = out.with_name("few.npz")
+        with numpy.load(model.sets / "eval.npz") as every:
+            numpy.savez(few, **{key: values[:args.samples] for key, values in every.items()})
         for seed in range(args.plans):
-            options = ["--size", "1", "--set", f"allocate.solver=random:{seed}"]
-            found, _ = model.optimize(args, options, out, "kl")
+            options = ["--size", "1", "--set", f"allocate.solver=random:{seed}", "--skip", STRUCTURE]
+            found, _ = model.optimize(args, options, out, "kl", few)
             if isinstance(found, str):
                 sys.exit(f"{name}, plan {seed}: {found}")
             predicted.append(found["plan"]["objective"])
@@ -146,6 +153,7 @@ def main():
     parser.add_argument("--fashion", type=pathlib.Path)
     parser.add_argument("--models", help="only these, by name")
     parser.add_argument("--plans", type=int, default=30)
+    parser.add_argument("--samples", type=int, default=512, help="of the evaluation set, for every plan of `prediction`")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         models = {}
