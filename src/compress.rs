@@ -352,9 +352,12 @@ mod tests {
     /// A Gram matrix tells the squares of what a layer reads, but not how large it gets.
     #[test]
     fn ranges_are_collected_where_a_method_reads_them() {
-        let text = "<ir_version: 10, opset_import: [\"\" : 21]> m (float[n, 4] x) => (float[n, 3] y) \
-                    <float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}> { y = MatMul (x, w) }";
-        let found = weights(&lathe_ir::text::parse(text).unwrap().graph).0;
+        let text = format!(
+            "<ir_version: 10, opset_import: [\"\" : 21]> m (float[n, 64] x) => (float[n, 64] y) \
+             <float[64, 64] w = {{{}}}> {{ y = MatMul (x, w) }}",
+            vec!["1"; 64 * 64].join(", ")
+        );
+        let found = weights(&lathe_ir::text::parse(&text).unwrap().graph).0;
         let input = Request::Columns(found[0].taps[0].rows.clone().unwrap());
         for ranges in [false, true] {
             let (columns, grams) = requests(&found, false, ranges);
