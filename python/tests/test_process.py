@@ -35,8 +35,10 @@ def test_the_command_is_the_program(transformer: Path, tmp_path: Path) -> None:
     assert "an installed Python package" in doctor.splitlines()[1], doctor
 
 
+# Where the tests run in the background of a shell, interrupts are ignored from the start.
 INTERRUPTED = """
-import sys, time, onnx_lathe
+import signal, sys, time, onnx_lathe
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("started", flush=True)
 try:
     onnx_lathe.optimize(sys.argv[1], sys.argv[2])
