@@ -23,6 +23,19 @@ pub enum Quantity {
     Steps,
 }
 
+impl Quantity {
+    /// How the documentation calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Quantity::Nodes => "nodes",
+            Quantity::Parameters => "parameters",
+            Quantity::Flops => "flops",
+            Quantity::PeakMemory => "peak memory",
+            Quantity::Steps => "steps",
+        }
+    }
+}
+
 /// The claim of a pass about error.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Kind {

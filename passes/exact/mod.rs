@@ -43,6 +43,7 @@ mod simplify_reshapes;
 mod simplify_shapes;
 mod simplify_slices;
 mod simplify_transposes;
+mod slice_chains;
 mod unroll_loop;
 mod upgrade_opset;
 
@@ -83,6 +84,7 @@ pub use simplify_reshapes::SimplifyReshapes;
 pub use simplify_shapes::SimplifyShapes;
 pub use simplify_slices::SimplifySlices;
 pub use simplify_transposes::SimplifyTransposes;
+pub use slice_chains::SliceChains;
 pub use unroll_loop::UnrollLoop;
 pub use upgrade_opset::UpgradeOpset;
 
@@ -127,6 +129,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &MergeSlices,
     &FuseAttention,
     &FuseSkipNorm,
+    &SliceChains,
     &ShareInitializers,
     &MergeDuplicates,
     &DropDead,

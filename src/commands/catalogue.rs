@@ -86,7 +86,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<(), Failure> {
 
 /// What a pass claims, lowers and is taken from, one sentence each.
 fn facts(info: &Info) -> Vec<String> {
-    let lowers: Vec<String> = info.lowers.iter().map(|q| format!("{q:?}").to_lowercase()).collect();
+    let lowers: Vec<&str> = info.lowers.iter().map(|q| q.name()).collect();
     let lowers = if lowers.is_empty() { "nothing by itself".to_owned() } else { lowers.join(", ") };
     let mut facts = vec![format!("Claim: {}.", claim(info.kind)), format!("Lowers: {lowers}.")];
     facts.extend(info.source.map(|source| format!("Source: {source}.")));
