@@ -94,5 +94,4 @@ fn a_sliced_chain_needs_less_memory() {
     let peak = |side: &str| json[side]["peak_rss_bytes"].as_u64().unwrap() >> 20;
     // Of 32 MiB between the products and 32 MiB behind the activation, an eighth is left.
     assert!(peak("after") + 24 < peak("before"), "{} MiB before, {} after", peak("before"), peak("after"));
-    println!("peak memory: {} MiB before, {} after", peak("before"), peak("after"));
 }
