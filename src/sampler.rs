@@ -149,14 +149,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     let roles = Roles::infer(&original, &options.wishes)?;
     let plan = plan(options, &scheduler, &table, &roles)?;
     let guidance = options.guidance.unwrap_or(check::UNGUIDED);
-    let runner = Runner::new(RunnerOptions {
-        library: options.ort.clone(),
-        load: options.load.clone(),
-        timeout: options.timeout,
-        memory: options.memory,
-        worker: options.worker.clone(),
-        progress: options.progress.clone(),
-    })?;
+    let runner = runner(options)?;
     let drawn = drawn(&original, &roles, &plan, &options.shapes)?;
     let (simplified, records) = simplify(&original, &runner, &options.progress)?;
     let bare;
@@ -223,6 +216,18 @@ fn request(options: &SamplerOptions, scheduler: &Scheduler) -> Result<Request, F
         return Ok(counted);
     }
     Ok(Request { steps: lathe_passes::sampler::Steps::Times(plan.grid.clone()), ..options.request.clone() })
+}
+
+/// What runs models as the options say.
+fn runner(options: &SamplerOptions) -> Result<Runner, Failure> {
+    Ok(Runner::new(RunnerOptions {
+        library: options.ort.clone(),
+        load: options.load.clone(),
+        timeout: options.timeout,
+        memory: options.memory,
+        worker: options.worker.clone(),
+        progress: options.progress.clone(),
+    })?)
 }
 
 /// The numbers of the steps that were asked for.

@@ -12,10 +12,7 @@ pub(super) use search::REFERENCE_STEPS;
 pub use search::Search;
 
 use super::{SamplerOptions, evaluator::Evaluator, likely_form, request, simplify};
-use crate::{
-    Failure, job,
-    runner::{Runner, RunnerOptions},
-};
+use crate::{Failure, job};
 use anyhow::Context as _;
 use lathe_ir::Model;
 use lathe_passes::sampler::{Roles, Scheduler, StepPlan};
@@ -49,14 +46,7 @@ pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<(StepPlan, O
         let message = "guidance needs an unconditional pass; --io uncond:NAME=VALUE says what a condition is then";
         return Err(Failure::Usage(message.to_owned()));
     }
-    let runner = Runner::new(RunnerOptions {
-        library: options.ort.clone(),
-        load: options.load.clone(),
-        timeout: options.timeout,
-        memory: options.memory,
-        worker: options.worker.clone(),
-        progress: options.progress.clone(),
-    })?;
+    let runner = super::runner(options)?;
     let (denoiser, _) = simplify(&original, &runner, &options.progress)?;
     let evaluator = Evaluator::fast(&runner, &options.load);
     let trial = Trial {

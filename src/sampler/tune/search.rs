@@ -249,7 +249,7 @@ impl Paired<'_> {
         let (mut apart, mut whole) = (0.0, 0.0);
         for (batch, reference) in self.reference.iter().enumerate() {
             let samples = self.trial.samples(&table, &plan, batch as u64)?;
-            if samples.to_f64s().is_some_and(|all| all.iter().any(|v| !v.is_finite())) {
+            if !finite(&samples) {
                 return Ok(f64::INFINITY);
             }
             let found = self.look(&samples)?;
@@ -277,28 +277,36 @@ struct Sets<'a> {
 
 impl Scorer for Sets<'_> {
     fn score(&mut self, candidate: &Candidate) -> Result<f64, Error> {
-        let failed = |e: &dyn std::fmt::Display| Error::Plan(e.to_string());
-        let drawn = draw(self.trial, self.extractor, candidate, self.arms, 0..self.batches).map_err(|e| failed(&e))?;
-        // Samples that are no numbers are worst, not an error.
+        let drawn = draw(self.trial, self.extractor, candidate, self.arms, 0..self.batches);
+        let Some(drawn) = drawn.map_err(|e| Error::Plan(e.to_string()))? else { return Ok(f64::INFINITY) };
         let distance = kernel(&drawn, self.images, 1, MOST_HELD_AGAINST, self.trial.seed);
-        Ok(distance.map_or(f64::INFINITY, |distance| distance.mean))
+        Ok(distance.map_err(|e| Error::Plan(e.to_string()))?.mean)
     }
 }
 
-/// What the network sees in the samples of a candidate.
+/// Whether samples are numbers throughout.
+fn finite(samples: &Tensor) -> bool {
+    samples.to_f64s().is_none_or(|all| all.iter().all(|v| v.is_finite()))
+}
+
+/// What the network sees in the samples of a candidate; `None` where some are no numbers.
 fn draw(
     trial: &Trial,
     extractor: &Extractor,
     candidate: &Candidate,
     arms: &[String],
     batches: std::ops::Range<u64>,
-) -> Result<Features, Failure> {
+) -> Result<Option<Features>, Failure> {
     let (table, plan) = plan_of(trial, candidate, arms)?;
     let mut drawn = Features::new();
     for batch in batches {
-        extractor.add(&trial.samples(&table, &plan, batch)?, &mut drawn)?;
+        let samples = trial.samples(&table, &plan, batch)?;
+        if !finite(&samples) {
+            return Ok(None);
+        }
+        extractor.add(&samples, &mut drawn)?;
     }
-    Ok(drawn)
+    Ok(Some(drawn))
 }
 
 /// The finalist whose samples, as a set, are closest to real images, and what was measured.
@@ -322,7 +330,7 @@ fn decide(
         }
         // Batches that no score was made of.
         let batches = (1 << 20)..(1 << 20) + draws.div_ceil(BATCH).max(1) as u64;
-        let drawn = draw(trial, extractor, candidate, arms, batches)?;
+        let Some(drawn) = draw(trial, extractor, candidate, arms, batches)? else { continue };
         let distance = kernel(&drawn, images, 20, 500, trial.seed).map_err(failed)?;
         let frechet = frechet(&drawn, images).map_err(failed)?;
         lines.push(json!({"candidate": candidate.key(), "kid": distance.mean, "kid_deviation": distance.deviation,
