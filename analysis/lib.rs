@@ -3,6 +3,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod affine;
+mod apart;
 mod calibrate;
 mod cones;
 mod cost;
@@ -17,6 +18,7 @@ mod tokens;
 mod units;
 
 pub use affine::{Affine, Affines};
+pub use apart::read_apart;
 pub use calibrate::{Below, Calibrate, Cross, Gram, Magnitudes, Moments, SymMatrix};
 pub use cones::{Cone, Cones};
 pub use cost::{Bindings, Cost, NodeCost, OperatorCost};

@@ -9,6 +9,8 @@ use std::collections::BTreeSet;
 pub enum View {
     /// This axis holds the features (negative: from the end); all other axes together are the rows, in their order.
     Axis(i64),
+    /// Of `[n, positions, …, features]`, what lies at this position of the second axis; the last axis holds the features.
+    Position(usize),
     /// A row is what a convolution sees at one output position: `channels × kernel` values in the order of its weight.
     Patches(Window),
 }
@@ -45,6 +47,11 @@ impl Rows {
         Rows { value: value.into(), view: View::Axis(-1) }
     }
 
+    /// Rows along the last axis at one position of the second: a class token among others.
+    pub fn at(value: impl Into<String>, position: usize) -> Rows {
+        Rows { value: value.into(), view: View::Position(position) }
+    }
+
     /// Rows along the channel axis of `[n, channels, …]`: one per position.
     pub fn channels(value: impl Into<String>) -> Rows {
         Rows { value: value.into(), view: View::Axis(1) }
@@ -75,11 +82,12 @@ impl Rows {
         Some(if plain { Rows::channels(value) } else { Rows { value, view: View::Patches(window) } })
     }
 
-    /// How messages and result files name it: `x`, `x axis 1`, `x patches 3x3`. Distinct rows may share a label.
+    /// How messages and result files name it: `x`, `x axis 1`, `x at 0`, `x patches 3x3`. Distinct rows may share a label.
     pub fn label(&self) -> String {
         match &self.view {
             View::Axis(-1) => self.value.clone(),
             View::Axis(axis) => format!("{} axis {axis}", self.value),
+            View::Position(position) => format!("{} at {position}", self.value),
             View::Patches(window) => {
                 let kernel: Vec<String> = window.kernel.iter().map(ToString::to_string).collect();
                 format!("{} patches {}", self.value, kernel.join("x"))

@@ -277,9 +277,17 @@ impl Copy {
 
     /// Adds an error to `value` for everyone who reads it; `false` if that cannot be done per sample.
     fn disturb(&mut self, value: ValueId, view: &View, column: usize) -> bool {
-        let View::Axis(axis) = *view else { return false };
         let Some(shape) = self.facts.shape(value) else { return false };
         let ndim = shape.len() as i64;
+        let (axis, position) = match *view {
+            View::Axis(axis) => (axis, None),
+            View::Position(position) => (-1, Some(position)),
+            View::Patches(_) => return false,
+        };
+        let positions = shape.get(1).and_then(|dim| usize::try_from(dim.as_known()?).ok());
+        if position.is_some_and(|at| ndim < 3 || positions.is_none_or(|count| at >= count)) {
+            return false;
+        }
         let axis = if axis < 0 { axis + ndim } else { axis };
         let samples = self.model.graph.main().inputs().iter().find_map(|&v| self.facts.shape(v)?.first().cloned());
         let per_sample = samples.is_some_and(|s| s.as_known().is_none() && shape.first() == Some(&s));
@@ -296,6 +304,13 @@ impl Copy {
         let mut spread = vec![1usize; ndim as usize];
         spread[axis as usize] = features as usize;
         let signs = Tensor::from_f64s(dtype, &spread, &signs).expect("signs are numbers of every float type");
+        let only = position.zip(positions).map(|(at, count)| {
+            let mut spread = vec![1; ndim as usize];
+            spread[1] = count;
+            let hit: Vec<f64> = (0..count).map(|other| f64::from(u8::from(other == at))).collect();
+            Tensor::from_f64s(dtype, &spread, &hit).expect("0 and 1 are of every float type")
+        });
+        let only = only.map(|tensor| self.constant(tensor));
         let order = self.constant(Tensor::int64s(&order));
         let signs = self.constant(signs);
         let ones: Vec<i64> = std::iter::once(-1).chain(vec![1; ndim as usize - 1]).collect();
@@ -305,7 +320,10 @@ impl Copy {
         let disturbs = self.op(Node::new("Gather"), &[self.disturbs, at]);
         let error = self.inside("error", |copy| {
             let moved = copy.op(Node::new("Gather").with("axis", axis), &[value, order]);
-            let moved = copy.op(Node::new("Mul"), &[moved, signs]);
+            let mut moved = copy.op(Node::new("Mul"), &[moved, signs]);
+            if let Some(only) = only {
+                moved = copy.op(Node::new("Mul"), &[moved, only]);
+            }
             let amplitude = copy.op(Node::new("Gather").with("axis", 1i64), &[copy.table, at]);
             let mut amplitude = copy.op(Node::new("Reshape"), &[amplitude, ones]);
             if dtype != DataType::Float {

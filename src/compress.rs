@@ -1,10 +1,12 @@
 //! Spending a budget: what was seen on the calibration set, what methods propose, what the allocator chooses.
 
+mod emphasis;
 mod seen;
 mod strip;
 mod table;
 mod timing;
 
+use emphasis::{Apart, Emphasis};
 use seen::{Seen, Split};
 pub(crate) use table::Table;
 use table::{Inside, Offer, Place};
@@ -112,7 +114,8 @@ impl<'a> Compressor<'a> {
         let kept = runner::data_dir().map(|data| data.join("statistics"));
         let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
         std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
-        let seen = self.statistics(model, &found, cache.clone(), temporary.path())?;
+        let apart = Apart::find(model, &found);
+        let mut seen = self.statistics(model, &found, &apart, cache.clone(), temporary.path())?;
         let mut outputs: BTreeMap<ValueId, View> =
             taps().map(|tap| (tap.output, tap.output_rows.view.clone())).collect();
         for method in methods() {
@@ -123,7 +126,10 @@ impl<'a> Compressor<'a> {
                 outputs.entry(value).or_insert(rows.view);
             }
         }
-        let sensitivity = self.sensitivity(model, &outputs, cache, warnings)?;
+        let alone = apart.outputs();
+        let (sensitivity, of_positions) = self.sensitivity(model, &outputs, &alone, cache, warnings)?;
+        let answers = alone.iter().zip(of_positions).filter_map(|(&at, answer)| Some((at, answer?))).collect();
+        seen.emphasis = apart.emphasis(&seen, &sensitivity, &answers).map_err(anyhow::Error::from)?;
         let facts = Facts::infer(model);
         let bindings = Bindings::default();
         let rows = |value: ValueId| -> u64 {
@@ -206,7 +212,14 @@ impl<'a> Compressor<'a> {
     }
 
     /// What layers read and give on the calibration set.
-    fn statistics(&self, model: &Model, found: &[Weight], cache: PathBuf, scratch: &Path) -> Result<Seen<'a>, Failure> {
+    fn statistics(
+        &self,
+        model: &Model,
+        found: &[Weight],
+        apart: &Apart,
+        cache: PathBuf,
+        scratch: &Path,
+    ) -> Result<Seen<'a>, Failure> {
         let collect = CollectOptions {
             memory: self.memory.unwrap_or_else(quarter_of_memory),
             ..CollectOptions::new(self.load.clone(), cache)
@@ -220,8 +233,11 @@ impl<'a> Compressor<'a> {
         let (columns, grams) = requests(found, half, ranges);
         let set = SampleSet::open(self.set, model).map_err(anyhow::Error::from)?;
         let samples = self.samples(model, found, &set, (ROWS_PER_FEATURE * widest).max(LEAST_ROWS))?;
-        let some = SetSpec { chosen: Some(set.spread(samples.min(set.len()))), ..self.set.clone() };
-        let some = if samples >= set.len() { self.set } else { &some };
+        let part = |samples: usize| match samples >= set.len() {
+            true => self.set.clone(),
+            false => SetSpec { chosen: Some(set.spread(samples)), ..self.set.clone() },
+        };
+        let some = &part(samples);
         let gather = |set: &SetSpec, requests: &[Request]| {
             self.runner.collect(model, set, requests, &collect).map_err(anyhow::Error::from)
         };
@@ -231,9 +247,16 @@ impl<'a> Compressor<'a> {
         }
         let moments = gather(if half { self.set } else { some }, &columns)?;
         let grams = gather(some, &grams)?;
+        // One position has one row in a sample.
+        let alone = match apart.is_empty() {
+            true => None,
+            false => Some(gather(&part(ROWS_PER_FEATURE * widest), &apart.requests())?),
+        };
         let mut seen = Seen {
             moments,
             grams,
+            alone,
+            emphasis: Emphasis::default(),
             magnitudes: None,
             runner: self.runner,
             model: model.clone(),
@@ -272,24 +295,28 @@ impl<'a> Compressor<'a> {
         Ok((wanted * batch.samples.max(1)).div_ceil(fewest.unwrap_or(1)).max(LEAST_SAMPLES))
     }
 
-    /// How much the outputs answer to every value. Where that cannot be measured, the median of those where it can.
+    /// How much the outputs answer to every value, and to single positions of values. Where the first cannot be measured,
+    /// the median of those where it can.
     fn sensitivity(
         &self,
         model: &Model,
         values: &BTreeMap<ValueId, View>,
+        positions: &[(ValueId, usize)],
         cache: PathBuf,
         warnings: &mut Vec<String>,
-    ) -> Result<BTreeMap<ValueId, f64>, Failure> {
+    ) -> Result<(BTreeMap<ValueId, f64>, Vec<Option<f64>>), Failure> {
         let facts = Facts::infer(model);
         let ndim = |v: &ValueId| facts.ndim(*v).unwrap_or(0);
-        let probes: Vec<Probe> = values
-            .iter()
-            .map(|(v, view)| Probe { value: model.graph.value(*v).name.clone(), view: view.clone() })
-            .collect();
+        let probe = |(v, view): (&ValueId, View)| Probe { value: model.graph.value(*v).name.clone(), view };
+        let whole = values.iter().map(|(v, view)| (v, view.clone()));
+        let alone = positions.iter().map(|(v, at)| (v, View::Position(*at)));
+        let probes: Vec<Probe> = whole.chain(alone).map(probe).collect();
         let (load, cache) = (self.load.clone(), Some(cache));
         let options = ProbeOptions { load, distance: self.distance, seed: self.seed, cache };
         let measured = self.runner.sensitivities(model, self.set, &probes, &options);
-        let found = measured.map_err(anyhow::Error::from).context("the sensitivity of layers cannot be measured")?;
+        let mut found =
+            measured.map_err(anyhow::Error::from).context("the sensitivity of layers cannot be measured")?;
+        let of_positions = found.split_off(values.len());
         let mut known: Vec<f64> = found.iter().flatten().copied().collect();
         known.sort_by(f64::total_cmp);
         let median = known.get(known.len() / 2).copied().unwrap_or(1.0);
@@ -300,7 +327,7 @@ impl<'a> Compressor<'a> {
                 values.len()
             ));
         }
-        Ok(values.keys().zip(found).map(|(&v, s)| (v, s.unwrap_or(median))).collect())
+        Ok((values.keys().zip(found).map(|(&v, s)| (v, s.unwrap_or(median))).collect(), of_positions))
     }
 }
 

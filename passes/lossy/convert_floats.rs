@@ -101,7 +101,7 @@ fn seen(weight: &Weight, cx: &Context) -> Result<Result<Vec<Input>, &'static str
                 // Patches hold what their value holds.
                 let range = match rows.view {
                     View::Patches(_) => calibration.moments(&Rows::channels(rows.value.clone()))?,
-                    View::Axis(_) => Some(moments.clone()),
+                    View::Axis(_) | View::Position(_) => Some(moments.clone()),
                 };
                 (moments.square, range.and_then(|m| m.largest))
             }

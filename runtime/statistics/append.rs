@@ -290,6 +290,10 @@ impl<'a> Append<'a> {
         let value = resolve(self.model, &rows.value)?;
         match &rows.view {
             View::Axis(_) => Ok(value),
+            View::Position(position) => {
+                let position = self.ints(&[*position as i64]);
+                Ok(self.node(Node::new("Gather").with("axis", 1i64), &[value, position]))
+            }
             View::Patches(window) => {
                 let dtype = self.facts.elem(value).filter(|&e| e == DataType::Double).unwrap_or(DataType::Float);
                 let value = self.as_float(value);
@@ -341,6 +345,7 @@ impl<'a> Append<'a> {
         let ndim = sizes.len();
         let axis = match rows.view {
             View::Axis(axis) => axis,
+            View::Position(_) => -1,
             View::Patches(_) => 1,
         };
         let axis = if axis < 0 { axis + ndim as i64 } else { axis };
@@ -352,7 +357,7 @@ impl<'a> Append<'a> {
             return Err(StatisticsError::Axis { value: rows.label(), found: sizes.clone() });
         }
         // Patches are made from floats already.
-        let mut value = if matches!(rows.view, View::Axis(_)) { self.as_float(base) } else { base };
+        let mut value = if matches!(rows.view, View::Patches(_)) { base } else { self.as_float(base) };
         if axis + 1 != ndim {
             let mut perm: Vec<i64> = (0..ndim as i64).filter(|&a| a != axis as i64).collect();
             perm.push(axis as i64);
@@ -360,7 +365,7 @@ impl<'a> Append<'a> {
         }
         let tokens = match &rows.view {
             View::Axis(_) => self.tokens(base, axis, value),
-            View::Patches(_) => None,
+            View::Position(_) | View::Patches(_) => None,
         };
         let shape = self.ints(&[-1, features as i64]);
         let value = self.op("Reshape", &[value, shape]);

@@ -427,6 +427,7 @@ fn footprint(model: &Model, request: &Request, sizes: &Sizes) -> (u64, u64) {
         let axis = match rows.view {
             View::Axis(axis) if axis < 0 => (axis + sizes.len() as i64) as usize,
             View::Axis(axis) => axis as usize,
+            View::Position(_) => sizes.len() - 1,
             View::Patches(_) => 1,
         };
         let features = sizes.get(axis).copied().unwrap_or(1) as u64;

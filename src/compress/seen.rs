@@ -1,8 +1,9 @@
 //! What was seen on the calibration set, and what can be run on it, as methods ask for it.
 
+use super::emphasis::Emphasis;
 use crate::runner::Runner;
 use lathe_analysis::{
-    Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, SymMatrix, View,
+    Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, View,
 };
 use lathe_ir::{Dim, Model};
 use lathe_passes::lossy::{Weight, gram_rows};
@@ -29,6 +30,10 @@ pub(super) struct Seen<'a> {
     pub moments: Statistics,
     /// Second moments of what they read, over as many samples as those need.
     pub grams: Statistics,
+    /// Second moments and mean squares of single positions that are read apart from the others.
+    pub alone: Option<Statistics>,
+    /// How much more the errors of these positions count; statistics are weighed with it.
+    pub emphasis: Emphasis,
     /// How large it is, where a method wants to know.
     pub magnitudes: Option<Statistics>,
     pub runner: &'a Runner,
@@ -70,6 +75,28 @@ impl Seen<'_> {
         requests.iter().map(cross).collect::<Result<_, _>>().map_err(failed)
     }
 
+    /// Mean squares with every row counting as much; `None` if they were not collected.
+    fn moments_of(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+        Ok(match moments_in(&self.moments, rows)? {
+            Some(found) => Some(found),
+            None => gram_in(&self.grams, rows)?.as_ref().map(diagonal),
+        })
+    }
+
+    /// The same along the last axis of a value.
+    pub fn moments_of_all(&self, value: &str) -> Result<Option<Moments>, EvaluateError> {
+        self.moments_of(&Rows::last(value))
+    }
+
+    /// Mean squares of one position of a value, not weighed; `None` if they were not collected.
+    pub fn moments_alone(&self, value: &str, at: usize) -> Result<Option<Moments>, EvaluateError> {
+        let (Some(alone), rows) = (&self.alone, Rows::at(value, at)) else { return Ok(None) };
+        Ok(match moments_in(alone, &rows)? {
+            Some(found) => Some(found),
+            None => gram_in(alone, &rows)?.as_ref().map(diagonal),
+        })
+    }
+
     /// What these weights read and give in a variant of the model, with everything else as it was.
     pub fn again(&self, variant: &Model, weights: &[&Weight]) -> Result<Self, StatisticsError> {
         let (mut columns, mut grams) = (BTreeSet::new(), BTreeSet::new());
@@ -84,9 +111,14 @@ impl Seen<'_> {
             let requests: Vec<Request> = requests.into_iter().collect();
             self.runner.collect(variant, set, &requests, &self.collect)
         };
+        let alone: BTreeSet<Request> =
+            columns.iter().chain(&grams).flat_map(|request| self.emphasis.requests(request)).collect();
+        let alone = if alone.is_empty() { None } else { Some(collect(&self.set, alone)?) };
         Ok(Seen {
             moments: collect(&self.set, columns)?,
             grams: collect(&self.some, grams)?,
+            alone,
+            emphasis: self.emphasis.clone(),
             magnitudes: None,
             runner: self.runner,
             model: self.model.clone(),
@@ -171,36 +203,53 @@ pub(super) fn sizes(model: &Model, inputs: &[(String, lathe_ir::Tensor)]) -> Bin
     bindings
 }
 
+fn gram_in(statistics: &Statistics, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
+    let request = Request::Gram(rows.clone());
+    if !statistics.requests().any(|r| *r == request) {
+        return Ok(None);
+    }
+    let rows_counted = statistics.counts(&request).map_err(failed)?.rows;
+    let mut sums = statistics.gram(rows).map_err(failed)?;
+    let mut mean = statistics.field(&request, "sum").map_err(failed)?.data;
+    let count = rows_counted.max(1) as f64;
+    sums.scale(1.0 / count);
+    mean.iter_mut().for_each(|x| *x /= count);
+    Ok((rows_counted > 0).then_some(Gram { matrix: sums, mean, rows: rows_counted }))
+}
+
+fn moments_in(statistics: &Statistics, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+    let request = Request::Columns(rows.clone());
+    if !statistics.requests().any(|r| *r == request) {
+        return Ok(None);
+    }
+    let rows = statistics.counts(&request).map_err(failed)?.rows;
+    let mut square = statistics.field(&request, "square_sum").map_err(failed)?.data;
+    square.iter_mut().for_each(|x| *x /= rows.max(1) as f64);
+    let largest = statistics.field(&request, "max_abs").map_err(failed)?.data.into_iter().fold(0.0, f64::max);
+    Ok((rows > 0).then_some(Moments { square, largest: Some(largest), rows }))
+}
+
+fn diagonal(gram: &Gram) -> Moments {
+    let square = (0..gram.matrix.size()).map(|i| gram.matrix.get(i, i)).collect();
+    Moments { square, largest: None, rows: gram.rows }
+}
+
 fn failed(error: StatisticsError) -> EvaluateError {
     EvaluateError { message: error.to_string() }
 }
 
 impl Calibrate for Seen<'_> {
     fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
-        let request = Request::Gram(rows.clone());
-        if !self.grams.requests().any(|r| *r == request) {
-            return Ok(None);
-        }
-        let rows_counted = self.grams.counts(&request).map_err(failed)?.rows;
-        let mut sums = self.grams.gram(rows).map_err(failed)?;
-        let mut mean = self.grams.field(&request, "sum").map_err(failed)?.data;
-        let count = rows_counted.max(1) as f64;
-        sums.scale(1.0 / count);
-        mean.iter_mut().for_each(|x| *x /= count);
-        Ok((rows_counted > 0).then_some(Gram { matrix: sums, mean, rows: rows_counted }))
+        let Some(all) = gram_in(&self.grams, rows)? else { return Ok(None) };
+        let alone = |at: usize| -> Result<Option<Gram>, EvaluateError> {
+            self.alone.as_ref().map_or(Ok(None), |alone| gram_in(alone, &Rows::at(&rows.value, at)))
+        };
+        self.emphasis.gram(rows, all, alone).map(Some)
     }
 
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
-        let request = Request::Columns(rows.clone());
-        if !self.moments.requests().any(|r| *r == request) {
-            let diagonal = |gram: &SymMatrix| (0..gram.size()).map(|i| gram.get(i, i)).collect();
-            return Ok(self.gram(rows)?.map(|g| Moments { square: diagonal(&g.matrix), largest: None, rows: g.rows }));
-        }
-        let rows = self.moments.counts(&request).map_err(failed)?.rows;
-        let mut square = self.moments.field(&request, "square_sum").map_err(failed)?.data;
-        square.iter_mut().for_each(|x| *x /= rows.max(1) as f64);
-        let largest = self.moments.field(&request, "max_abs").map_err(failed)?.data.into_iter().fold(0.0, f64::max);
-        Ok((rows > 0).then_some(Moments { square, largest: Some(largest), rows }))
+        let Some(all) = self.moments_of(rows)? else { return Ok(None) };
+        self.emphasis.moments(rows, all, |at| self.moments_alone(&rows.value, at)).map(Some)
     }
 
     fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError> {

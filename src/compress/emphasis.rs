@@ -1,0 +1,221 @@
+//! Positions whose errors count more than those of their neighbours.
+//!
+//! A classifier that reads a class token answers to errors of that one among hundreds of tokens. Where a model reads
+//! positions apart, outputs are tried against errors of these alone, and second moments of what a layer reads and gives
+//! weigh every position by what an error there does: fits and prices then speak of the outputs, not of the mean token.
+
+use super::Seen;
+use lathe_analysis::{EvaluateError, Facts, Gram, Moments, Rows, SymMatrix, View, read_apart};
+use lathe_ir::{Model, ValueId};
+use lathe_passes::lossy::{Weight, gram_rows};
+use lathe_runtime::Request;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A position counts at most this many times as much as the others.
+const MOST: f64 = 1e4;
+
+/// The least share of what outputs answer that the other positions are taken to be the reason of.
+const LEAST_OF_OTHERS: f64 = 0.01;
+
+/// Layers that read, and give, positions of which the model reads some apart.
+#[derive(Default)]
+pub(super) struct Apart {
+    /// By the name of what is read.
+    layers: BTreeMap<String, Layers>,
+}
+
+/// All layers that read one value.
+struct Layers {
+    /// How many positions there are, and which are read apart.
+    count: usize,
+    apart: BTreeSet<usize>,
+    /// Whether methods may want second moments of what is read.
+    gram: bool,
+    /// What the layers give.
+    outputs: BTreeMap<ValueId, String>,
+}
+
+impl Apart {
+    pub fn find(model: &Model, found: &[Weight]) -> Apart {
+        let (graph, facts) = (&model.graph, Facts::infer(model));
+        let read = read_apart(model, &facts);
+        let positions = |value: ValueId| {
+            let [_, positions, .., _] = facts.shape(value).filter(|shape| shape.len() > 2)? else { return None };
+            usize::try_from(positions.as_known()?).ok()
+        };
+        let mut all = Apart::default();
+        for weight in found {
+            let grams = gram_rows(weight);
+            for tap in &weight.taps {
+                let Some(rows) = tap.rows.as_ref().filter(|rows| rows.view == View::Axis(-1)) else { continue };
+                let Some(count) = graph.find_value(&rows.value).and_then(positions) else { continue };
+                let Some(apart) = read.get(&count).filter(|_| positions(tap.output) == Some(count)) else { continue };
+                let layers = all.layers.entry(rows.value.clone()).or_insert_with(|| Layers {
+                    count,
+                    apart: apart.clone(),
+                    gram: false,
+                    outputs: BTreeMap::new(),
+                });
+                layers.gram |= grams.contains(rows);
+                layers.outputs.insert(tap.output, graph.value(tap.output).name.clone());
+            }
+        }
+        all
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.layers.is_empty()
+    }
+
+    /// Every position of what layers give.
+    pub fn outputs(&self) -> Vec<(ValueId, usize)> {
+        let of = |layers: &'_ Layers| -> Vec<(ValueId, usize)> {
+            layers.outputs.keys().flat_map(|&value| layers.apart.iter().map(move |&at| (value, at))).collect()
+        };
+        self.layers.values().flat_map(of).collect()
+    }
+
+    /// What has to be known of every position.
+    pub fn requests(&self) -> Vec<Request> {
+        let mut all = Vec::new();
+        for (read, layers) in &self.layers {
+            for &at in &layers.apart {
+                let rows = Rows::at(read, at);
+                all.push(if layers.gram { Request::Gram(rows) } else { Request::Columns(rows) });
+                all.extend(layers.outputs.values().map(|given| Request::Columns(Rows::at(given, at))));
+            }
+        }
+        all
+    }
+
+    /// How much every position counts. `sensitivity` is what the outputs answer to errors of whole values, `answers` to
+    /// those of single positions, per squared error relative to what is disturbed.
+    pub fn emphasis(
+        &self,
+        seen: &Seen<'_>,
+        sensitivity: &BTreeMap<ValueId, f64>,
+        answers: &BTreeMap<(ValueId, usize), f64>,
+    ) -> Result<Emphasis, EvaluateError> {
+        let mut emphasis = Emphasis::default();
+        for (read, layers) in &self.layers {
+            let mut logs: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+            for (value, name) in &layers.outputs {
+                let (Some(&whole), Some(all)) = (sensitivity.get(value), seen.moments_of_all(name)?) else { continue };
+                let mut parts = Vec::new();
+                for &at in &layers.apart {
+                    let energy = seen.moments_alone(name, at)?.map(|m| m.square.iter().sum::<f64>());
+                    parts.extend(answers.get(&(*value, at)).zip(energy).map(|(&answer, energy)| (at, answer, energy)));
+                }
+                let energy =
+                    layers.count as f64 * all.square.iter().sum::<f64>() - parts.iter().map(|p| p.2).sum::<f64>();
+                let answer = (whole - parts.iter().map(|p| p.1).sum::<f64>()).max(LEAST_OF_OTHERS * whole);
+                for (at, own_answer, own_energy) in parts {
+                    let times = (own_answer / own_energy) / (answer / energy);
+                    // Fewer than the others is left: what is taken from sums over other samples may be more than is there.
+                    logs.entry(at).or_default().extend(times.is_finite().then(|| times.clamp(1.0, MOST).ln()));
+                }
+            }
+            let mean = |logs: &Vec<f64>| (logs.iter().sum::<f64>() / logs.len().max(1) as f64).exp();
+            let times: Vec<(usize, f64)> = logs.iter().map(|(&at, logs)| (at, mean(logs))).collect();
+            let weights = Weights { count: layers.count, times };
+            for name in layers.outputs.values() {
+                emphasis.by_value.entry(name.clone()).or_insert_with(|| weights.clone());
+            }
+            emphasis.by_value.insert(read.clone(), weights);
+        }
+        Ok(emphasis)
+    }
+}
+
+/// How many times as much as the other positions some count.
+#[derive(Debug, Clone, PartialEq)]
+struct Weights {
+    count: usize,
+    times: Vec<(usize, f64)>,
+}
+
+impl Weights {
+    /// All positions count once, and some so much more.
+    fn total(&self) -> f64 {
+        self.count as f64 + self.times.iter().map(|(_, times)| times - 1.0).sum::<f64>()
+    }
+}
+
+/// How positions of values count, by the names of the values.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Emphasis {
+    by_value: BTreeMap<String, Weights>,
+}
+
+impl Emphasis {
+    fn of(&self, rows: &Rows) -> Option<&Weights> {
+        self.by_value.get(&rows.value).filter(|_| rows.view == View::Axis(-1))
+    }
+
+    /// The same of single positions.
+    pub fn requests(&self, request: &Request) -> Vec<Request> {
+        let (rows, of): (_, fn(Rows) -> Request) = match request {
+            Request::Gram(rows) => (rows, Request::Gram),
+            Request::Columns(rows) => (rows, Request::Columns),
+            _ => return Vec::new(),
+        };
+        let positions = self.of(rows).map(|weights| weights.times.as_slice()).unwrap_or_default();
+        positions.iter().map(|&(at, _)| of(Rows::at(&rows.value, at))).collect()
+    }
+
+    /// Second moments over all rows with every position weighed, from those over all rows and those of single positions.
+    ///
+    /// A position has one row per sample. As far as these are few for the number of features, what all rows look like
+    /// stands in for it, so that nothing is fitted to the samples that happen to be there.
+    pub fn gram(
+        &self,
+        rows: &Rows,
+        all: Gram,
+        alone: impl Fn(usize) -> Result<Option<Gram>, EvaluateError>,
+    ) -> Result<Gram, EvaluateError> {
+        let Some(weights) = self.of(rows) else { return Ok(all) };
+        let size = all.matrix.size();
+        let trace = |gram: &Gram| (0..size).map(|i| gram.matrix.get(i, i)).sum::<f64>();
+        let total = weights.total();
+        let share = weights.count as f64 / total;
+        let (mut of_all, mut of_mean) = (share, share);
+        let mut parts = Vec::new();
+        for &(at, times) in &weights.times {
+            let Some(found) = alone(at)?.filter(|gram| gram.matrix.size() == size) else { continue };
+            let more = (times - 1.0) / total;
+            let own = found.rows as f64 / (found.rows as f64 + size as f64);
+            let scale = trace(&found) / trace(&all).max(f64::MIN_POSITIVE);
+            of_all += more * (1.0 - own) * scale;
+            of_mean += more * (1.0 - own) * scale.sqrt();
+            parts.push((more * own, found));
+        }
+        let mix = |of_all: f64, all: &[f64], part: fn(&Gram) -> &[f64]| -> Vec<f64> {
+            let sum =
+                |(at, x): (usize, &f64)| of_all * x + parts.iter().map(|(own, gram)| own * part(gram)[at]).sum::<f64>();
+            all.iter().enumerate().map(sum).collect()
+        };
+        let upper = mix(of_all, all.matrix.upper(), |gram| gram.matrix.upper());
+        let mean = mix(of_mean, &all.mean, |gram| &gram.mean);
+        let matrix = SymMatrix::from_upper(size, upper).expect("sums of triangles of one size are one");
+        Ok(Gram { matrix, mean, rows: all.rows })
+    }
+
+    /// Mean squares likewise.
+    pub fn moments(
+        &self,
+        rows: &Rows,
+        mut all: Moments,
+        alone: impl Fn(usize) -> Result<Option<Moments>, EvaluateError>,
+    ) -> Result<Moments, EvaluateError> {
+        let Some(weights) = self.of(rows) else { return Ok(all) };
+        let total = weights.total();
+        all.square.iter_mut().for_each(|x| *x *= weights.count as f64 / total);
+        for &(at, times) in &weights.times {
+            let found = alone(at)?.filter(|found| found.square.len() == all.square.len());
+            for (sum, own) in all.square.iter_mut().zip(found.iter().flat_map(|found| &found.square)) {
+                *sum += own * (times - 1.0) / total;
+            }
+        }
+        Ok(all)
+    }
+}
