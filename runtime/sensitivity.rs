@@ -550,6 +550,30 @@ mod tests {
     }
 
     #[test]
+    fn outputs_answer_to_the_position_that_they_read_and_to_no_other() {
+        let mut build = Build::new();
+        let x = build.input("x", DataType::Float, &["n", "4", "3"]);
+        let first = build.constant("first", Tensor::from_i64s(&[], &[0]));
+        let a = build.node(Node::new("Neg"), &[x], "a");
+        let y = build.node(Node::new("Gather").with("axis", 1i64), &[a, first], "y");
+        let model = build.output(y, Type::unshaped(DataType::Float)).model();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("set.npz");
+        let mut npz = NpzWriter::create(&path).unwrap();
+        let numbers: Vec<f32> = (0..24).map(|i| i as f32 + 1.0).collect();
+        npz.add("x", &Tensor::from_f32s(&[2, 4, 3], &numbers)).unwrap();
+        npz.finish().unwrap();
+        let views = [View::Axis(-1), View::Position(0), View::Position(3), View::Position(4)];
+        let probes = views.map(|view| Probe { value: "a".to_owned(), view });
+        let gather = |job: &Job| serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child);
+        let options = ProbeOptions { load: LoadOptions::default(), distance: Distance::Relative, seed: 1, cache: None };
+        let found = sensitivities_with(&gather, &model, &SetSpec::all(&path), &probes, &options).unwrap();
+        let [whole, first, last, none] = found.as_slice() else { panic!("{found:?}") };
+        assert!((whole.unwrap() - 1.0).abs() < 1e-4 && (first.unwrap() - 1.0).abs() < 1e-4, "{found:?}");
+        assert_eq!((*last, *none), (Some(0.0), None));
+    }
+
+    #[test]
     fn an_input_can_be_probed() {
         assert!(probe(&["x"])[0].unwrap() > 0.0);
     }

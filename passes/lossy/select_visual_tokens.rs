@@ -4,6 +4,7 @@ mod emit;
 mod place;
 #[cfg(test)]
 mod tests;
+mod video;
 
 use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, allocate::Measure, held_by};
 use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
@@ -24,7 +25,9 @@ static INFO: Info = Info {
           score, and the rest so that each is as unlike those before it as can be (EfficientVLA); or all of them one after \
           another by how unlike they are times how much they are looked at (the selection of FlashVID). With several \
           frames or images each keeps its own part. Those that go are left out, or counted by attentions and averages \
-          with the one they are most like. The loss of each choice is measured. Positions that are added before the first \
+          with the one they are most like. Of several frames, tokens that are like one of the frame before can also be \
+          merged with it, over as many frames as a segment has, into their mean (the merging of FlashVID with a fixed \
+          number of tokens per frame). The loss of each choice is measured. Positions that are added before the first \
           attention go with their tokens. Declines where the tokens are not told, where no attention over them can be \
           read, and where anything later reads tokens by their position: rotary tables, masks with a number per token, \
           outputs with a row per token.",
@@ -47,6 +50,12 @@ static INFO: Info = Info {
             unit: "a number above 0",
             default: "1",
             doc: "parts of equal length that each keep their share",
+        },
+        Opt {
+            name: "segment",
+            unit: "auto or a number",
+            default: "auto",
+            doc: "frames in a row that are merged over time; auto takes four, or an eighth of them if that is more",
         },
         Opt {
             name: "key",
@@ -74,6 +83,12 @@ const SHARES: [usize; 5] = [75, 50, 35, 25, 15];
 
 /// Tokens that go by their score first, at most.
 const MOST_KEYS: usize = 8;
+
+/// Of the tokens that stay where frames are merged over time, the share that stays as it is.
+const UNMERGED: f64 = 0.7;
+
+/// Frames in a row that are merged at most, unless an eighth of them is more.
+const SEGMENT: usize = 4;
 
 /// A number, or what seems good.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +123,7 @@ struct Asked {
     span: Span,
     keep: Option<usize>,
     frames: usize,
+    segment: Option<usize>,
     key: Option<usize>,
     task: f64,
 }
@@ -119,19 +135,39 @@ impl Asked {
             return Ok(None);
         };
         let (Number(keep), Number(key)) = (cx.setting(&INFO, "keep")?, cx.setting(&INFO, "key")?);
+        let Number(segment) = cx.setting(&INFO, "segment")?;
         let Part(task) = cx.setting(&INFO, "task")?;
         let frames = cx.setting::<std::num::NonZeroUsize>(&INFO, "frames")?.get();
-        Ok(Some(Asked { span, keep, frames, key, task }))
+        Ok(Some(Asked { span, keep, frames, segment, key, task }))
+    }
+
+    /// Frames in a row that are merged: a divisor of their number.
+    fn segment(&self) -> usize {
+        let most = self.segment.unwrap_or(SEGMENT.max(self.frames / 8));
+        (1..=most.min(self.frames)).rev().find(|n| self.frames % n == 0).unwrap_or(1)
+    }
+
+    /// The ways to keep so many tokens of every part.
+    fn ways(&self, keep: usize) -> Vec<(Form, Rest)> {
+        let mut ways = vec![(Form::Score, Rest::Gone), (Form::Score, Rest::Counted), (Form::Spread, Rest::Counted)];
+        if self.segment() > 1 && keep > 1 {
+            ways.extend([(Form::Video, Rest::Gone), (Form::Video, Rest::Counted)]);
+        }
+        ways
     }
 
     /// How `keep` tokens of every part are chosen.
     fn counts(&self, form: Form, keep: usize) -> emit::Counts {
         match form {
-            Form::Spread => emit::Counts { key: 1, task: 0, spread: keep - 1 },
+            Form::Spread => emit::Counts { key: 1, task: 0, spread: keep - 1, merged: 0 },
+            Form::Video => {
+                let alone = ((UNMERGED * keep as f64).round() as usize).clamp(1, keep - 1);
+                emit::Counts { key: 1, task: 0, spread: alone - 1, merged: keep - alone }
+            }
             Form::Score => {
                 let key = self.key.unwrap_or((keep / 4).clamp(1, MOST_KEYS)).min(keep);
                 let task = (self.task * (keep - key) as f64) as usize;
-                emit::Counts { key, task, spread: keep - key - task }
+                emit::Counts { key, task, spread: keep - key - task, merged: 0 }
             }
         }
     }
@@ -183,10 +219,9 @@ impl Method for SelectVisualTokens {
         let kept = kept(model, &nodes);
         let mut choices: Vec<Choice> = Vec::new();
         for keep in keeps(&asked, &place) {
-            for (form, rest) in [(Form::Score, Rest::Gone), (Form::Score, Rest::Counted), (Form::Spread, Rest::Counted)]
-            {
+            for (form, rest) in asked.ways(keep) {
                 let mut changed = model.clone();
-                emit(&mut changed, &place, &asked.counts(form, keep), form, rest);
+                emit(&mut changed, &place, &asked.counts(form, keep), form, rest, asked.segment());
                 let loss = calibration.trials(&changed, &[Vec::new()])?.first().copied().unwrap_or(f64::INFINITY);
                 let saved = whole.saturating_sub(flops(&changed));
                 if !loss.is_finite() || saved == 0 {
@@ -226,13 +261,13 @@ impl Method for SelectVisualTokens {
         let asked = Asked::of(cx)?;
         let found = asked.as_ref().ok_or("which tokens are visual is not told");
         let found = found.and_then(|asked| Ok((asked, place(model, &asked.span, asked.frames)?)));
-        let all = [(Form::Score, Rest::Gone), (Form::Score, Rest::Counted), (Form::Spread, Rest::Counted)];
         let done = found.and_then(|(asked, place)| {
             let keeps = keeps(asked, &place);
-            let mut choices = keeps.iter().flat_map(|&keep| all.map(|(form, rest)| (keep, form, rest)));
+            let ways = |&keep: &usize| asked.ways(keep).into_iter().map(move |(form, rest)| (keep, form, rest));
+            let mut choices = keeps.iter().flat_map(ways);
             let own = choices.find(|&(keep, form, rest)| choice_name(&place, keep, form, rest) == *choice);
             let (keep, form, rest) = own.ok_or("the visual tokens are no longer what they were")?;
-            emit(model, &place, &asked.counts(form, keep), form, rest);
+            emit(model, &place, &asked.counts(form, keep), form, rest, asked.segment());
             Ok(())
         });
         match done {
@@ -250,7 +285,11 @@ fn name(model: &Model, place: &Place) -> String {
 /// What a choice is called: `64 of 256 visual tokens, others counted`.
 fn choice_name(place: &Place, keep: usize, form: Form, rest: Rest) -> String {
     let (kept, all) = (keep * place.frames, place.length);
-    let spread = if form == Form::Spread { " spread out" } else { "" };
+    let spread = match form {
+        Form::Score => "",
+        Form::Spread => " spread out",
+        Form::Video => " merged over time",
+    };
     let others = if rest == Rest::Counted { ", others counted" } else { "" };
     format!("{kept} of {all} visual tokens{spread}{others}")
 }

@@ -344,3 +344,19 @@ fn what_a_layer_loses_without_small_inputs() {
     let missing = Skip { rows: Rows::last("h"), weight: "h".into(), first_axis: true, cuts };
     assert!(matches!(bench.collect(&[Request::Skip(missing)]), Err(StatisticsError::Missing { .. })));
 }
+
+#[test]
+fn one_position_has_statistics_of_its_own() {
+    let (samples, positions, k) = (5, 4, 3);
+    let x = floats(&[samples, positions, k], 11);
+    let bench = Bench::new(linear(18, "3"), &[("x", x.clone())]);
+    let at = Rows::at("h", 2);
+    let found = bench.collect(&[Request::Gram(at.clone()), Request::Columns(at.clone())]).unwrap();
+    let numbers: Vec<f64> = x.to_f32s().unwrap().iter().map(|&x| -f64::from(x)).collect();
+    let rows: Vec<f64> = numbers.chunks(positions * k).flat_map(|sample| sample[2 * k..3 * k].to_vec()).collect();
+    assert_eq!(found.counts(&Request::Gram(at.clone())).unwrap().rows, samples as u64);
+    assert_close(&found.gram(&at).unwrap().to_full(), &gram_of(&rows, k), 1.0);
+    let squares = found.field(&Request::Columns(at), "square_sum").unwrap().data;
+    let expected: Vec<f64> = (0..k).map(|i| rows.chunks(k).map(|row| row[i] * row[i]).sum()).collect();
+    assert_close(&squares, &expected, 1.0);
+}

@@ -219,3 +219,67 @@ impl Emphasis {
         Ok(all)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COUNT: usize = 5;
+    const SIZE: usize = 2;
+
+    /// Of rows of `SIZE` features.
+    fn gram(rows: &[[f64; SIZE]]) -> Gram {
+        let mean = |of: &dyn Fn(&[f64; SIZE]) -> f64| rows.iter().map(of).sum::<f64>() / rows.len() as f64;
+        let upper = vec![mean(&|r| r[0] * r[0]), mean(&|r| r[0] * r[1]), mean(&|r| r[1] * r[1])];
+        let matrix = SymMatrix::from_upper(SIZE, upper).unwrap();
+        Gram { matrix, mean: vec![mean(&|r| r[0]), mean(&|r| r[1])], rows: rows.len() as u64 }
+    }
+
+    fn row(sample: usize, position: usize) -> [f64; SIZE] {
+        let x = (sample * 7 + position * 3) as f64;
+        [(x * 0.7).sin() + 0.3, if position == 1 { 4.0 } else { (x * 1.3).cos() }]
+    }
+
+    fn emphasis(times: f64) -> Emphasis {
+        let weights = Weights { count: COUNT, times: vec![(1, times)] };
+        Emphasis { by_value: BTreeMap::from([("x".to_owned(), weights)]) }
+    }
+
+    #[test]
+    fn a_position_that_counts_three_times_is_as_if_it_were_there_three_times() {
+        // With very many samples, so that nothing has to stand in for the position.
+        let samples = 4000;
+        let all: Vec<[f64; SIZE]> = (0..samples).flat_map(|s| (0..COUNT).map(move |p| row(s, p))).collect();
+        let one: Vec<[f64; SIZE]> = (0..samples).map(|s| row(s, 1)).collect();
+        let thrice = [all.as_slice(), &one, &one].concat();
+        let rows = Rows::last("x");
+        let found = emphasis(3.0).gram(&rows, gram(&all), |at| Ok((at == 1).then(|| gram(&one)))).unwrap();
+        let expected = gram(&thrice);
+        let near = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 2e-3 * b.abs().max(1.0));
+        assert!(near(found.matrix.upper(), expected.matrix.upper()), "{found:?} is not {expected:?}");
+        assert!(near(&found.mean, &expected.mean), "{found:?} is not {expected:?}");
+        let moments = |gram: &Gram| {
+            let square = (0..SIZE).map(|i| gram.matrix.get(i, i)).collect();
+            Moments { square, largest: Some(4.0), rows: gram.rows }
+        };
+        let found = emphasis(3.0).moments(&rows, moments(&gram(&all)), |_| Ok(Some(moments(&gram(&one))))).unwrap();
+        let expected = moments(&expected);
+        assert!(found.square.iter().zip(&expected.square).all(|(a, b)| (a - b).abs() < 1e-12));
+        assert_eq!(found.largest, Some(4.0));
+        // Other readings of the value stay as they are.
+        let other = Rows::channels("x");
+        assert_eq!(emphasis(3.0).gram(&other, gram(&all), |_| Ok(None)).unwrap(), gram(&all));
+    }
+
+    #[test]
+    fn a_position_seen_in_few_samples_is_not_fitted_to_them() {
+        // One sample, and a feature that is zero in it.
+        let (all, one) = (gram(&[[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 0.5]]), gram(&[[2.0, 0.0]]));
+        let found = emphasis(1e4).gram(&Rows::last("x"), all, |_| Ok(Some(one.clone()))).unwrap();
+        let (first, second) = (found.matrix.get(0, 0), found.matrix.get(1, 1));
+        assert!(second > 0.1 * first, "{found:?}");
+        // Still moments that rows could have: none of their covariance is negative.
+        let of = |i: usize, j: usize| found.matrix.get(i, j) - found.mean[i] * found.mean[j];
+        assert!(of(0, 0) > 0.0 && of(0, 0) * of(1, 1) - of(0, 1).powi(2) > 0.0, "{found:?}");
+    }
+}

@@ -2,9 +2,7 @@
 
 use super::emphasis::Emphasis;
 use crate::runner::Runner;
-use lathe_analysis::{
-    Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, View,
-};
+use lathe_analysis::{Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, View};
 use lathe_ir::{Dim, Model};
 use lathe_passes::lossy::{Weight, gram_rows};
 use lathe_runtime::{

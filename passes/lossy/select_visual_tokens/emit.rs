@@ -1,12 +1,12 @@
 //! Writes the selection of visual tokens into a model.
 
-use super::place::Place;
+use super::{place::Place, video::Video};
 use crate::lossy::reduce_tokens::emit::{END, Merged, Writer, logarithm, resize, weigh_attention, weigh_average};
 use lathe_ir::{AttributeValue, DataType, Model, Node, ScopeId, Tensor, Type, Use, ValueId};
 use std::collections::BTreeMap;
 
 /// Below every score and every distance.
-const NEVER: f32 = -1e30;
+pub(super) const NEVER: f32 = -1e30;
 
 /// By what tokens are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub(super) enum Form {
     Score,
     /// By how unlike those before they are, times their score.
     Spread,
+    /// Some so, and some that are not in the frame before; what is goes to what it is like there.
+    Video,
 }
 
 /// What becomes of the others.
@@ -35,16 +37,19 @@ pub(super) struct Counts {
     pub task: usize,
     /// One after another, by how unlike those before they are.
     pub spread: usize,
+    /// Of frames that are merged over time, by how unlike those of the frame before they are.
+    pub merged: usize,
 }
 
 impl Counts {
-    fn all(&self) -> usize {
-        self.key + self.task + self.spread
+    pub fn all(&self) -> usize {
+        self.key + self.task + self.spread + self.merged
     }
 }
 
-/// Keeps some visual tokens of a place; everything that reads the stream reads what is left of it.
-pub(super) fn emit(model: &mut Model, place: &Place, counts: &Counts, form: Form, rest: Rest) {
+/// Keeps some visual tokens of a place; everything that reads the stream reads what is left of it. `segment` frames in a
+/// row are merged, where they are merged over time.
+pub(super) fn emit(model: &mut Model, place: &Place, counts: &Counts, form: Form, rest: Rest, segment: usize) {
     let graph = &mut model.graph;
     let uses: Vec<Use> = graph.value(place.stream).uses().iter().copied().collect();
     let name = format!("{}_selected", graph.value(place.stream).name);
@@ -58,9 +63,17 @@ pub(super) fn emit(model: &mut Model, place: &Place, counts: &Counts, form: Form
     let x = split(w, visual, part);
     let score = score(w, place);
     let unit = w.node(Node::new("LpNormalization").with("axis", -1).with("p", 2), &[x]);
-    let index = Selection { unit, score, part, counts: *counts, form }.index(w); // [batch · frames, k]
-    let kept = w.rows(x, index);
     let k = counts.all();
+    let (kept, sizes) = match form {
+        Form::Video => {
+            let (kept, sizes) = Video { x, unit, score, part, segment }.merged(w, *counts);
+            (kept, (rest == Rest::Counted).then_some(sizes))
+        }
+        Form::Score | Form::Spread => {
+            let index = Selection { unit, score, part, counts: *counts, form }.index(w); // [batch · frames, k]
+            (w.rows(x, index), (rest == Rest::Counted).then(|| counted(w, unit, index, k)))
+        }
+    };
     let whole = split(w, kept, k * place.frames);
     let mut parts = Vec::new();
     if place.start > 0 {
@@ -73,8 +86,7 @@ pub(super) fn emit(model: &mut Model, place: &Place, counts: &Counts, form: Form
     }
     let stream = w.join(&parts, 1);
     let left = place.tokens.count - place.length + k * place.frames;
-    let sizes = (rest == Rest::Counted).then(|| {
-        let sizes = counted(w, unit, index, k);
+    let sizes = sizes.map(|sizes| {
         let sizes = split(w, sizes, k * place.frames);
         let first = w.slice(sizes, 0, 1, 1);
         let zero = w.node(Node::new("Sub"), &[first, first]); // [batch, 1, 1]
@@ -140,19 +152,19 @@ fn counted(w: &mut Writer<'_>, unit: ValueId, index: ValueId, k: usize) -> Value
 }
 
 /// Tokens to choose from.
-struct Selection {
+pub(super) struct Selection {
     /// Rows of length 1, `[batch, part, width]`.
-    unit: ValueId,
+    pub unit: ValueId,
     /// `[batch, part]`.
-    score: ValueId,
-    part: usize,
-    counts: Counts,
-    form: Form,
+    pub score: ValueId,
+    pub part: usize,
+    pub counts: Counts,
+    pub form: Form,
 }
 
 impl Selection {
     /// The positions of those that are chosen, rising, `[batch, k]`.
-    fn index(&self, w: &mut Writer<'_>) -> ValueId {
+    pub fn index(&self, w: &mut Writer<'_>) -> ValueId {
         let mut all = Vec::new();
         let (key, score) = self.best(w, self.score, self.counts.key);
         all.push(key);

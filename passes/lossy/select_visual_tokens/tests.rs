@@ -145,7 +145,7 @@ fn the_tokens_that_stay_are_those_the_method_names() {
         let part = VISUAL / frames;
         let keep = 4 / frames;
         for form in [Form::Score, Form::Spread] {
-            let asked = Asked { span: Span::At(3, VISUAL), keep: None, frames, key: Some(1), task: 0.4 };
+            let asked = Asked { span: Span::At(3, VISUAL), keep: None, frames, segment: None, key: Some(1), task: 0.4 };
             let counts = asked.counts(form, keep);
             let mut expected: Vec<usize> = vec![0, 1, 2];
             for frame in 0..frames {
@@ -156,7 +156,7 @@ fn the_tokens_that_stay_are_those_the_method_names() {
             }
             let mut changed = model.clone();
             let place = place(&model, &asked.span, frames).unwrap();
-            emit(&mut changed, &place, &counts, form, Rest::Gone);
+            emit(&mut changed, &place, &counts, form, Rest::Gone, 1);
             changed.check().unwrap();
             let norm = changed.graph.producer(changed.graph.find_value("n").unwrap()).unwrap();
             let found = rows(&changed, changed.graph.node(norm).input(0).unwrap());
@@ -220,4 +220,131 @@ fn what_cannot_be_done_is_said() {
     let reason = "a constant has a number per token, as tables of relative positions do";
     assert_eq!(said(&crate::testing::model(&inside), &[("span", "3:8")]), reason);
     assert!("3:0".parse::<Span>().is_err() && "".parse() == Ok(Span::None));
+}
+
+/// The trees of one segment by their definition: what stays of every frame, as a mean, and how many tokens it stands for.
+fn trees(x: &[Vec<Vec<f64>>], score: &[Vec<f64>], counts: emit::Counts) -> Vec<Vec<(Vec<f64>, f64)>> {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let unit = |a: &[f64]| a.iter().map(|x| x / dot(a, a).sqrt()).collect::<Vec<f64>>();
+    let (frames, part) = (x.len(), x[0].len());
+    let u: Vec<Vec<Vec<f64>>> = x.iter().map(|frame| frame.iter().map(|row| unit(row)).collect()).collect();
+    let mean = |frame: &[Vec<f64>]| -> Vec<f64> {
+        (0..frame[0].len()).map(|i| frame.iter().map(|row| row[i]).sum::<f64>() / part as f64).collect()
+    };
+    let means: Vec<Vec<f64>> = x.iter().map(|frame| unit(&mean(frame))).collect();
+    let relevance = |row: &[f64]| (means.iter().map(|m| dot(row, m)).sum::<f64>() / frames as f64).max(1e-3);
+    let weight: Vec<Vec<f64>> =
+        (0..frames).map(|f| (0..part).map(|j| score[f][j] * relevance(&u[f][j])).collect()).collect();
+    let best = |of: Vec<usize>, by: &dyn Fn(usize) -> f64| of.into_iter().max_by(|&a, &b| by(a).total_cmp(&by(b)));
+    let mut apart = vec![Vec::new(); frames];
+    for f in 0..frames {
+        apart[f].push(best((0..part).collect(), &|j| weight[f][j]).unwrap());
+        for _ in 0..counts.spread {
+            let own = apart[f].clone();
+            let far =
+                |j: usize| own.iter().map(|&i| (1.0 - dot(&u[f][i], &u[f][j])) * weight[f][j]).fold(f64::MAX, f64::min);
+            apart[f].push(best((0..part).filter(|j| !own.contains(j)).collect(), &far).unwrap());
+        }
+    }
+    let others = |f: usize| (0..part).filter(|j| !apart[f].contains(j)).collect::<Vec<_>>();
+    let parent = |f: usize, j: usize| best(others(f - 1), &|i| dot(&u[f][j], &u[f - 1][i])).unwrap();
+    let mut stays = apart.clone();
+    for f in 0..frames {
+        let mut order = others(f);
+        let key = |j: usize| if f == 0 { -weight[0][j] } else { dot(&u[f][j], &u[f - 1][parent(f, j)]) };
+        order.sort_by(|&a, &b| key(a).total_cmp(&key(b)));
+        stays[f].extend(&order[..counts.merged]);
+        stays[f].sort_unstable();
+    }
+    let mut sums: Vec<Vec<(Vec<f64>, f64)>> =
+        x.iter().map(|frame| frame.iter().map(|row| (row.clone(), 1.0)).collect()).collect();
+    for f in (0..frames).rev() {
+        for j in (0..part).filter(|j| !stays[f].contains(j)) {
+            let to = match f {
+                0 => best(stays[0].iter().copied().filter(|j| !apart[0].contains(j)).collect(), &|i| {
+                    dot(&u[0][j], &u[0][i])
+                }),
+                _ => Some(parent(f, j)),
+            };
+            let (row, count) = sums[f][j].clone();
+            let into = &mut sums[f.saturating_sub(1)][to.unwrap()];
+            into.0.iter_mut().zip(row).for_each(|(a, b)| *a += b);
+            into.1 += count;
+        }
+    }
+    let mean = |(row, count): &(Vec<f64>, f64)| (row.iter().map(|x| x / count).collect(), *count);
+    (0..frames).map(|f| stays[f].iter().map(|&j| mean(&sums[f][j])).collect()).collect()
+}
+
+#[test]
+fn frames_are_merged_into_the_means_of_their_trees() {
+    let (segments, segment, part, width) = (2, 3, 6, 5);
+    let counts = emit::Counts { key: 1, task: 0, spread: 1, merged: 1 };
+    for seed in 0..8 {
+        let mut model = model(&format!(
+            "<ir_version: 11, opset_import: [\"\" : 23]> g (float[n,{part},{width}] x, float[n,{part}] score) => () {{
+                u = LpNormalization <axis = -1, p = 2> (x)
+            }}"
+        ));
+        let value = |name: &str| model.graph.find_value(name).unwrap();
+        let video = video::Video { x: value("x"), unit: value("u"), score: value("score"), part, segment };
+        let w = &mut super::super::reduce_tokens::emit::Writer::new(&mut model.graph, "v".to_owned());
+        let (kept, sizes) = video.merged(w, counts);
+        for output in [kept, sizes] {
+            model.graph.value_mut(output).ty = Some(Type::unshaped(DataType::Float));
+            model.graph.add_output(ScopeId::MAIN, output);
+        }
+        model.check().unwrap();
+        let frames = segments * segment;
+        // Frames that look alike, so that trees grow over several.
+        let base = noise(part * width, 100 + seed);
+        let x: Vec<f32> = noise(frames * part * width, seed)
+            .iter()
+            .enumerate()
+            .map(|(i, e)| base[i % base.len()] + 0.3 * e)
+            .collect();
+        let score: Vec<f32> = noise(frames * part, 50 + seed).iter().map(|s| s.abs() + 0.1).collect();
+        let inputs = vec![
+            ("x".to_owned(), Tensor::from_f32s(&[frames, part, width], &x)),
+            ("score".to_owned(), Tensor::from_f32s(&[frames, part], &score)),
+        ];
+        let found = lathe_testkit::evaluator().run(&model, &inputs).unwrap();
+        let (rows, sizes) = (found[0].1.to_f64s().unwrap(), found[1].1.to_f64s().unwrap());
+        let rows: Vec<&[f64]> = rows.chunks(width).collect();
+        let x: Vec<Vec<Vec<f64>>> = x
+            .chunks(part * width)
+            .map(|frame| frame.chunks(width).map(|row| row.iter().map(|&x| f64::from(x)).collect()).collect())
+            .collect();
+        let score: Vec<Vec<f64>> = score.chunks(part).map(|s| s.iter().map(|&x| f64::from(x)).collect()).collect();
+        let mut highest: f64 = 0.0;
+        for s in 0..segments {
+            let of = s * segment..(s + 1) * segment;
+            let expected = trees(&x[of.clone()], &score[of], counts);
+            let flat: Vec<&(Vec<f64>, f64)> = expected.iter().flatten().collect();
+            assert_eq!(flat.iter().map(|(_, count)| count).sum::<f64>(), (segment * part) as f64);
+            for (at, (row, count)) in flat.iter().enumerate() {
+                let at = s * segment * counts.all() + at;
+                assert_eq!(sizes[at], *count, "seed {seed}, segment {s}");
+                let far = row.iter().zip(rows[at]).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(far < 1e-5, "seed {seed}, segment {s}: {row:?} is not {:?}", rows[at]);
+                highest = highest.max(*count);
+            }
+        }
+        assert!(highest > 3.0, "no tree spans several frames");
+    }
+}
+
+#[test]
+fn merging_over_time_is_offered_where_there_are_several_frames() {
+    let names = |frames: &str, more: &[(&str, &str)]| -> Vec<String> {
+        let settings = [&[("span", "3:8"), ("keep", "4"), ("frames", frames)], more].concat();
+        let found = propose(&mixed(frames.parse().unwrap(), "s = Identity (h)"), &settings);
+        let [site] = found.sites.as_slice() else { panic!("{:?}", found.outcome) };
+        assert!(site.choices.iter().all(|c| c.measured.is_some_and(f64::is_finite)));
+        site.choices.iter().map(|c| c.name.clone()).filter(|name| name.contains("over time")).collect()
+    };
+    let both = ["4 of 8 visual tokens merged over time", "4 of 8 visual tokens merged over time, others counted"];
+    assert_eq!(names("2", &[]), both);
+    assert!(names("2", &[("segment", "1")]).is_empty());
+    assert!(names("1", &[]).is_empty());
 }
