@@ -6,7 +6,7 @@ mod strip;
 mod table;
 mod timing;
 
-use emphasis::{Apart, Emphasis};
+use emphasis::{Answers, Apart, Emphasis};
 use seen::{Seen, Split};
 pub(crate) use table::Table;
 use table::{Inside, Offer, Place};
@@ -126,10 +126,8 @@ impl<'a> Compressor<'a> {
                 outputs.entry(value).or_insert(rows.view);
             }
         }
-        let alone = apart.outputs();
-        let (sensitivity, of_positions) = self.sensitivity(model, &outputs, &alone, cache, warnings)?;
-        let answers = alone.iter().zip(of_positions).filter_map(|(&at, answer)| Some((at, answer?))).collect();
-        seen.emphasis = apart.emphasis(&seen, &sensitivity, &answers).map_err(anyhow::Error::from)?;
+        let answers = self.sensitivity(model, &outputs, &apart.outputs(), cache, warnings)?;
+        seen.emphasis = apart.emphasis(&seen, &answers).map_err(anyhow::Error::from)?;
         let facts = Facts::infer(model);
         let bindings = Bindings::default();
         let rows = |value: ValueId| -> u64 {
@@ -163,7 +161,7 @@ impl<'a> Compressor<'a> {
                 let offer = Offer {
                     method,
                     inside: Vec::new(),
-                    sensitivity: site.taps.iter().filter_map(|tap| sensitivity.get(tap).copied()).collect(),
+                    sensitivity: site.taps.iter().filter_map(|tap| answers.values.get(tap).copied()).collect(),
                     rows: site.weight.map_or(1, rows),
                     site,
                 };
@@ -304,7 +302,7 @@ impl<'a> Compressor<'a> {
         positions: &[(ValueId, usize)],
         cache: PathBuf,
         warnings: &mut Vec<String>,
-    ) -> Result<(BTreeMap<ValueId, f64>, Vec<Option<f64>>), Failure> {
+    ) -> Result<Answers, Failure> {
         let facts = Facts::infer(model);
         let ndim = |v: &ValueId| facts.ndim(*v).unwrap_or(0);
         let probe = |(v, view): (&ValueId, View)| Probe { value: model.graph.value(*v).name.clone(), view };
@@ -327,7 +325,10 @@ impl<'a> Compressor<'a> {
                 values.len()
             ));
         }
-        Ok((values.keys().zip(found).map(|(&v, s)| (v, s.unwrap_or(median))).collect(), of_positions))
+        Ok(Answers {
+            values: values.keys().zip(found).map(|(&v, s)| (v, s.unwrap_or(median))).collect(),
+            positions: positions.iter().zip(of_positions).filter_map(|(&at, s)| Some((at, s?))).collect(),
+        })
     }
 }
 

@@ -144,7 +144,7 @@ impl Asked {
     /// Frames in a row that are merged: a divisor of their number.
     fn segment(&self) -> usize {
         let most = self.segment.unwrap_or(SEGMENT.max(self.frames / 8));
-        (1..=most.min(self.frames)).rev().find(|n| self.frames % n == 0).unwrap_or(1)
+        (1..=most.min(self.frames)).rev().find(|n| self.frames.is_multiple_of(*n)).unwrap_or(1)
     }
 
     /// The ways to keep so many tokens of every part.

@@ -17,6 +17,14 @@ const MOST: f64 = 1e4;
 /// The least share of what outputs answer that the other positions are taken to be the reason of.
 const LEAST_OF_OTHERS: f64 = 0.01;
 
+/// What the outputs answer to errors of values, per squared error relative to what is disturbed.
+pub(super) struct Answers {
+    /// Errors everywhere.
+    pub values: BTreeMap<ValueId, f64>,
+    /// Errors at one position only.
+    pub positions: BTreeMap<(ValueId, usize), f64>,
+}
+
 /// Layers that read, and give, positions of which the model reads some apart.
 #[derive(Default)]
 pub(super) struct Apart {
@@ -88,23 +96,21 @@ impl Apart {
         all
     }
 
-    /// How much every position counts. `sensitivity` is what the outputs answer to errors of whole values, `answers` to
-    /// those of single positions, per squared error relative to what is disturbed.
-    pub fn emphasis(
-        &self,
-        seen: &Seen<'_>,
-        sensitivity: &BTreeMap<ValueId, f64>,
-        answers: &BTreeMap<(ValueId, usize), f64>,
-    ) -> Result<Emphasis, EvaluateError> {
+    /// How much every position counts.
+    pub fn emphasis(&self, seen: &Seen<'_>, answers: &Answers) -> Result<Emphasis, EvaluateError> {
         let mut emphasis = Emphasis::default();
         for (read, layers) in &self.layers {
             let mut logs: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
             for (value, name) in &layers.outputs {
-                let (Some(&whole), Some(all)) = (sensitivity.get(value), seen.moments_of_all(name)?) else { continue };
+                let (Some(&whole), Some(all)) = (answers.values.get(value), seen.moments_of_all(name)?) else {
+                    continue;
+                };
                 let mut parts = Vec::new();
                 for &at in &layers.apart {
                     let energy = seen.moments_alone(name, at)?.map(|m| m.square.iter().sum::<f64>());
-                    parts.extend(answers.get(&(*value, at)).zip(energy).map(|(&answer, energy)| (at, answer, energy)));
+                    parts.extend(
+                        answers.positions.get(&(*value, at)).zip(energy).map(|(&answer, energy)| (at, answer, energy)),
+                    );
                 }
                 let energy =
                     layers.count as f64 * all.square.iter().sum::<f64>() - parts.iter().map(|p| p.2).sum::<f64>();
