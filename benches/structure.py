@@ -1,14 +1,15 @@
-"""What methods are worth on the zoo: accuracy on held-out images and measured latency at batch 1 on one thread.
+"""What methods are worth: accuracy on held-out images, or perplexity, and measured latency at batch 1 on one thread.
 
     python benches/structure.py OPTIMIZE ZOO [FOLDER] [--methods reduce-tokens] [--shares 0.9,0.8,0.7] [--models vit]
-                                [--budget latency|flops] [--target portable|ort] [--max-drop 0.01]
+                                [--budget latency|flops] [--target portable|ort] [--max-drop 0.01] [--smollm2 FOLDER]
 
 METHODS are methods that share the budget, separated by commas, or `all`; several such groups separated by spaces are tried
 one after the other.
 
 ZOO holds vit.onnx, resnet.onnx and mobilenet.onnx; FOLDER is that of the Debian package dataset-fashion-mnist. 512 test
-images calibrate, 4,096 others evaluate; neither were trained on. Prints one row per model, group and share: what was chosen, accuracy
-before and after, and the shares of FLOPs and latency that are left, or why there is no result.
+images calibrate, 4,096 others evaluate; neither were trained on. The model `smollm2` is that of its own FOLDER, with calib.npz and
+eval.npz, by perplexity, timed at 128 tokens. Prints one row per model, group and share: what was chosen, the metric before and
+after, and the shares of FLOPs and latency that are left, or why there is no result.
 """
 
 import argparse
@@ -32,16 +33,31 @@ def others(optimize, methods):
     return ",".join(name for name in lossy if methods != "all" and name not in methods.split(","))
 
 
-def run(args, model, name, methods, share, scratch):
+def classifier(args, model, pixels, labels, scratch):
+    """A model of the zoo, and the options that say what it is run on."""
+    path = args.zoo / f"{model}.onnx"
+    done = subprocess.run([args.optimize, "inspect", str(path), "--json"], capture_output=True, text=True, check=True)
+    name = json.loads(done.stdout)["inputs"][0]["name"]
+    calib, evaluate = scratch / f"{name}-calib.npz", scratch / f"{name}-eval.npz"
+    numpy.savez(calib, **{name: pixels[:512], "label": labels[:512]})
+    numpy.savez(evaluate, **{name: pixels[512:4608], "label": labels[512:4608]})
+    return path, ["--calib", calib, "--validate", evaluate, "--labels", "label", "--metric", "accuracy", "--input-shape",
+                  f"{name}:1,1,28,28"]
+
+
+def smollm2(args):
+    sets = ["--calib", args.smollm2 / "calib.npz", "--validate", args.smollm2 / "eval.npz"]
+    return args.smollm2 / "smollm2.onnx", [*sets, "--metric", "perplexity", "--input-shape", "input_ids:1,128"]
+
+
+def run(args, path, options, methods, share, scratch):
     report = scratch / "report.json"
     report.unlink(missing_ok=True)
-    command = [args.optimize, args.zoo / f"{model}.onnx", "-o", scratch / "out.onnx", "--overwrite", "-q"]
-    command += ["--calib", scratch / f"{name}-calib.npz", "--validate", scratch / f"{name}-eval.npz"]
-    command += ["--labels", "label", "--metric", "accuracy", f"--{args.budget}", share]
+    command = [args.optimize, path, "-o", scratch / "out.onnx", "--overwrite", "-q", *options, f"--{args.budget}", share]
     skipped = others(args.optimize, methods)
     command += ["--skip", skipped] if skipped else []
     command += ["--max-drop", args.max_drop] if args.max_drop else []
-    command += ["--input-shape", f"{name}:1,1,28,28", "--threads", "1", "--target", args.target, "--report", report]
+    command += ["--threads", "1", "--target", args.target, "--report", report]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         return None, done.stderr.strip().splitlines()[0]
@@ -59,18 +75,18 @@ def main():
     parser.add_argument("--budget", default="latency")
     parser.add_argument("--target", default="portable")
     parser.add_argument("--max-drop")
+    parser.add_argument("--smollm2", type=pathlib.Path)
     args = parser.parse_args()
     pixels, labels = fashion.load(args.folder)
-    print("| model | methods | share | chosen | accuracy before | after | FLOPs left | latency, ms | left | seconds |")
+    print("| model | methods | share | chosen | before | after | FLOPs left | latency, ms | left | seconds |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         for model in args.models.split(","):
-            name = input_name(args.zoo / f"{model}.onnx", args.optimize)
-            numpy.savez(scratch / f"{name}-calib.npz", **{name: pixels[:512], "label": labels[:512]})
-            numpy.savez(scratch / f"{name}-eval.npz", **{name: pixels[512:4608], "label": labels[512:4608]})
+            language = model == "smollm2"
+            path, options = smollm2(args) if language else classifier(args, model, pixels, labels, scratch)
             for methods, share in itertools.product(args.methods.split(), args.shares.split(",")):
-                found, said = run(args, model, name, methods, share, scratch)
+                found, said = run(args, path, options, methods, share, scratch)
                 if found is None:
                     print(f"| {model} | {methods} | {share} | {said} | | | | | | |", flush=True)
                     continue
@@ -81,11 +97,6 @@ def main():
                 print(f"| {model} | {methods} | {share} | {'; '.join(chosen)} | {verify['before']:.4f} | {verify['after']:.4f} "
                       f"| {flops:.3f} | {latency['before_ms']:.2f} to {latency['after_ms']:.2f} | {latency['ratio']:.3f} "
                       f"| {found['seconds']:.0f} |", flush=True)
-
-
-def input_name(model, optimize):
-    done = subprocess.run([optimize, "inspect", str(model), "--json"], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)["inputs"][0]["name"]
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ const ROWS_PER_FEATURE: usize = 4;
 const LEAST_ROWS: usize = 8192;
 const LEAST_SAMPLES: usize = 32;
 
+/// Samples in which positions that are read apart are looked at, at most: one position has one row in each.
+const MOST_ALONE: usize = 512;
+
 /// Execution providers on devices that multiply in half precision.
 const HALF: [&str; 7] = ["cuda", "tensorrt", "rocm", "migraphx", "directml", "webgpu", "coreml"];
 
@@ -245,10 +248,10 @@ impl<'a> Compressor<'a> {
         }
         let moments = gather(if half { self.set } else { some }, &columns)?;
         let grams = gather(some, &grams)?;
-        // One position has one row in a sample.
+        let many = part((ROWS_PER_FEATURE * widest).min(MOST_ALONE).max(samples));
         let alone = match apart.is_empty() {
             true => None,
-            false => Some(gather(&part(ROWS_PER_FEATURE * widest), &apart.requests())?),
+            false => Some(gather(&many, &apart.requests())?),
         };
         let mut seen = Seen {
             moments,
@@ -268,6 +271,7 @@ impl<'a> Compressor<'a> {
             },
             set: self.set.clone(),
             some: some.clone(),
+            many,
         };
         let cx = Context { calibration: Some(&seen), settings: self.cx.settings.clone(), ..Context::default() };
         let mut wanted = BTreeSet::new();

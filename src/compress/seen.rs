@@ -42,9 +42,11 @@ pub(super) struct Seen<'a> {
     pub distance: Distance,
     /// How statistics of variants are collected.
     pub collect: CollectOptions,
-    /// The calibration set, and those of its samples that second moments are taken over.
+    /// The calibration set, and those of its samples that second moments are taken over: of all rows, and of single
+    /// positions.
     pub set: SetSpec,
     pub some: SetSpec,
+    pub many: SetSpec,
 }
 
 impl Seen<'_> {
@@ -111,7 +113,7 @@ impl Seen<'_> {
         };
         let alone: BTreeSet<Request> =
             columns.iter().chain(&grams).flat_map(|request| self.emphasis.requests(request)).collect();
-        let alone = if alone.is_empty() { None } else { Some(collect(&self.set, alone)?) };
+        let alone = if alone.is_empty() { None } else { Some(collect(&self.many, alone)?) };
         Ok(Seen {
             moments: collect(&self.set, columns)?,
             grams: collect(&self.some, grams)?,
@@ -126,6 +128,7 @@ impl Seen<'_> {
             collect: self.collect.clone(),
             set: self.set.clone(),
             some: self.some.clone(),
+            many: self.many.clone(),
         })
     }
 }
