@@ -2,15 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
+use common::Workbench;
 use lathe_ir::{Model, Tensor, text};
-use lathe_runtime::NpzWriter;
 use serde_json::Value;
-use std::{
-    fs,
-    path::PathBuf,
-    process::{Command, Output},
-};
-use tempfile::TempDir;
+use std::{fs, path::PathBuf};
 
 const WIDTH: usize = 64;
 
@@ -38,49 +35,24 @@ fn thin(seed: u64) -> String {
     format!("{{{}}}", numbers.collect::<Vec<_>>().join(", "))
 }
 
-struct Bench {
-    folder: TempDir,
+fn bench() -> Workbench {
+    let source = MODEL.replacen("{}", &thin(1), 1).replacen("{}", &thin(5), 1);
+    let fixed = ["--metric", "rel-l2", "--auto", "--minimize", "params", "--calib", "set.npz"];
+    let x = Tensor::from_f32s(&[512, WIDTH], &noise(512 * WIDTH, 9));
+    Workbench::new(&text::parse(&source).unwrap(), &[("x", x)], &fixed)
 }
 
-impl Bench {
-    fn new() -> Bench {
-        let folder = tempfile::tempdir().unwrap();
-        let source = MODEL.replacen("{}", &thin(1), 1).replacen("{}", &thin(5), 1);
-        fs::write(folder.path().join("model.onnx"), text::parse(&source).unwrap().to_bytes()).unwrap();
-        let mut npz = NpzWriter::create(&folder.path().join("set.npz")).unwrap();
-        npz.add("x", &Tensor::from_f32s(&[512, WIDTH], &noise(512 * WIDTH, 9))).unwrap();
-        npz.finish().unwrap();
-        Bench { folder }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn run(&self, options: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
-        command.env("XDG_DATA_HOME", self.path("data")).arg(self.path("model.onnx"));
-        command.args(["--metric", "rel-l2", "--auto", "--minimize", "params", "--calib"]).arg(self.path("set.npz"));
-        command.args(options).output().unwrap()
-    }
-
-    /// What was tried in a run that must succeed.
-    fn auto(&self, options: &[&str]) -> Value {
-        let report = self.path("report.json");
-        let output = self.run(&[&["--report", report.to_str().unwrap()], options].concat());
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let report: Value = serde_json::from_str(&fs::read_to_string(report).unwrap()).unwrap();
-        report["auto"].clone()
-    }
+/// What was tried in a run that must succeed.
+fn tried(bench: &Workbench, options: &[&str]) -> Value {
+    bench.report(options)["auto"].clone()
 }
 
 #[test]
 fn the_best_that_the_drop_allows_is_written_and_remembered() {
-    let bench = Bench::new();
+    let bench = bench();
     let out = bench.path("out.onnx");
     let options = ["--max-drop", "0.01", "--time", "60s", "-o", out.to_str().unwrap()];
-    let auto = bench.auto(&options);
+    let auto = tried(&bench, &options);
     assert_eq!((auto["measure"].as_str(), auto["limit"].as_f64()), (Some("parameters"), Some(0.01)));
     let points = auto["points"].as_array().unwrap();
     assert_eq!(points[0]["recipe"], "exact passes");
@@ -94,21 +66,21 @@ fn the_best_that_the_drop_allows_is_written_and_remembered() {
     let model = Model::read(&out).unwrap().model;
     model.check().unwrap();
     // The next run begins with what was best.
-    let again = bench.auto(&options);
+    let again = tried(&bench, &options);
     assert_eq!(again["points"][1]["recipe"], chosen["recipe"]);
     assert_eq!(again["points"][1]["share"], chosen["share"]);
     // Nothing is left behind but what was asked for.
     let mut names: Vec<String> =
-        fs::read_dir(bench.folder.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+        fs::read_dir(bench.path("")).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     assert_eq!(names, ["data", "model.onnx", "out.onnx", "report.json", "set.npz"]);
 }
 
 #[test]
 fn all_that_nothing_beats_goes_to_a_folder() {
-    let bench = Bench::new();
+    let bench = bench();
     let folder = bench.path("front");
-    let auto = bench.auto(&["--time", "60s", "--pareto", folder.to_str().unwrap()]);
+    let auto = tried(&bench, &["--time", "60s", "--pareto", folder.to_str().unwrap()]);
     let points = auto["points"].as_array().unwrap();
     let front: Vec<&Value> = points.iter().filter(|p| p["front"] == true).collect();
     assert!(front.len() > 1 && auto["limit"].is_null(), "{points:?}");
@@ -124,7 +96,7 @@ fn all_that_nothing_beats_goes_to_a_folder() {
 
 #[test]
 fn what_makes_no_sense_is_a_matter_of_usage() {
-    let bench = Bench::new();
+    let bench = bench();
     let out = bench.path("out.onnx");
     let out = out.to_str().unwrap();
     for (options, said) in [

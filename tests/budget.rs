@@ -2,17 +2,14 @@
 
 #![allow(clippy::unwrap_used)]
 
-use lathe_ir::{Model, ScopeId, Tensor, text};
-use lathe_runtime::NpzWriter;
-use serde_json::Value;
-use std::{
-    fs,
-    path::PathBuf,
-    process::{Command, Output},
-};
-use tempfile::TempDir;
+mod common;
 
-/// A table of tokens that is also the head, and a unit between; weights are made by [`Bench::new`].
+use common::Workbench;
+use lathe_ir::{Model, ScopeId, Tensor, text};
+use serde_json::Value;
+use std::{fs, process::Command};
+
+/// A table of tokens that is also the head, and a unit between; weights are made by [`bench`].
 const MODEL: &str = "<ir_version: 10, opset_import: [\"\" : 21]>
 g (int64[n, 6] ids) => (float[n, 6, 96] logits) <float[96, 64] table = {}, float[64, 128] up = {}, float[128, 64] down = {}> {
     x = Gather (table, ids)
@@ -39,47 +36,18 @@ impl Noise {
     }
 }
 
-struct Bench {
-    folder: TempDir,
-}
+const RUN: [&str; 4] = ["--calib", "set.npz", "-o", "out.onnx"];
 
-impl Bench {
-    fn new() -> Bench {
-        let folder = tempfile::tempdir().unwrap();
-        let mut noise = Noise(5);
-        let constants = [("table", [96, 64], 0.5), ("up", [64, 128], 0.2), ("down", [128, 64], 0.2)];
-        let mut source = MODEL.to_owned();
-        for (name, [rows, columns], scale) in constants {
-            let numbers: Vec<String> = noise.numbers(rows * columns, scale).iter().map(|x| format!("{x:e}")).collect();
-            source = source.replace(&format!("{name} = {{}}"), &format!("{name} = {{{}}}", numbers.join(", ")));
-        }
-        fs::write(folder.path().join("model.onnx"), text::parse(&source).unwrap().to_bytes()).unwrap();
-        let ids: Vec<i64> = (0..64 * 6).map(|_| (noise.next() % 96) as i64).collect();
-        let mut npz = NpzWriter::create(&folder.path().join("set.npz")).unwrap();
-        npz.add("ids", &Tensor::from_i64s(&[64, 6], &ids)).unwrap();
-        npz.finish().unwrap();
-        Bench { folder }
+fn bench() -> Workbench {
+    let mut noise = Noise(5);
+    let constants = [("table", [96, 64], 0.5), ("up", [64, 128], 0.2), ("down", [128, 64], 0.2)];
+    let mut source = MODEL.to_owned();
+    for (name, [rows, columns], scale) in constants {
+        let numbers: Vec<String> = noise.numbers(rows * columns, scale).iter().map(|x| format!("{x:e}")).collect();
+        source = source.replace(&format!("{name} = {{}}"), &format!("{name} = {{{}}}", numbers.join(", ")));
     }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn run(&self, options: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
-        command.env("XDG_DATA_HOME", self.folder.path()).arg(self.path("model.onnx"));
-        command.arg("-o").arg(self.path("out.onnx")).args(options).output().unwrap()
-    }
-
-    /// The report of a run that must succeed.
-    fn report(&self, options: &[&str]) -> Value {
-        let (set, report) = (self.path("set.npz"), self.path("report.json"));
-        let fixed = ["--calib", set.to_str().unwrap(), "--report", report.to_str().unwrap()];
-        let output = self.run(&[&fixed, options].concat());
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_str(&fs::read_to_string(report).unwrap()).unwrap()
-    }
+    let ids: Vec<i64> = (0..64 * 6).map(|_| (noise.next() % 96) as i64).collect();
+    Workbench::new(&text::parse(&source).unwrap(), &[("ids", Tensor::from_i64s(&[64, 6], &ids))], &RUN)
 }
 
 fn choices(report: &Value) -> Vec<(&str, &str)> {
@@ -89,7 +57,7 @@ fn choices(report: &Value) -> Vec<(&str, &str)> {
 
 #[test]
 fn a_size_is_met_and_every_byte_was_reckoned() {
-    let bench = Bench::new();
+    let bench = bench();
     let report = bench.report(&["--size", "0.4"]);
     let size = fs::metadata(bench.path("out.onnx")).unwrap().len();
     let original = fs::metadata(bench.path("model.onnx")).unwrap().len();
@@ -110,7 +78,7 @@ fn a_size_is_met_and_every_byte_was_reckoned() {
 
 #[test]
 fn a_smaller_size_loses_more_and_the_same_run_gives_the_same_bytes() {
-    let bench = Bench::new();
+    let bench = bench();
     let objective = |size: &str| bench.report(&["--size", size])["plan"]["objective"].as_f64().unwrap();
     let (large, small) = (objective("0.5"), objective("0.22"));
     assert!(0.0 < large && large < small, "{large} and {small}");
@@ -121,26 +89,23 @@ fn a_smaller_size_loses_more_and_the_same_run_gives_the_same_bytes() {
 
 #[test]
 fn the_whole_size_changes_no_weight() {
-    let report = Bench::new().report(&["--size", "1"]);
+    let report = bench().report(&["--size", "1"]);
     assert!(choices(&report).iter().all(|(_, option)| *option == "as it is"));
     assert_eq!(report["plan"]["objective"], 0.0);
 }
 
 #[test]
 fn what_cannot_be_reached_is_refused_with_what_can() {
-    let bench = Bench::new();
-    let set = bench.path("set.npz");
-    let output = bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.05"]);
+    let bench = bench();
+    let output = bench.run(&["--size", "0.05"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
     assert!(message.contains("of the original is asked for, and 0.147 is the least"), "{message}");
-    let output =
-        bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.2", "--metric", "rel-l2", "--max-drop", "1e-9"]);
+    let output = bench.run(&["--size", "0.2", "--metric", "rel-l2", "--max-drop", "1e-9"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
     assert!(message.contains("where 1.00e-9 is allowed; --size "), "{message}");
-    let output =
-        bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.2", "--metric", "rel-l2", "--max-drop", "0.02"]);
+    let output = bench.run(&["--size", "0.2", "--metric", "rel-l2", "--max-drop", "0.02"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
     // What the refusal proposes works.
@@ -153,12 +118,11 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
 
 #[test]
 fn where_nothing_is_offered_methods_say_why() {
-    let bench = Bench::new();
+    let bench = bench();
     let mut model = Model::read(&bench.path("model.onnx")).unwrap().model;
     model.opsets = vec![(String::new(), 18)];
     fs::write(bench.path("model.onnx"), model.to_bytes()).unwrap();
-    let set = bench.path("set.npz");
-    let output = bench.run(&["--calib", set.to_str().unwrap(), "--size", "0.5", "--passes", "quantize"]);
+    let output = bench.run(&["--size", "0.5", "--passes", "quantize"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
     let expected = "is the least; quantize: blocked DequantizeLinear needs operator set 21; --opset 21 upgrades";
@@ -167,7 +131,7 @@ fn where_nothing_is_offered_methods_say_why() {
 
 #[test]
 fn methods_see_the_samples_that_were_chosen() {
-    let bench = Bench::new();
+    let bench = bench();
     let objective = |options: &[&str]| bench.report(options)["plan"]["objective"].as_f64().unwrap();
     let (all, few) = (objective(&["--size", "0.3"]), objective(&["--size", "0.3", "--calib-select", "4"]));
     assert!(all != few, "{all} either way");
@@ -175,7 +139,7 @@ fn methods_see_the_samples_that_were_chosen() {
 
 #[test]
 fn works_without_a_data_folder() {
-    let bench = Bench::new();
+    let bench = bench();
     let set = bench.path("set.npz");
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
     command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("XDG_DATA_HOME").env_remove("HOME");
@@ -186,7 +150,6 @@ fn works_without_a_data_folder() {
 
 #[test]
 fn kernels_get_a_scale_per_channel() {
-    let bench = Bench::new();
     let mut noise = Noise(9);
     let numbers = |numbers: Vec<f32>| numbers.iter().map(|x| format!("{x:e}")).collect::<Vec<_>>().join(", ");
     let kernel = numbers(noise.numbers(64 * 8 * 9, 0.2));
@@ -196,10 +159,8 @@ fn kernels_get_a_scale_per_channel() {
             y = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w)
         }}"
     );
-    fs::write(bench.path("model.onnx"), text::parse(&source).unwrap().to_bytes()).unwrap();
-    let mut npz = NpzWriter::create(&bench.path("set.npz")).unwrap();
-    npz.add("x", &Tensor::from_f32s(&[16, 8, 7, 7], &noise.numbers(16 * 8 * 49, 1.0))).unwrap();
-    npz.finish().unwrap();
+    let x = Tensor::from_f32s(&[16, 8, 7, 7], &noise.numbers(16 * 8 * 49, 1.0));
+    let bench = Workbench::new(&text::parse(&source).unwrap(), &[("x", x)], &RUN);
     let report = bench.report(&["--size", "0.35", "--metric", "rel-l2", "--max-drop", "0.02"]);
     assert_eq!(choices(&report), [("w", "int8 per channel")]);
     // One layer is the whole model: its predicted error is the measured one.
@@ -210,7 +171,8 @@ fn kernels_get_a_scale_per_channel() {
 
 #[test]
 fn a_budget_needs_samples() {
-    let output = Bench::new().run(&["--size", "0.5"]);
+    let model = Model::read(&bench().path("model.onnx")).unwrap().model;
+    let output = Workbench::new(&model, &[], &["-o", "out.onnx"]).run(&["--size", "0.5"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("--calib names a set"));
 }
@@ -228,7 +190,7 @@ fn each_method_keeps_to_its_budget() {
         ("compensate", "--size", 0.75, "int4 block 128 + rank "),
         ("convert-floats", "--size", 0.55, "float16"),
     ] {
-        let bench = Bench::new();
+        let bench = bench();
         let report = bench.report(&["--passes", method, option, &share.to_string()]);
         let chosen = choices(&report);
         assert!(chosen.iter().any(|(_, option)| option.starts_with(prefix)), "{method} {option}: {chosen:?}");
@@ -246,7 +208,7 @@ fn each_method_keeps_to_its_budget() {
 
 #[test]
 fn under_target_ort_one_table_serves_look_ups_and_the_head() {
-    let bench = Bench::new();
+    let bench = bench();
     let portable = bench.report(&["--size", "0.4", "--passes", "quantize"]);
     let own = bench.report(&["--size", "0.4", "--passes", "quantize", "--target", "ort"]);
     let model = Model::read(&bench.path("out.onnx")).unwrap().model;
@@ -261,7 +223,7 @@ fn under_target_ort_one_table_serves_look_ups_and_the_head() {
 
 #[test]
 fn several_budgets_are_kept_together() {
-    let report = Bench::new().report(&["--size", "0.5", "--params", "0.9"]);
+    let report = bench().report(&["--size", "0.5", "--params", "0.9"]);
     assert_eq!(report["plan"]["solver"], "ilp");
     for (key, share) in [("file_bytes", 0.5), ("parameters", 0.9)] {
         assert!(report["output"][key].as_f64().unwrap() <= share * report["input"][key].as_f64().unwrap(), "{key}");
@@ -270,9 +232,8 @@ fn several_budgets_are_kept_together() {
 
 #[test]
 fn a_latency_that_is_not_reached_is_refused_with_what_is() {
-    let bench = Bench::new();
-    let set = bench.path("set.npz");
-    let output = bench.run(&["--calib", set.to_str().unwrap(), "--latency", "0.02"]);
+    let bench = bench();
+    let output = bench.run(&["--latency", "0.02"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
     assert!(message.contains("a latency of 0.020 of the original is asked for"), "{message}");
@@ -280,7 +241,7 @@ fn a_latency_that_is_not_reached_is_refused_with_what_is() {
 
 #[test]
 fn the_least_size_within_a_drop_is_found() {
-    let report = Bench::new().report(&["--max-drop", "0.2", "--metric", "rel-l2", "--minimize", "size"]);
+    let report = bench().report(&["--max-drop", "0.2", "--metric", "rel-l2", "--minimize", "size"]);
     assert!(report["verify"]["passed"].as_bool().unwrap());
     let share = report["output"]["file_bytes"].as_f64().unwrap() / report["input"]["file_bytes"].as_f64().unwrap();
     assert!(share < 0.35, "{share}");
@@ -289,7 +250,6 @@ fn the_least_size_within_a_drop_is_found() {
 /// Two residual blocks, the second of which reads what the first has become.
 #[test]
 fn block_by_block_each_block_is_fitted_to_what_it_reads_by_then() {
-    let bench = Bench::new();
     let mut noise = Noise(11);
     let mut list =
         |count: usize| noise.numbers(count, 0.3).iter().map(|x| format!("{x:e}")).collect::<Vec<_>>().join(", ");
@@ -310,10 +270,8 @@ fn block_by_block_each_block_is_fitted_to_what_it_reads_by_then() {
         block(0),
         block(1)
     );
-    fs::write(bench.path("model.onnx"), text::parse(&source).unwrap().to_bytes()).unwrap();
-    let mut npz = NpzWriter::create(&bench.path("set.npz")).unwrap();
-    npz.add("x", &Tensor::from_f32s(&[512, 64], &noise.numbers(512 * 64, 2.0))).unwrap();
-    npz.finish().unwrap();
+    let x = Tensor::from_f32s(&[512, 64], &noise.numbers(512 * 64, 2.0));
+    let bench = Workbench::new(&text::parse(&source).unwrap(), &[("x", x)], &RUN);
     let run = |options: &[&str]| {
         let fixed = ["--passes", "factorize", "--params", "0.6", "--metric", "rel-l2"];
         let report = bench.report(&[&fixed, options].concat());
@@ -327,7 +285,6 @@ fn block_by_block_each_block_is_fitted_to_what_it_reads_by_then() {
     let again = run(&["--set", "factorize.sequential=block"]);
     assert_eq!(once.0, again.0, "the plan is the same");
     assert!(once.2 != again.2 && again.1 < 1.1 * once.1, "{} at once, {} block by block", once.1, again.1);
-    let set = bench.path("set.npz");
-    let output = bench.run(&["--calib", set.to_str().unwrap(), "--params", "0.6", "--set", "factorize.sequential=row"]);
+    let output = bench.run(&["--params", "0.6", "--set", "factorize.sequential=row"]);
     assert!(String::from_utf8_lossy(&output.stderr).contains("expected none or block"));
 }

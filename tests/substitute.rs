@@ -2,11 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
+use common::Workbench;
 use lathe_ir::{Model, ScopeId, Tensor, text};
-use lathe_runtime::NpzWriter;
-use serde_json::Value;
-use std::{fs, path::PathBuf, process::Command};
-use tempfile::TempDir;
 
 const CHANNELS: usize = 16;
 
@@ -43,36 +42,15 @@ fn model() -> Model {
     .unwrap()
 }
 
-struct Bench {
-    folder: TempDir,
-}
-
-impl Bench {
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn report(&self, options: &[&str]) -> Value {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
-        command.env("XDG_DATA_HOME", self.path("data")).arg(self.path("model.onnx"));
-        command.args(["--metric", "rel-l2", "--skip", "quantize,quantize-dynamic,convert-floats,compensate,factorize"]);
-        command.args(["--skip", "factorize-jointly,dictionary,prune-channels,drop-inputs,prune-units,reduce-tokens"]);
-        command.arg("--calib").arg(self.path("set.npz")).arg("-o").arg(self.path("out.onnx"));
-        let output = command.args(options).arg("--report").arg(self.path("report.json")).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_str(&fs::read_to_string(self.path("report.json")).unwrap()).unwrap()
-    }
-}
+const OTHERS: &str = "quantize,quantize-dynamic,convert-floats,compensate,factorize,factorize-jointly,dictionary,\
+                      prune-channels,drop-inputs,prune-units,reduce-tokens";
 
 #[test]
 fn a_convolution_that_is_a_copy_goes_without_loss() {
-    let bench = Bench { folder: tempfile::tempdir().unwrap() };
-    fs::write(bench.path("model.onnx"), model().to_bytes()).unwrap();
-    let mut npz = NpzWriter::create(&bench.path("set.npz")).unwrap();
     let dims = [32, CHANNELS, 12, 12];
-    npz.add("x", &Tensor::from_f32s(&dims, &noise(dims.iter().product(), 11))).unwrap();
-    npz.finish().unwrap();
+    let x = Tensor::from_f32s(&dims, &noise(dims.iter().product(), 11));
+    let fixed = ["--metric", "rel-l2", "--skip", OTHERS, "--calib", "set.npz", "-o", "out.onnx"];
+    let bench = Workbench::new(&model(), &[("x", x)], &fixed);
     let report = bench.report(&["--flops", "0.6"]);
     let choices = report["plan"]["choices"].as_array().unwrap();
     let of = |site: &str| choices.iter().find(|c| c["site"] == site).unwrap()["option"].as_str().unwrap().to_owned();

@@ -2,16 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
+use common::Workbench;
 use lathe_ir::{Model, Tensor, text};
-use lathe_runtime::NpzWriter;
 use serde_json::Value;
-use std::{
-    fmt::Write as _,
-    fs,
-    path::PathBuf,
-    process::{Command, Output},
-};
-use tempfile::TempDir;
+use std::fmt::Write as _;
 
 const WIDTH: usize = 32;
 const HIDDEN: usize = 128;
@@ -87,41 +83,11 @@ fn model() -> String {
     )
 }
 
-struct Bench {
-    folder: TempDir,
-}
-
-impl Bench {
-    fn new() -> Bench {
-        let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("model.onnx"), text::parse(&model()).unwrap().to_bytes()).unwrap();
-        let mut npz = NpzWriter::create(&folder.path().join("set.npz")).unwrap();
-        let rows = Noise(3).numbers(32 * (1 + PAIRS) * WIDTH, 2.0);
-        npz.add("x", &Tensor::from_f32s(&[32, 1 + PAIRS, WIDTH], &rows)).unwrap();
-        npz.finish().unwrap();
-        Bench { folder }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn run(&self, options: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
-        command.env("XDG_DATA_HOME", self.folder.path()).arg(self.path("model.onnx"));
-        let set = self.path("set.npz");
-        command.args(["--metric", "rel-l2", "--set", "prune-units.patch=none", "--calib"]).arg(set);
-        command.arg("-o").arg(self.path("out.onnx")).args(options).output().unwrap()
-    }
-
-    /// The report of a run that must succeed.
-    fn report(&self, options: &[&str]) -> Value {
-        let report = self.path("report.json");
-        let output = self.run(&[&["--report", report.to_str().unwrap()], options].concat());
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_str(&fs::read_to_string(report).unwrap()).unwrap()
-    }
+fn bench() -> Workbench {
+    let rows = Noise(3).numbers(32 * (1 + PAIRS) * WIDTH, 2.0);
+    let fixed = ["--metric", "rel-l2", "--set", "prune-units.patch=none", "--calib", "set.npz", "-o", "out.onnx"];
+    let x = Tensor::from_f32s(&[32, 1 + PAIRS, WIDTH], &rows);
+    Workbench::new(&text::parse(&model()).unwrap(), &[("x", x)], &fixed)
 }
 
 /// Sites and options of what a method got.
@@ -139,7 +105,7 @@ fn assert_reckoned(report: &Value, key: &str, delta: &str) {
 
 #[test]
 fn one_plan_merges_tokens_and_leaves_out_units() {
-    let bench = Bench::new();
+    let bench = bench();
     // Neither fewer tokens alone nor fewer units alone go so far without loss.
     let report = bench.report(&["--flops", "0.45", "--passes", "prune-units,reduce-tokens,factorize"]);
     let (tokens, units) = (got(&report, "reduce-tokens"), got(&report, "prune-units"));
@@ -160,7 +126,7 @@ fn one_plan_merges_tokens_and_leaves_out_units() {
 
 #[test]
 fn units_that_must_go_go_where_tokens_merge() {
-    let bench = Bench::new();
+    let bench = bench();
     let report =
         bench.report(&["--flops", "0.5", "--set", "prune-units.mlp=1", "--passes", "prune-units,reduce-tokens"]);
     assert_eq!(got(&report, "prune-units").len(), 1, "{}", report["plan"]["choices"]);

@@ -2,15 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
+use common::Workbench;
 use lathe_ir::{Model, Tensor, text};
-use lathe_runtime::NpzWriter;
 use serde_json::Value;
-use std::{
-    fs,
-    path::PathBuf,
-    process::{Command, Output},
-};
-use tempfile::TempDir;
+use std::{fs, path::PathBuf, process::Command};
 
 const WIDTH: usize = 64;
 
@@ -70,60 +67,30 @@ impl Noise {
     }
 }
 
-struct Bench {
-    folder: TempDir,
-}
-
-impl Bench {
-    fn new() -> Bench {
-        let folder = tempfile::tempdir().unwrap();
-        let mut noise = Noise(7);
-        let (first, second) = (|column: usize| column < WIDTH / 2, |column: usize| column >= WIDTH / 2);
-        let half = (0..WIDTH).map(|i| if first(i) { 1.0 } else { 0.0 }).collect();
-        let mut constants: Vec<(&str, Vec<f32>)> = vec![("half", half)];
-        constants.push(("a1", noise.matrix(0.2, |_, _| true)));
-        constants.push(("a2", noise.matrix(0.2, |_, column| first(column))));
-        constants.push(("m1", noise.matrix(0.2, |_, _| true)));
-        constants.push(("m2", noise.matrix(0.2, |_, column| second(column))));
-        constants.push(("turn", noise.matrix(0.06, |row, column| second(row) && second(column))));
-        constants.push(("d1", noise.matrix(0.2, |_, _| true)));
-        constants.push(("d2", vec![0.0; WIDTH * WIDTH]));
-        for name in ["b1", "b2", "c1", "c2"] {
-            constants.push((name, noise.matrix(0.2, |_, _| true)));
-        }
-        let mut source = MODEL.to_owned();
-        for (name, numbers) in constants {
-            let numbers: Vec<String> = numbers.iter().map(|x| format!("{x:e}")).collect();
-            source = source.replace(&format!(" {name} = {{}}"), &format!(" {name} = {{{}}}", numbers.join(", ")));
-        }
-        fs::write(folder.path().join("model.onnx"), text::parse(&source).unwrap().to_bytes()).unwrap();
-        let mut npz = NpzWriter::create(&folder.path().join("set.npz")).unwrap();
-        let rows = noise.numbers(256 * 8 * WIDTH);
-        npz.add("x", &Tensor::from_f32s(&[256, 8, WIDTH], &rows)).unwrap();
-        npz.finish().unwrap();
-        Bench { folder }
+fn bench() -> Workbench {
+    let mut noise = Noise(7);
+    let (first, second) = (|column: usize| column < WIDTH / 2, |column: usize| column >= WIDTH / 2);
+    let half = (0..WIDTH).map(|i| if first(i) { 1.0 } else { 0.0 }).collect();
+    let mut constants: Vec<(&str, Vec<f32>)> = vec![("half", half)];
+    constants.push(("a1", noise.matrix(0.2, |_, _| true)));
+    constants.push(("a2", noise.matrix(0.2, |_, column| first(column))));
+    constants.push(("m1", noise.matrix(0.2, |_, _| true)));
+    constants.push(("m2", noise.matrix(0.2, |_, column| second(column))));
+    constants.push(("turn", noise.matrix(0.06, |row, column| second(row) && second(column))));
+    constants.push(("d1", noise.matrix(0.2, |_, _| true)));
+    constants.push(("d2", vec![0.0; WIDTH * WIDTH]));
+    for name in ["b1", "b2", "c1", "c2"] {
+        constants.push((name, noise.matrix(0.2, |_, _| true)));
     }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+    let mut source = MODEL.to_owned();
+    for (name, numbers) in constants {
+        let numbers: Vec<String> = numbers.iter().map(|x| format!("{x:e}")).collect();
+        source = source.replace(&format!(" {name} = {{}}"), &format!(" {name} = {{{}}}", numbers.join(", ")));
     }
-
-    fn run(&self, options: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
-        command.env("XDG_DATA_HOME", self.folder.path()).arg(self.path("model.onnx"));
-        let set = self.path("set.npz");
-        command.args(["--metric", "rel-l2", "--calib"]).arg(&set).arg("--validate").arg(&set);
-        command.arg("-o").arg(self.path("out.onnx")).args(options).output().unwrap()
-    }
-
-    /// The report of a run that must succeed.
-    fn report(&self, options: &[&str]) -> Value {
-        let report = self.path("report.json");
-        let output = self.run(&[&["--report", report.to_str().unwrap()], options].concat());
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_str(&fs::read_to_string(report).unwrap()).unwrap()
-    }
+    let rows = noise.numbers(256 * 8 * WIDTH);
+    let fixed = ["--metric", "rel-l2", "--calib", "set.npz", "--validate", "set.npz", "-o", "out.onnx"];
+    let x = Tensor::from_f32s(&[256, 8, WIDTH], &rows);
+    Workbench::new(&text::parse(&source).unwrap(), &[("x", x)], &fixed)
 }
 
 /// What went, how the gap was filled, and what was lost by measurement.
@@ -136,7 +103,7 @@ fn choice(report: &Value) -> (&str, &str, f64) {
 
 #[test]
 fn a_unit_that_does_nothing_goes_first() {
-    let bench = Bench::new();
+    let bench = bench();
     let report = bench.report(&["--set", "prune-units.count=1", "--set", "prune-units.patch=none"]);
     let (site, option, lost) = choice(&report);
     assert_eq!((site, option), ("dead", "leave out"));
@@ -154,7 +121,7 @@ fn a_unit_that_does_nothing_goes_first() {
 
 #[test]
 fn both_scores_agree_on_what_does_nothing() {
-    let bench = Bench::new();
+    let bench = bench();
     let options =
         ["--set", "prune-units.count=1", "--set", "prune-units.score=cosine", "--set", "prune-units.patch=none"];
     assert_eq!(choice(&bench.report(&options)).0, "dead");
@@ -162,7 +129,7 @@ fn both_scores_agree_on_what_does_nothing() {
 
 #[test]
 fn a_gap_is_filled_exactly_where_it_can_be() {
-    let bench = Bench::new();
+    let bench = bench();
     let run =
         |patch: &str| bench.report(&["--set", "prune-units.count=2", "--set", &format!("prune-units.patch={patch}")]);
     let bare = run("none");
@@ -183,7 +150,7 @@ fn a_gap_is_filled_exactly_where_it_can_be() {
 
 #[test]
 fn a_budget_frees_what_lies_inside_a_unit_that_goes() {
-    let bench = Bench::new();
+    let bench = bench();
     let report = bench.report(&["--size", "0.5", "--passes", "prune-units,quantize"]);
     let choices = report["plan"]["choices"].as_array().unwrap();
     let gone: Vec<&str> =
@@ -199,7 +166,7 @@ fn a_budget_frees_what_lies_inside_a_unit_that_goes() {
 
 #[test]
 fn what_cannot_go_is_told() {
-    let bench = Bench::new();
+    let bench = bench();
     let output = bench.run(&["--set", "prune-units.count=5"]);
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(3), "{said}");
@@ -213,7 +180,7 @@ fn what_cannot_go_is_told() {
 
 #[test]
 fn a_drop_that_is_too_large_is_refused() {
-    let bench = Bench::new();
+    let bench = bench();
     let options = ["--set", "prune-units.count=2", "--set", "prune-units.patch=none", "--max-drop", "1e-4"];
     let output = bench.run(&options);
     assert_eq!(output.status.code(), Some(3), "{}", String::from_utf8_lossy(&output.stderr));

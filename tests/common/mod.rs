@@ -2,14 +2,19 @@
 
 #![allow(dead_code)] // Every test uses a part of it.
 
-use lathe_ir::External;
+use lathe_ir::{External, Model, Tensor};
 use lathe_passes::Target;
+use lathe_runtime::NpzWriter;
 use onnx_lathe::{Options, Selection};
+use serde_json::Value;
 use std::{
     collections::BTreeMap,
+    fs,
     path::{Path, PathBuf},
+    process::{Command, Output},
     time::Duration,
 };
+use tempfile::TempDir;
 
 /// A file of the repository.
 pub fn repository(path: &str) -> PathBuf {
@@ -53,16 +58,60 @@ pub fn options(model: &Path, output: &Path) -> Options {
 }
 
 /// Optimizes a file with default options and reads the result. A pass that was left out is a failure that names it.
-pub fn optimize(model: &Path, output: &Path) -> Result<lathe_ir::Model, String> {
+pub fn optimize(model: &Path, output: &Path) -> Result<Model, String> {
     let done = onnx_lathe::optimize(&options(model, output)).map_err(|e| format!("not optimized: {e}"))?;
     if let Some(warning) = done.report.warnings.iter().find(|w| w.contains("was left out")) {
         return Err(warning.clone());
     }
-    Ok(lathe_ir::Model::read(output).map_err(|e| format!("the result cannot be read: {e}"))?.model)
+    Ok(Model::read(output).map_err(|e| format!("the result cannot be read: {e}"))?.model)
+}
+
+/// A folder with `model.onnx` and `set.npz`, and what the program makes of them there.
+pub struct Workbench {
+    folder: TempDir,
+    fixed: Vec<String>,
+}
+
+impl Workbench {
+    /// Every run has the `fixed` options; files are named as in the folder.
+    pub fn new(model: &Model, set: &[(&str, Tensor)], fixed: &[&str]) -> Workbench {
+        let fixed = fixed.iter().map(|&option| option.to_owned()).collect();
+        let bench = Workbench { folder: tempfile::tempdir().unwrap(), fixed };
+        bench.put(model, set);
+        bench
+    }
+
+    /// Takes another model and set.
+    pub fn put(&self, model: &Model, set: &[(&str, Tensor)]) {
+        fs::write(self.path("model.onnx"), model.to_bytes()).unwrap();
+        let mut npz = NpzWriter::create(&self.path("set.npz")).unwrap();
+        set.iter().for_each(|(name, tensor)| npz.add(name, tensor).unwrap());
+        npz.finish().unwrap();
+    }
+
+    /// A file of the folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// `optimize model.onnx` with the fixed options and these.
+    pub fn run(&self, options: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.env("XDG_DATA_HOME", self.path("data")).current_dir(self.folder.path());
+        command.arg("model.onnx").args(&self.fixed).args(options).output().unwrap()
+    }
+
+    /// The report of a run that must succeed.
+    pub fn report(&self, options: &[&str]) -> Value {
+        let output = self.run(&[&["--report", "report.json"], options].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_str(&fs::read_to_string(self.path("report.json")).unwrap()).unwrap()
+    }
 }
 
 /// The operators of a model and how often each occurs, subgraphs and local functions included.
-pub fn operators(model: &lathe_ir::Model) -> BTreeMap<String, usize> {
+pub fn operators(model: &Model) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     for (graph, _) in model.graphs() {
         for id in graph.all_nodes() {
