@@ -214,6 +214,12 @@ pub trait Method: Sync {
         false
     }
 
+    /// Whether errors of its choices are so large that their loss is not told by those of the layer: every choice is then
+    /// carried out alone and its loss measured, where that takes no longer than other searches do.
+    fn is_tried(&self) -> bool {
+        false
+    }
+
     /// Whether settings ask for it where no budget is given.
     fn asked(&self, _cx: &Context) -> Result<bool, Error> {
         Ok(false)

@@ -139,15 +139,13 @@ const FASTER: f64 = 0.95;
 /// Drops the choices of methods that must be faster and are not, and says so.
 pub(super) fn decline_slower(places: &mut [Place], records: &mut BTreeMap<&'static str, PassRecord>) {
     for place in places {
-        let times = std::mem::take(&mut place.latency);
-        let whole = times.first().copied().flatten();
-        let mut kept: Vec<Option<u64>> = times.first().copied().into_iter().collect();
-        let mut rest = times.into_iter().skip(1);
-        for offer in &mut place.offers {
-            let own: Vec<Option<u64>> = offer.site.choices.iter().map(|_| rest.next().flatten()).collect();
-            let faster =
-                |ns: &Option<u64>| whole.zip(*ns).is_some_and(|(whole, ns)| ns as f64 <= FASTER * whole as f64);
-            let stays: Vec<bool> = own.iter().map(|ns| !offer.method.must_be_faster() || faster(ns)).collect();
+        let whole = place.latency.first().copied().flatten();
+        let mut times = place.latency.iter().skip(1);
+        let faster = |ns: Option<u64>| whole.zip(ns).is_some_and(|(whole, ns)| ns as f64 <= FASTER * whole as f64);
+        let mut all: Vec<Vec<bool>> = Vec::new();
+        for offer in &place.offers {
+            let own = offer.site.choices.iter().map(|_| times.next().copied().flatten());
+            let stays: Vec<bool> = own.map(|ns| !offer.method.must_be_faster() || faster(ns)).collect();
             if !stays.is_empty() && !stays.contains(&true) {
                 let reason = match whole {
                     Some(_) => "as measured, nothing it could do is faster than what is there",
@@ -156,17 +154,10 @@ pub(super) fn decline_slower(places: &mut [Place], records: &mut BTreeMap<&'stat
                 let record = records.get_mut(offer.method.info().name).expect("a method that proposes has a record");
                 record.outcome.refuse(reason, format!("`{}`", offer.site.name));
             }
-            let chosen = |at: usize| stays[at];
-            kept.extend(own.iter().enumerate().filter(|(at, _)| chosen(*at)).map(|(_, ns)| *ns));
-            offer.site.choices = retained(&mut offer.site.choices, chosen);
+            all.push(stays);
         }
-        place.latency = if kept.len() == 1 + place.choices().count() { kept } else { Vec::new() };
+        place.retain(&all);
     }
-}
-
-/// The items whose index is chosen.
-fn retained<T>(items: &mut Vec<T>, chosen: impl Fn(usize) -> bool) -> Vec<T> {
-    std::mem::take(items).into_iter().enumerate().filter(|(at, _)| chosen(*at)).map(|(_, item)| item).collect()
 }
 
 /// The nodes of a site and nothing else.
@@ -279,7 +270,7 @@ mod tests {
     use super::{super::table::Offer, *};
     use lathe_passes::{
         Kind, Outcome,
-        lossy::{Choice, METHODS, Method, Spent},
+        lossy::{Choice, METHODS, Method, Spent, allocate::Measure},
     };
     use std::time::Duration;
 
@@ -309,6 +300,25 @@ mod tests {
     fn what_is_hardly_faster_takes_as_long() {
         let times = [100, 120, 98, 97, 60].map(|ns| unless_chance(ns, 100));
         assert_eq!(times, [100, 120, 100, 97, 60]);
+    }
+
+    #[test]
+    fn what_loses_more_and_saves_no_more_than_another_is_beaten() {
+        let mut place = Place {
+            offers: vec![offer("quantize", &["int8"]), offer("substitute", &["mean", "max", "copy", "shift", "again"])],
+            latency: [100, 90, 60, 60, 50, 70, 60].map(Some).to_vec(),
+        };
+        for (choice, lost) in place.offers[1].site.choices.iter_mut().zip([0.2, 0.3, 0.4, 0.1, 0.2]) {
+            choice.measured = Some(lost);
+        }
+        let found = place.unbeaten(&[Measure::Latency]);
+        // As fast and worse, as fast and as good as one before it.
+        assert_eq!(found, [vec![true], vec![true, false, true, true, false]]);
+        assert_eq!(place.unbeaten(&[Measure::Flops])[1], [false, false, false, true, false]);
+        place.retain(&found);
+        let names: Vec<&str> = place.offers[1].site.choices.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["mean", "copy", "shift"]);
+        assert_eq!(place.latency, [100, 90, 60, 50, 70].map(Some));
     }
 
     #[test]
