@@ -5,6 +5,7 @@ mod seen;
 mod strip;
 mod table;
 mod timing;
+mod tried;
 
 use emphasis::{Answers, Apart, Emphasis};
 use seen::{Seen, Split};
@@ -96,9 +97,6 @@ const LEAST_SAMPLES: usize = 32;
 
 /// Samples in which positions that are read apart are looked at, at most: one position has one row in each.
 const MOST_ALONE: usize = 512;
-
-/// Floating-point operations that trying choices one by one may take.
-const MOST_TRIAL_FLOPS: f64 = 4e12;
 
 /// Execution providers on devices that multiply in half precision.
 const HALF: [&str; 7] = ["cuda", "tensorrt", "rocm", "migraphx", "directml", "webgpu", "coreml"];
@@ -192,42 +190,10 @@ impl<'a> Compressor<'a> {
             self.time_options(model, &mut places, &cx, warnings)?;
             timing::decline_slower(&mut places, &mut records);
         }
-        self.try_choices(model, &mut places, &cx)?;
+        self.try_choices(model, &mut places, &cx, warnings)?;
         self.look_inside(model, &mut places, &cx)?;
         drop(cx);
         Ok(Table { places, records, seen, _scratch: temporary })
-    }
-
-    /// Measures what the outputs lose by choices of methods whose errors are too large to be told, each choice alone; those
-    /// that another of the same method is as good as go first.
-    fn try_choices(&self, model: &Model, places: &mut [Place], cx: &Context) -> Result<(), Failure> {
-        let Some(calibration) = cx.calibration else { return Ok(()) };
-        for place in places.iter_mut() {
-            let mut stays = place.unbeaten(&self.measures);
-            for (offer, stays) in place.offers.iter().zip(&mut stays).filter(|(offer, _)| !offer.method.is_tried()) {
-                *stays = vec![true; offer.site.choices.len()];
-            }
-            place.retain(&stays);
-        }
-        let offers = places.iter_mut().flat_map(|place| &mut place.offers);
-        let offers: Vec<&mut Offer> = offers.filter(|offer| offer.method.is_tried()).collect();
-        let choices: usize = offers.iter().map(|offer| offer.site.choices.len()).sum();
-        if choices as f64 * calibration.trial_flops() > MOST_TRIAL_FLOPS {
-            return Ok(());
-        }
-        for offer in offers {
-            for choice in 0..offer.site.choices.len() {
-                Failure::if_stopped(self.runner.child().listener())?;
-                let mut variant = model.clone();
-                let outcome =
-                    offer.method.rewrite(&mut variant, &offer.site, choice, cx).map_err(anyhow::Error::from)?;
-                if !outcome.changes.is_empty() {
-                    let lost = calibration.trials(&variant, &[Vec::new()]).map_err(anyhow::Error::from)?;
-                    offer.site.choices[choice].measured = lost.first().copied();
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Asks what every place takes where a choice of one around it is carried out.

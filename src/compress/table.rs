@@ -102,7 +102,7 @@ struct Chosen<'t> {
 }
 
 impl Offer {
-    fn loss(&self, choice: &Choice) -> f64 {
+    pub fn loss(&self, choice: &Choice) -> f64 {
         let squares = || self.sensitivity.iter().zip(&choice.errors).map(|(s, e)| s * e * e).sum();
         choice.measured.unwrap_or_else(squares)
     }
@@ -161,34 +161,6 @@ impl Place {
             offer.site.choices.retain(|_| flags.next().unwrap_or(true));
         }
         self.latency = if kept.len() == 1 + self.choices().count() { kept } else { Vec::new() };
-    }
-
-    /// Which choices of every offer no other of the offer is as good as: in what is predicted to be lost, and in what is
-    /// limited.
-    pub fn unbeaten(&self, measures: &[Measure]) -> Vec<Vec<bool>> {
-        let mut times = self.latency.iter().skip(1).map(|ns| ns.unwrap_or(u64::MAX));
-        let mut all = Vec::new();
-        for offer in &self.offers {
-            let figures = |choice: &Choice| {
-                let ns = times.next().unwrap_or(0);
-                let spent = |measure: &Measure| match measure {
-                    Measure::Bytes => choice.spent.bytes,
-                    Measure::Parameters => choice.spent.parameters,
-                    Measure::Flops => choice.spent.flops_per_row,
-                    Measure::Latency => ns,
-                };
-                (offer.loss(choice), measures.iter().map(spent).collect::<Vec<u64>>())
-            };
-            let figures: Vec<(f64, Vec<u64>)> = offer.site.choices.iter().map(figures).collect();
-            let beats = |a: usize, b: usize| {
-                let (one, other) = (&figures[a], &figures[b]);
-                let as_good = one.0 <= other.0 && one.1.iter().zip(&other.1).all(|(x, y)| x <= y);
-                as_good && (a < b || one != other)
-            };
-            let count = figures.len();
-            all.push((0..count).map(|b| !(0..count).any(|a| a != b && beats(a, b))).collect());
-        }
-        all
     }
 
     /// Nanoseconds of what takes `spent`: the place as it is at index 0, or a choice. What is timed by its share of the

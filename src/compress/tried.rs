@@ -1,0 +1,120 @@
+//! Choices whose loss is measured in the whole model, because the error of their layer does not tell it.
+
+use super::{Compressor, table::Place};
+use crate::Failure;
+use lathe_ir::Model;
+use lathe_passes::{
+    Context,
+    lossy::{Choice, allocate::Measure},
+};
+
+/// Floating-point operations that trying choices one by one may take.
+const MOST_FLOPS: f64 = 4e12;
+
+impl Compressor<'_> {
+    /// Carries out the choices of methods that ask for it, each alone, and measures what the outputs lose. Choices that
+    /// another of the same method is as good as go first, and those that give no numbers afterwards.
+    pub(super) fn try_choices(
+        &self,
+        model: &Model,
+        places: &mut [Place],
+        cx: &Context,
+        warnings: &mut Vec<String>,
+    ) -> Result<(), Failure> {
+        let Some(calibration) = cx.calibration else { return Ok(()) };
+        let mut untold = 0;
+        for place in places.iter_mut() {
+            let mut stays = place.unbeaten(&self.measures);
+            for (offer, stays) in place.offers.iter().zip(&mut stays).filter(|(offer, _)| !offer.method.is_tried()) {
+                *stays = vec![true; offer.site.choices.len()];
+            }
+            place.retain(&stays);
+            let tried = place.choices().filter(|(offer, _)| offer.method.is_tried());
+            untold += tried.filter(|(offer, own)| offer.site.choices[*own].measured.is_none()).count();
+        }
+        if untold as f64 * calibration.trial_flops() > MOST_FLOPS {
+            warnings.push(format!(
+                "the loss of {untold} choices is told by their layers alone, which may be far too little: trying them in \
+                 the whole model would take long"
+            ));
+            return Ok(());
+        }
+        for place in places.iter_mut() {
+            for offer in place.offers.iter_mut().filter(|offer| offer.method.is_tried()) {
+                for own in 0..offer.site.choices.len() {
+                    Failure::if_stopped(self.runner.child().listener())?;
+                    if offer.site.choices[own].measured.is_some() {
+                        continue;
+                    }
+                    let mut variant = model.clone();
+                    let done = offer.method.rewrite(&mut variant, &offer.site, own, cx).map_err(anyhow::Error::from)?;
+                    if !done.changes.is_empty() {
+                        let lost = calibration.trials(&variant, &[Vec::new()]).map_err(anyhow::Error::from)?;
+                        offer.site.choices[own].measured = lost.first().copied();
+                    }
+                }
+            }
+            let numbers = |choice: &Choice| choice.measured.is_none_or(f64::is_finite);
+            let stays = place.offers.iter().map(|offer| offer.site.choices.iter().map(numbers).collect());
+            let stays: Vec<Vec<bool>> = stays.collect();
+            place.retain(&stays);
+        }
+        Ok(())
+    }
+}
+
+impl Place {
+    /// Which choices of every offer no other of the offer is as good as: in what is predicted to be lost, and in what is
+    /// limited.
+    fn unbeaten(&self, measures: &[Measure]) -> Vec<Vec<bool>> {
+        let mut times = self.latency.iter().skip(1).map(|ns| ns.unwrap_or(u64::MAX));
+        let mut all = Vec::new();
+        for offer in &self.offers {
+            let figures = |choice: &Choice| {
+                let ns = times.next().unwrap_or(0);
+                let spent = |measure: &Measure| match measure {
+                    Measure::Bytes => choice.spent.bytes,
+                    Measure::Parameters => choice.spent.parameters,
+                    Measure::Flops => choice.spent.flops_per_row,
+                    Measure::Latency => ns,
+                };
+                (offer.loss(choice), measures.iter().map(spent).collect::<Vec<u64>>())
+            };
+            let figures: Vec<(f64, Vec<u64>)> = offer.site.choices.iter().map(figures).collect();
+            let beats = |a: usize, b: usize| {
+                let (one, other) = (&figures[a], &figures[b]);
+                let as_good = one.0 <= other.0 && one.1.iter().zip(&other.1).all(|(x, y)| x <= y);
+                as_good && (a < b || one != other)
+            };
+            let count = figures.len();
+            all.push((0..count).map(|b| !(0..count).any(|a| a != b && beats(a, b))).collect());
+        }
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{table::Offer, timing::tests::offer},
+        *,
+    };
+
+    #[test]
+    fn what_loses_more_and_saves_no_more_than_another_is_beaten() {
+        let offers: Vec<Offer> =
+            vec![offer("quantize", &["int8"]), offer("substitute", &["mean", "max", "copy", "shift", "again"])];
+        let mut place = Place { offers, latency: [100, 90, 60, 60, 50, 70, 60].map(Some).to_vec() };
+        for (choice, lost) in place.offers[1].site.choices.iter_mut().zip([0.2, 0.3, 0.4, 0.1, 0.2]) {
+            choice.measured = Some(lost);
+        }
+        let found = place.unbeaten(&[Measure::Latency]);
+        // As fast and worse, as fast and as good as one before it.
+        assert_eq!(found, [vec![true], vec![true, false, true, true, false]]);
+        assert_eq!(place.unbeaten(&[Measure::Flops])[1], [false, false, false, true, false]);
+        place.retain(&found);
+        let names: Vec<&str> = place.offers[1].site.choices.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["mean", "copy", "shift"]);
+        assert_eq!(place.latency, [100, 90, 60, 50, 70].map(Some));
+    }
+}
