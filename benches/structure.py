@@ -9,7 +9,8 @@ one after the other.
 ZOO holds vit.onnx, resnet.onnx and mobilenet.onnx; FOLDER is that of the Debian package dataset-fashion-mnist. 512 test
 images calibrate, 4,096 others evaluate; neither were trained on. The model `smollm2` is that of its own FOLDER, with calib.npz and
 eval.npz, by perplexity, timed at 128 tokens. Prints one row per model, group and share: what was chosen, the metric before and
-after, and the shares of FLOPs and latency that are left, or why there is no result.
+after, the mean divergence of the outputs, in nats, and the shares of FLOPs and latency that are left, or why there is no
+result.
 """
 
 import argparse
@@ -78,8 +79,8 @@ def main():
     parser.add_argument("--smollm2", type=pathlib.Path)
     args = parser.parse_args()
     pixels, labels = fashion.load(args.folder)
-    print("| model | methods | share | chosen | before | after | FLOPs left | latency, ms | left | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| model | methods | share | chosen | before | after | divergence | FLOPs left | latency, ms | left | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         for model in args.models.split(","):
@@ -88,14 +89,15 @@ def main():
             for methods, share in itertools.product(args.methods.split(), args.shares.split(",")):
                 found, said = run(args, path, options, methods, share, scratch)
                 if found is None:
-                    print(f"| {model} | {methods} | {share} | {said} | | | | | | |", flush=True)
+                    print(f"| {model} | {methods} | {share} | {said} | | | | | | | |", flush=True)
                     continue
                 names = (choice["option"] for choice in found["plan"]["choices"] if choice["method"])
                 chosen = (f"{count} × {name}" if count > 1 else name for name, count in collections.Counter(names).items())
                 verify, latency = found["verify"], found["latency"]
+                divergence = max(output["kl"] for output in verify["outputs"] if output["kl"] is not None)
                 flops = found["output"]["flops"] / found["input"]["flops"]
                 print(f"| {model} | {methods} | {share} | {'; '.join(chosen)} | {verify['before']:.4f} | {verify['after']:.4f} "
-                      f"| {flops:.3f} | {latency['before_ms']:.2f} to {latency['after_ms']:.2f} | {latency['ratio']:.3f} "
+                      f"| {divergence:.2e} | {flops:.3f} | {latency['before_ms']:.2f} to {latency['after_ms']:.2f} | {latency['ratio']:.3f} "
                       f"| {found['seconds']:.0f} |", flush=True)
 
 

@@ -1,5 +1,6 @@
 //! The main job: read, simplify, prove, write, report.
 
+mod aim;
 mod spend;
 
 use self::spend::Exact;
@@ -30,9 +31,6 @@ use std::{
 /// The claim about a whole run. Bits are expected of a single pass only: a runtime packs weights that have become
 /// constant, and then sums in another order.
 const WHOLE: Claim = Claim::Equivalent { rtol: None };
-
-/// The operator set that weights of few bits need.
-const LOSSY_OPSET: i64 = 21;
 
 /// Passes that are dropped one after another before the tool gives up on a model.
 const MOST_CULPRITS: usize = 8;
@@ -111,6 +109,13 @@ fn is_asked(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
     Ok(asked && options.selection.admits(method.info().name))
 }
 
+/// Of the methods that share a budget, the one that writes the newest operators; `None` where nothing may be lost.
+fn newest(options: &Options) -> Option<&'static dyn Method> {
+    let admitted = METHODS.iter().copied().filter(|m| options.selection.admits(m.info().name));
+    // Of several the first.
+    admitted.rev().max_by_key(|m| m.operator_set()).filter(|_| options.budget.is_given())
+}
+
 /// Does the main job. Nothing is written unless it succeeds.
 pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let start = Instant::now();
@@ -121,8 +126,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     check_settings(options)?;
     let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
     let set = options.sets.check(&loaded.model)?;
-    let old = options.budget.is_given() && loaded.model.opset() < LOSSY_OPSET;
-    let opset = options.opset.or(old.then_some(LOSSY_OPSET));
+    let opset = options.opset.or_else(|| Some(newest(options)?.operator_set()).filter(|&o| loaded.model.opset() < o));
     let mut lossy = options.budget.is_given();
     for &method in METHODS {
         lossy |= is_asked(options, method)?;
@@ -209,11 +213,9 @@ impl Job<'_> {
         let calibration = self.select()?;
         let mut prepared = original.clone();
         warnings.extend(prepare(&mut prepared)?);
-        if let (None, Some(opset)) = (options.opset, self.opset) {
-            warnings.push(format!(
-                "the model is upgraded from operator set {} to {opset}: weights of few bits need it",
-                original.opset()
-            ));
+        if let (None, Some(opset), Some(method)) = (options.opset, self.opset, newest(options)) {
+            let (old, name) = (original.opset(), method.info().name);
+            warnings.push(format!("the model is upgraded from operator set {old} to {opset}, which `{name}` writes"));
         }
         let external = if loaded.data_files.is_empty() { options.external } else { External::Always };
         let write = WriteOptions { external };

@@ -81,6 +81,10 @@ impl Method for Compensate {
         &INFO
     }
 
+    fn operator_set(&self) -> i64 {
+        quantize::OPSET
+    }
+
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         if model.opset() < quantize::OPSET {

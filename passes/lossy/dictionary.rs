@@ -240,6 +240,10 @@ impl Method for Dictionary {
         &INFO
     }
 
+    fn operator_set(&self) -> i64 {
+        OPSET
+    }
+
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let choosing = Choosing::of(cx)?;
         if model.opset() < OPSET {

@@ -220,6 +220,11 @@ pub trait Method: Sync {
         false
     }
 
+    /// The oldest operator set with everything it writes. Older models are upgraded to it where a budget is given.
+    fn operator_set(&self) -> i64 {
+        13
+    }
+
     /// Whether settings ask for it where no budget is given.
     fn asked(&self, _cx: &Context) -> Result<bool, Error> {
         Ok(false)

@@ -327,6 +327,10 @@ impl Method for Quantize {
         &INFO
     }
 
+    fn operator_set(&self) -> i64 {
+        OPSET
+    }
+
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let (found, refused) = weights(&model.graph);

@@ -69,7 +69,7 @@ static INFO: Info = Info {
 const OLDEST_OPSET: i64 = 18;
 
 /// Shares of the operations from the first attention on that schedules aim for.
-const TARGETS: [f64; 8] = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2];
+const TARGETS: [f64; 12] = [0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.2];
 
 /// What merging takes besides its operations, as if it were operations: a few dozen small nodes.
 const MERGE: f64 = 5e5;
@@ -155,6 +155,10 @@ impl std::str::FromStr for Protected {
 impl Method for ReduceTokens {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn operator_set(&self) -> i64 {
+        OLDEST_OPSET
     }
 
     fn reads_activations(&self) -> bool {

@@ -187,6 +187,10 @@ impl Method for SelectVisualTokens {
         &INFO
     }
 
+    fn operator_set(&self) -> i64 {
+        OLDEST_OPSET
+    }
+
     fn reads_activations(&self) -> bool {
         false
     }

@@ -102,6 +102,10 @@ impl Method for Substitute {
         &INFO
     }
 
+    fn operator_set(&self) -> i64 {
+        OLDEST_OPSET
+    }
+
     fn reads_activations(&self) -> bool {
         false
     }

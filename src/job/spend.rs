@@ -1,6 +1,6 @@
 //! The part of the main job that spends budgets and holds the loss against what is allowed.
 
-use super::Job;
+use super::{Job, aim::Aim};
 use crate::{
     Failure, PassRecord,
     compress::{Compressor, Table},
@@ -28,14 +28,8 @@ const ATTEMPTS: usize = 6;
 /// Share of a run that layers with weights can take at most.
 const MOST_OF_LATENCY: f64 = 0.9;
 
-/// What is aimed for beyond a budget of latency that was missed: the next measurement differs a little again.
-const LATENCY_MARGIN: f64 = 1.05;
-
-/// Share of a budget of latency below which a result saves more than it was asked to, and loses more than it needs to.
-const SAVED_TOO_MUCH: f64 = 0.96;
-
-/// Times that such a result gives back what it saved beyond its budget.
-const LOOSENINGS: usize = 2;
+/// Times that a result which saved more than a budget of latency asks for is looked beyond.
+const LOOSENINGS: usize = 3;
 
 /// Larger budgets that are tried to say what would keep to the allowed drop, and smaller ones to find the least.
 const BISECTIONS: usize = 4;
@@ -258,6 +252,8 @@ impl Job<'_> {
         }
         let mut reached: Vec<f64> = Vec::new();
         let mut smallest_tried = false;
+        let aim = |l: &Limit| Aim::new(l.kept, l.exact, l.share * l.original);
+        let mut aims: Vec<Aim> = limits.iter().map(aim).collect();
         let mut loosenings = if attempt.loosens { LOOSENINGS } else { 0 };
         let mut within: Option<Candidate> = None;
         for _ in 0..ATTEMPTS {
@@ -284,6 +280,10 @@ impl Job<'_> {
                 }
                 Err(error) => return Err(Failure::Error(anyhow!(error))),
             };
+            // Between what is within and what is not there is nothing.
+            if within.is_some() && limits.iter().zip(&aims).all(|(l, aim)| aim.knows(plan.used[l.measure as usize])) {
+                break;
+            }
             let found = attempt.table.carry_out(exact.model, &plan, &cx)?;
             let mut model = found.model;
             tidy(&mut model, &cx)?;
@@ -292,7 +292,7 @@ impl Job<'_> {
             let mut latency = None;
             let (mut over, mut loosened) = (false, false);
             reached.clear();
-            for (limit, most) in limits.iter().zip(&mut most) {
+            for ((limit, aim), most) in limits.iter().zip(&mut aims).zip(&mut most) {
                 let took = match limit.measure {
                     Measure::Latency => {
                         let measured = self.time(staged.path(), attempt.inputs)?;
@@ -305,38 +305,29 @@ impl Job<'_> {
                 reached.push(took / limit.original);
                 let allowed = limit.share * limit.original;
                 let used = plan.used[limit.measure as usize];
-                let (reckoned, saved) = (limit.kept as f64 - used as f64, limit.exact - took);
-                // What the plan may take so that as much is saved as is asked for, as far as this measurement tells.
-                let asked = || {
-                    let needed = (limit.exact - allowed) * reckoned / saved * LATENCY_MARGIN;
-                    (limit.kept as f64 - needed).max(0.0) as u64
-                };
-                let is_latency = limit.measure == Measure::Latency && saved > 0.0;
-                if took > allowed {
-                    // Names and attributes take a little more than was reckoned; kernels save more or less.
-                    over = true;
-                    *most = if is_latency {
-                        asked().min(used)
-                    } else {
-                        // A plan may have left part of its budget, which it must not take now.
-                        used.min(*most).saturating_sub((took - allowed).ceil() as u64)
-                    };
-                } else if is_latency && loosenings > 0 && took < SAVED_TOO_MUCH * allowed && asked() > used {
-                    loosened = true;
-                    *most = asked();
+                let next = aim.next(used, took);
+                let is_latency = limit.measure == Measure::Latency;
+                match next {
+                    Some(next) if is_latency && (took > allowed || loosenings > 0) => *most = next,
+                    // Names and attributes take a little more than was reckoned; a plan may have left part of its budget,
+                    // which it must not take now.
+                    _ if took > allowed => *most = used.min(*most).saturating_sub((took - allowed).ceil() as u64),
+                    _ => {}
                 }
+                over |= took > allowed;
+                loosened |= is_latency && loosenings > 0 && next.is_some();
             }
-            if over {
-                loosenings = 0;
-                continue;
+            if !over {
+                let mut plan = found.plan;
+                plan["seconds"] = json!(seconds);
+                within = Some(Candidate { model, staged, plan, records: found.records, latency });
             }
-            let mut plan = found.plan;
-            plan["seconds"] = json!(seconds);
-            within = Some(Candidate { model, staged, plan, records: found.records, latency });
-            if !loosened {
-                break;
+            if within.is_some() {
+                if !loosened {
+                    break;
+                }
+                loosenings -= 1;
             }
-            loosenings -= 1;
         }
         if let Some(Candidate { model, staged, mut plan, records, latency }) = within {
             let verify = self.held_out(staged.path())?;
