@@ -1,15 +1,22 @@
 //! The main job: read, simplify, prove, write, report.
 
 mod aim;
+mod lines;
+mod prepare;
 mod spend;
 
-use self::spend::Exact;
+pub(crate) use self::{
+    lines::{pass_line, side, verify},
+    prepare::prepare,
+};
+
+use self::{prepare::state_outputs, spend::Exact};
 use crate::{
     Budget, Failure, PassRecord, Report, Selection, Sets,
     latency::{Latency, Measurement},
     layers,
     pipeline::{self, Broken, Run},
-    report::{self, OutputLine, PassLine, Refusal, Side, Verify},
+    report::{self, Verify},
     runner::{Runner, RunnerOptions},
 };
 use anyhow::{Context as _, anyhow};
@@ -496,51 +503,6 @@ fn claim_of(kind: Kind) -> Claim {
     }
 }
 
-/// Repairs what is untidy and checks what must hold. Returns warnings.
-pub(crate) fn prepare(model: &mut Model) -> anyhow::Result<Vec<String>> {
-    let mut warnings = Vec::new();
-    let mut moved = false;
-    for (graph, _) in model.graphs_mut() {
-        let before = graph.all_nodes();
-        graph.sort().context("the model cannot be used")?;
-        moved |= graph.all_nodes() != before;
-    }
-    if moved {
-        warnings.push("nodes stood before what they need; they were put in order".to_owned());
-    }
-    let mut renamed = 0;
-    for (graph, _) in model.graphs_mut() {
-        renamed += graph.make_names_unique();
-    }
-    if renamed > 0 {
-        warnings.push(format!("{renamed} values had names that were defined twice; they were renamed"));
-    }
-    if !model.training.is_empty() {
-        model.training.clear();
-        warnings.push("training information was dropped: it names values that passes may remove".to_owned());
-    }
-    model.check().context("the model cannot be used")?;
-    Ok(warnings)
-}
-
-/// States the types of outputs that the file leaves open, where they can be inferred.
-fn state_outputs(model: &mut Model) {
-    let open: Vec<_> = model.graph.main().outputs().to_vec();
-    let open: Vec<_> = open
-        .into_iter()
-        .filter(|&v| model.graph.value(v).ty.as_ref().is_none_or(|t| t.elem().is_none() || t.shape().is_none()))
-        .collect();
-    if open.is_empty() {
-        return;
-    }
-    let facts = Facts::infer(model);
-    for value in open {
-        if let Some(ty) = facts.ty(value) {
-            model.graph.value_mut(value).ty = Some(ty);
-        }
-    }
-}
-
 fn cost(model: &Model) -> Cost {
     Cost::of(model, &Facts::infer(model), &Bindings::default())
 }
@@ -558,84 +520,4 @@ fn write_names(target: &Path, model: &Model) -> Result<PathBuf, Failure> {
     let written = std::fs::write(&path, names.expect("names are text"));
     written.with_context(|| format!("cannot write `{}`", path.display()))?;
     Ok(path)
-}
-
-/// What the report says about one model.
-pub(crate) fn side(path: &Path, model: &Model, file_bytes: u64) -> Side {
-    let cost = cost(model);
-    Side {
-        path: path.display().to_string(),
-        file_bytes,
-        weight_bytes: pipeline::weight_bytes(model),
-        nodes: model.graph.nodes(lathe_ir::ScopeId::MAIN).count() as u64,
-        nodes_total: pipeline::node_count(model) as u64,
-        parameters: cost.parameters,
-        flops: cost.flops,
-        peak_activation_bytes: cost.activation_peak_bytes,
-        opset: model.opset(),
-    }
-}
-
-pub(crate) fn pass_line(record: &PassRecord) -> PassLine {
-    let refusals = record.outcome.refusals.iter().map(|(reason, (count, example))| Refusal {
-        reason: reason.clone(),
-        count: *count,
-        example: example.clone(),
-    });
-    PassLine {
-        name: record.name.to_owned(),
-        kind: record.kind.name().to_owned(),
-        changes: record.outcome.changes.len(),
-        refusals: refusals.collect(),
-        seconds: record.time.as_secs_f64(),
-        nodes_delta: record.nodes_delta,
-        weight_bytes_delta: record.weight_bytes_delta,
-        flops_delta: record.flops_delta,
-        error: record.error,
-        dropped: record.dropped.clone(),
-    }
-}
-
-/// The comparison in the report's terms.
-pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str, note: Option<String>) -> Verify {
-    let worst = report.comparison.worst();
-    let rounding = report.comparison.outputs.iter().filter(|o| o.rounding && o.rel_l2 > worst);
-    let rounding: Vec<String> = rounding.map(|o| format!("`{}`", o.name)).collect();
-    let note = note.or_else(|| {
-        let names = rounding.join(", ");
-        (!rounding.is_empty()).then(|| format!("{names} is near zero everywhere and differs by float32 rounding only"))
-    });
-    let (metric, limit) = match claim {
-        Claim::Identical => ("bits", 0.0),
-        Claim::Equivalent { rtol } => {
-            ("rel-l2", rtol.unwrap_or_else(|| lathe_runtime::default_rtol(lathe_ir::DataType::Float)))
-        }
-    };
-    let outputs = report.comparison.outputs.iter().map(|o| OutputLine {
-        name: o.name.clone(),
-        max_abs: o.max_abs,
-        rel_l2: o.rel_l2,
-        cosine: o.cosine,
-        top1: o.top1,
-        kl: o.kl,
-        snr: None,
-        psnr: None,
-        ssim: None,
-    });
-    Verify {
-        set: set.to_owned(),
-        samples: report.samples,
-        metric: metric.to_owned(),
-        why: None,
-        before: 0.0,
-        after: worst,
-        drop: worst,
-        limit,
-        passed: report.comparison.failures.is_empty(),
-        detail: None,
-        runtime: report.engine.clone(),
-        sizes: report.sizes.clone(),
-        note,
-        outputs: outputs.collect(),
-    }
 }

@@ -2,6 +2,7 @@
 
 mod convert;
 mod external;
+mod message;
 mod proto;
 mod read;
 mod scan;
