@@ -120,14 +120,15 @@ fn prepare(model: &InferenceModel, feeds: &[TValue], optimize: bool) -> TractRes
 
 /// Runs something of the engine's; its errors and panics become one line.
 fn guarded<T>(work: impl FnOnce() -> TractResult<T>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(work)) {
+    let done = match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => {
             let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
             Err(chain.join(": ").split_whitespace().collect::<Vec<_>>().join(" "))
         }
         Err(_) => Err("it stopped on an internal check".to_owned()),
-    }
+    };
+    done.map_err(|message| format!("{message} (an installed ONNX Runtime is used instead, and runs more)"))
 }
 
 fn to_tract(tensor: &Tensor) -> Result<tract_onnx::prelude::Tensor, String> {

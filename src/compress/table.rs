@@ -418,6 +418,16 @@ impl Table<'_> {
         Ok(())
     }
 
+    /// Tells of methods that nothing was taken of.
+    fn say_what_is_not_used(&self, records: &mut BTreeMap<&'static str, PassRecord>) {
+        for offer in self.places.iter().flat_map(|p| &p.offers) {
+            let record = records.get_mut(offer.method.info().name).expect("a method that proposes has a record");
+            if record.outcome.changes.is_empty() {
+                record.outcome.refuse("the budget is kept with less loss without it", format!("`{}`", offer.site.name));
+            }
+        }
+    }
+
     /// Carries a plan out on a copy of `model`.
     pub(crate) fn carry_out(&self, model: &Model, plan: &Plan, cx: &Context) -> Result<Compressed, Failure> {
         let mut result = model.clone();
@@ -457,6 +467,7 @@ impl Table<'_> {
             };
             self.edit(&mut result, &mut records, &edits, &cx)?;
         }
+        self.say_what_is_not_used(&mut records);
         let choices = chosen.iter().filter_map(told).collect();
         let done = chosen.iter().filter_map(|chosen| {
             let (offer, own) = chosen.place.choices().nth(chosen.choice?)?;

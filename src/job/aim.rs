@@ -105,13 +105,12 @@ mod tests {
     #[test]
     fn a_budget_is_used_up() {
         let every: Vec<u64> = (0..=1000).collect();
-        for (name, took) in [
-            ("as reckoned", &(|used| used as f64) as &dyn Fn(u64) -> f64),
+        let cases: [(&str, &dyn Fn(u64) -> f64); 3] = [
+            ("as reckoned", &|used| used as f64),
             ("half of what was reckoned is saved", &|used| 500.0 + used as f64 / 2.0),
-            ("twice as much is saved at first", &|used| {
-                if used > 600 { 2.0 * used as f64 - 1000.0 } else { used as f64 / 3.0 }
-            }),
-        ] {
+            ("at first twice as much is saved", &|used| (2.0 * used as f64 - 1000.0).max(used as f64 / 3.0)),
+        ];
+        for (name, took) in cases {
             let (used, tried) = reach(600.0, &every, took);
             assert!((0.94 * 600.0..=600.0).contains(&took(used)) && tried <= 4, "{name}: {used} after {tried}");
         }
