@@ -222,6 +222,34 @@ fn under_target_ort_one_table_serves_look_ups_and_the_head() {
 }
 
 #[test]
+fn only_methods_that_share_the_budget_upgrade_the_model() {
+    let bench = bench();
+    let mut model = Model::read(&bench.path("model.onnx")).unwrap().model;
+    model.opsets = vec![(String::new(), 18)];
+    fs::write(bench.path("model.onnx"), model.to_bytes()).unwrap();
+    let opset_and_warnings = |options: &[&str]| {
+        let report = bench.report(&[&["--size", "0.6"], options].concat());
+        (report["output"]["opset"].as_i64().unwrap(), report["warnings"].to_string())
+    };
+    let (opset, warnings) = opset_and_warnings(&["--skip", "quantize,compensate"]);
+    assert!(opset == 18 && !warnings.contains("upgraded"), "{opset}: {warnings}");
+    let (opset, warnings) = opset_and_warnings(&["--overwrite"]);
+    assert!(opset == 21 && warnings.contains("from operator set 18 to 21, which `quantize` writes"), "{warnings}");
+}
+
+#[test]
+fn methods_that_nothing_is_taken_of_are_told() {
+    let report = bench().report(&["--size", "0.6"]);
+    let passes = report["passes"].as_array().unwrap();
+    let told: Vec<&Value> =
+        passes.iter().filter(|p| p["refusals"].to_string().contains("less loss without it")).collect();
+    assert!(!told.is_empty(), "{passes:?}");
+    for pass in told {
+        assert_eq!(pass["changes"], 0, "{pass}");
+    }
+}
+
+#[test]
 fn several_budgets_are_kept_together() {
     let report = bench().report(&["--size", "0.5", "--params", "0.9"]);
     assert_eq!(report["plan"]["solver"], "ilp");
