@@ -418,9 +418,11 @@ impl Table<'_> {
         Ok(())
     }
 
-    /// Tells of methods that nothing was taken of.
+    /// Tells of methods that nothing was taken of, though they had something to offer.
     fn say_what_is_not_used(&self, records: &mut BTreeMap<&'static str, PassRecord>) {
-        for offer in self.places.iter().flat_map(|p| &p.offers) {
+        let offers = self.places.iter().flat_map(|p| &p.offers);
+        // What was left of others was declined for a reason of its own.
+        for offer in offers.filter(|offer| !offer.site.choices.is_empty()) {
             let record = records.get_mut(offer.method.info().name).expect("a method that proposes has a record");
             if record.outcome.changes.is_empty() {
                 record.outcome.refuse("the budget is kept with less loss without it", format!("`{}`", offer.site.name));
