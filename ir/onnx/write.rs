@@ -115,8 +115,16 @@ impl Model {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let folder = tempfile::Builder::new().prefix(".optimize-").tempdir_in(parent).map_err(failed)?;
-        staging().push((thread::current().id(), folder.path().to_owned()));
+        let folder = {
+            // An interrupt sees either no folder or one that it knows of.
+            let mut staging = staging();
+            if staging.ended {
+                return Err(failed(io::ErrorKind::Interrupted.into()));
+            }
+            let folder = tempfile::Builder::new().prefix(".optimize-").tempdir_in(parent).map_err(failed)?;
+            staging.folders.push((thread::current().id(), folder.path().to_owned()));
+            folder
+        };
         let mut data_name = name.clone();
         data_name.push(".data");
         let inline = Plan::new(self, &Weights::Inline);
@@ -154,25 +162,37 @@ fn create(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()
     out.flush()
 }
 
-/// Folders of results that are not yet in place, and the threads that write them, for [`remove_staged`].
-static STAGING: Mutex<Vec<(ThreadId, PathBuf)>> = Mutex::new(Vec::new());
+/// What [`remove_staged`] removes.
+struct Staging {
+    /// Folders of results that are not yet in place, and the threads that write them.
+    folders: Vec<(ThreadId, PathBuf)>,
+    /// Whether the program is ending, so that no more are made.
+    ended: bool,
+}
 
-fn staging() -> std::sync::MutexGuard<'static, Vec<(ThreadId, PathBuf)>> {
+static STAGING: Mutex<Staging> = Mutex::new(Staging { folders: Vec::new(), ended: false });
+
+/// Times that a folder is removed into which somebody is writing; each file can come in between once.
+const REMOVALS: usize = 4;
+
+fn staging() -> std::sync::MutexGuard<'static, Staging> {
     STAGING.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Removes every result that is not yet in place: for a program about to be interrupted.
+/// Removes every result that is not yet in place, for a program about to end: nothing can be staged afterwards.
 pub fn remove_staged() {
-    for (_, folder) in staging().drain(..) {
+    let mut staging = staging();
+    staging.ended = true;
+    for (_, folder) in staging.folders.drain(..) {
         // The program is ending; a folder that cannot be removed is only litter.
-        let _ = fs::remove_dir_all(folder);
+        let _ = (0..REMOVALS).find(|_| fs::remove_dir_all(&folder).is_ok());
     }
 }
 
 /// Removes what `thread` has not put in place yet: for work that was called off and has not noticed. Its
 /// [`Staged::commit`] fails.
 pub fn remove_staged_of(thread: ThreadId) {
-    for (_, folder) in staging().extract_if(.., |(writer, _)| *writer == thread) {
+    for (_, folder) in staging().folders.extract_if(.., |(writer, _)| *writer == thread) {
         // Nobody waits for it any more.
         let _ = fs::remove_dir_all(folder);
     }
@@ -191,7 +211,10 @@ pub struct Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        staging().retain(|(_, folder)| folder != self.folder.path());
+        let mut staging = staging();
+        // While the list is held: an interrupt would not know of the folder any more.
+        let _ = fs::remove_dir_all(self.folder.path());
+        staging.folders.retain(|(_, folder)| folder != self.folder.path());
     }
 }
 
