@@ -185,7 +185,7 @@ fn repeat(
     let claim = if options.provider == "cpu" { Claim::Identical } else { Claim::Equivalent { rtol: None } };
     let known = |(name, _): &(String, Datum)| outputs.iter().any(|(n, _)| n == name);
     let failures = match session.run(inputs).map(|again| again.into_iter().filter(known).collect::<Vec<_>>()) {
-        Ok(again) => compare(outputs, &again, claim).failures,
+        Ok(again) => compare(outputs, &again, claim).faults.iter().map(ToString::to_string).collect(),
         Err(error) => vec![error.to_string()],
     };
     (!failures.is_empty()).then_some(Verdict::Nondeterministic { failures })
@@ -326,7 +326,7 @@ impl State {
                 find(all, name).map(|at| all[at].clone()).into_iter().collect()
             };
             let found = compare(&pick(before), &pick(after), Claim::Equivalent { rtol: None });
-            self.failures.extend(found.failures.into_iter().map(|f| format!("{f}, in samples from {first} on")));
+            self.failures.extend(found.faults.into_iter().map(|f| format!("{f}, in samples from {first} on")));
         }
         Ok(())
     }

@@ -355,11 +355,10 @@ impl Job<'_> {
                 return Ok(None);
             }
             match self.compare_models(&seen, model, claim_of(pass.info().kind)) {
-                Ok(Verdict::Compared(report)) if report.comparison.failures.is_empty() => {
+                Ok(Verdict::Compared(report)) if report.comparison.holds() => {
                     seen = model.clone();
-                    Ok(Some(report.comparison.worst()))
+                    Ok(report.comparison.worst().map(|output| output.rel_l2))
                 }
-                Ok(Verdict::Nondeterministic { .. }) => Ok(None),
                 Ok(verdict) => Err(broken(verdict.describe())),
                 Err(error) => {
                     trouble = Some(error);
@@ -451,13 +450,8 @@ impl Job<'_> {
             .context("the result cannot be run beside the original (--no-verify writes it without proof)")?;
         let reason = verdict.describe();
         match verdict {
-            Verdict::Compared(report) if report.comparison.failures.is_empty() => {
-                Ok(Judgement::Holds(Box::new(verify(report, WHOLE, self.set_name(), None))))
-            }
-            Verdict::Nondeterministic { .. } => {
-                let note = format!("{reason}, so its outputs were not compared");
-                let nothing = lathe_runtime::Report::default();
-                Ok(Judgement::Holds(Box::new(verify(nothing, WHOLE, self.set_name(), Some(note)))))
+            Verdict::Compared(report) if report.comparison.holds() => {
+                Ok(Judgement::Holds(Box::new(verify(report, WHOLE, self.set_name()))))
             }
             Verdict::ReferenceRefused { .. } => Err(Failure::Error(anyhow!(
                 "{reason}, so the result cannot be verified (--no-verify writes it without proof)"
