@@ -1,6 +1,7 @@
 //! Folds a constant factor or sum into all of the layers that read it.
 
-use super::linear::{Gain, Layer, LayerKind, RTOL, is_weight_type, require_no_growth_over, round};
+use super::linear::{Gain, Layer, LayerKind, RTOL, require_no_growth_over};
+use super::rounding::{Sum, is_weight_type, sums};
 use crate::{Change, Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal};
 use lathe_ir::{Bindings, Function, Graph, Model, NodeId, Patch, Tensor, Use, ValueId};
 
@@ -120,8 +121,8 @@ fn plan(m: &Match, g: &mut Patch, id: NodeId) -> Result<Vec<(NodeId, ValueId)>, 
             let (sum, old) = sum_after(m, layer)?;
             let response = layer.response(&gain)?;
             let old = layer.gain(old)?;
-            let numbers: Vec<f64> = response.iter().enumerate().map(|(i, r)| r + old.at(i)).collect();
-            let bias = g.constant("bias", round(c.dtype(), &[layer.outputs], &numbers)?);
+            let all: Vec<Sum> = (0..layer.outputs).map(|i| response.at(i).plus(old.at(i))).collect();
+            let bias = g.constant("bias", sums(c.dtype(), &[layer.outputs], &all)?);
             let product = layer.on(g, x, &Gain::ONE, &Gain::ZERO)?;
             replaced.push((sum, g.node(graph.node(sum).clone(), &[product, bias])));
             gone.push(sum);
@@ -233,6 +234,21 @@ mod tests {
             y = If (e) <then_branch = p () => (float[N,2] u) {{ t = Mul (x, s) v = MatMul (t, k) w = Gemm (t, i) u = Add (v, w) }},
                         else_branch = q () => (float[N,2] v) {{ v = Identity (x) }}> }}");
         check(&FoldNormAffine, &graph.replace("float[3] d", "float[2,2] i = {4, 3, 2, 1}, float[3] d"));
+    }
+
+    #[test]
+    fn keeps_constants_that_cancel_or_lose_digits() {
+        let graph = format!(
+            "{OPSET} g (float[N,2] x) => (float[N,2] y, float[N,2] z)
+             <float[2] s = {{1e-20, 1e-20}}, float[2,2] q = {{1e-20, 2e-20, 3e-20, 4e-20}}, float[2,2] k = {{1, 1, -1, -1}},
+              float[2] c = {{1e10, 1e10}}> {{ BODY }}"
+        );
+        let body = "t = Mul (x, s) y = MatMul (t, q) z = MatMul (t, k)";
+        check_refuses(&FoldNormAffine, &graph.replace("BODY", body), "too small for its type");
+        let body = "t = Add (x, c) y = Gemm (t, q) z = Gemm (t, k)";
+        check_refuses(&FoldNormAffine, &graph.replace("BODY", body), "the constants cancel");
+        let body = "t = Add (x, c) u = MatMul (t, q) y = Add (u, c) v = MatMul (t, k) z = Add (v, s)";
+        check_refuses(&FoldNormAffine, &graph.replace("BODY", body), "the constants cancel");
     }
 
     #[test]

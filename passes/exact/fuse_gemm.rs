@@ -1,6 +1,7 @@
 //! Makes one Gemm of a product of matrices with the sum after it and the transposes before it.
 
-use super::linear::{RTOL, is_weight_type, require_private};
+use super::linear::{RTOL, require_private};
+use super::rounding::is_weight_type;
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{DataType, Model, Node, Patch, ValueId};
 

@@ -1,6 +1,6 @@
 //! Merges layers that read the same value into one wider layer and a Split.
 
-use super::linear::{RTOL, is_weight_type};
+use super::{linear::RTOL, rounding::is_weight_type};
 use crate::{Context, Error, Info, Kind, Match, Opt, Outcome, Pass, Quantity, Refusal};
 use lathe_analysis::Facts;
 use lathe_ir::{Bindings, DataType, Function, Graph, Model, Node, NodeId, Patch, ScopeId, Tensor, Use, ValueId};

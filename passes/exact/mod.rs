@@ -38,6 +38,7 @@ mod merge_scalars;
 mod merge_slices;
 mod norm_parts;
 mod normalise_model;
+mod rounding;
 mod share_initializers;
 mod simplify_reshapes;
 mod simplify_shapes;
