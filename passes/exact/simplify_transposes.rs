@@ -47,7 +47,7 @@ fn rules() -> Vec<Rule> {
             let (perm, shape) = (m.perm("node")?, m.facts().shape(m.value("x")).ok_or_else(Refusal::no_match)?);
             let long: Vec<usize> = perm.iter().copied().filter(|&axis| shape[axis].as_known() != Some(1)).collect();
             m.only_if(!is_identity(&perm) && long.is_sorted() && m.opset() >= 5)?;
-            let to = super::simplify_reshapes::target(m, m.value("x"), m.value("output"))?;
+            let to = super::simplify_reshapes::target(m, m.value("x"), m.value("output"), &[])?;
             Ok(g.reshape(m.value("x"), &to))
         }),
         rule(
