@@ -4,7 +4,7 @@ use crate::lossy::{Choice, allocate::Measure};
 use lathe_analysis::{Calibrate, Evaluate, EvaluateError, Facts};
 use lathe_ir::{Function, Graph, Model, ValueId};
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     collections::BTreeMap,
 };
 
@@ -110,6 +110,9 @@ pub struct Context<'a> {
     pub target: Target,
     /// Bytes by which folding may enlarge the model, over the whole run.
     pub max_growth: u64,
+    /// Whether initializers that are listed among the inputs are constants of an old exporter: decided once in a run, on
+    /// the model as it was read.
+    pub lists_constants: OnceCell<bool>,
     /// Bytes by which folding has enlarged the model so far in this run.
     pub grown: Cell<u64>,
     /// Runs models, if anything can.
