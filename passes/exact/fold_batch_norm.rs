@@ -15,7 +15,8 @@ static INFO: Info = Info {
           ConvTranspose, Gemm or MatMul both go into the weights and the bias; before a Conv or Gemm too, if nothing \
           pads the input. Where there is no such layer, constants that are multiplied or added just before or after it \
           and a second BatchNormalization go into its scale and bias. Computed in float64 and rounded once. Declines \
-          in training mode, on weights that other nodes share, and where a constant is not one number a channel.",
+          in training mode, on weights that other nodes share, where a constant is not one number a channel, and where \
+          constants cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Parameters, Quantity::Flops],

@@ -14,7 +14,8 @@ static INFO: Info = Info {
     doc: "A sum or difference with a constant of one number, or of one number a channel, goes into the bias of the \
           Conv, ConvTranspose or Gemm before it, or into that of a Conv, Gemm or MatMul with a constant sum after it \
           if nothing pads the input in between. Constants added one after the other become one. Computed in float64 \
-          and rounded once. Declines on constants that other nodes share, where a copy would enlarge the file.",
+          and rounded once. Declines on constants that other nodes share, where a copy would enlarge the file, and on \
+          constants that cancel: the original rounds away digits beside them that would come back.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Flops],

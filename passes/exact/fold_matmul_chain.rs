@@ -14,7 +14,8 @@ static INFO: Info = Info {
     doc: "(x·A)·B is x·(A·B): one product instead of two, and fewer operations and bytes as long as the inner width \
           does not make the factors smaller than their product, as a low-rank pair is meant to. A constant sum between \
           the two moves behind them. Computed in float64 and rounded once. Declines where the product would be larger \
-          than the two matrices, where other nodes use one of them, and on products too large to compute here.",
+          than the two matrices, where other nodes use one of them, on products too large to compute here, \
+          and where the numbers cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Parameters, Quantity::Flops],

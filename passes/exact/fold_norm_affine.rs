@@ -14,7 +14,8 @@ static INFO: Info = Info {
     doc: "A normalization that is spelled out ends in a product with γ and perhaps a sum with β. Where everything that \
           reads the result is a Conv, Gemm or MatMul with a weight of its own, γ goes into all of these weights and β \
           into their biases (a MatMul must be followed by a constant sum). Declines where anything else reads the \
-          result, where a weight is shared, and where a padded Conv would see the sum at its border.",
+          result, where a weight is shared, where a padded Conv would see the sum at its border, and where constants \
+          cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Flops],

@@ -16,7 +16,8 @@ static INFO: Info = Info {
           through Reshape, Transpose and the like, constant sums and products, and through one side of a MatMul of two \
           computed values: so the 1/√d of attention goes into the query projection. A factor before a constant sum \
           before a layer goes into the layer, and its reciprocal into the sum. Computed in float64 and rounded once. \
-          Declines on the half of a GELU, which runtimes know as a whole, on weights that other nodes share, and where a weight would leave the range of its type.",
+          Declines on the half of a GELU, which runtimes know as a whole, on weights that other nodes share, and where a \
+          constant would leave the range of its type or be so small that it loses digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Flops],
