@@ -383,6 +383,23 @@ pub(crate) mod exact {
             Either::Text(text) => text.parse().map_err(D::Error::custom),
         }
     }
+
+    /// Lists of lists of them.
+    pub(crate) mod lists {
+        use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+        #[derive(Serialize, Deserialize)]
+        struct One(#[serde(with = "super")] f64);
+
+        pub(crate) fn serialize<S: Serializer>(lists: &[Vec<f64>], serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_seq(lists.iter().map(|list| list.iter().map(|&x| One(x)).collect::<Vec<_>>()))
+        }
+
+        pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<f64>>, D::Error> {
+            let lists: Vec<Vec<One>> = Deserialize::deserialize(deserializer)?;
+            Ok(lists.into_iter().map(|list| list.into_iter().map(|One(x)| x).collect()).collect())
+        }
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::{
     Weight,
     layers::Tap,
     quantize::{Blocks, Layout, Scheme},
+    stored::Stored,
     take_over,
 };
 use crate::Target;
@@ -30,6 +31,11 @@ pub(super) fn emit(
         }
         None => restore(&mut model.graph, weight, layout, scheme, blocks),
     }
+}
+
+/// Replaces a constant that is only stored otherwise.
+pub(super) fn emit_stored(model: &mut Model, stored: &Stored, scheme: Scheme, blocks: &Blocks) {
+    restore(&mut model.graph, &stored.weight(), stored.layout, scheme, blocks);
 }
 
 /// How an operator of ONNX Runtime reads a weight in blocks.

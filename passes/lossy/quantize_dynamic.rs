@@ -131,13 +131,17 @@ impl Method for QuantizeDynamic {
         &INFO
     }
 
+    fn serves(&self, measures: &[Measure]) -> bool {
+        measures.contains(&Measure::Latency)
+    }
+
     fn reads_ranges(&self, cx: &Context) -> bool {
         cx.measures.contains(&Measure::Latency)
     }
 
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        if !cx.measures.contains(&Measure::Latency) {
+        if !self.serves(&cx.measures) {
             proposal.outcome.refuse("it saves time, and latency is not limited", "the model");
             return Ok(proposal);
         }
