@@ -246,7 +246,7 @@ fn initializer(value: &Value) -> Initializer {
 fn nameless(ty: &Type) -> Type {
     let plain = |shape: &Option<Shape>| {
         shape.as_ref().map(|shape| {
-            let dims = shape.dims.iter().map(|d| if let Dim::Known(_) = d { d.clone() } else { Dim::Unknown });
+            let dims = shape.dims.iter().map(|d| if d.known().is_some() { d.clone() } else { Dim::Unknown });
             Shape { dims: dims.collect(), denotations: shape.denotations.clone() }
         })
     };

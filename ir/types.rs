@@ -142,17 +142,26 @@ impl fmt::Display for DataType {
 pub enum Dim {
     /// A known size.
     Known(i64),
-    /// A size that is only named; equal names within a model mean equal sizes.
+    /// A size that is only named; equal names within a model mean equal sizes. A name of digits is that number.
     Symbol(String),
     /// Nothing is said.
     Unknown,
 }
 
 impl Dim {
-    /// The size, if it is known.
+    /// The size, if it is known. Some exporters write `32` as a name; the file then keeps it as it is.
     pub fn known(&self) -> Option<i64> {
         match self {
             Dim::Known(size) => Some(*size),
+            Dim::Symbol(name) if name.bytes().all(|b| b.is_ascii_digit()) => name.parse().ok(),
+            _ => None,
+        }
+    }
+
+    /// The name of a size that is not known.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Dim::Symbol(name) if self.known().is_none() => Some(name),
             _ => None,
         }
     }

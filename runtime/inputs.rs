@@ -123,9 +123,9 @@ pub fn required_inputs(graph: &Graph) -> impl Iterator<Item = ValueId> + '_ {
 /// How a dimension is called: its symbol, or its place in shapes of this rank. Unnamed dimensions at the same place are
 /// taken to be equal, which they are in most exports (`[?, ?]` ids beside a `[?, ?]` mask).
 fn key(dim: &Dim, axis: usize, ndim: usize) -> Option<String> {
-    match dim {
-        Dim::Known(size) if *size >= 0 => None,
-        Dim::Symbol(name) if !name.is_empty() && name != "?" => Some(name.clone()),
+    match (dim.known(), dim.name()) {
+        (Some(size), _) if size >= 0 => None,
+        (_, Some(name)) if !name.is_empty() && name != "?" => Some(name.to_owned()),
         _ => Some(format!("?{axis}/{ndim}")),
     }
 }
@@ -262,7 +262,7 @@ fn settle_sums(named: &mut BTreeMap<String, usize>, fixed: &BTreeMap<String, usi
 
 /// Whether a shape looks like images: four axes, one of them holding 1, 3 or 4 channels.
 fn is_image(shape: &Shape) -> bool {
-    let channels = |axis: usize| matches!(shape.dims.get(axis), Some(Dim::Known(1 | 3 | 4)));
+    let channels = |axis: usize| matches!(shape.dims.get(axis).and_then(Dim::known), Some(1 | 3 | 4));
     shape.dims.len() == 4 && (channels(1) || channels(3))
 }
 

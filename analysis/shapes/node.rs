@@ -33,9 +33,9 @@ impl ValueType {
     }
 
     fn from_stated(ty: &Type, names: bool) -> ValueType {
-        let dim = |dim: &Dim| match dim {
-            Dim::Known(size) => (*size >= 0).then(|| DimExpr::from(*size)),
-            Dim::Symbol(name) if names && is_name(name) => Some(DimExpr::named(name)),
+        let dim = |dim: &Dim| match (dim.known(), dim.name()) {
+            (Some(size), _) => (size >= 0).then(|| DimExpr::from(size)),
+            (None, Some(name)) if names => named(name),
             _ => None,
         };
         let dims = |shape: &Option<Shape>| shape.as_ref().map(|s| s.dims.iter().map(dim).collect());
@@ -134,6 +134,22 @@ impl ValueType {
             other => other,
         }
     }
+}
+
+/// The dimension that a name stands for. Exporters also write sums and products of names: `past + sequence`, `2*height`.
+fn named(name: &str) -> Option<DimExpr> {
+    let factor = |text: &str| match text.trim() {
+        number if !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()) => {
+            Some(number.parse::<i64>().ok()?.into())
+        }
+        word if word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && is_name(word) => {
+            Some(DimExpr::named(word))
+        }
+        _ => None,
+    };
+    let term = |text: &str| text.split('*').map(factor).reduce(|a, b| a?.times(&b?)).flatten();
+    let sum = name.split('+').map(term).reduce(|a, b| a?.plus(&b?)).flatten();
+    sum.or_else(|| is_name(name).then(|| DimExpr::named(name)))
 }
 
 /// Whether a dimension's name tells it from others. Some exporters write `?` or `None` for every size they do not know.

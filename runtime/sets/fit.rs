@@ -282,9 +282,9 @@ fn column(
             found: found.to_vec(),
             because,
         };
-        match dim {
-            Dim::Symbol(symbol) if !symbol.is_empty() && symbol != "?" => {
-                let (expected, other) = sizes.entry(symbol.clone()).or_insert((size, name.clone()));
+        match dim.name() {
+            Some(symbol) if !symbol.is_empty() && symbol != "?" => {
+                let (expected, other) = sizes.entry(symbol.to_owned()).or_insert((size, name.clone()));
                 if *expected != size {
                     return Err(wrong(format!(" where `{symbol}` is {expected} as in `{other}`, found {size}")));
                 }

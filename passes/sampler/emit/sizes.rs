@@ -54,7 +54,7 @@ fn check_latent(sampler: &Sampler) -> Result<(), Error> {
             "steps of several sizes need a denoiser whose height and width are open, and `{name}` is [{shown}]"
         )));
     }
-    let follows = |name: &&String| dims(name).iter().any(|d| matches!(d, Dim::Symbol(_)) && sides.contains(&d));
+    let follows = |name: &&String| dims(name).iter().any(|d| d.name().is_some() && sides.contains(&d));
     match sampler.roles.conditions.iter().map(|c| &c.name).find(follows) {
         None => Ok(()),
         Some(condition) => Err(Error::Plan(format!(
