@@ -31,7 +31,7 @@ pub(super) fn opsets(imports: Vec<proto::OperatorSetIdProto>) -> Vec<(String, i6
 }
 
 pub(super) fn imports(opsets: &[(String, i64)]) -> Vec<proto::OperatorSetIdProto> {
-    opsets.iter().map(|(d, v)| proto::OperatorSetIdProto { domain: Some(d.clone()), version: Some(*v) }).collect()
+    opsets.iter().map(|(d, v)| proto::OperatorSetIdProto { domain: text(d), version: Some(*v) }).collect()
 }
 
 /// `None` for an empty string: absent and empty mean the same in ONNX.
