@@ -4,66 +4,14 @@
 //! read, normalizations and softmax five; moving data and whole-number arithmetic on shapes count nothing. Operators
 //! that are not known, or whose shapes are not, add nothing and are listed: the total is then a lower bound.
 
+mod bindings;
 mod flops;
 
-use crate::{
-    dim::{DimExpr, Symbol},
-    liveness::Liveness,
-    shapes::Facts,
-};
+pub use bindings::Bindings;
+
+use crate::{liveness::Liveness, shapes::Facts};
 use lathe_ir::{AttributeValue, DataType, Graph, Initializer, Model, NodeId, ScopeId, Tensor, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Sizes for dimensions that the model leaves open.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bindings {
-    /// The size of dimensions whose name says batch: `batch`, `batch_size`, `N`, `bs` and the like.
-    pub batch: i64,
-    /// The size of all others.
-    pub other: i64,
-    named: BTreeMap<String, i64>,
-}
-
-impl Default for Bindings {
-    /// Batch 1, every other open size 128.
-    fn default() -> Bindings {
-        Bindings { batch: 1, other: 128, named: BTreeMap::new() }
-    }
-}
-
-impl Bindings {
-    /// Gives the dimension `name` a size.
-    pub fn set(&mut self, name: impl Into<String>, size: i64) {
-        self.named.insert(name.into(), size);
-    }
-
-    /// What stands for a symbol.
-    pub fn size(&self, symbol: &Symbol) -> i64 {
-        match symbol {
-            Symbol::Named(name) => match self.named.get(&**name) {
-                Some(&size) => size,
-                None if is_batch(name) => self.batch,
-                None => self.other,
-            },
-            _ => self.other,
-        }
-    }
-
-    /// The size that a dimension then has; `None` if it overflows.
-    pub fn evaluate(&self, dim: &DimExpr) -> Option<u64> {
-        dim.evaluate(&|symbol| Some(self.size(symbol))).map(|size| u64::try_from(size).unwrap_or(0))
-    }
-
-    /// The sizes of a value's axes.
-    fn sizes(&self, facts: &Facts, value: ValueId) -> Option<Vec<u64>> {
-        facts.shape(value)?.iter().map(|dim| self.evaluate(dim)).collect()
-    }
-}
-
-fn is_batch(name: &str) -> bool {
-    let lower = name.to_ascii_lowercase();
-    lower.contains("batch") || matches!(lower.as_str(), "n" | "b" | "bs" | "bsz")
-}
 
 /// What the nodes of one operator cost together.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -115,8 +63,9 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Computes the cost of a model whose facts are known, at these sizes.
+    /// Computes the cost of a model whose facts are known, at these sizes; see also [`Bindings::for_inputs`].
     pub fn of(model: &Model, facts: &Facts, bindings: &Bindings) -> Cost {
+        let bindings = &bindings.clone().for_inputs(&model.graph, facts);
         let by_node = vec![NodeCost::default(); model.graph.node_bound()];
         let mut sums = Sums { model, bindings, operators: BTreeMap::new(), uncounted: BTreeMap::new(), by_node };
         let mut cost = Cost { nodes: model.graph.nodes(ScopeId::MAIN).count(), ..Cost::default() };

@@ -15,7 +15,7 @@ use crate::Sample;
 use bytes::Bytes;
 use fit::{Array, Column, Rows, Shard};
 use lathe_analysis::{Bindings, Cost, Facts};
-use lathe_ir::{DataType, Dim, Model, Tensor};
+use lathe_ir::{DataType, Model, Tensor};
 use npy::Elements;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -235,12 +235,10 @@ fn usual_batch(model: &Model, shards: &[Shard]) -> usize {
         let value = model.graph.value(id);
         let column = shard.columns.iter().find(|c| c.input == value.name);
         let shape = value.ty.as_ref().and_then(|t| t.shape());
-        for (axis, (dim, &size)) in
-            shape.zip(column).iter().flat_map(|(s, c)| s.dims.iter().zip(c.array.shape())).enumerate()
-        {
-            if let Dim::Symbol(name) = dim {
-                bindings.set(name.clone(), if axis == 0 { 1 } else { size as i64 });
-            }
+        if let Some((stated, column)) = shape.zip(column) {
+            let mut sizes = column.array.shape().to_vec();
+            sizes.iter_mut().take(1).for_each(|first| *first = 1);
+            bindings.set_input(stated, &sizes);
         }
     }
     let peak = Cost::of(model, &Facts::infer(model), &bindings).activation_peak_bytes.max(1);

@@ -133,7 +133,7 @@ impl<'a> Compressor<'a> {
         let answers = self.sensitivity(model, &outputs, &apart.outputs(), cache, warnings)?;
         seen.emphasis = apart.emphasis(&seen, &answers).map_err(anyhow::Error::from)?;
         let facts = Facts::infer(model);
-        let bindings = Bindings::default();
+        let bindings = Bindings::default().for_inputs(graph, &facts);
         let rows = |value: ValueId| -> u64 {
             let taps = found.iter().filter(|w| w.value == value).flat_map(|w| &w.taps);
             taps.filter(|tap| tap.rows.is_some()).map(|tap| rows_of(&facts, &bindings, tap)).sum()

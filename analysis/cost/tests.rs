@@ -78,3 +78,58 @@ fn convolutions_count_channels_and_kernel() {
     );
     assert_eq!(cost.flops, 2 * (6 * 8 * 8) * (2 * 3 * 3) + 6 * 8 * 8);
 }
+
+/// FLOPs of one addition to each of these inputs: their elements, with 1 for batches and 128 for other open sizes.
+fn elements(inputs: &[&str]) -> Vec<u64> {
+    let names: Vec<String> = (0..inputs.len()).map(|i| format!("x{i}")).collect();
+    let declared: Vec<String> = inputs.iter().zip(&names).map(|(ty, name)| format!("{ty} {name}")).collect();
+    let nodes: Vec<String> =
+        names.iter().map(|name| format!("y{name} = CastLike ({name}, one) z{name} = Neg (y{name})")).collect();
+    let outputs: Vec<String> = names.iter().map(|name| format!("float z{name}")).collect();
+    let model = format!(
+        "<ir_version: 8, opset_import: [\"\" : 17]> g ({}) => ({}) <float one = {{1}}> {{ {} }}",
+        declared.join(", "),
+        outputs.join(", "),
+        nodes.join(" ")
+    );
+    let found = cost(&model);
+    let flops = |id: &NodeCost| id.flops;
+    found.by_node.iter().map(flops).filter(|&flops| flops > 0).collect()
+}
+
+#[test]
+fn the_first_axis_is_the_batch_whatever_its_name() {
+    for name in ["batch", "s33", "unk__214", "?", "images"] {
+        assert_eq!(elements(&[&format!("float[{name},3,64,64]")]), [3 * 64 * 64], "{name}");
+    }
+    assert_eq!(elements(&["float[s1,32,32,3]", "int64[s2,s3]"]), [32 * 32 * 3, 128]);
+    assert_eq!(elements(&["int64[s21,s50]", "int64[s6,s50]", "float[s21,2,s57,16]"]), [128, 128, 2 * 128 * 16]);
+    assert_eq!(elements(&["int64[?,?]", "int64[?,?]"]), [128, 128]);
+    assert_eq!(elements(&["float[rows,8]", "float[rows]"]), [8, 1]);
+}
+
+#[test]
+fn what_need_not_be_the_batch_is_not() {
+    // A name says what is the batch, here or there.
+    assert_eq!(elements(&["float[s1,N,8]"]), [128 * 8]);
+    assert_eq!(elements(&["float[s1,8]", "float[batch,8]"]), [128 * 8, 8]);
+    // Nodes and edges, time first, one axis, a fixed batch, an axis that is another input's second.
+    assert_eq!(elements(&["float[nodes,8]", "float[edges,8]"]), [128 * 8, 128 * 8]);
+    assert_eq!(elements(&["float[seq_len,n2,8]"]), [128 * 128 * 8]);
+    assert_eq!(elements(&["float[s1]"]), [128]);
+    assert_eq!(elements(&["float[s1,8]", "float[4,8]"]), [128 * 8, 32]);
+    assert_eq!(elements(&["float[s1,8]", "float[s2,s1]"]), [128 * 8, 128 * 128]);
+}
+
+#[test]
+fn sizes_of_a_run_are_those_of_its_inputs() {
+    let model = text::parse("g (float[?,seq,8] x, float[\"4\",?] z) => (float y, float w) { y = Neg (x) w = Neg (z) }")
+        .unwrap();
+    let mut bindings = Bindings::default();
+    for (input, sizes) in model.graph.main().inputs().iter().zip([vec![5, 7, 8], vec![4, 2]]) {
+        let ty = model.graph.value(*input).ty.clone().unwrap();
+        bindings.set_input(ty.shape().unwrap(), &sizes);
+    }
+    assert_eq!(Cost::of(&model, &Facts::infer(&model), &bindings).flops, 128 * 7 * 8 + 4 * 128);
+    assert_eq!(bindings.batch, 5);
+}

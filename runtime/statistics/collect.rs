@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{Child, LoadOptions, RuntimeError, SampleSet, SetError, SetSpec};
 use lathe_analysis::{Bindings, Cost, Facts, Magnitudes, Rows, SymMatrix, View};
-use lathe_ir::{Dim, Model, ScopeId, WriteError};
+use lathe_ir::{Model, ScopeId, WriteError};
 use serde::Serialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -359,11 +359,8 @@ impl Collector<'_> {
         let shown: Vec<Vec<usize>> = shown.iter().map(|s| s.iter().map(|&d| d as usize).collect()).collect();
         let mut bindings = Bindings::default();
         for (&input, sizes) in inputs.iter().zip(&shown[rows.len()..]) {
-            let stated = graph.value(input).ty.as_ref().and_then(|t| t.shape());
-            for (dim, &size) in stated.iter().flat_map(|s| &s.dims).zip(sizes) {
-                if let Dim::Symbol(name) = dim {
-                    bindings.set(name.clone(), size as i64);
-                }
+            if let Some(stated) = graph.value(input).ty.as_ref().and_then(|t| t.shape()) {
+                bindings.set_input(stated, sizes);
             }
         }
         // What the copies leave out (a language model's output, above all) takes no memory.

@@ -3,7 +3,7 @@
 use super::emphasis::Emphasis;
 use crate::runner::Runner;
 use lathe_analysis::{Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, View};
-use lathe_ir::{Dim, Model};
+use lathe_ir::Model;
 use lathe_passes::lossy::{Weight, gram_rows};
 use lathe_runtime::{
     CollectOptions, Distance, LoadOptions, Request, SampleSet, SetError, SetSpec, Statistics, StatisticsError, trials,
@@ -194,11 +194,8 @@ pub(super) fn sizes(model: &Model, inputs: &[(String, lathe_ir::Tensor)]) -> Bin
     for &input in model.graph.main().inputs() {
         let value = model.graph.value(input);
         let Some((_, tensor)) = inputs.iter().find(|(name, _)| *name == value.name) else { continue };
-        let dims = value.ty.as_ref().and_then(|ty| ty.shape()).map(|shape| shape.dims.clone()).unwrap_or_default();
-        for (dim, &size) in dims.iter().zip(tensor.dims()) {
-            if let Dim::Symbol(name) = dim {
-                bindings.set(name.to_string(), size as i64);
-            }
+        if let Some(stated) = value.ty.as_ref().and_then(|ty| ty.shape()) {
+            bindings.set_input(stated, tensor.dims());
         }
     }
     bindings

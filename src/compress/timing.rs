@@ -67,11 +67,8 @@ impl Compressor<'_> {
             let mut bindings = Bindings::default();
             for (name, sizes) in &spec.shapes {
                 let input = model.graph.find_value(name).map(|v| model.graph.value(v));
-                let shape = input.and_then(|v| v.ty.as_ref()).and_then(|ty| ty.shape());
-                for (dim, &size) in shape.iter().flat_map(|s| &s.dims).zip(sizes) {
-                    if let Dim::Symbol(name) = dim {
-                        bindings.set(name.clone(), size as i64);
-                    }
+                if let Some(stated) = input.and_then(|v| v.ty.as_ref()).and_then(|ty| ty.shape()) {
+                    bindings.set_input(stated, sizes);
                 }
             }
             return Ok(bindings);
