@@ -373,9 +373,35 @@ impl DimExpr {
             {
                 return Some(a.clone());
             }
+            // Below `a` the cap would have to be 1, which broadcasts to `a` as well.
+            if b.cap_on(a).is_some_and(DimExpr::is_positive) {
+                return Some(a.clone());
+            }
         }
         let (a, b) = ordered(self, other);
         DimExpr::opaque(Atom::Broadcast(a, b))
+    }
+
+    /// The `cap` if the expression is `min(size, cap)`.
+    fn cap_on(&self, size: &DimExpr) -> Option<&DimExpr> {
+        match self.as_atom()? {
+            Atom::Min(a, b) if a == size => Some(b),
+            Atom::Min(a, b) if b == size => Some(a),
+            _ => None,
+        }
+    }
+
+    /// Whether axes of these sizes that broadcast against one another are equally long, or one of them is certain to be
+    /// 1: where `s` and `min(s, 512)` do, they are equal.
+    pub fn equal_where_broadcast(&self, other: &DimExpr) -> bool {
+        let capped = |a: &DimExpr, b: &DimExpr| a.cap_on(b).is_some_and(DimExpr::is_positive);
+        self == other || capped(self, other) || capped(other, self)
+    }
+
+    /// The simpler of two expressions: a number before others, else the shorter one.
+    pub fn simpler<'a>(&'a self, other: &'a DimExpr) -> &'a DimExpr {
+        let size = |dim: &DimExpr| (dim.as_known().is_none(), dim.weight());
+        if size(other) < size(self) { other } else { self }
     }
 
     /// Whether `self ≥ other` is certain.

@@ -215,6 +215,28 @@ impl Facts {
         }
     }
 
+    /// A tensor's type as people write it: `float[batch,ceil(x.shape[2]/16),?]`. Sizes that the model does not name are
+    /// called after the input whose axis or element they are; an input's own are unknown, and what only a run tells.
+    pub fn described(&self, graph: &Graph, value: ValueId) -> Option<Type> {
+        let Fact::Tensor { elem, shape, .. } = self.fact(value) else { return self.ty(value) };
+        let input = |of: ValueId| graph.main().inputs().contains(&of).then(|| graph.value(of).name.as_str());
+        let name = |symbol: &Symbol| match *symbol {
+            Symbol::Named(ref name) => Some(name.to_string()),
+            Symbol::Size { space: 0, value: of, axis } if of != value => Some(format!("{}.shape[{axis}]", input(of)?)),
+            Symbol::Element { space: 0, value: of, index } => match self.ndim(of) {
+                Some(0) => input(of).map(str::to_owned),
+                _ => Some(format!("{}[{index}]", input(of)?)),
+            },
+            _ => None,
+        };
+        let dim = |dim: &DimExpr| match dim.as_known() {
+            Some(size) => Dim::Known(size),
+            None => dim.written(&name).map_or(Dim::Unknown, Dim::Symbol),
+        };
+        let shape = shape.as_ref().map(|dims| Shape::new(dims.iter().map(dim).collect()));
+        Some(TypeKind::Tensor { elem: *elem, shape }.into())
+    }
+
     /// What is known about a value, as an output that another value can take over.
     fn out_of(&self, value: ValueId) -> Out {
         match self.fact(value) {

@@ -117,3 +117,41 @@ fn substitutes() {
     let lookup = |s: &Symbol| (*s == Symbol::Named("a".into())).then(|| k(7));
     assert_eq!(e.substitute(&lookup).unwrap(), k(4));
 }
+
+#[test]
+fn a_size_absorbs_its_own_part() {
+    let (s, c) = (n("s"), n("c"));
+    let part = s.smaller(&k(512)).unwrap();
+    assert_eq!(s.broadcast(&part).unwrap(), s);
+    assert_eq!(part.broadcast(&s).unwrap(), s);
+    // A cap of 0 would leave nothing of a size of 1, which broadcasts to nothing.
+    let open = s.smaller(&c).unwrap();
+    assert_ne!(s.broadcast(&open).unwrap(), s);
+    assert_eq!(s.broadcast(&s.smaller(&c.offset(1).unwrap()).unwrap()).unwrap(), s);
+    assert!(part.equal_where_broadcast(&s) && s.equal_where_broadcast(&part) && !open.equal_where_broadcast(&s));
+    for size in 0..9i64 {
+        for cap in 1..9 {
+            // Wherever the two broadcast, they broadcast to the size.
+            let part = size.min(cap);
+            let broadcast = [(part == size, size), (part == 1, size), (size == 1, part)].into_iter().find(|b| b.0);
+            assert!(broadcast.is_none_or(|b| b.1 == size), "{size} {cap}");
+        }
+    }
+    assert_eq!(part.simpler(&s), &s);
+    assert_eq!(s.simpler(&k(4)), &k(4));
+}
+
+#[test]
+fn prints_as_people_write() {
+    let (h, w) = (n("h"), n("w"));
+    let quarter = h.offset(-1).unwrap().floor_div(&k(4)).unwrap();
+    assert_eq!(quarter.offset(1).unwrap().to_string(), "ceil(h/4)");
+    assert_eq!(h.offset(2).unwrap().floor_div(&k(4)).unwrap().to_string(), "floor((h + 2)/4)");
+    assert_eq!(h.floor_div(&k(16)).unwrap().scaled(2).unwrap().to_string(), "2*floor(h/16)");
+    assert_eq!(h.scaled(3).unwrap().floor_div(&k(2)).unwrap().to_string(), "h + floor(h/2)");
+    assert_eq!(h.times(&h).unwrap().floor_div(&w.scaled(2).unwrap()).unwrap().to_string(), "floor(h*h/(2*w))");
+    assert_eq!(k(3).minus(&h).unwrap().to_string(), "-h + 3");
+    assert_eq!(k(-3).to_string(), "-3");
+    assert_eq!(h.larger(&w).unwrap().written(&|_| Some("x.shape[2]".into())).unwrap(), "max(x.shape[2], x.shape[2])");
+    assert_eq!(h.written(&|_| None), None);
+}

@@ -182,9 +182,8 @@ pub(super) fn concat(cx: &Cx) -> Option<Vec<Out>> {
         dims.push(if at == axis {
             each.into_iter().try_fold(DimExpr::from(0), |total, size| total.plus(&size?))
         } else {
-            // They are all equal, so a known one is the best name for it.
-            let best = each.iter().flatten().find(|d| d.as_known().is_some());
-            best.or(each.iter().flatten().next()).cloned()
+            // They are all equal, so the simplest is the best name for it.
+            each.into_iter().flatten().reduce(|a, b| a.simpler(&b).clone())
         });
     }
     let contents = joined(cx, axis, &dims);

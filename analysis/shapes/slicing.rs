@@ -85,10 +85,14 @@ fn length(size: &DimExpr, start: Option<&DimExpr>, end: Option<&DimExpr>, step: 
         let whole = (start == -1 || start >= TO_THE_END) && end <= -TO_THE_END;
         return if whole { size.ceil_div(-step) } else { None };
     }
-    let (start, end) = (start?, clamped(size, end?)?);
+    let (start, stated) = (start?, end?);
+    let end = clamped(size, stated)?;
     let span = if end == *size && start.is_nonnegative() {
         // `n - min(s, n)`, in the form that stacked slices share.
         size.minus(start)?.larger(&0.into())?
+    } else if start.is_nonnegative() && stated.at_least(start) {
+        // `min(e, n) - min(s, n)`: what the bounds ask for, as far as there is any.
+        stated.minus(start)?.smaller(&size.minus(start)?.larger(&0.into())?)?
     } else if let (true, Some(back)) =
         (end == *size, start.as_known().and_then(i64::checked_neg).filter(|&back| back < TO_THE_END))
     {

@@ -86,7 +86,7 @@ fn computes_with_contents() {
         "int64[] {3*n}",
         "int64[2] {n,3}",
         "int64[2] {max(1, n),3}",
-        "int64[2] {n - 2*floor((n)/(2)),1}",
+        "int64[2] {n - 2*floor(n/2),1}",
     ];
     assert_eq!(found, expected);
 }
@@ -126,7 +126,7 @@ fn slices_without_guessing() {
     assert_eq!(slice("float[n] x", "zero, far, zero"), "float[n]");
     assert_eq!(slice("float[n] x", "one, far, zero"), "float[max(0, n - 1)]");
     assert_eq!(slice("float[n] x", "minus, far, zero"), "float[min(1, n)]");
-    assert_eq!(slice("float[n] x", "zero, far, zero, two"), "float[floor((n + 1)/(2))]");
+    assert_eq!(slice("float[n] x", "zero, far, zero, two"), "float[ceil(n/2)]");
     assert_eq!(slice("float[n] x", "minus, back, zero, minus"), "float[n]");
     assert_eq!(slice("float[n] x", "one, back, zero, minus"), "float[?]");
     assert_eq!(slice("float[7] x", "one, minus, zero, two"), "float[3]");
@@ -144,7 +144,7 @@ fn reshapes_conservatively() {
     };
     assert_eq!(reshape("float[n,6] x", "{0, -1}", "a = Reshape (x, shape)"), "float[n,6]");
     assert_eq!(reshape("float[n,6] x", "{-1, 3}", "a = Reshape (x, shape)"), "float[2*n,3]");
-    assert_eq!(reshape("float[n,6] x", "{-1, 4}", "a = Reshape (x, shape)"), "float[n + floor((n)/(2)),4]");
+    assert_eq!(reshape("float[n,6] x", "{-1, 4}", "a = Reshape (x, shape)"), "float[n + floor(n/2),4]");
     assert_eq!(reshape("float[0,6] x", "{-1, 0}", "a = Reshape <allowzero = 1> (x, shape)"), "float[?,0]");
     assert_eq!(reshape("float x", "{1, 1}", "a = Reshape (x, shape)"), "float[1,1]");
     assert_eq!(infer(17, "float[4] x, int64[3] s", 1, "a = Reshape (x, s)"), ["float[?,?,?]"]);
@@ -179,21 +179,15 @@ fn sizes_convolutions_and_pools() {
         infer(17, &format!("{inputs}, {w}"), 1, &format!("a = Conv <{attributes}> (x, w)"))[0].clone()
     };
     assert_eq!(conv("float[n,3,h,224] x", "pads = [1, 1, 1, 1]"), "float[n,8,h,224]");
-    assert_eq!(
-        conv("float[n,3,h,224] x", "pads = [1, 1, 1, 1], strides = [2, 2]"),
-        "float[n,8,floor((h + 1)/(2)),112]"
-    );
-    assert_eq!(
-        conv("float[n,3,h,225] x", "auto_pad = \"SAME_UPPER\", strides = [2, 2]"),
-        "float[n,8,floor((h + 1)/(2)),113]"
-    );
+    assert_eq!(conv("float[n,3,h,224] x", "pads = [1, 1, 1, 1], strides = [2, 2]"), "float[n,8,ceil(h/2),112]");
+    assert_eq!(conv("float[n,3,h,225] x", "auto_pad = \"SAME_UPPER\", strides = [2, 2]"), "float[n,8,ceil(h/2),113]");
     assert_eq!(conv("float[n,3,h,10] x", "dilations = [1, 2]"), "float[n,8,h - 2,6]");
     let pool = |size: &str, attributes: &str| {
         infer(17, &format!("float[1,2,{size}] x"), 1, &format!("a = MaxPool <kernel_shape = [3], {attributes}> (x)"))[0]
             .clone()
     };
     assert_eq!(pool("10", "strides = [2], ceil_mode = 1"), "float[1,2,5]");
-    assert_eq!(pool("h", "strides = [2], ceil_mode = 1"), "float[1,2,floor((h)/(2))]");
+    assert_eq!(pool("h", "strides = [2], ceil_mode = 1"), "float[1,2,floor(h/2)]");
     // The last window would start in the padding, which runtimes treat differently.
     assert_eq!(pool("2", "strides = [3], pads = [1, 1], ceil_mode = 1"), "float[1,2,?]");
     assert_eq!(pool("h", "strides = [3], pads = [1, 1], ceil_mode = 1"), "float[1,2,?]");
@@ -275,7 +269,7 @@ fn infers_through_local_functions() {
             w, u = Split <axis: int = @axis, num_outputs = 2> (v)
         }"#,
     );
-    assert_eq!(found, ["float[n,3]", "float[floor((n + 1)/(2)),6]"]);
+    assert_eq!(found, ["float[n,3]", "float[ceil(n/2),6]"]);
 }
 
 #[test]
@@ -399,4 +393,58 @@ fn a_long_chain_takes_linear_time() {
     assert_eq!(describe(&facts, last), "float[n,4]");
     // Generous: a quadratic walk would take minutes.
     assert!(start.elapsed().as_secs() < 20);
+}
+
+#[test]
+fn a_dimension_named_by_a_number_is_that_number() {
+    let graph =
+        |x: &str| format!("g (float{x} x) => (float y) <float[8,3,8,8] w> {{ y = Conv <strides = [8, 8]> (x, w) }}");
+    let w = format!("float[8,3,8,8] w = {{{}}}", vec!["0"; 8 * 3 * 64].join(","));
+    let found = |x: &str| outputs(&graph(x).replace("float[8,3,8,8] w", &w))[0].clone();
+    assert_eq!(found(r#"[s99,"3","32","32"]"#), "float[s99,8,4,4]");
+    assert_eq!(found(r#"["08","3","32",w]"#), "float[8,8,4,floor(w/8)]");
+    // Past 64 bits it is only a name, and one that begins with a digit tells nothing.
+    assert_eq!(found(r#"["99999999999999999999",3,32,"3d"]"#), "float[?,8,4,?]");
+}
+
+#[test]
+fn dimensions_named_by_arithmetic_are_what_they_say() {
+    let found = infer(
+        17,
+        r#"float[batch,"past + seq",4] mask, float[batch,past,4] old, float[batch,seq,4] new, float["2*seq","a-b"] odd"#,
+        4,
+        "a = Concat <axis = 1> (old, new) b = Equal (a, mask) c = Transpose (odd) s = Shape <start = 1, end = 2> (mask) d = Identity (s)",
+    );
+    assert_eq!(
+        found,
+        ["float[batch,past + seq,4]", "bool[batch,past + seq,4]", "float[a-b,2*seq]", "int64[1] {past + seq}"]
+    );
+}
+
+#[test]
+fn what_is_added_to_a_row_of_positions_has_as_many_rows() {
+    let rows = |start: &str, end: &str, table: &str| {
+        let constants = format!(
+            "float[1,512,8] t = {{{}}}, float[1,1,8] u = {{{}}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}",
+            vec!["0"; 4096].join(","),
+            ["0"; 8].join(",")
+        );
+        infer_with(
+            17,
+            "float[B,S,8] x, int64[1] k",
+            &constants,
+            3,
+            &format!(
+                "n = Shape <start = 1, end = 2> (x) m = Add (n, two) p = Slice ({table}, {start}, {end}, one)
+                 a = Identity (p) b = Add (x, p) c = Concat <axis = 2> (p, x)"
+            ),
+        )
+    };
+    assert_eq!(rows("zero", "n", "t"), ["float[1,min(512, S),8]", "float[B,S,8]", "float[1,S,16]"]);
+    // A longer stretch than S may be 1 row where S is more.
+    assert_eq!(rows("zero", "m", "t")[1], "float[B,broadcast(S, min(512, S + 2)),8]");
+    // From another start on, the table may end before S rows.
+    assert_eq!(rows("two", "m", "t"), ["float[1,min(510, S),8]", "float[B,S,8]", "float[1,S,16]"]);
+    assert_eq!(rows("zero", "n", "u")[1], "float[B,S,8]");
+    assert_eq!(rows("zero", "k", "t")[1], "float[B,?,8]");
 }

@@ -44,7 +44,7 @@ pub fn print_graph(model: &Model) -> String {
 
 /// The text of a model as `options` say. Ends with a newline.
 pub fn print_with(model: &Model, options: &PrintOptions) -> String {
-    let mut printer = Printer { out: String::new(), options };
+    let mut printer = Printer { out: String::new(), options, in_comment: false };
     if options.header {
         printer.model_header(model);
     }
@@ -58,9 +58,9 @@ pub fn print_with(model: &Model, options: &PrintOptions) -> String {
 }
 
 impl std::fmt::Display for Type {
-    /// The type as the text form writes it: `float[N,3]`.
+    /// The type as comments of the text form write it: `float[N,3]`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut printer = Printer { out: String::new(), options: &PrintOptions::default() };
+        let mut printer = Printer { out: String::new(), options: &PrintOptions::default(), in_comment: true };
         printer.ty(self);
         f.write_str(&printer.out)
     }
@@ -82,6 +82,8 @@ pub(super) use join;
 pub(super) struct Printer<'a> {
     pub out: String,
     pub options: &'a PrintOptions,
+    /// What is written is not read back, so that names need no quotes.
+    in_comment: bool,
 }
 
 impl Printer<'_> {
@@ -126,7 +128,8 @@ impl Printer<'_> {
     fn name(&mut self, name: &str) {
         let word = |rest: &str| rest.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         let plain = !name.is_empty() && !name.as_bytes()[0].is_ascii_digit() && word(name);
-        if plain && !is_type_word(name) && !is_special_float(name) {
+        let in_comment = self.in_comment && !name.bytes().any(|b| b.is_ascii_control());
+        if in_comment || plain && !is_type_word(name) && !is_special_float(name) {
             self.push(name);
         } else {
             self.quoted(name);
@@ -347,10 +350,12 @@ impl Printer<'_> {
             return;
         }
         self.push("  # ");
+        self.in_comment = true;
         join!(self, types, |ty| match ty {
             Some(ty) => self.ty(ty),
             None => self.push("?"),
         });
+        self.in_comment = false;
     }
 
     fn attributes(&mut self, graph: &Graph, attributes: &[Attribute], depth: usize) {

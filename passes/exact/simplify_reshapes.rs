@@ -166,7 +166,7 @@ mod tests {
             int64[1] d = {64},
             int64[4] y_shape = {0, 0, 4, 64}
         > {
-            y = Reshape (x, y_shape)  # float[batch,"seq",4,64]
+            y = Reshape (x, y_shape)  # float[batch,seq,4,64]
         }
         "#);
     }

@@ -95,13 +95,14 @@ impl RunsOfSet {
 
 fn value_line(model: &Model, facts: &Facts, value: ValueId) -> (String, String) {
     let info = model.graph.value(value);
-    let ty = match (facts.elem(value), facts.shape(value)) {
-        (Some(elem), Some(shape)) => {
-            let dims: Vec<String> = shape.iter().map(ToString::to_string).collect();
+    let ty = facts.described(&model.graph, value);
+    let ty = match ty.as_ref().and_then(|ty| Some((ty.elem()?, ty.shape()))) {
+        Some((elem, Some(shape))) => {
+            let dims: Vec<String> = shape.dims.iter().map(ToString::to_string).collect();
             format!("{elem}[{}]", dims.join(", "))
         }
-        (Some(elem), None) => format!("{elem}, shape unknown"),
-        _ => "not a tensor, or of unknown type".to_owned(),
+        Some((elem, None)) => format!("{elem}, shape unknown"),
+        None => "not a tensor, or of unknown type".to_owned(),
     };
     (info.name.clone(), ty)
 }
