@@ -17,30 +17,90 @@ const LARGEST_CONSTANT: usize = 4096;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Affine {
     /// The element at index 0.
-    pub offset: i64,
+    pub offset: DimExpr,
     /// One slope per axis.
     pub slopes: Vec<i64>,
 }
 
 impl Affine {
-    fn constant(offset: i64, ndim: usize) -> Affine {
-        Affine { offset, slopes: vec![0; ndim] }
+    fn constant(offset: impl Into<DimExpr>, ndim: usize) -> Affine {
+        Affine { offset: offset.into(), slopes: vec![0; ndim] }
     }
 
-    /// The value of every element, if they are all the same whatever the shape is.
+    /// The affine form of given elements, row-major, if they have one.
+    pub fn fit(elements: &[i64], dims: &[usize]) -> Option<Affine> {
+        let offset: i64 = *elements.first()?;
+        let mut stride = 1;
+        let mut slopes = vec![0; dims.len()];
+        for axis in (0..dims.len()).rev() {
+            if dims[axis] > 1 {
+                slopes[axis] = elements.get(stride)?.checked_sub(offset)?;
+            }
+            stride *= dims[axis];
+        }
+        for (position, &element) in elements.iter().enumerate() {
+            let (mut rest, mut expected) = (position, offset);
+            for axis in (0..dims.len()).rev() {
+                let index = i64::try_from(rest % dims[axis]).ok()?;
+                expected = expected.checked_add(slopes[axis].checked_mul(index)?)?;
+                rest /= dims[axis];
+            }
+            if expected != element {
+                return None;
+            }
+        }
+        Some(Affine { offset: offset.into(), slopes })
+    }
+
+    /// The number that every element is, if they are all the same whatever the shape is.
     pub fn uniform(&self) -> Option<i64> {
-        self.slopes.iter().all(|&s| s == 0).then_some(self.offset)
+        self.offset.as_known().filter(|_| self.is_flat())
     }
 
-    fn combine(&self, other: &Affine, op: impl Fn(i64, i64) -> Option<i64>) -> Option<Affine> {
-        let slopes = self.slopes.iter().zip(&other.slopes).map(|(&a, &b)| op(a, b)).collect::<Option<_>>()?;
-        Some(Affine { offset: op(self.offset, other.offset)?, slopes })
+    /// Whether all elements are the same.
+    fn is_flat(&self) -> bool {
+        self.slopes.iter().all(|&s| s == 0)
+    }
+
+    fn plus(&self, other: &Affine) -> Option<Affine> {
+        let slopes = self.slopes.iter().zip(&other.slopes).map(|(a, &b)| a.checked_add(b)).collect::<Option<_>>()?;
+        Some(Affine { offset: self.offset.plus(&other.offset)?, slopes })
+    }
+
+    fn minus(&self, other: &Affine) -> Option<Affine> {
+        self.plus(&other.scaled(-1)?)
     }
 
     fn scaled(&self, factor: i64) -> Option<Affine> {
         let slopes = self.slopes.iter().map(|s| s.checked_mul(factor)).collect::<Option<_>>()?;
-        Some(Affine { offset: self.offset.checked_mul(factor)?, slopes })
+        Some(Affine { offset: self.offset.scaled(factor)?, slopes })
     }
+
+    /// The element at `index` along one axis of slope `slope`.
+    fn moved(&self, slope: i64, index: i64) -> Option<DimExpr> {
+        self.offset.offset(slope.checked_mul(index)?)
+    }
+
+    /// The smallest and the largest element of a tensor of this shape that has any.
+    fn bounds(&self, shape: &[DimExpr]) -> Option<(DimExpr, DimExpr)> {
+        let (mut low, mut high) = (self.offset.clone(), self.offset.clone());
+        for (&slope, size) in self.slopes.iter().zip(shape).filter(|(slope, _)| **slope != 0) {
+            let reach = size.offset(-1)?.scaled(slope)?;
+            let end = if slope < 0 { &mut low } else { &mut high };
+            *end = end.plus(&reach)?;
+        }
+        let there = |bound: DimExpr| not_empty(&bound, shape);
+        Some((there(low)?, there(high)?))
+    }
+}
+
+/// An expression with every size among `shape` written as one more than another: a tensor with elements has no axis of
+/// size 0.
+fn not_empty(expression: &DimExpr, shape: &[DimExpr]) -> Option<DimExpr> {
+    expression.substitute(&|symbol| {
+        let size = DimExpr::from(symbol.clone());
+        if shape.contains(&size) { size.offset(1) } else { None }
+    })
 }
 
 /// The affine values of one graph, found as they are asked for.
@@ -69,13 +129,19 @@ impl<'a> Affines<'a> {
     /// Whether `condition`, `[…, query, key]`, is true exactly where the key does not come after the query: a
     /// conjunction of certainties and one comparison `key ≤ query` of the positions along the last two axes.
     pub fn is_causal(&self, condition: ValueId) -> bool {
-        self.conjunction(condition, 0) == Some(true)
+        self.causal_offset(condition).is_some_and(|offset| offset.as_known() == Some(0))
     }
 
-    /// `Some(true)` for a causal comparison, `Some(false)` for a certainty, `None` for anything else.
-    fn conjunction(&self, value: ValueId, depth: usize) -> Option<bool> {
+    /// The `offset` for which `condition`, `[…, query, key]`, is true exactly where `key ≤ query + offset`: a
+    /// conjunction of certainties and such comparisons. Behind a cache the offset is the number of cached positions.
+    pub fn causal_offset(&self, condition: ValueId) -> Option<DimExpr> {
+        self.conjunction(condition, 0).flatten()
+    }
+
+    /// The offset of a causal comparison, `Some(None)` for a certainty, `None` for anything else.
+    fn conjunction(&self, value: ValueId, depth: usize) -> Option<Option<DimExpr>> {
         if self.certain(value) == Some(true) {
-            return Some(false);
+            return Some(None);
         }
         if depth > DEPTH {
             return None;
@@ -83,8 +149,10 @@ impl<'a> Affines<'a> {
         let node = self.graph.node(self.graph.producer(value)?);
         let input = |index: usize| node.input(index);
         if node.is("And") {
-            let (a, b) = (self.conjunction(input(0)?, depth + 1)?, self.conjunction(input(1)?, depth + 1)?);
-            return Some(a || b);
+            return match (self.conjunction(input(0)?, depth + 1)?, self.conjunction(input(1)?, depth + 1)?) {
+                (Some(a), Some(b)) => (a == b).then_some(Some(a)),
+                (a, b) => Some(a.or(b)),
+            };
         }
         if node.is("Identity") {
             return self.conjunction(input(0)?, depth + 1);
@@ -102,10 +170,11 @@ impl<'a> Affines<'a> {
             "Greater" => (second, first, 1),
             _ => return None,
         };
-        let difference = low.combine(&high, i64::checked_sub)?;
+        let difference = low.minus(&high)?;
         let (batch, last) = difference.slopes.split_at(ndim.checked_sub(2)?);
-        let causal = difference.offset == -strict && batch.iter().all(|&s| s == 0) && last == [-1, 1];
-        causal.then_some(true)
+        let causal = batch.iter().all(|&s| s == 0) && last == [-1, 1];
+        // `key - query + d < 0` is `key ≤ query - d - 1`.
+        causal.then(|| difference.offset.scaled(-1)?.offset(-strict)).flatten().map(Some)
     }
 
     fn find(&self, value: ValueId, depth: usize) -> Option<Affine> {
@@ -115,9 +184,39 @@ impl<'a> Affines<'a> {
         if let Some(known) = self.known.borrow().get(&value) {
             return known.clone();
         }
-        let found = self.infer(value, depth);
+        let found = self.infer(value, depth).filter(|affine| self.fits(value, affine).unwrap_or(false));
         self.known.borrow_mut().insert(value, found.clone());
         found
+    }
+
+    /// Whether the element type holds every element: sizes fit 31 bits, and so do the differences of positions.
+    fn fits(&self, value: ValueId, affine: &Affine) -> Option<bool> {
+        const STEEPEST: i64 = 1 << 31;
+        let elem = self.facts.elem(value)?;
+        let positions = affine.slopes.iter().all(|slope| slope.abs() <= STEEPEST);
+        if elem == DataType::Int64 {
+            return Some(positions);
+        }
+        let (low, high) = affine.bounds(self.facts.shape(value)?)?;
+        let (least, most) = match elem {
+            DataType::Bool => (0, 1),
+            DataType::Uint64 => (0, i64::MAX),
+            DataType::Uint32 => (0, i64::from(u32::MAX)),
+            DataType::Int32 => (i64::from(i32::MIN), i64::from(i32::MAX)),
+            DataType::Int16 => (i64::from(i16::MIN), i64::from(i16::MAX)),
+            DataType::Uint16 => (0, i64::from(u16::MAX)),
+            DataType::Int8 => (-128, 127),
+            DataType::Uint8 => (0, 255),
+            _ => return None,
+        };
+        let (smallest, largest) = (low.range().0, high.range().1);
+        let small = affine.slopes.iter().all(|slope| slope.abs() <= 1);
+        Some(match (smallest, largest) {
+            (Some(smallest), Some(largest)) => least <= smallest && largest <= most,
+            (smallest, _) if elem == DataType::Uint64 => smallest.is_some_and(|s| s >= 0) && positions,
+            // A position is a size or a difference of sizes.
+            _ => elem == DataType::Int32 && small && affine.offset.is_linear(),
+        })
     }
 
     fn infer(&self, value: ValueId, depth: usize) -> Option<Affine> {
@@ -127,10 +226,17 @@ impl<'a> Affines<'a> {
         }
         let ndim = self.facts.ndim(value)?;
         if let Some(tensor) = self.graph.constant(value) {
-            return (tensor.len() <= LARGEST_CONSTANT).then(|| fit(&tensor.to_i64s()?, tensor.dims())).flatten();
+            return (tensor.len() <= LARGEST_CONSTANT)
+                .then(|| Affine::fit(&tensor.to_i64s()?, tensor.dims()))
+                .flatten();
         }
-        if let Some(known) = self.facts.contents(value).and_then(|c| c.known()) {
-            return fit(&known, &self.facts.sizes(value)?);
+        if let Some(contents) = self.facts.contents(value) {
+            if let Some(known) = contents.known() {
+                return Affine::fit(&known, &self.facts.sizes(value)?);
+            }
+            if let [Some(only)] = contents.elements() {
+                return Some(Affine::constant(only.clone(), ndim));
+            }
         }
         let node = self.graph.node(self.graph.producer(value)?);
         if !node.is_standard() || node.output(0) != Some(value) {
@@ -142,11 +248,11 @@ impl<'a> Affines<'a> {
             "Cast" => match (self.facts.elem(node.input(0)?)?, elem) {
                 (DataType::Bool, _) | (_, DataType::Int64) => at(0),
                 (_, DataType::Bool) => at(0)?.uniform().map(|v| Affine::constant(i64::from(v != 0), ndim)),
-                (from, to) if from == to => at(0),
-                _ => at(0).filter(|a| a.uniform().is_some_and(|v| (-128..128).contains(&v))),
+                // Nothing changes where the new type holds what the old one held.
+                _ => at(0),
             },
             "Range" => {
-                let (start, step) = (self.single(node.input(0)?)?, self.single(node.input(2)?)?);
+                let (start, step) = (at(0)?.offset, self.single(node.input(2)?)?);
                 Some(Affine { offset: start, slopes: vec![step] })
             }
             "ConstantOfShape" => match node.attribute("value") {
@@ -161,13 +267,14 @@ impl<'a> Affines<'a> {
                 op => {
                     let (a, b) = self.pair(node, depth)?;
                     match op {
-                        "Add" => return a.combine(&b, i64::checked_add),
-                        "Sub" => return a.combine(&b, i64::checked_sub),
+                        "Add" => return a.plus(&b),
+                        "Sub" => return a.minus(&b),
                         _ => {}
                     }
                     match (a.uniform(), b.uniform()) {
                         (Some(factor), _) => b.scaled(factor),
                         (_, Some(factor)) => a.scaled(factor),
+                        _ if a.is_flat() && b.is_flat() => Some(Affine::constant(a.offset.times(&b.offset)?, ndim)),
                         _ => None,
                     }
                 }
@@ -183,16 +290,21 @@ impl<'a> Affines<'a> {
             }
             "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" => {
                 let (a, b) = self.pair(node, depth)?;
-                let difference = a.combine(&b, i64::checked_sub)?.uniform()?;
-                let holds = match node.op_type.as_str() {
-                    "Equal" => difference == 0,
-                    "Less" => difference < 0,
-                    "LessOrEqual" => difference <= 0,
-                    "Greater" => difference > 0,
-                    _ => difference >= 0,
-                };
+                let holds = compare(&node.op_type, &a.minus(&b)?, self.facts.shape(value)?)?;
                 Some(Affine::constant(i64::from(holds), ndim))
             }
+            // No whole number becomes NaN or, in these types, infinite.
+            "IsNaN" | "IsInf" => {
+                let cast = self.graph.node(self.graph.producer(node.input(0)?)?);
+                let whole = |elem: DataType| elem.is_integer() || elem == DataType::Bool;
+                let wide = matches!(self.facts.elem(node.input(0)?)?, DataType::Float | DataType::Double);
+                let never = cast.is("Cast") && wide && whole(self.facts.elem(cast.input(0)?)?);
+                never.then(|| Affine::constant(0, ndim))
+            }
+            "Where" => match self.certain(node.input(0)?)? {
+                true => self.spread(node.input(1)?, value, depth + 1),
+                false => self.spread(node.input(2)?, value, depth + 1),
+            },
             "Unsqueeze" | "Squeeze" | "Reshape" | "Flatten" => self.regroup(node.input(0)?, value, depth),
             "Transpose" => {
                 let input = at(0)?;
@@ -217,13 +329,17 @@ impl<'a> Affines<'a> {
                 plain.then_some(sums)
             }
             "Gather" => {
-                let (data, indices) = (at(0)?, at(1)?);
+                let data = at(0)?;
                 let axis = from_front(node.int("axis").unwrap_or(0), data.slopes.len())?;
-                let mut found = Affine::constant(data.offset, 0);
-                let scaled = self.index(&indices)?.scaled(data.slopes[axis])?;
-                found.offset = found.offset.checked_add(scaled.offset)?;
-                found.slopes = [&data.slopes[..axis], &scaled.slopes, &data.slopes[axis + 1..]].concat();
-                Some(found)
+                // Which element is taken makes no difference along an axis without slope.
+                if data.slopes[axis] == 0 {
+                    let axes = vec![0; self.facts.ndim(node.input(1)?)?];
+                    let slopes = [&data.slopes[..axis], &axes, &data.slopes[axis + 1..]].concat();
+                    return Some(Affine { offset: data.offset, slopes });
+                }
+                let scaled = self.index(&at(1)?, node.input(1)?)?.scaled(data.slopes[axis])?;
+                let slopes = [&data.slopes[..axis], &scaled.slopes, &data.slopes[axis + 1..]].concat();
+                Some(Affine { offset: data.offset.plus(&scaled.offset)?, slopes })
             }
             "GatherND" => self.gather_nd(node, ndim, depth),
             _ => None,
@@ -231,8 +347,8 @@ impl<'a> Affines<'a> {
     }
 
     /// An index that is provably not negative: negative ones count from the end.
-    fn index<'b>(&self, index: &'b Affine) -> Option<&'b Affine> {
-        (index.offset >= 0 && index.slopes.iter().all(|&s| s >= 0)).then_some(index)
+    fn index<'b>(&self, index: &'b Affine, value: ValueId) -> Option<&'b Affine> {
+        index.bounds(self.facts.shape(value)?)?.0.is_nonnegative().then_some(index)
     }
 
     /// The only element of a value, if it is known.
@@ -284,7 +400,7 @@ impl<'a> Affines<'a> {
                 slopes.push(match affine.slopes[axis] {
                     _ if size.range().1 == Some(1) => 0,
                     0 => 0,
-                    slope if beside.is_none_or(|o| o.range().1 == Some(1) || same(size, o)) => slope,
+                    slope if beside.is_none_or(|o| o.range().1 == Some(1) || meet(size, o)) => slope,
                     _ => return None,
                 });
             }
@@ -297,8 +413,8 @@ impl<'a> Affines<'a> {
     fn regroup(&self, input: ValueId, output: ValueId, depth: usize) -> Option<Affine> {
         let affine = self.find(input, depth + 1)?;
         let (from, to) = (self.facts.shape(input)?, self.facts.shape(output)?);
-        if let Some(value) = affine.uniform() {
-            return Some(Affine::constant(value, to.len()));
+        if affine.is_flat() {
+            return Some(Affine::constant(affine.offset, to.len()));
         }
         let one = |size: &DimExpr| size.as_known() == Some(1);
         let mut axes = from.iter().enumerate().filter(|(_, size)| !one(size));
@@ -319,7 +435,7 @@ impl<'a> Affines<'a> {
 
     fn slice(&self, node: &Node, depth: usize) -> Option<Affine> {
         let mut affine = self.find(node.input(0)?, depth + 1)?;
-        if affine.uniform().is_some() {
+        if affine.is_flat() {
             return Some(affine);
         }
         let starts = self.numbers(node.input(1)?)?;
@@ -340,7 +456,7 @@ impl<'a> Affines<'a> {
             if start < 0 || step < 1 {
                 return None;
             }
-            affine.offset = affine.offset.checked_add(slope.checked_mul(start)?)?;
+            affine.offset = affine.moved(slope, start)?;
             affine.slopes[axis] = slope.checked_mul(step)?;
         }
         Some(affine)
@@ -369,11 +485,11 @@ impl<'a> Affines<'a> {
         let (_, _, first) = parts.first()?;
         // The slope along the axis: of a part with more than one element, else between the first two parts.
         let inside = parts.iter().find(|(_, length, _)| *length != Some(1)).map(|(.., a)| a.slopes[axis]);
-        let between = parts.get(1).and_then(|(.., a)| a.offset.checked_sub(first.offset));
+        let between = parts.get(1).and_then(|(.., a)| a.offset.minus(&first.offset)?.as_known());
         let mut whole = first.clone();
         whole.slopes[axis] = inside.or(between).unwrap_or(0);
         for (start, length, part) in &parts {
-            let offset = whole.offset.checked_add(whole.slopes[axis].checked_mul(*start)?)?;
+            let offset = whole.moved(whole.slopes[axis], *start)?;
             let mut slopes = part.slopes.clone();
             if *length == Some(1) {
                 slopes[axis] = whole.slopes[axis];
@@ -387,8 +503,8 @@ impl<'a> Affines<'a> {
 
     fn gather_nd(&self, node: &Node, ndim: usize, depth: usize) -> Option<Affine> {
         let data = self.find(node.input(0)?, depth + 1)?;
-        if let Some(value) = data.uniform() {
-            return Some(Affine::constant(value, ndim));
+        if data.is_flat() {
+            return Some(Affine::constant(data.offset, ndim));
         }
         if node.int("batch_dims").unwrap_or(0) != 0 {
             return None;
@@ -409,13 +525,34 @@ impl<'a> Affines<'a> {
                 continue;
             }
             let component = self.find(component?, depth + 1)?;
-            let mut scaled = self.index(&component)?.scaled(slope)?;
+            let mut scaled = self.index(&component, grid.inputs()[axis]?)?.scaled(slope)?;
             scaled.slopes.truncate(outer);
-            found = found.combine(&scaled, i64::checked_add)?;
+            found = found.plus(&scaled)?;
         }
         found.slopes.extend(data.slopes.get(grid.inputs().len()..)?);
         (found.slopes.len() == ndim).then_some(found)
     }
+}
+
+/// Whether `difference` compares with 0 in this way everywhere (or nowhere) in a tensor of this shape.
+fn compare(op: &str, difference: &Affine, shape: &[DimExpr]) -> Option<bool> {
+    let (low, high) = difference.bounds(shape)?;
+    let (least, most) = (low.range().0, high.range().1);
+    let (below, above) = (most.is_some_and(|m| m < 0), least.is_some_and(|l| l > 0));
+    let (not_below, not_above) = (least.is_some_and(|l| l >= 0), most.is_some_and(|m| m <= 0));
+    let (yes, no) = match op {
+        "Equal" => (not_below && not_above, below || above),
+        "Less" => (below, not_below),
+        "LessOrEqual" => (not_above, above),
+        "Greater" => (above, not_above),
+        _ => (not_below, below),
+    };
+    (yes || no).then_some(yes)
+}
+
+/// Whether two axes that are broadcast against one another are equally long, or one of them is a single element.
+fn meet(a: &DimExpr, b: &DimExpr) -> bool {
+    a.equal_where_broadcast(b) || same(a, b)
 }
 
 /// Whether two sizes are equal wherever every open size is at least one.
@@ -432,31 +569,6 @@ fn same(a: &DimExpr, b: &DimExpr) -> bool {
 fn from_front(axis: i64, ndim: usize) -> Option<usize> {
     let axis = if axis < 0 { axis + ndim as i64 } else { axis };
     usize::try_from(axis).ok().filter(|&a| a < ndim)
-}
-
-/// The affine form of given elements, row-major, if they have one.
-fn fit(elements: &[i64], dims: &[usize]) -> Option<Affine> {
-    let offset = *elements.first()?;
-    let mut stride = 1;
-    let mut slopes = vec![0; dims.len()];
-    for axis in (0..dims.len()).rev() {
-        if dims[axis] > 1 {
-            slopes[axis] = elements.get(stride)?.checked_sub(offset)?;
-        }
-        stride *= dims[axis];
-    }
-    for (position, &element) in elements.iter().enumerate() {
-        let (mut rest, mut expected) = (position, offset);
-        for axis in (0..dims.len()).rev() {
-            let index = i64::try_from(rest % dims[axis]).ok()?;
-            expected = expected.checked_add(slopes[axis].checked_mul(index)?)?;
-            rest /= dims[axis];
-        }
-        if expected != element {
-            return None;
-        }
-    }
-    Some(Affine { offset, slopes })
 }
 
 #[cfg(test)]
@@ -521,8 +633,8 @@ mod tests {
         let facts = Facts::infer(&model);
         let affines = Affines::new(&model.graph, &facts);
         let value = |name: &str| model.graph.find_value(name).unwrap();
-        assert_eq!(affines.of(value("cat")), Some(Affine { offset: -1, slopes: vec![0, 1] }));
-        assert_eq!(affines.of(value("qpos")), Some(Affine { offset: 0, slopes: vec![0, 0, 1, 0] }));
+        assert_eq!(affines.of(value("cat")), Some(Affine { offset: (-1).into(), slopes: vec![0, 1] }));
+        assert_eq!(affines.of(value("qpos")), Some(Affine { offset: 0.into(), slopes: vec![0, 0, 1, 0] }));
         assert_eq!(affines.certain(value("together")), Some(true));
         assert_eq!(affines.certain(value("causal")), None);
         assert!(affines.is_causal(value("mask")));
@@ -538,10 +650,107 @@ mod tests {
         }
     }
 
+    /// What is certain about a condition `y` of positions along `S`, beside `P` positions before them.
+    fn certain(nodes: &str) -> Option<bool> {
+        let model = text::parse(&format!(
+            "<ir_version: 9, opset_import: [\"\" : 17]>
+             g (float[B,S] x, float[B,P] old, int64 k) => (bool y) <
+                int64 zero = {{0}}, int64 one = {{1}}, int64 minus = {{-1}}, int64 five = {{5}}, int64[1] front = {{0}}, int64[1] last = {{1}}, int8 big = {{100}}
+            > {{
+                s1 = Shape <start = 1> (x)
+                p1 = Shape <start = 1> (old)
+                s = Squeeze (s1, front)
+                p = Squeeze (p1, front)
+                t = Add (p, s)
+                i = Range (zero, s, one)
+                q = Range (p, t, one)
+                j = Range (zero, t, one)
+                column = Unsqueeze (i, last)
+                {nodes}
+            }}"
+        ))
+        .unwrap();
+        let facts = Facts::infer(&model);
+        Affines::new(&model.graph, &facts).certain(model.graph.find_value("y").unwrap())
+    }
+
+    #[test]
+    fn positions_lie_in_their_range() {
+        assert_eq!(certain("y = GreaterOrEqual (i, zero)"), Some(true));
+        assert_eq!(certain("y = Greater (i, minus)"), Some(true));
+        assert_eq!(certain("y = Greater (i, zero)"), None);
+        assert_eq!(certain("y = Less (i, s)"), Some(true));
+        assert_eq!(certain("y = LessOrEqual (s, i)"), Some(false));
+        assert_eq!(certain("y = Equal (i, minus)"), Some(false));
+        assert_eq!(certain("y = Less (column, s)"), Some(true));
+        assert_eq!(certain("y = Less (i, column)"), None);
+        assert_eq!(certain("y = Less (q, t)"), Some(true));
+        assert_eq!(certain("y = Less (q, p)"), Some(false));
+        assert_eq!(certain("y = GreaterOrEqual (q, i)"), Some(true));
+        assert_eq!(certain("z = Sub (zero, i) y = Greater (z, zero)"), Some(false));
+        assert_eq!(certain("y = Less (k, s)"), None);
+        assert_eq!(certain("z = Add (k, one) y = Less (k, z)"), Some(true));
+    }
+
+    #[test]
+    fn a_size_may_be_0_where_the_tensor_is_not_empty() {
+        assert_eq!(certain("y = Greater (s, zero)"), None);
+        assert_eq!(certain("y = GreaterOrEqual (s, zero)"), Some(true));
+        // The range has elements only where there are some of S.
+        assert_eq!(certain("z = Expand (s, s1) y = Greater (z, zero)"), Some(true));
+        assert_eq!(certain("z = Expand (s, p1) y = Greater (z, zero)"), None);
+        // With P = 0 the first of them is 0.
+        assert_eq!(certain("y = Greater (q, zero)"), None);
+    }
+
+    #[test]
+    fn narrow_types_wrap() {
+        assert_eq!(certain("z = Cast <to = 3> (i) y = Greater (z, minus8)".replace("minus8", "big").as_str()), None);
+        assert_eq!(certain("z = Cast <to = 6> (i) m = Cast <to = 6> (minus) y = Greater (z, m)"), Some(true));
+        assert_eq!(certain("z = Cast <to = 12> (minus) w = Cast <to = 12> (zero) y = Less (z, w)"), None);
+        assert_eq!(certain("two = Add (big, big) y = Less (big, two)"), None);
+    }
+
+    #[test]
+    fn whole_numbers_are_not_nan() {
+        assert_eq!(certain("f = Cast <to = 1> (k) y = IsNaN (f)"), Some(false));
+        assert_eq!(certain("f = Cast <to = 11> (i) y = IsInf (f)"), Some(false));
+        assert_eq!(certain("f = Cast <to = 10> (k) y = IsInf (f)"), None);
+        assert_eq!(certain("y = IsNaN (x)"), None);
+    }
+
+    #[test]
+    fn chooses_among_positions() {
+        assert_eq!(certain("c = Less (i, s) z = Where (c, i, minus) y = GreaterOrEqual (z, zero)"), Some(true));
+        assert_eq!(certain("c = Less (i, five) z = Where (c, i, minus) y = GreaterOrEqual (z, zero)"), None);
+    }
+
+    #[test]
+    fn a_cache_moves_the_diagonal() {
+        let offset = |nodes: &str| {
+            let model = text::parse(&format!(
+                "<ir_version: 9, opset_import: [\"\" : 17]>
+                 g (float[B,S] x, float[B,P] old) => (bool y) <int64 zero = {{0}}, int64 one = {{1}}, int64[1] front = {{0}}, int64[1] last = {{1}}> {{
+                    s1 = Shape <start = 1> (x) s = Squeeze (s1, front) p1 = Shape <start = 1> (old) p = Squeeze (p1, front)
+                    t = Add (p, s) j = Range (zero, t, one) q0 = Range (p, t, one) q = Unsqueeze (q0, last) {nodes}
+                }}"
+            ))
+            .unwrap();
+            let facts = Facts::infer(&model);
+            let affines = Affines::new(&model.graph, &facts);
+            affines.causal_offset(model.graph.find_value("y").unwrap()).map(|offset| offset.to_string())
+        };
+        assert_eq!(offset("y = LessOrEqual (j, q)").as_deref(), Some("P"));
+        assert_eq!(offset("y = Greater (q, j)").as_deref(), Some("P - 1"));
+        assert_eq!(offset("c = GreaterOrEqual (j, zero) d = LessOrEqual (j, q) y = And (c, d)").as_deref(), Some("P"));
+        assert_eq!(offset("c = Less (j, q) d = LessOrEqual (j, q) y = And (c, d)"), None);
+        assert_eq!(offset("y = LessOrEqual (q, j)"), None);
+    }
+
     #[test]
     fn fits_small_constants() {
-        assert_eq!(fit(&[5, 7, 6, 8], &[2, 2]), Some(Affine { offset: 5, slopes: vec![1, 2] }));
-        assert_eq!(fit(&[5, 7, 6, 9], &[2, 2]), None);
-        assert_eq!(fit(&[3], &[]), Some(Affine { offset: 3, slopes: vec![] }));
+        assert_eq!(Affine::fit(&[5, 7, 6, 8], &[2, 2]), Some(Affine { offset: 5.into(), slopes: vec![1, 2] }));
+        assert_eq!(Affine::fit(&[5, 7, 6, 9], &[2, 2]), None);
+        assert_eq!(Affine::fit(&[3], &[]), Some(Affine { offset: 3.into(), slopes: vec![] }));
     }
 }

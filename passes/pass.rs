@@ -112,6 +112,8 @@ pub struct Context<'a> {
     pub max_growth: u64,
     /// Bytes by which folding has enlarged the model so far in this run.
     pub grown: Cell<u64>,
+    /// Bytes of notes that passes have taken off the file so far in this run, which folding may use as well.
+    pub saved: Cell<u64>,
     /// Runs models, if anything can.
     pub evaluator: Option<&'a dyn Evaluate>,
     /// What was seen on the calibration set, for lossy methods.
@@ -179,6 +181,16 @@ pub enum Error {
 }
 
 impl Context<'_> {
+    /// Bytes by which computing constants ahead may still enlarge the model.
+    pub fn growth_left(&self) -> u64 {
+        self.max_growth.saturating_add(self.saved.get()).saturating_sub(self.grown.get())
+    }
+
+    /// Bytes by which copies of weights may still enlarge the model. What notes took is not for more parameters.
+    pub fn copies_left(&self) -> u64 {
+        self.max_growth.saturating_sub(self.grown.get().saturating_sub(self.saved.get()))
+    }
+
     /// The value of an option of a pass: as set, else its default.
     pub fn setting<T: std::str::FromStr>(&self, pass: &Info, option: &str) -> Result<T, Error> {
         let opt = pass.options.iter().find(|o| o.name == option).expect("a pass reads the options it declares");

@@ -35,8 +35,12 @@ fn has_notes(metadata: &Metadata) -> bool {
     metadata.iter().any(|(key, _)| is_note(key))
 }
 
-fn drop_notes(metadata: &mut Metadata) {
+/// Drops notes and returns how many bytes they took.
+fn drop_notes(metadata: &mut Metadata) -> u64 {
+    let bytes = |all: &Metadata| all.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
+    let before = bytes(metadata);
     metadata.retain(|(key, _)| !is_note(key) && key != NAMESPACE);
+    (before - bytes(metadata)) as u64
 }
 
 /// Whether the file says of an initializer, beside its tensor, only what the tensor says.
@@ -47,17 +51,19 @@ fn is_stated_twice(graph: &Graph, value: ValueId) -> bool {
     same && graph.value(value).metadata.is_empty() && !graph.is_output(value)
 }
 
-fn drop_in(graph: &mut Graph, outcome: &mut Outcome) {
+/// Drops the notes in a graph and returns how many bytes they took.
+fn drop_in(graph: &mut Graph, outcome: &mut Outcome) -> u64 {
+    let mut saved = 0;
     for scope in graph.scopes() {
         if has_notes(&graph.scope(scope).metadata) {
-            drop_notes(&mut graph.scope_mut(scope).metadata);
+            saved += drop_notes(&mut graph.scope_mut(scope).metadata);
             outcome.change("drop-graph-notes", format!("graph `{}`", graph.scope(scope).name));
         }
         let made = graph.nodes(scope).flat_map(|id| graph.node(id).outputs().iter().flatten().copied());
         let values = graph.scope(scope).inputs().iter().copied().chain(graph.initializers(scope)).chain(made);
         let noted: Vec<_> = values.filter(|&value| has_notes(&graph.value(value).metadata)).collect();
         for value in noted {
-            drop_notes(&mut graph.value_mut(value).metadata);
+            saved += drop_notes(&mut graph.value_mut(value).metadata);
             outcome.change("drop-value-notes", format!("value `{}`", graph.value(value).name));
         }
     }
@@ -70,10 +76,11 @@ fn drop_in(graph: &mut Graph, outcome: &mut Outcome) {
     }
     for id in graph.all_nodes() {
         if has_notes(&graph.node(id).metadata) {
-            drop_notes(&mut graph.node_mut(id).metadata);
+            saved += drop_notes(&mut graph.node_mut(id).metadata);
             outcome.change("drop-node-notes", graph.describe(id));
         }
     }
+    saved
 }
 
 impl Pass for DropTraceInfo {
@@ -81,10 +88,10 @@ impl Pass for DropTraceInfo {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         for (graph, _) in model.graphs_mut() {
-            drop_in(graph, &mut outcome);
+            cx.saved.set(cx.saved.get() + drop_in(graph, &mut outcome));
         }
         Ok(outcome)
     }
@@ -114,8 +121,11 @@ mod tests {
         }
         let x = m.graph.main().inputs()[1];
         m.graph.value_mut(x).metadata = pairs(&["pkg.onnxscript.optimizer.folded_from"]);
-        let outcome = DropTraceInfo.apply(&mut m, &Context::default()).unwrap();
+        let cx = Context::default();
+        let outcome = DropTraceInfo.apply(&mut m, &cx).unwrap();
         assert_eq!(outcome.changes.len(), 4);
+        let notes = 3 * ("pkg.torch.onnx.stack_trace".len() + "namespace".len() + 2);
+        assert_eq!(cx.saved.get(), (notes + "pkg.onnxscript.optimizer.folded_from".len() + 1) as u64);
         assert!(m.graph.all_nodes().iter().all(|&id| m.graph.node(id).metadata == pairs(&["mine"])));
         assert!(m.graph.value(x).metadata.is_empty());
         assert_eq!(m.metadata.len(), 2);

@@ -20,7 +20,7 @@ static INFO: Info = Info {
           is only one possible result, else in the runtime itself with its optimizations off. Only because a runtime may \
           use another kernel for a weight that is an initializer (ONNX Runtime does for LSTM) can outputs move by a \
           rounding. Chains are judged as a whole, what goes in against what comes out, and whatever would enlarge the \
-          model by more than `--max-growth` is left as it is and named. Random operators, quantization and operators of \
+          model by more than `--max-growth`, and what drop-trace-info has taken off the file, is left as it is and named. Random operators, quantization and operators of \
           unknown domains are left alone.",
     options: &[],
     // Folding itself keeps bits, but a runtime packs weights that have become constant and then sums in another order.
@@ -94,7 +94,7 @@ fn fold(
         let mut chosen = None;
         if failures.is_empty() {
             if found.unsized_values.is_empty() {
-                let plan = plan(graph, &found, cx.max_growth.saturating_sub(cx.grown.get()));
+                let plan = plan(graph, &found, cx.growth_left());
                 failures = compute(&source, cx, evaluator, &plan.stored, &mut done);
                 chosen = Some(plan);
             } else {
@@ -201,7 +201,7 @@ fn label(graph: &Graph, id: NodeId) -> String {
 /// Names the largest results that stay computed, and sums up the others.
 fn name_refusals(mut refused: Vec<Refused>, cx: &Context, outcome: &mut Outcome) {
     refused.sort_by_key(|r| std::cmp::Reverse(r.1));
-    let allowed = |bytes: u64| option_value(cx.grown.get().saturating_add(bytes));
+    let allowed = |bytes: u64| option_value(cx.grown.get().saturating_add(bytes).saturating_sub(cx.saved.get()));
     for (name, bytes) in refused.iter().take(NAMED) {
         let reason = format!("fold `{name}` (+{}), allowed with --max-growth {}", size(*bytes), allowed(*bytes));
         outcome.refuse(reason, name);
@@ -332,6 +332,12 @@ mod tests {
         let enough = Context { max_growth: 391 << 10, ..Context::default() };
         assert!(!check_in(&FoldConstants, one, &enough).contains("ConstantOfShape"));
         assert_eq!(enough.grown.get(), 400_000 - 4);
+        // Notes that are gone make room as well, for this and not for copies of weights.
+        let noted = Context { saved: (400_000 - 4).into(), max_growth: 5, ..Context::default() };
+        assert!(!check_in(&FoldConstants, one, &noted).contains("ConstantOfShape"));
+        assert_eq!((noted.growth_left(), noted.copies_left()), (5, 5));
+        let short = Context { saved: (399_000).into(), ..Context::default() };
+        check_refuses_in(&FoldConstants, one, "allowed with --max-growth 1KB", &short);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Removes logic whose answer follows from the positions it compares.
 
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
-use lathe_analysis::Affines;
-use lathe_ir::{Model, ValueId};
+use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity, Rule, pat, rewrite, rule};
+use lathe_analysis::{Affines, Facts};
+use lathe_ir::{Graph, Model, Node, ValueId};
 
 /// See [`INFO`].
 pub struct FoldIndexArithmetic;
@@ -13,7 +13,8 @@ static INFO: Info = Info {
     doc: "Exported attention masks compare positions and sequence numbers that Range, Expand, GatherND and CumSum build. \
           Where the elements of such a tensor are provably `offset + slope · index`, a comparison of two of them may be \
           true everywhere: an And with it is its other operand, a Where by it is one branch. Declines where the \
-          certainty cannot be proven for every size of the open dimensions, and where its shape widens the result.",
+          certainty cannot be proven for every size of the open dimensions, and leaves to drop-broadcasts what would \
+          change the shape of the result.",
     options: &[],
     kind: Kind::Identical,
     lowers: &[Quantity::Nodes],
@@ -31,49 +32,41 @@ impl Pass for FoldIndexArithmetic {
 }
 
 const UNCERTAIN: &str = "it is not certain which way the condition goes";
-const WIDENS: &str = "the condition may widen the result";
 
-fn certain(m: &Match, name: &str) -> Option<bool> {
-    Affines::new(m.graph(), m.facts()).certain(m.value(name))
-}
-
-/// The operand that an And (`neutral` true) or Or (`neutral` false) comes down to.
-fn remaining(m: &Match, neutral: bool) -> Result<ValueId, Refusal> {
-    let (x, y) = (certain(m, "x"), certain(m, "y"));
-    let kept = match (x, y) {
+/// The input that an And, Or or Where certainly hands on, repeated to the shape of the result.
+pub(super) fn decided(graph: &Graph, facts: &Facts, node: &Node) -> Option<ValueId> {
+    let affines = Affines::new(graph, facts);
+    let certain = |index: usize| affines.certain(node.input(index)?);
+    if node.is("Where") {
+        return node.input(if certain(0)? { 1 } else { 2 });
+    }
+    let neutral = node.is("And");
+    let kept = match (certain(0), certain(1)) {
         // A decided operand that decides the whole is the whole.
-        (Some(x), _) if x != neutral => "x",
-        (_, Some(y)) if y != neutral => "y",
-        (_, Some(_)) => "x",
-        (Some(_), _) => "y",
-        _ => return Err(UNCERTAIN.into()),
+        (Some(x), _) if x != neutral => 0,
+        (_, Some(y)) if y != neutral => 1,
+        (_, Some(_)) => 0,
+        (Some(_), _) => 1,
+        (None, None) => return None,
     };
-    m.require(m.same_shape(kept, "output"), WIDENS)?;
-    m.require_replaceable("output", kept)?;
-    Ok(m.value(kept))
+    node.input(kept)
 }
 
 fn rules() -> Vec<Rule> {
-    vec![
-        rule("decide-and", pat!(And(x, y)), |m, _| remaining(m, true)),
-        rule("decide-or", pat!(Or(x, y)), |m, _| remaining(m, false)),
-        rule("decide-where", pat!(Where(condition, x, y)), |m, _| {
-            let taken = match certain(m, "condition") {
-                Some(true) => "x",
-                Some(false) => "y",
-                None => return Err(UNCERTAIN.into()),
-            };
-            m.require(m.same_shape(taken, "output"), WIDENS)?;
-            m.require_replaceable("output", taken)?;
-            Ok(m.value(taken))
-        }),
-    ]
+    vec![rule("decide", pat!(node: And|Or|Where(..)), |m, _| {
+        let output = m.value("output");
+        let kept = decided(m.graph(), m.facts(), m.node("node")).ok_or(UNCERTAIN)?;
+        // What is repeated to a larger shape is for drop-broadcasts.
+        m.only_if(m.facts().same_shape(kept, output))?;
+        m.require_free(output, kept)?;
+        Ok(kept)
+    })]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check, check_refuses};
+    use crate::testing::{check, check_refuses, check_untouched};
     use insta::assert_snapshot;
 
     #[test]
@@ -130,14 +123,13 @@ mod tests {
             "g (bool[S] a, bool[S] b) => (bool[S] y) { n = Not (a)  y = And (n, b) }",
             UNCERTAIN,
         );
-        check_refuses(
+        check_untouched(
             &FoldIndexArithmetic,
             "g (bool[1] m) => (bool[3] y) <int64[3] a = {0, 1, 2}, int64[3] b = {1, 2, 3}> {
                 c = Less (a, b)
                 n = Not (m)
                 y = And (c, n)
             }",
-            WIDENS,
         );
     }
 }

@@ -486,7 +486,7 @@ pub(super) fn require_no_growth_over(m: &Match, g: &Patch, nodes: &[NodeId]) -> 
 
 /// Bytes by which copies may still enlarge the model in this run.
 fn allowed_growth(m: &Match) -> u64 {
-    m.context().max_growth.saturating_sub(m.context().grown.get())
+    m.context().copies_left()
 }
 
 /// Refuses where a value inside the match is used outside it, before anything dear is computed.

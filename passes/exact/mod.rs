@@ -3,6 +3,7 @@
 mod attention_parts;
 mod attention_weights;
 mod causal_mask;
+mod drop_broadcasts;
 mod drop_dead;
 mod drop_duplicate_units;
 mod drop_identities;
@@ -39,6 +40,7 @@ mod merge_slices;
 mod norm_parts;
 mod normalise_model;
 mod share_initializers;
+mod simplify_gathers;
 mod simplify_reshapes;
 mod simplify_shapes;
 mod simplify_slices;
@@ -47,6 +49,7 @@ mod slice_chains;
 mod unroll_loop;
 mod upgrade_opset;
 
+pub use drop_broadcasts::DropBroadcasts;
 pub use drop_dead::DropDead;
 pub use drop_duplicate_units::DropDuplicateUnits;
 pub use drop_identities::DropIdentities;
@@ -80,6 +83,7 @@ pub use merge_scalars::MergeScalars;
 pub use merge_slices::MergeSlices;
 pub use normalise_model::NormaliseModel;
 pub use share_initializers::ShareInitializers;
+pub use simplify_gathers::SimplifyGathers;
 pub use simplify_reshapes::SimplifyReshapes;
 pub use simplify_shapes::SimplifyShapes;
 pub use simplify_slices::SimplifySlices;
@@ -104,9 +108,11 @@ pub const PASSES: &[&dyn Pass] = &[
     &DropNoopLayout,
     &FoldConstants,
     &FoldIndexArithmetic,
+    &DropBroadcasts,
     &InlineIf,
     &UnrollLoop,
     &HoistInvariants,
+    &SimplifyGathers,
     &SimplifyReshapes,
     &SimplifyShapes,
     &SimplifySlices,

@@ -18,7 +18,7 @@ OPTIMIZATIONS = {
         "fuse-layer-norm", "fuse-rms-norm", "fuse-gelu", "fuse-hard-swish", "fold-batch-norm", "fold-scale",
         "fold-bias", "fuse-gemm", "fold-pads", "fuse-attention", "fuse-skip-norm",
     ],
-    "dead_node_elimination": ["drop-identities", "drop-neutral", "drop-noop-layout"],
+    "dead_node_elimination": ["drop-identities", "drop-neutral", "drop-noop-layout", "drop-broadcasts"],
     "subexpression_elimination": ["merge-duplicates"],
     "weight_tying": ["share-initializers"],
 }  # fmt: skip

@@ -1,0 +1,294 @@
+//! Takes elements without index arithmetic where the indices only count.
+
+use crate::{
+    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, operands::with_axes, pat, rewrite, rule,
+};
+use lathe_analysis::{Affine, Affines, DimExpr};
+use lathe_ir::{Model, Node, Patch, ValueId};
+
+/// See [`INFO`].
+pub struct SimplifyGathers;
+
+static INFO: Info = Info {
+    name: "simplify-gathers",
+    summary: "replaces a GatherND over a grid of positions by Gather along an axis, or by nothing",
+    doc: "Exported masks look up `mask[batch, key]` at a grid of indices that Range, Expand and Concat build. Where every \
+          part of the grid counts from 0 along one axis of its own, the GatherND only moves the axes of its data: it \
+          becomes an Unsqueeze. An axis that is provably as long as the grid is left alone, another one becomes a \
+          Gather with the Range that the grid is made of. Declines where the parts do not count (in this order), and \
+          where the grid has axes that repeat elements.",
+    options: &[],
+    kind: Kind::Identical,
+    lowers: &[Quantity::Nodes],
+    source: None,
+};
+
+impl Pass for SimplifyGathers {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+        rewrite(model, cx, &rules())
+    }
+}
+
+/// Constant grids with more elements than this are not looked at.
+const LARGEST: usize = 1 << 20;
+
+fn rules() -> Vec<Rule> {
+    vec![
+        rule("count-out", pat!(node: GatherND(data, grid)), count_out).sharing(),
+        rule("gather-all", pat!(node: Gather(data, indices)), |m, _| {
+            let (data, indices) = (m.shape("data").map_err(silent)?, m.shape("indices").map_err(silent)?);
+            let axis = m.axis(m.node("node").int("axis").unwrap_or(0), data.len())?;
+            let counting = Affines::new(m.graph(), m.facts()).of(m.value("indices"));
+            m.only_if(
+                indices == [data[axis].clone()] && counting == Some(Affine { offset: 0.into(), slopes: vec![1] }),
+            )?;
+            m.require_replaceable("output", "data")?;
+            Ok(m.value("data"))
+        })
+        .sharing(),
+    ]
+}
+
+fn silent(_: Refusal) -> Refusal {
+    Refusal::no_match()
+}
+
+/// One index of a grid: how it counts, and the value that holds it if it is computed.
+type Index = (Affine, Option<ValueId>);
+
+/// The indices along the last axis of a grid, which is joined from them or constant.
+fn indices(m: &Match, grid: ValueId, outer: usize) -> Result<Vec<Index>, Refusal> {
+    const UNKNOWN: &str = "the indices do not count along an axis of the grid";
+    if let Some(tensor) = m.graph().constant(grid).filter(|tensor| tensor.len() <= LARGEST) {
+        let (elements, dims) = (tensor.to_i64s().ok_or(UNKNOWN)?, &tensor.dims()[..outer]);
+        let each =
+            |first: usize| elements.iter().skip(first).step_by(tensor.dims()[outer]).copied().collect::<Vec<_>>();
+        let all = (0..tensor.dims()[outer]).map(|first| Ok((Affine::fit(&each(first), dims).ok_or(UNKNOWN)?, None)));
+        return all.collect();
+    }
+    let node = m.graph().producer(grid).map(|id| m.graph().node(id)).filter(|node| node.is("Concat"));
+    let node = node.ok_or("the indices are neither joined nor constant")?;
+    let joined = m.axis(node.int("axis").unwrap_or(0), outer + 1)?;
+    m.require(joined == outer, "the indices are not joined along their last axis")?;
+    let affines = Affines::new(m.graph(), m.facts());
+    let index = |part: ValueId| {
+        let single = m.facts().shape(part).and_then(|shape| shape.last()?.as_known()) == Some(1);
+        let mut affine = affines.of(part).filter(|_| single)?;
+        affine.slopes.truncate(outer);
+        Some((affine, Some(part)))
+    };
+    node.inputs().iter().flatten().map(|&part| index(part).ok_or_else(|| UNKNOWN.into())).collect()
+}
+
+/// `data[i₀, i₁, …]` over a grid in which `i₀` counts along one axis, `i₁` along a later one and so on.
+fn count_out(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
+    m.only_if(m.node("node").int("batch_dims").unwrap_or(0) == 0)?;
+    let data = m.shape("data")?;
+    let [outer @ .., _] = m.shape("grid")? else { return Err(Refusal::no_match()) };
+    let indices = indices(m, m.value("grid"), outer.len())?;
+    m.require(indices.len() <= data.len(), "there are more indices than axes")?;
+    let mut axes: Vec<usize> = Vec::with_capacity(indices.len());
+    for (affine, _) in &indices {
+        // An axis of size 1 is counted along by 0 alone.
+        let after = axes.last().map_or(0, |&last| last + 1);
+        let counts =
+            |axis: &usize| (0..outer.len()).all(|a| affine.slopes[a] == i64::from(a == *axis) || is_one(&outer[a]));
+        let place = (after..outer.len()).filter(|_| affine.offset.as_known() == Some(0)).find(counts);
+        axes.push(
+            place.ok_or(
+                "the indices do not count along an axis of the grid, or in another order than the data's axes",
+            )?,
+        );
+    }
+    let others: Vec<usize> = (0..outer.len()).filter(|axis| !axes.contains(axis)).collect();
+    m.require(others.iter().all(|&axis| is_one(&outer[axis])), "the grid has an axis along which it repeats elements")?;
+    let mut taken = m.value("data");
+    for (along, (&axis, (_, part))) in axes.iter().zip(&indices).enumerate() {
+        if data[along] == outer[axis] {
+            continue;
+        }
+        let range = match (part, outer[axis].as_known()) {
+            (_, Some(length)) => g.int64s("positions", &(0..length).collect::<Vec<_>>()),
+            (Some(part), None) => {
+                range_behind(m, *part, &outer[axis]).ok_or("the indices are not made of one Range")?
+            }
+            (None, None) => return Err("a constant grid has no open size".into()),
+        };
+        taken = g.node(Node::new("Gather").with("axis", along as i64), &[taken, range]);
+    }
+    // Axes of size 1 take the places that no index counts along.
+    if others.is_empty() {
+        if !g.makes(taken) {
+            m.require_free(m.value("output"), taken)?;
+        }
+        return Ok(taken);
+    }
+    Ok(with_axes(m, g, Node::new("Unsqueeze"), 13, taken, &others))
+}
+
+fn is_one(size: &DimExpr) -> bool {
+    size.as_known() == Some(1)
+}
+
+/// The one-dimensional tensor 0, 1, 2, … of this length that a part of the grid repeats.
+fn range_behind(m: &Match, part: ValueId, length: &DimExpr) -> Option<ValueId> {
+    let affines = Affines::new(m.graph(), m.facts());
+    let mut at = part;
+    loop {
+        let counts = || affines.of(at) == Some(Affine { offset: 0.into(), slopes: vec![1] });
+        if m.facts().shape(at)? == std::slice::from_ref(length) && counts() {
+            return Some(at);
+        }
+        let node = m.graph().node(m.graph().producer(at)?);
+        let repeats = ["Unsqueeze", "Squeeze", "Reshape", "Expand", "Identity", "Cast"].iter().any(|op| node.is(op));
+        at = node.input(0).filter(|_| repeats)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check, check_refuses};
+    use insta::assert_snapshot;
+
+    /// `mask[batch, key]` as vmap writes it: `[B, 1, 1, S]`.
+    fn grid(mask: &str, first: &str, second: &str) -> String {
+        format!(
+            "<ir_version: 9, opset_import: [\"\" : 17]>
+            g (int64[B,S] ids, bool[{mask}] mask) => (bool[B,1,1,S] y) <
+                int64 zero = {{0}}, int64 one = {{1}}, int64[1] front = {{0}}, int64[3] a123 = {{1,2,3}}, int64[3] a012 = {{0,1,2}}, int64[1] last = {{-1}}
+            > {{
+                b1 = Shape <start = 0, end = 1> (ids)
+                b = Squeeze (b1, front)
+                s1 = Shape <start = 1, end = 2> (ids)
+                s = Squeeze (s1, front)
+                rows = Range (zero, b, one)
+                keys = Range (zero, s, one)
+                r4 = Unsqueeze (rows, a123)
+                k4 = Unsqueeze (keys, a012)
+                both = Max (r4, k4)
+                to = Shape (both)
+                r = Expand (r4, to)
+                k = Expand (k4, to)
+                r5 = Unsqueeze (r, last)
+                k5 = Unsqueeze (k, last)
+                grid = Concat <axis = -1> ({first}, {second})
+                m = Not (mask)
+                y = GatherND (m, grid)
+            }}"
+        )
+    }
+
+    #[test]
+    fn a_mask_of_the_same_sizes_is_only_given_axes() {
+        assert_snapshot!(check(&SimplifyGathers, &grid("B,S", "r5", "k5")), @"
+        g (int64[B,S] ids, bool[B,S] mask) => (bool[B,1,1,S] y) <
+            int64 zero = {0},
+            int64 one = {1},
+            int64[1] front = {0},
+            int64[3] a123 = {1, 2, 3},
+            int64[3] a012 = {0, 1, 2},
+            int64[1] last = {-1},
+            int64[2] y_axes = {1, 2}
+        > {
+            m = Not (mask)
+            y = Unsqueeze (m, y_axes)  # bool[B,1,1,S]
+        }
+        ");
+    }
+
+    #[test]
+    fn a_mask_that_may_have_more_rows_is_gathered_along_them() {
+        assert_snapshot!(check(&SimplifyGathers, &grid("M,S", "r5", "k5")), @"
+        g (int64[B,S] ids, bool[M,S] mask) => (bool[B,1,1,S] y) <
+            int64 zero = {0},
+            int64 one = {1},
+            int64[1] front = {0},
+            int64[3] a123 = {1, 2, 3},
+            int64[3] a012 = {0, 1, 2},
+            int64[1] last = {-1},
+            int64[2] y_axes = {1, 2}
+        > {
+            b1 = Shape <start = 0, end = 1> (ids)
+            b = Squeeze (b1, front)
+            rows = Range (zero, b, one)
+            m = Not (mask)
+            y_1 = Gather <axis = 0> (m, rows)
+            y = Unsqueeze (y_1, y_axes)  # bool[B,1,1,S]
+        }
+        ");
+    }
+
+    #[test]
+    fn refuses_other_grids() {
+        let turned = grid("S,B", "k5", "r5");
+        check_refuses(&SimplifyGathers, &turned, "or in another order than the data's axes");
+        let twice = grid("B,S", "k5", "k5").replace("B,S] mask", "S,S] mask");
+        check_refuses(&SimplifyGathers, &twice, "or in another order than the data's axes");
+        let shifted =
+            grid("B,S", "r5", "k6").replace("k5 = Unsqueeze (k, last)", "k5 = Unsqueeze (k, last) k6 = Mod (k5, one)");
+        check_refuses(&SimplifyGathers, &shifted, "the indices do not count along an axis of the grid");
+    }
+
+    #[test]
+    fn a_constant_grid_counts_too() {
+        let graph = "<ir_version: 9, opset_import: [\"\" : 17]>
+            g (bool[1,4] m) => (bool[1,1,1,3] y, bool[1,1,1,3] z) <
+                int64[1,1,1,3,2] grid = {0,0, 0,1, 0,2}, int64[1,1,1,3,2] odd = {0,0, 0,1, 0,3}
+            > {
+                n = Not (m)
+                y = GatherND (n, grid)
+                z = GatherND (n, odd)
+            }";
+        assert_snapshot!(check(&SimplifyGathers, graph), @"
+        g (bool[1,4] m) => (bool[1,1,1,3] y, bool[1,1,1,3] z) <
+            int64[1,1,1,3,2] grid = {0, 0, 0, 1, 0, 2},
+            int64[1,1,1,3,2] odd = {0, 0, 0, 1, 0, 3},
+            int64[3] y_positions = {0, 1, 2},
+            int64[2] y_axes = {1, 2}
+        > {
+            n = Not (m)
+            z = GatherND (n, odd)  # bool[1,1,1,3]
+            y_1 = Gather <axis = 1> (n, y_positions)
+            y = Unsqueeze (y_1, y_axes)  # bool[1,1,1,3]
+        }
+        ");
+    }
+
+    #[test]
+    fn refuses_axes_that_repeat() {
+        let graph =
+            grid("B,S", "r5", "k5").replace("grid = Concat <axis = -1> (r5, k5)", "grid = Concat <axis = -1> (r5)");
+        let graph = graph.replace("=> (bool[B,1,1,S] y)", "=> (bool[B,1,1,S,S] y)");
+        check_refuses(&SimplifyGathers, &graph, "the grid has an axis along which it repeats elements");
+    }
+
+    #[test]
+    fn what_takes_every_row_in_order_goes() {
+        let graph = "<ir_version: 9, opset_import: [\"\" : 17]>
+            g (float[B,S,4] x) => (float[B,S,4] y) <int64 zero = {0}, int64 one = {1}, int64[1] front = {0}> {
+                s1 = Shape <start = 1, end = 2> (x)
+                s = Squeeze (s1, front)
+                all = Range (zero, s, one)
+                n = Neg (x)
+                g = Gather <axis = -2> (n, all)
+                y = Abs (g)
+            }";
+        assert_snapshot!(check(&SimplifyGathers, graph), @"
+        g (float[B,S,4] x) => (float[B,S,4] y) <
+            int64 zero = {0},
+            int64 one = {1},
+            int64[1] front = {0}
+        > {
+            n = Neg (x)
+            y = Abs (n)  # float[B,S,4]
+        }
+        ");
+        let part = graph.replace("(float[B,S,4] x)", "(float[B,S,4] x, float[B,T,4] z)").replace("Neg (x)", "Neg (z)");
+        crate::testing::check_untouched(&SimplifyGathers, &part);
+    }
+}
