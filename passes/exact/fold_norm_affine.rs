@@ -1,8 +1,8 @@
 //! Folds a constant factor or sum into all of the layers that read it.
 
 use super::linear::{Gain, Layer, LayerKind, RTOL, is_weight_type, require_no_growth_over, round};
-use crate::{Change, Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal};
-use lathe_ir::{Bindings, Function, Graph, Model, NodeId, Patch, Tensor, Use, ValueId};
+use crate::{Change, Context, Editor, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, edit_graphs};
+use lathe_ir::{Bindings, Graph, Model, NodeId, Patch, Tensor, Use, ValueId};
 
 /// See [`INFO`].
 pub struct FoldNormAffine;
@@ -26,30 +26,13 @@ impl Pass for FoldNormAffine {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
-        let functions = std::mem::take(&mut model.functions);
-        let result = fold_all(&mut model.graph, &model.opsets, &functions, cx, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = fold_all(&mut graph, &opsets, &model.functions, cx, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
-        Ok(outcome)
+        edit_graphs(model, cx, fold_all)
     }
 }
 
 /// Folds everywhere in one graph, the last nodes first: a sum before the product it follows.
-fn fold_all(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn fold_all(editor: &mut Editor) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     let named = |id: &NodeId, graph: &Graph| ["Mul", "Add"].iter().any(|op| graph.node(*id).is(op));
     let candidates: Vec<NodeId> = graph.all_nodes().into_iter().filter(|id| named(id, graph)).collect();
     let mut facts = None;
@@ -156,13 +139,7 @@ fn carry_out(graph: &mut Graph, patch: Patch, id: NodeId, replaced: &[(NodeId, V
     let mut unused = Vec::new();
     for &(old, new) in replaced {
         let value = graph.node(old).output(0).expect("a layer that is folded into is used");
-        graph.replace_uses(value, new);
-        if !graph.is_output(new) {
-            let name = graph.value(value).name.clone();
-            let spare = graph.fresh_name(&name);
-            graph.rename(value, spare);
-            graph.rename(new, name);
-        }
+        graph.replace(value, new);
         unused.push(old);
     }
     graph.remove_unused(unused);

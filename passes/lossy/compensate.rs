@@ -6,7 +6,7 @@ use super::{
     in_batches,
     quantize::{self, Coded, Scheme},
     spectrum::{Spectrum, product},
-    take_over, weights,
+    weights,
 };
 use crate::{Context, Error, Info, Kind, Outcome, Quantity, Target, lossy::allocate::Measure};
 use faer::Mat;
@@ -148,7 +148,7 @@ fn emit(graph: &mut Graph, weight: &Weight, left: &Mat<f64>, right: &Mat<f64>) {
         let bypass = graph.append(ScopeId::MAIN, Node::new("MatMul"), &[inner, b], &format!("{name}_bypass"));
         let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[tap.output, bypass], &format!("{name}_whole"));
         let add = graph.producer(sum).expect("it was just added");
-        take_over(graph, tap.output, sum);
+        graph.replace(tap.output, sum);
         graph.set_input(add, 0, Some(tap.output));
     }
 }

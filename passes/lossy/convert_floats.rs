@@ -1,6 +1,6 @@
 //! Weights as floats of 16 bits: stored so and widened where they are used, or multiplied so where that is faster.
 
-use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, on_all_cores, take_over, weights};
+use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, on_all_cores, weights};
 use crate::{Context, Error, Info, Kind, Outcome, Quantity, lossy::allocate::Measure};
 use lathe_analysis::{Rows, View};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
@@ -365,7 +365,7 @@ fn emit(graph: &mut Graph, weight: &Weight, form: Form) {
         let rows = graph.node(tap.node).input(1).expect("a Gather has indices");
         let picked = graph.append(ScopeId::MAIN, own, &[stored, rows], &format!("{name}_picked"));
         let wide = graph.append(ScopeId::MAIN, cast_to(DataType::Float), &[picked], &format!("{name}_wide"));
-        take_over(graph, tap.output, wide);
+        graph.replace(tap.output, wide);
         graph.remove_node(tap.node);
     }
     if !graph.value(weight.value).uses().is_empty() {
@@ -396,7 +396,7 @@ fn multiply(graph: &mut Graph, tap: &Tap) {
     halves.extend(inputs.get(2).map(|&bias| halved(graph, bias)));
     let product = graph.append(ScopeId::MAIN, own, &halves, &format!("{name}_half"));
     let wide = graph.append(ScopeId::MAIN, cast_to(DataType::Float), &[product], &format!("{name}_wide"));
-    take_over(graph, tap.output, wide);
+    graph.replace(tap.output, wide);
     graph.remove_node(tap.node);
 }
 

@@ -195,7 +195,7 @@ pub(super) fn add_to_bias(graph: &mut Graph, tap: &Tap, change: &[f32]) {
             let bias = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&dims, change));
             let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[tap.output, bias], &format!("{name}_whole"));
             let add = graph.producer(sum).expect("it was just added");
-            super::take_over(graph, tap.output, sum);
+            graph.replace(tap.output, sum);
             return graph.set_input(add, 0, Some(tap.output));
         }
     };

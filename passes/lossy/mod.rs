@@ -119,7 +119,7 @@ impl Fitted {
         let fragment = self.piece.fragment(ScopeId::MAIN);
         let pasted = graph.paste(&fragment, ScopeId::MAIN, &reads, &BTreeMap::new(), &self.gives);
         let made = pasted.outputs.first().copied().flatten().expect("a piece has an output");
-        take_over(graph, gives, made);
+        graph.replace(gives, made);
         drop_unused(graph, gives);
         graph.sort().map_err(|_| "nodes need one another")
     }
@@ -301,17 +301,6 @@ fn in_batches(model: &Model, cx: &Context, work: &Work<'_>) -> Result<Proposal, 
         }
     }
     Ok(proposal)
-}
-
-/// Makes everything that reads `old` read `new` instead, under the old name: statistics are known by names.
-fn take_over(graph: &mut Graph, old: ValueId, new: ValueId) {
-    let name = graph.value(old).name.clone();
-    graph.replace_uses(old, new);
-    if graph.value(old).name == name {
-        let spare = graph.fresh_name(&name);
-        graph.rename(old, spare);
-        graph.rename(new, name);
-    }
 }
 
 /// What nodes read that is constant, and what they give.

@@ -5,7 +5,7 @@ use super::{
     layers::Tap,
     on_all_cores,
     quantize::{Coded, Scheme},
-    take_over, weights,
+    weights,
 };
 use crate::{Context, Error, Info, Kind, Outcome, lossy::allocate::Measure};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
@@ -211,7 +211,7 @@ fn emit(graph: &mut Graph, weight: &Weight, coded: &Coded) {
         if let Some(added) = added {
             whole = then("Add", &[whole, added], "whole");
         }
-        take_over(graph, tap.output, whole);
+        graph.replace(tap.output, whole);
         remove(graph, tap);
     }
 }
