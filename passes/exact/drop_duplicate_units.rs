@@ -3,7 +3,7 @@
 use super::linear::{Gain, Layer, LayerKind, RTOL, round};
 use crate::{Context, Error, Info, Kind, Match, Opt, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{Model, Node, NodeId, Patch, Tensor, Use, ValueId};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::LazyLock};
 
 /// See [`INFO`].
 pub struct DropDuplicateUnits;
@@ -31,9 +31,11 @@ impl Pass for DropDuplicateUnits {
         if !cx.setting::<bool>(&INFO, "enabled")? {
             return Ok(Outcome::default());
         }
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![rule(

@@ -4,6 +4,7 @@ use crate::{
     Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, pat, rewrite, rule,
 };
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct DropNeutral;
@@ -28,9 +29,11 @@ impl Pass for DropNeutral {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![

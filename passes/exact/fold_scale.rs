@@ -5,6 +5,7 @@ use super::linear::{
 };
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{Model, Node, NodeId, Patch, Tensor, Use, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FoldScale;
@@ -30,9 +31,11 @@ impl Pass for FoldScale {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![

@@ -5,6 +5,7 @@ use crate::{
     Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, pat, rewrite, rule,
 };
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct MergeScalars;
@@ -29,9 +30,11 @@ impl Pass for MergeScalars {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
