@@ -27,6 +27,7 @@ mod fuse_gemm;
 mod fuse_hard_swish;
 mod fuse_layer_norm;
 mod fuse_rms_norm;
+mod fuse_rotary;
 mod fuse_skip_norm;
 mod hoist_constants;
 mod hoist_invariants;
@@ -71,6 +72,7 @@ pub use fuse_gemm::FuseGemm;
 pub use fuse_hard_swish::FuseHardSwish;
 pub use fuse_layer_norm::FuseLayerNorm;
 pub use fuse_rms_norm::FuseRmsNorm;
+pub use fuse_rotary::FuseRotary;
 pub use fuse_skip_norm::FuseSkipNorm;
 pub use hoist_constants::HoistConstants;
 pub(crate) use hoist_constants::constant_of;
@@ -134,6 +136,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &DropDuplicateUnits,
     &MergeSlices,
     &FuseAttention,
+    &FuseRotary,
     &FuseSkipNorm,
     &SliceChains,
     &ShareInitializers,
