@@ -50,7 +50,8 @@ fn rewrite_graph(
     if first.is_empty() {
         return Ok(());
     }
-    let mut driver = Driver { graph, opsets, functions, cx, facts: None, outcome, refused: BTreeSet::new() };
+    let mut driver =
+        Driver { graph, opsets, functions, cx, facts: None, outcome, refused: BTreeSet::new(), labels: None };
     let budget = driver.graph.node_bound().saturating_mul(REWRITES_PER_NODE) + 64;
     let mut queued: BTreeSet<NodeId> = first.iter().copied().collect();
     let mut queue: VecDeque<NodeId> = first.into();
@@ -97,6 +98,8 @@ struct Driver<'a> {
     outcome: &'a mut Outcome,
     /// Places whose refusal is already counted.
     refused: BTreeSet<(NodeId, &'static str)>,
+    /// The names that nodes have or had, collected when one is first needed.
+    labels: Option<BTreeSet<String>>,
 }
 
 impl Driver<'_> {
@@ -109,6 +112,22 @@ impl Driver<'_> {
             self.cx.facts.keep(self.graph, facts);
         }
         Ok(())
+    }
+
+    /// A name like `base` that no node has: ONNX Runtime refuses models in which two do.
+    fn free_label(&mut self, base: &str) -> String {
+        let graph = &self.graph;
+        let taken = self
+            .labels
+            .get_or_insert_with(|| graph.all_nodes().into_iter().map(|id| graph.node(id).name.clone()).collect());
+        let mut number = 0;
+        loop {
+            let label = format!("{base}_{number}");
+            if taken.insert(label.clone()) {
+                return label;
+            }
+            number += 1;
+        }
     }
 
     /// Tries one rule at one node. Returns the nodes worth another look if it acted.
@@ -160,7 +179,7 @@ impl Driver<'_> {
         for (index, value) in self.graph.node(root).outputs().iter().enumerate() {
             let Some(value) = value else { continue };
             let used = !self.graph.value(*value).uses().is_empty();
-            if used && !replacement.0.iter().any(|(i, _)| *i == index) {
+            if used && !replacement.outputs.iter().any(|(i, _)| *i == index) {
                 return Err("another output of the node is used".into());
             }
         }
@@ -180,23 +199,28 @@ impl Driver<'_> {
         let outputs: Vec<Option<ValueId>> = self.graph.node(root).outputs().to_vec();
         let base = outputs.iter().flatten().next().map(|&v| self.graph.value(v).name.clone()).unwrap_or_default();
         let label = self.graph.node(root).name.clone();
-        let made: BTreeSet<ValueId> = replacement.0.iter().map(|r| r.1).filter(|&v| patch.makes(v)).collect();
+        let of_root = replacement.outputs.into_iter().filter_map(|(index, new)| Some(((*outputs.get(index)?)?, new)));
+        let replaced: Vec<(ValueId, ValueId)> = of_root.chain(replacement.others).collect();
+        let made: BTreeSet<ValueId> = replaced.iter().map(|r| r.1).filter(|&v| patch.makes(v)).collect();
         let mut touched: Vec<NodeId> = Vec::new();
         for &id in nodes {
             touched.extend(self.graph.node(id).inputs().iter().flatten().filter_map(|&v| self.graph.producer(v)));
         }
         let added = self.graph.apply(patch, scope, &base);
-        let facts = self.facts.as_mut().expect("a rule acts only on a place with facts");
         for (index, &id) in added.iter().enumerate() {
             if self.graph.node(id).name.is_empty() && !label.is_empty() {
                 let last = index + 1 == added.len();
-                self.graph.node_mut(id).name = if last { label.clone() } else { format!("{label}_{index}") };
+                self.graph.node_mut(id).name = if last { label.clone() } else { self.free_label(&label) };
             }
+        }
+        let facts = self.facts.as_mut().expect("a rule acts only on a place with facts");
+        for &id in &added {
             facts.update(self.graph, self.opsets, self.functions, id);
         }
         touched.extend(&added);
-        for (index, new) in replacement.0 {
-            let Some(old) = outputs.get(index).copied().flatten() else { continue };
+        let mut unused = nodes.to_vec();
+        for (old, new) in replaced {
+            unused.extend(self.graph.producer(old));
             let users = self.graph.value(old).uses().iter().filter_map(|u| match u {
                 Use::Node(node, _) => Some(*node),
                 _ => None,
@@ -214,7 +238,7 @@ impl Driver<'_> {
                 self.graph.rename(new, old_name);
             }
         }
-        self.graph.remove_unused(nodes.to_vec());
+        self.graph.remove_unused(unused);
         self.outcome.change(rule.name, place);
         touched
     }

@@ -32,19 +32,24 @@ impl From<String> for Refusal {
     }
 }
 
-/// What takes the place of the root node's outputs, by output index.
+/// What takes the place of values.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Replacement(pub Vec<(usize, ValueId)>);
+pub struct Replacement {
+    /// For the outputs of the root node, by output index.
+    pub outputs: Vec<(usize, ValueId)>,
+    /// For values of other nodes: old and new. What is new must not be computed from anything that uses the old.
+    pub others: Vec<(ValueId, ValueId)>,
+}
 
 impl From<ValueId> for Replacement {
     fn from(value: ValueId) -> Replacement {
-        Replacement(vec![(0, value)])
+        Replacement::from(vec![value])
     }
 }
 
 impl From<Vec<ValueId>> for Replacement {
     fn from(values: Vec<ValueId>) -> Replacement {
-        Replacement(values.into_iter().enumerate().collect())
+        Replacement { outputs: values.into_iter().enumerate().collect(), others: Vec::new() }
     }
 }
 
