@@ -5,7 +5,7 @@ use lathe_analysis::{Calibrate, Evaluate, EvaluateError, Facts};
 use lathe_ir::{Function, Graph, Model, ValueId};
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
 };
 
 /// A quantity that a pass claims to lower.
@@ -126,6 +126,9 @@ pub struct Context<'a> {
     pub half_precision: bool,
     /// Rows of all products with every weight in one run, for lossy methods.
     pub rows: BTreeMap<ValueId, u64>,
+    /// Operators of ONNX Runtime's own domain whose kernels are slower, where the result will run, than the nodes they
+    /// take the place of.
+    pub slow_kernels: BTreeSet<String>,
     /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
     pub settings: BTreeMap<String, String>,
     /// Facts of graphs that have not changed since they were inferred.

@@ -334,6 +334,7 @@ impl Job<'_> {
             target: self.options.target,
             max_growth: self.options.max_growth,
             evaluator: Some(&self.runner),
+            slow_kernels: crate::kernels::slower(&self.options.load.provider),
             settings,
             ..Context::default()
         }

@@ -14,7 +14,8 @@ static INFO: Info = Info {
     doc: "Under the target ort, Add and LayerNormalization, RMSNormalization or SimplifiedLayerNormalization over the \
           last axis become SkipLayerNormalization or SkipSimplifiedLayerNormalization, whose fourth output is the sum \
           for whatever else reads it, and a constant bias added to one branch goes in too. Needs operands that \
-          provably have one shape of two or three axes, and a constant scale and shift.",
+          provably have one shape of two or three axes, and a constant scale and shift. Declines where the operator is \
+          slower than the nodes, as SkipLayerNormalization is on the CPU.",
     options: &[],
     // The fused kernel sums in another order and may take the variance as E[x²] − E[x]².
     kind: Kind::Equivalent { rtol: 1e-4 },
@@ -65,7 +66,7 @@ fn fuse_graph(
     let before = outcome.changes.len();
     for norm in norms {
         let Some(add) = residual(graph, norm) else { continue };
-        match plan(graph, &facts, norm, add) {
+        match plan(graph, &facts, norm, add).and_then(|plan| pays(cx, plan)) {
             Ok(plan) => {
                 let place = graph.describe(norm);
                 let made = carry_out(graph, &mut facts, norm, add, plan);
@@ -97,6 +98,15 @@ fn residual(graph: &Graph, norm: NodeId) -> Option<NodeId> {
     let add = graph.producer(node.input(0)?)?;
     let found = graph.node(add);
     (found.is("Add") && found.scope() == node.scope() && found.inputs().len() == 2).then_some(add)
+}
+
+/// Passes a plan on whose operator is not slower than the two nodes.
+fn pays(cx: &Context, plan: Plan) -> Result<Plan, &'static str> {
+    require(
+        !cx.slow_kernels.contains(plan.op),
+        "the operator is slower than the two nodes on this execution provider",
+    )?;
+    Ok(plan)
 }
 
 struct Plan {
@@ -274,5 +284,7 @@ mod tests {
         };
         check_refuses_in(&FuseSkipNorm, &graph("1,S,4", "fixed"), "may have different shapes", &ort());
         check_refuses_in(&FuseSkipNorm, &graph("N,S,4", "free"), "not a constant", &ort());
+        let slow = Context { slow_kernels: ["SkipLayerNormalization".to_owned()].into(), ..ort() };
+        check_refuses_in(&FuseSkipNorm, &graph("N,S,4", "fixed"), "slower than the two nodes", &slow);
     }
 }
