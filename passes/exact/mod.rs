@@ -1,8 +1,5 @@
 //! Exact passes: the result is the same function.
 
-mod attention_parts;
-mod attention_weights;
-mod causal_mask;
 mod drop_broadcasts;
 mod drop_dead;
 mod drop_duplicate_units;
