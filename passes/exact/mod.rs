@@ -16,6 +16,7 @@ mod fold_matmul_chain;
 mod fold_norm_affine;
 mod fold_pads;
 mod fold_plan;
+mod fold_residual_bias;
 mod fold_scale;
 mod freeze_initializers;
 mod fuse_attention;
@@ -60,6 +61,7 @@ pub use fold_index_arithmetic::FoldIndexArithmetic;
 pub use fold_matmul_chain::FoldMatmulChain;
 pub use fold_norm_affine::FoldNormAffine;
 pub use fold_pads::FoldPads;
+pub use fold_residual_bias::FoldResidualBias;
 pub use fold_scale::FoldScale;
 pub use freeze_initializers::FreezeInitializers;
 pub use fuse_attention::FuseAttention;
@@ -132,6 +134,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &MergeSlices,
     &FuseAttention,
     &FuseSkipNorm,
+    &FoldResidualBias,
     &SliceChains,
     &ShareInitializers,
     &MergeDuplicates,
