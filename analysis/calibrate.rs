@@ -182,6 +182,22 @@ pub trait Calibrate {
     /// Mean squares of a value of the original model; `None` if they were not collected.
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError>;
 
+    /// Second moments of samples that [`Calibrate::gram`] was not taken over, by which what is fitted to that is judged;
+    /// `None` where no sample is held out, or they were not collected.
+    fn held_gram(&self, _rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
+        Ok(None)
+    }
+
+    /// Mean squares of the same samples, in the same way.
+    fn held_moments(&self, _rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+        Ok(None)
+    }
+
+    /// Whether trials run on samples that fits do not see.
+    fn holds_out(&self) -> bool {
+        true
+    }
+
     /// The mean cosine between rows of two values of the model that is being compressed, of one shape each, for every
     /// pair, over the calibration samples that trials do not run on.
     fn cosines(&self, _pairs: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError> {

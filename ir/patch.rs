@@ -81,6 +81,12 @@ impl Patch {
         value.index() >= self.base
     }
 
+    /// The values of the graph that its nodes read.
+    pub fn reads(&self) -> Vec<ValueId> {
+        let inputs = self.nodes.iter().flat_map(|new| new.inputs.iter().flatten().copied());
+        inputs.filter(|&value| !self.makes(value)).collect()
+    }
+
     /// How many nodes it adds.
     pub fn node_count(&self) -> usize {
         self.nodes.len()

@@ -1,306 +1,209 @@
 //! Patterns: small graphs to look for, written as ONNX text.
 
-use crate::{DataType, Graph, NodeId, ScopeId, Tensor, ValueId};
+mod parse;
+mod search;
+
+use crate::{Graph, NodeId, ValueId};
+use std::sync::Arc;
 
 /// A pattern such as `outer: Transpose(inner: Transpose(x))`.
 ///
-/// - `Op(…)` is a node; `A|B(…)` one of several operators; `com.microsoft.Op(…)` one of another domain.
+/// - `Op(…)` is a node; `A|B(…)` one of several operators; `com.microsoft.Op(…)` one of another domain. Operators begin
+///   with a capital letter, names do not.
 /// - A bare name binds a value; the same name twice means the same value. `_` binds nothing.
 /// - A number is a constant with one element of that value.
 /// - `label:` names a node. `Op?(x)` also matches `x` itself, where there is no such node.
 /// - `…` as the last argument (`..`) allows further inputs; otherwise there are exactly as many as written.
 /// - Add, Mul, Min, Max, And, Or, Xor and Equal match either way round.
+/// - `(A | B)` is one of several patterns, the first that fits.
+///
+/// A term with a star is arithmetic, however it is spelled:
+///
+/// - `Mul*(a, b, …)` is a product of these factors, in any order and association. Div, Reciprocal, Sqrt, Neg and Pow
+///   with a constant exponent are read as powers of their operands, and `Pow(a, -0.5)` as an argument stands for such a
+///   power. Numbers multiply: `Mul*(x, 0.5)` is a product of `x` and scalar constants that make ½ together, and
+///   a 1 among them is never what a name stands for.
+/// - `Add*(a, -b, …)` is a sum of these terms, likewise; Sub and Neg give signs. Numbers add up.
+/// - `Pow*(a, 2)` is `Mul*(Pow(a, 2))`: the power alone.
+/// - `#name` as an argument stands for any number, which [`Bindings::number`] tells; it is 1 in a product and 0 in a sum
+///   without constants.
+///
+/// Reading arithmetic this way is true over the real numbers, so a rule must ask for floating-point types. Scalar
+/// constants may have axes of size one, which a result could gain: see [`Bindings::constants`].
+///
+/// Matching takes bounded time: a product or sum spans at most sixteen nodes, and a search that has gone through
+/// some thousand steps finds nothing.
 #[derive(Debug, Clone)]
 pub struct Pattern {
     root: Term,
+    roots: Vec<(String, String)>,
+    through_casts: bool,
 }
 
 #[derive(Debug, Clone)]
 enum Term {
     Any,
-    Value(String),
+    Value(Arc<str>),
     Number(f64),
-    Node { label: Option<String>, ops: Vec<(String, String)>, optional: bool, args: Vec<Term>, rest: bool },
+    Node(NodeTerm),
+    Chain(Chain),
+    Choice(Vec<Term>),
 }
 
-/// What a pattern found: the values and nodes its names stand for.
+#[derive(Debug, Clone)]
+struct NodeTerm {
+    label: Option<Arc<str>>,
+    ops: Vec<(String, String)>,
+    optional: bool,
+    args: Vec<Term>,
+    rest: bool,
+}
+
+/// A product or a sum, in any order and association.
+#[derive(Debug, Clone)]
+struct Chain {
+    label: Option<Arc<str>>,
+    kind: Arithmetic,
+    /// The most telling first.
+    factors: Vec<(Term, Power)>,
+    number: Wanted,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Arithmetic {
+    Product,
+    Sum,
+}
+
+/// Twice the exponent of a factor; of a term of a sum, two times its sign.
+type Power = i32;
+
+#[derive(Debug, Clone)]
+enum Wanted {
+    Number(f64),
+    Named(Arc<str>),
+}
+
+/// What a pattern found: the values, nodes and numbers its names stand for.
 #[derive(Debug, Clone, Default)]
 pub struct Bindings {
-    values: Vec<(String, ValueId)>,
-    labels: Vec<(String, NodeId)>,
+    values: Vec<(Arc<str>, ValueId)>,
+    labels: Vec<(Arc<str>, NodeId)>,
+    numbers: Vec<(Arc<str>, f64)>,
     nodes: Vec<NodeId>,
+    constants: Vec<ValueId>,
 }
 
 impl Bindings {
     /// The value a name stands for.
     pub fn value(&self, name: &str) -> Option<ValueId> {
-        self.values.iter().find(|(n, _)| n == name).map(|(_, v)| *v)
+        self.values.iter().find(|(n, _)| **n == *name).map(|(_, v)| *v)
     }
 
     /// The node a label stands for; `None` where an optional node is absent.
     pub fn node(&self, label: &str) -> Option<NodeId> {
-        self.labels.iter().find(|(n, _)| n == label).map(|(_, v)| *v)
+        self.labelled(label).next()
     }
 
-    /// Every matched node, the root first.
+    /// Every node with this label: a pattern may use a label more than once.
+    pub fn labelled<'a>(&'a self, label: &'a str) -> impl Iterator<Item = NodeId> + 'a {
+        self.labels.iter().filter(move |(n, _)| **n == *label).map(|(_, v)| *v)
+    }
+
+    /// The number a `#name` stands for.
+    pub fn number(&self, name: &str) -> Option<f64> {
+        self.numbers.iter().find(|(n, _)| **n == *name).map(|(_, v)| *v)
+    }
+
+    /// Every matched node, the root first; a node may be there more than once.
     pub fn nodes(&self) -> &[NodeId] {
         &self.nodes
     }
-}
 
-const COMMUTATIVE: &[&str] = &["Add", "Mul", "Min", "Max", "And", "Or", "Xor", "Equal"];
+    /// The constants that numbers were read from.
+    pub fn constants(&self) -> &[ValueId] {
+        &self.constants
+    }
+}
 
 impl Pattern {
     /// Reads a pattern. Panics if it is malformed: patterns are part of the program.
     pub fn parse(text: &str) -> Pattern {
-        let mut parser = Parser { text: text.as_bytes(), at: 0 };
-        let root = parser.term();
-        assert!(parser.peek().is_none(), "pattern `{text}` goes on after its root");
-        assert!(matches!(root, Term::Node { .. }), "pattern `{text}` is no node");
-        Pattern { root }
+        parse::pattern(text)
+    }
+
+    /// Arithmetic also goes on behind casts, which become part of the match. Whoever uses the match sees to it that they
+    /// are between floating-point types.
+    pub fn through_casts(mut self) -> Pattern {
+        self.through_casts = true;
+        self
+    }
+
+    /// Whether the match may hold casts that the pattern does not name.
+    pub fn passes_casts(&self) -> bool {
+        self.through_casts
     }
 
     /// The operators the root may be, with their domains.
     pub fn roots(&self) -> &[(String, String)] {
-        match &self.root {
-            Term::Node { ops, .. } => ops,
-            _ => &[],
-        }
+        &self.roots
+    }
+
+    /// The names of values and numbers, and the labels of nodes.
+    pub fn names(&self) -> Vec<&str> {
+        let mut names = Vec::new();
+        self.root.collect_names(&mut names);
+        names.sort_unstable();
+        names.dedup();
+        names
     }
 
     /// Matches the pattern with its root at `node`.
     pub fn find(&self, graph: &Graph, node: NodeId) -> Option<Bindings> {
-        let Term::Node { label, ops, args, rest, .. } = &self.root else { return None };
-        let mut found = Bindings::default();
-        let scope = graph.node(node).scope();
-        let search = Search { graph, scope };
-        search.node(node, label.as_deref(), ops, args, *rest, &mut Vec::new(), &mut found).then_some(found)
+        search::find(self, graph, node)
     }
 }
 
-struct Search<'a> {
-    graph: &'a Graph,
-    scope: ScopeId,
-}
-
-type Goals<'p> = Vec<(&'p Term, Option<ValueId>)>;
-
-impl Search<'_> {
-    /// Meets all goals, the last one first; on failure `found` is as it was.
-    fn solve<'p>(&self, goals: &mut Goals<'p>, found: &mut Bindings) -> bool {
-        let Some((term, value)) = goals.pop() else { return true };
-        let met = match (term, value) {
-            (Term::Any, _) => self.solve(goals, found),
-            (_, None) => false,
-            (Term::Number(number), Some(value)) => {
-                self.graph.constant(value).is_some_and(|t| is_number(t, *number)) && self.solve(goals, found)
+impl Term {
+    fn collect_names<'a>(&'a self, names: &mut Vec<&'a str>) {
+        match self {
+            Term::Any | Term::Number(_) => {}
+            Term::Value(name) => names.push(name),
+            Term::Node(node) => {
+                names.extend(node.label.as_deref());
+                node.args.iter().for_each(|arg| arg.collect_names(names));
             }
-            (Term::Value(name), Some(value)) => match found.value(name) {
-                Some(bound) => bound == value && self.solve(goals, found),
-                None => {
-                    found.values.push((name.clone(), value));
-                    let met = self.solve(goals, found);
-                    if !met {
-                        found.values.pop();
-                    }
-                    met
+            Term::Chain(chain) => {
+                names.extend(chain.label.as_deref());
+                if let Wanted::Named(name) = &chain.number {
+                    names.push(name);
                 }
-            },
-            (Term::Node { label, ops, optional, args, rest }, Some(value)) => {
-                let producer = self.graph.producer(value);
-                let here = producer.filter(|&p| {
-                    self.graph.node(p).scope() == self.scope && self.graph.node(p).output(0) == Some(value)
-                });
-                let direct = here.is_some_and(|p| self.node(p, label.as_deref(), ops, args, *rest, goals, found));
-                direct
-                    || (*optional && args.len() == 1 && {
-                        goals.push((&args[0], Some(value)));
-                        let met = self.solve(goals, found);
-                        if !met {
-                            goals.pop();
-                        }
-                        met
-                    })
+                chain.factors.iter().for_each(|(term, _)| term.collect_names(names));
             }
-        };
-        if !met {
-            goals.push((term, value));
+            Term::Choice(terms) => terms.iter().for_each(|term| term.collect_names(names)),
         }
-        met
     }
 
-    #[allow(clippy::too_many_arguments)] // The fields of one term and the state of the search.
-    fn node<'p>(
-        &self,
-        id: NodeId,
-        label: Option<&str>,
-        ops: &[(String, String)],
-        args: &'p [Term],
-        rest: bool,
-        goals: &mut Goals<'p>,
-        found: &mut Bindings,
-    ) -> bool {
-        let node = self.graph.node(id);
-        let domain = if node.is_standard() { "" } else { node.domain.as_str() };
-        if !ops.iter().any(|(d, op)| *op == node.op_type && d == domain) {
-            return false;
+    /// The operators that a node matched by this term may have.
+    fn collect_roots(&self, roots: &mut Vec<(String, String)>) {
+        match self {
+            Term::Any | Term::Value(_) | Term::Number(_) => {}
+            Term::Node(node) => roots.extend(node.ops.iter().cloned()),
+            Term::Chain(chain) => roots.extend(chain.roots().iter().map(|op| (String::new(), (*op).to_owned()))),
+            Term::Choice(terms) => terms.iter().for_each(|term| term.collect_roots(roots)),
         }
-        let inputs = node.inputs();
-        if inputs.len() < args.len() || (inputs.len() > args.len() && !rest) {
-            return false;
-        }
-        found.nodes.push(id);
-        if let Some(label) = label {
-            found.labels.push((label.to_owned(), id));
-        }
-        let depth = goals.len();
-        let swap = args.len() == 2 && domain.is_empty() && COMMUTATIVE.contains(&node.op_type.as_str());
-        let orders: &[[usize; 2]] = if swap { &[[0, 1], [1, 0]] } else { &[[0, 1]] };
-        for order in orders {
-            for index in (0..args.len()).rev() {
-                let input = if swap { inputs[order[index]] } else { inputs[index] };
-                goals.push((&args[index], input));
-            }
-            if self.solve(goals, found) {
-                return true;
-            }
-            goals.truncate(depth);
-        }
-        found.nodes.pop();
-        if label.is_some() {
-            found.labels.pop();
-        }
-        false
     }
 }
 
-/// Whether a tensor holds exactly one element that is `number`, as far as its type can tell.
-fn is_number(tensor: &Tensor, number: f64) -> bool {
-    let tolerance = match tensor.dtype() {
-        DataType::Float16 => 1e-3,
-        DataType::Bfloat16 => 8e-3,
-        DataType::Float => 1e-6,
-        dtype if dtype.is_integer() || dtype == DataType::Double => 1e-12,
-        _ => return false,
-    };
-    tensor.len() == 1
-        && tensor.scalar_f64().is_some_and(|found| (found - number).abs() <= tolerance * number.abs().max(1e-30))
-}
-
-struct Parser<'a> {
-    text: &'a [u8],
-    at: usize,
-}
-
-impl Parser<'_> {
-    fn peek(&mut self) -> Option<u8> {
-        while self.text.get(self.at).is_some_and(u8::is_ascii_whitespace) {
-            self.at += 1;
+impl Chain {
+    fn roots(&self) -> &'static [&'static str] {
+        match (self.kind, self.factors.len()) {
+            (Arithmetic::Sum, _) => &["Add", "Sub"],
+            (Arithmetic::Product, 0 | 1) => &["Mul", "Div", "Pow", "Sqrt", "Reciprocal"],
+            (Arithmetic::Product, _) => &["Mul", "Div"],
         }
-        self.text.get(self.at).copied()
-    }
-
-    fn eat(&mut self, byte: u8) -> bool {
-        let found = self.peek() == Some(byte);
-        self.at += usize::from(found);
-        found
-    }
-
-    fn word(&mut self) -> String {
-        self.peek();
-        let start = self.at;
-        let inside = |b: &u8| b.is_ascii_alphanumeric() || b"_.".contains(b);
-        while self.text.get(self.at).is_some_and(inside) {
-            self.at += 1;
-            // `stringify!` may put spaces around the dots of a domain.
-            if self.text.get(self.at) == Some(&b' ') && self.text.get(self.at + 1) == Some(&b'.') {
-                self.at += 1;
-            }
-        }
-        String::from_utf8_lossy(&self.text[start..self.at]).replace(' ', "")
-    }
-
-    fn term(&mut self) -> Term {
-        let negative = self.eat(b'-');
-        let word = self.word();
-        if word.starts_with(|c: char| c.is_ascii_digit()) {
-            let number: f64 = word.parse().expect("a pattern's number is a number");
-            return Term::Number(if negative { -number } else { number });
-        }
-        if self.eat(b':') {
-            let Term::Node { ops, optional, args, rest, .. } = self.term() else {
-                panic!("label `{word}` stands before something that is no node");
-            };
-            return Term::Node { label: Some(word), ops, optional, args, rest };
-        }
-        let mut ops = vec![word];
-        while self.eat(b'|') {
-            ops.push(self.word());
-        }
-        let optional = self.eat(b'?');
-        if !self.eat(b'(') {
-            let name = ops.pop().expect("one word was read");
-            return if name == "_" { Term::Any } else { Term::Value(name) };
-        }
-        let (mut args, mut rest) = (Vec::new(), false);
-        while !self.eat(b')') {
-            if self.eat(b'.') {
-                while self.eat(b'.') {}
-                rest = true;
-                continue;
-            }
-            args.push(self.term());
-            self.eat(b',');
-            assert!(self.peek().is_some(), "pattern ends inside an argument list");
-        }
-        let split = |op: String| match op.rsplit_once('.') {
-            Some((domain, op)) => (domain.to_owned(), op.to_owned()),
-            None => (String::new(), op),
-        };
-        Term::Node { label: None, ops: ops.into_iter().map(split).collect(), optional, args, rest }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Node;
-
-    fn graph() -> (Graph, NodeId) {
-        let mut g = Graph::new("g");
-        let x = g.add_value("x", None);
-        g.add_input(ScopeId::MAIN, x);
-        let half = g.add_initializer(ScopeId::MAIN, "half", Tensor::from_f32s(&[], &[0.5]));
-        let erf = g.append(ScopeId::MAIN, Node::new("Erf"), &[x], "erf");
-        let scaled = g.append(ScopeId::MAIN, Node::new("Mul"), &[half, x], "scaled");
-        let y = g.append(ScopeId::MAIN, Node::new("Mul"), &[scaled, erf], "y");
-        g.add_output(ScopeId::MAIN, y);
-        let root = g.producer(y).unwrap();
-        (g, root)
-    }
-
-    #[test]
-    fn matches_commutative_operators_either_way_round() {
-        let (g, root) = graph();
-        let pattern = Pattern::parse("out: Mul(Erf(x), inner: Mul(x, 0.5))");
-        let found = pattern.find(&g, root).unwrap();
-        assert_eq!(g.value(found.value("x").unwrap()).name, "x");
-        assert_eq!(found.node("out"), Some(root));
-        assert_eq!(found.nodes().len(), 3);
-    }
-
-    #[test]
-    fn needs_the_same_value_for_the_same_name() {
-        let (g, root) = graph();
-        assert!(Pattern::parse("Mul(Mul(x, 0.5), x)").find(&g, root).is_none());
-        assert!(Pattern::parse("Mul(Mul(x, 0.25), _)").find(&g, root).is_none());
-    }
-
-    #[test]
-    fn skips_optional_nodes() {
-        let (g, root) = graph();
-        let found = Pattern::parse("Mul(c: Cast?(Erf(x)), Mul(Cast?(x), _))").find(&g, root).unwrap();
-        assert_eq!(found.node("c"), None);
-        assert_eq!(found.nodes().len(), 3);
-    }
-}
+mod tests;

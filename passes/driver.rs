@@ -1,11 +1,11 @@
 //! The one place that edits graphs for rules.
 
 use crate::{
-    Context, Error, Outcome,
+    Context, Editor, Error, Outcome, edit_graphs,
     rule::{Match, Refusal, Replacement, Rule},
 };
 use lathe_analysis::Facts;
-use lathe_ir::{Attribute, AttributeValue, Function, Graph, Model, NodeId, Patch, Use, ValueId};
+use lathe_ir::{Attribute, AttributeValue, DataType, Function, Graph, Model, NodeId, Patch, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Rewrites per node of the graph after which the driver stops: rules that undo each other would go on for ever.
@@ -13,30 +13,11 @@ const REWRITES_PER_NODE: usize = 8;
 
 /// Applies rules everywhere in a model, local functions included, until none acts any more.
 pub fn rewrite(model: &mut Model, cx: &Context, rules: &[Rule]) -> Result<Outcome, Error> {
-    let mut outcome = Outcome::default();
-    let functions = std::mem::take(&mut model.functions);
-    let result = rewrite_graph(&mut model.graph, &model.opsets, &functions, cx, rules, &mut outcome);
-    model.functions = functions;
-    result?;
-    for index in 0..model.functions.len() {
-        // A body may call other functions, whose bodies are as they were; only its own graph changes.
-        let mut graph = std::mem::take(&mut model.functions[index].graph);
-        let opsets = model.functions[index].opsets.clone();
-        let result = rewrite_graph(&mut graph, &opsets, &model.functions, cx, rules, &mut outcome);
-        model.functions[index].graph = graph;
-        result?;
-    }
-    Ok(outcome)
+    edit_graphs(model, cx, |editor| rewrite_graph(editor, rules))
 }
 
-fn rewrite_graph(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    rules: &[Rule],
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn rewrite_graph(editor: &mut Editor, rules: &[Rule]) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     let mut by_root: BTreeMap<&str, Vec<&Rule>> = BTreeMap::new();
     for rule in rules {
         let mut ops: Vec<&str> = rule.pattern.roots().iter().map(|(_, op)| op.as_str()).collect();
@@ -50,7 +31,8 @@ fn rewrite_graph(
     if first.is_empty() {
         return Ok(());
     }
-    let mut driver = Driver { graph, opsets, functions, cx, facts: None, outcome, refused: BTreeSet::new() };
+    let mut driver =
+        Driver { graph, opsets, functions, cx, facts: None, outcome, refused: BTreeSet::new(), labels: None };
     let budget = driver.graph.node_bound().saturating_mul(REWRITES_PER_NODE) + 64;
     let mut queued: BTreeSet<NodeId> = first.iter().copied().collect();
     let mut queue: VecDeque<NodeId> = first.into();
@@ -87,6 +69,14 @@ fn require_own_attributes(graph: &Graph, nodes: &[NodeId]) -> Result<(), Refusal
     }
 }
 
+/// Whether a node, if it is a cast, is between floating-point types of 16 bits at least: such a cast only rounds.
+fn casts_floats(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
+    let node = graph.node(id);
+    let floats = [DataType::Float, DataType::Float16, DataType::Bfloat16, DataType::Double];
+    let is_float = |v: Option<ValueId>| v.and_then(|v| facts.elem(v)).is_some_and(|elem| floats.contains(&elem));
+    !node.is("Cast") || (is_float(node.input(0)) && is_float(node.output(0)))
+}
+
 struct Driver<'a> {
     graph: &'a mut Graph,
     opsets: &'a [(String, i64)],
@@ -97,6 +87,8 @@ struct Driver<'a> {
     outcome: &'a mut Outcome,
     /// Places whose refusal is already counted.
     refused: BTreeSet<(NodeId, &'static str)>,
+    /// The names that nodes have or had, collected when one is first needed.
+    labels: Option<BTreeSet<String>>,
 }
 
 impl Driver<'_> {
@@ -111,6 +103,22 @@ impl Driver<'_> {
         Ok(())
     }
 
+    /// A name like `base` that no node has: ONNX Runtime refuses models in which two do.
+    fn free_label(&mut self, base: &str) -> String {
+        let graph = &self.graph;
+        let taken = self
+            .labels
+            .get_or_insert_with(|| graph.all_nodes().into_iter().map(|id| graph.node(id).name.clone()).collect());
+        let mut number = 0;
+        loop {
+            let label = format!("{base}_{number}");
+            if taken.insert(label.clone()) {
+                return label;
+            }
+            number += 1;
+        }
+    }
+
     /// Tries one rule at one node. Returns the nodes worth another look if it acted.
     fn try_rule(&mut self, rule: &Rule, id: NodeId) -> Option<Vec<NodeId>> {
         let bindings = rule.pattern.find(self.graph, id)?;
@@ -120,6 +128,9 @@ impl Driver<'_> {
         let nodes = bindings.nodes().to_vec();
         let place =
             Match { graph: self.graph, facts, opsets: self.opsets, functions: self.functions, cx: self.cx, bindings };
+        if rule.pattern.passes_casts() && !nodes.iter().all(|&id| casts_floats(self.graph, place.facts, id)) {
+            return None;
+        }
         let result = require_own_attributes(self.graph, &nodes).and_then(|()| (rule.action)(&place, &mut patch));
         let result = result.and_then(|replacement| {
             if !rule.shares {
@@ -160,7 +171,7 @@ impl Driver<'_> {
         for (index, value) in self.graph.node(root).outputs().iter().enumerate() {
             let Some(value) = value else { continue };
             let used = !self.graph.value(*value).uses().is_empty();
-            if used && !replacement.0.iter().any(|(i, _)| *i == index) {
+            if used && !replacement.outputs.iter().any(|(i, _)| *i == index) {
                 return Err("another output of the node is used".into());
             }
         }
@@ -180,42 +191,72 @@ impl Driver<'_> {
         let outputs: Vec<Option<ValueId>> = self.graph.node(root).outputs().to_vec();
         let base = outputs.iter().flatten().next().map(|&v| self.graph.value(v).name.clone()).unwrap_or_default();
         let label = self.graph.node(root).name.clone();
-        let made: BTreeSet<ValueId> = replacement.0.iter().map(|r| r.1).filter(|&v| patch.makes(v)).collect();
+        let of_root = replacement.outputs.into_iter().filter_map(|(index, new)| Some(((*outputs.get(index)?)?, new)));
+        let replaced: Vec<(ValueId, ValueId)> = of_root.chain(replacement.others).collect();
+        let made: BTreeSet<ValueId> = replaced.iter().map(|r| r.1).filter(|&v| patch.makes(v)).collect();
         let mut touched: Vec<NodeId> = Vec::new();
         for &id in nodes {
             touched.extend(self.graph.node(id).inputs().iter().flatten().filter_map(|&v| self.graph.producer(v)));
         }
         let added = self.graph.apply(patch, scope, &base);
-        let facts = self.facts.as_mut().expect("a rule acts only on a place with facts");
         for (index, &id) in added.iter().enumerate() {
             if self.graph.node(id).name.is_empty() && !label.is_empty() {
                 let last = index + 1 == added.len();
-                self.graph.node_mut(id).name = if last { label.clone() } else { format!("{label}_{index}") };
+                self.graph.node_mut(id).name = if last { label.clone() } else { self.free_label(&label) };
             }
+        }
+        let facts = self.facts.as_mut().expect("a rule acts only on a place with facts");
+        for &id in &added {
             facts.update(self.graph, self.opsets, self.functions, id);
         }
         touched.extend(&added);
-        for (index, new) in replacement.0 {
-            let Some(old) = outputs.get(index).copied().flatten() else { continue };
+        let mut unused = nodes.to_vec();
+        for (old, new) in replaced {
+            unused.extend(self.graph.producer(old));
             let users = self.graph.value(old).uses().iter().filter_map(|u| match u {
                 Use::Node(node, _) => Some(*node),
                 _ => None,
             });
             touched.extend(users);
+            let facts = self.facts.as_mut().expect("a rule acts only on a place with facts");
             if made.contains(&new) || facts.shape(new).is_none() {
                 facts.inherit(new, old);
             }
-            self.graph.replace_uses(old, new);
-            // A value made here takes over the name of the one it replaces, so that names stay what users know.
-            let old_name = self.graph.value(old).name.clone();
-            if made.contains(&new) && !self.graph.is_output(new) && !self.graph.is_output(old) {
-                let spare = self.graph.fresh_name(&old_name);
-                self.graph.rename(old, spare);
-                self.graph.rename(new, old_name);
+            // A value that was there before keeps its own name.
+            match made.contains(&new) {
+                true => self.graph.replace(old, new),
+                false => self.graph.replace_uses(old, new),
             }
         }
-        self.graph.remove_unused(nodes.to_vec());
+        self.graph.remove_unused(unused);
         self.outcome.change(rule.name, place);
         touched
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Context, pat, rewrite, rule, testing};
+    use lathe_ir::Node;
+
+    #[test]
+    fn nodes_get_names_that_no_other_node_has() {
+        let mut model = testing::model(
+            "g (float[2] x) => (float[2] y, float[2] z) {
+                [add_0] t = Neg (x)
+                [add] y = Add (t, t)
+                [other] z = Add (x, t)
+            }",
+        );
+        let steps = rule("steps", pat!(Add(a, b)), |m, g| {
+            let a = g.node(Node::new("Abs"), &[m.value("a")]);
+            let b = g.node(Node::new("Abs"), &[a]);
+            Ok(g.node(Node::new("Mul"), &[b, m.value("b")]))
+        });
+        rewrite(&mut model, &Context::default(), &[steps]).unwrap();
+        let mut names: Vec<&str> =
+            model.graph.all_nodes().into_iter().map(|id| model.graph.node(id).name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["add", "add_0", "add_1", "add_2", "other", "other_0", "other_1"]);
     }
 }

@@ -3,6 +3,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod driver;
+mod editor;
 pub mod exact;
 pub mod lossy;
 mod operands;
@@ -14,6 +15,7 @@ pub mod sampler;
 mod testing;
 
 pub use driver::rewrite;
+pub(crate) use editor::{Editor, edit_graphs};
 pub use exact::PASSES;
 pub use pass::{Change, Context, Error, Info, Kind, Opt, Outcome, Pass, Quantity, Target};
 pub use rule::{Match, Refusal, Replacement, Rule, rule};

@@ -4,8 +4,8 @@ use crate::lossy::{Choice, allocate::Measure};
 use lathe_analysis::{Calibrate, Evaluate, EvaluateError, Facts};
 use lathe_ir::{Function, Graph, Model, ValueId};
 use std::{
-    cell::{Cell, RefCell},
-    collections::BTreeMap,
+    cell::{Cell, OnceCell, RefCell},
+    collections::{BTreeMap, BTreeSet},
 };
 
 /// A quantity that a pass claims to lower.
@@ -110,6 +110,9 @@ pub struct Context<'a> {
     pub target: Target,
     /// Bytes by which folding may enlarge the model, over the whole run.
     pub max_growth: u64,
+    /// Whether initializers that are listed among the inputs are constants of an old exporter: decided once in a run, on
+    /// the model as it was read.
+    pub lists_constants: OnceCell<bool>,
     /// Bytes by which folding has enlarged the model so far in this run.
     pub grown: Cell<u64>,
     /// Bytes of notes that passes have taken off the file so far in this run, which folding may use as well.
@@ -126,6 +129,9 @@ pub struct Context<'a> {
     pub half_precision: bool,
     /// Rows of all products with every weight in one run, for lossy methods.
     pub rows: BTreeMap<ValueId, u64>,
+    /// Operators of ONNX Runtime's own domain whose kernels are slower, where the result will run, than the nodes they
+    /// take the place of.
+    pub slow_kernels: BTreeSet<String>,
     /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
     pub settings: BTreeMap<String, String>,
     /// Facts of graphs that have not changed since they were inferred.

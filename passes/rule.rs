@@ -32,19 +32,24 @@ impl From<String> for Refusal {
     }
 }
 
-/// What takes the place of the root node's outputs, by output index.
+/// What takes the place of values.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Replacement(pub Vec<(usize, ValueId)>);
+pub struct Replacement {
+    /// For the outputs of the root node, by output index.
+    pub outputs: Vec<(usize, ValueId)>,
+    /// For values of other nodes: old and new. What is new must not be computed from anything that uses the old.
+    pub others: Vec<(ValueId, ValueId)>,
+}
 
 impl From<ValueId> for Replacement {
     fn from(value: ValueId) -> Replacement {
-        Replacement(vec![(0, value)])
+        Replacement::from(vec![value])
     }
 }
 
 impl From<Vec<ValueId>> for Replacement {
     fn from(values: Vec<ValueId>) -> Replacement {
-        Replacement(values.into_iter().enumerate().collect())
+        Replacement { outputs: values.into_iter().enumerate().collect(), others: Vec::new() }
     }
 }
 
@@ -164,6 +169,29 @@ impl<'a> Match<'a> {
     /// The id of the node with this label.
     pub fn id(&self, label: &str) -> NodeId {
         self.bindings.node(label).expect("the rule asks for labels of its own pattern")
+    }
+
+    /// Every node with this label, for patterns that use it more than once.
+    pub fn labelled(&self, label: &str) -> Vec<&'a Node> {
+        self.bindings.labelled(label).map(|id| self.graph.node(id)).collect()
+    }
+
+    /// The number that `#name` stands for. Panics if the pattern has no such number.
+    pub fn number(&self, name: &str) -> f64 {
+        self.bindings.number(name).expect("the rule asks for numbers of its own pattern")
+    }
+
+    /// Requires that the output has the axes of `x`: constants of one element, those that the pattern read as numbers
+    /// and `others`, may have axes of their own.
+    pub fn require_no_new_axes(&self, x: ValueId, others: &[ValueId]) -> Result<(), Refusal> {
+        let holds = match (self.facts.ndim(x), self.facts.ndim(self.value("output"))) {
+            (Some(before), Some(after)) => before == after,
+            _ => {
+                let constants = self.bindings.constants().iter().chain(others);
+                constants.into_iter().all(|&v| self.graph.constant(v).is_some_and(|t| t.dims().is_empty()))
+            }
+        };
+        self.require(holds, "a constant adds axes")
     }
 
     /// The constant behind a name.

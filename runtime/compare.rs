@@ -1,12 +1,14 @@
 //! How far two lists of outputs are apart, and whether that keeps a claim. Pure arithmetic: nothing is run here.
 
-use crate::{
-    Datum,
-    metrics::logits::{divergence, is_distribution},
-};
-use half::{bf16, f16};
+mod sums;
+
+pub(crate) use sums::{decode, largest, root_mean_square};
+
+use self::sums::Sums;
+use crate::Datum;
 use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// What is claimed about a candidate's outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -61,9 +63,109 @@ pub struct OutputError {
     pub kl: Option<f64>,
     /// How many rows `top1` and `kl` are means over.
     pub rows: u64,
-    /// Whether the error is what float32 rounding does to a number near 1. Where the reference is close to zero
-    /// everywhere, `rel_l2` then says nothing.
-    pub rounding: bool,
+    /// The bound on `rel_l2` that the output was held to; `None` where everything has to be the same.
+    pub limit: Option<f64>,
+    /// What accounts for an error beyond the bound.
+    pub excuse: Option<Excuse>,
+    /// Why only type and shape were compared, and not the values.
+    pub uncompared: Option<String>,
+}
+
+/// What was measured on the reference and accounts for an error beyond the bound.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub enum Excuse {
+    /// The output is as small as the rounding errors of what it is computed from. `error` is the root mean square of
+    /// the difference, `noise` that of what changes in the reference when every operand of its arithmetic moves by at
+    /// most one unit in the last place; `error` is at most [`Excuse::NOISES`] times `noise`.
+    Rounding {
+        /// The root mean square of the difference.
+        error: f64,
+        /// The root mean square of the change that moved operands make.
+        noise: f64,
+    },
+    /// Half precision is rounded in other places: relative to the reference computed in float32, `candidate` is the L2
+    /// error of the candidate and `reference` that of the reference; `candidate` is at most [`Excuse::HALVES`] times
+    /// `reference`.
+    HalfPrecision {
+        /// The candidate's relative L2 error.
+        candidate: f64,
+        /// The reference's relative L2 error.
+        reference: f64,
+    },
+}
+
+impl Excuse {
+    /// How many times the noise a difference may be: two summation orders of the same terms differ by a few times what
+    /// one rounding of every term changes.
+    pub const NOISES: f64 = 8.0;
+
+    /// How many times as far from float32 as the reference a candidate in half precision may be.
+    pub const HALVES: f64 = 2.0;
+
+    /// One sentence without a subject.
+    pub fn describe(&self) -> String {
+        match self {
+            Excuse::Rounding { error, noise } => format!(
+                "differs by {error:.1e} (root mean square), and rounding inside the original moves it by {noise:.1e} \
+                 (at most {} times that is allowed)",
+                Excuse::NOISES
+            ),
+            Excuse::HalfPrecision { candidate, reference } => format!(
+                "is {candidate:.1e} (relative L2) from the original computed in float32, and the original in half \
+                 precision is {reference:.1e} from it (at most {} times that is allowed)",
+                Excuse::HALVES
+            ),
+        }
+    }
+
+    /// Used up of what is allowed: 1 is all of it.
+    fn share(&self) -> f64 {
+        match *self {
+            Excuse::Rounding { error, noise } => error / (Excuse::NOISES * noise),
+            Excuse::HalfPrecision { candidate, reference } => candidate / (Excuse::HALVES * reference),
+        }
+    }
+}
+
+/// Why a claim does not hold.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
+pub enum Fault {
+    /// There are more or fewer outputs.
+    #[error("expected {expected} outputs, found {found}")]
+    Count {
+        /// The reference's.
+        expected: usize,
+        /// The candidate's.
+        found: usize,
+    },
+    /// An output has another name.
+    #[error("expected the output `{expected}`, found `{found}`")]
+    Name {
+        /// The reference's.
+        expected: String,
+        /// The candidate's.
+        found: String,
+    },
+    /// An output has another type or shape, or elements that have to be the same are not.
+    #[error("output `{output}`: {message}")]
+    Differs {
+        /// The output.
+        output: String,
+        /// What differs.
+        message: String,
+    },
+    /// The numbers of an output are further apart than the bound.
+    #[error("output `{output}`: the relative L2 error is {error:.3e}, the limit {limit:.1e}")]
+    TooFar {
+        /// The output.
+        output: String,
+        /// The relative L2 error.
+        #[serde(with = "exact")]
+        error: f64,
+        /// The bound.
+        limit: f64,
+    },
 }
 
 /// What a comparison came to.
@@ -71,11 +173,16 @@ pub struct OutputError {
 pub struct Comparison {
     /// One entry per output, in the model's order.
     pub outputs: Vec<OutputError>,
-    /// Why the claim does not hold, one sentence per reason; empty if it holds.
-    pub failures: Vec<String>,
+    /// Why the claim does not hold; empty if it holds.
+    pub faults: Vec<Fault>,
 }
 
 impl Comparison {
+    /// Whether the claim holds.
+    pub fn holds(&self) -> bool {
+        self.faults.is_empty()
+    }
+
     /// Joins the result of further samples to this one.
     pub fn merge(&mut self, other: Comparison) {
         for error in other.outputs {
@@ -84,16 +191,61 @@ impl Comparison {
                 None => self.outputs.push(error),
             }
         }
-        for failure in other.failures {
-            if !self.failures.contains(&failure) {
-                self.failures.push(failure);
-            }
+        for fault in other.faults {
+            self.add(fault);
         }
     }
 
-    /// The largest relative L2 error over the outputs, apart from those that differ by rounding only; 0 without outputs.
-    pub fn worst(&self) -> f64 {
-        self.outputs.iter().filter(|o| !o.rounding).map(|o| o.rel_l2).fold(0.0, f64::max)
+    /// Keeps a fault. Of an output that is too far from the reference on several samples the largest error is told.
+    fn add(&mut self, fault: Fault) {
+        if let Fault::TooFar { output: name, error: found, .. } = &fault
+            && let Some(Fault::TooFar { error, .. }) =
+                self.faults.iter_mut().find(|f| matches!(f, Fault::TooFar { output, .. } if output == name))
+        {
+            *error = error.max(*found);
+        } else if !self.faults.contains(&fault) {
+            self.faults.push(fault);
+        }
+    }
+
+    /// The output whose relative L2 error is largest beside its bound; `None` where no values were compared.
+    pub fn worst(&self) -> Option<&OutputError> {
+        let share = |output: &OutputError| match (output.rel_l2, output.limit) {
+            (error, Some(limit)) if limit > 0.0 => error / limit,
+            (error, _) => error,
+        };
+        let compared = self.outputs.iter().filter(|o| o.uncompared.is_none());
+        compared.reduce(|worst, next| if share(next) > share(worst) { next } else { worst })
+    }
+
+    /// The outputs that are beyond their bound and nothing else.
+    pub(crate) fn too_far(&self) -> Vec<String> {
+        let name = |fault: &Fault| match fault {
+            Fault::TooFar { output, .. } => Some(output.clone()),
+            _ => None,
+        };
+        self.faults.iter().filter_map(name).collect()
+    }
+
+    /// The outputs that differ in any way.
+    pub(crate) fn faulty(&self) -> impl Iterator<Item = &str> {
+        self.faults.iter().filter_map(|fault| match fault {
+            Fault::Differs { output, .. } | Fault::TooFar { output, .. } => Some(output.as_str()),
+            Fault::Count { .. } | Fault::Name { .. } => None,
+        })
+    }
+
+    /// Lets an output beyond its bound pass, and keeps the reason.
+    pub(crate) fn excuse(&mut self, name: &str, excuse: Excuse) {
+        self.faults.retain(|fault| !matches!(fault, Fault::TooFar { output, .. } if output == name));
+        for output in self.outputs.iter_mut().filter(|o| o.name == name) {
+            output.excuse = Some(excuse);
+        }
+    }
+
+    /// The faults in one line.
+    pub fn describe_faults(&self) -> String {
+        self.faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -113,30 +265,96 @@ impl OutputError {
         self.top1 = top1;
         self.kl = kl;
         self.rows += other.rows;
-        self.rounding &= other.rounding;
+        self.limit = self.limit.or(other.limit);
+        let excuses = self.excuse.into_iter().chain(other.excuse);
+        self.excuse = excuses.reduce(|a, b| if b.share() > a.share() { b } else { a });
+        if self.uncompared.is_none() {
+            self.uncompared.clone_from(&other.uncompared);
+        }
     }
 }
 
+/// What two runs of the reference say about one of its outputs, where they differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Unsteady {
+    /// Why values are not compared, for people.
+    pub reason: String,
+    /// Whether even the shape differs from run to run.
+    pub shape: bool,
+}
+
+/// Outputs whose values are not compared, by their names.
+pub(crate) type Unsteadies = BTreeMap<String, Unsteady>;
+
 /// Compares the outputs of a candidate with those of the reference.
 pub fn compare(reference: &[(String, Datum)], candidate: &[(String, Datum)], claim: Claim) -> Comparison {
+    compare_steady(reference, candidate, claim, &Unsteadies::new())
+}
+
+/// Compares outputs; of those that are `unsteady` only type and shape.
+pub(crate) fn compare_steady(
+    reference: &[(String, Datum)],
+    candidate: &[(String, Datum)],
+    claim: Claim,
+    unsteady: &Unsteadies,
+) -> Comparison {
     let mut result = Comparison::default();
     if reference.len() != candidate.len() {
-        let (expected, found) = (reference.len(), candidate.len());
-        result.failures.push(format!("expected {expected} outputs, found {found}"));
+        result.faults.push(Fault::Count { expected: reference.len(), found: candidate.len() });
         return result;
     }
     for ((name, expected), (other, found)) in reference.iter().zip(candidate) {
         if name != other {
-            result.failures.push(format!("expected the output `{name}`, found `{other}`"));
+            result.faults.push(Fault::Name { expected: name.clone(), found: other.clone() });
             continue;
         }
         let mut error = OutputError::none(name);
-        if let Err(failure) = compare_datum(expected, found, claim, &mut error) {
-            result.failures.push(format!("output `{name}`: {failure}"));
+        let unsteady = unsteady.get(name);
+        let outcome = match unsteady {
+            Some(unsteady) => same_form(expected, found, unsteady.shape),
+            None => compare_datum(expected, found, claim, &mut error),
+        };
+        if let Some(unsteady) = unsteady {
+            error.uncompared = Some(unsteady.reason.clone());
+        }
+        if let Err(apart) = outcome {
+            if unsteady.is_some() {
+                error.fail();
+            }
+            let output = name.clone();
+            result.faults.push(match apart {
+                Apart::Differs(message) => Fault::Differs { output, message },
+                Apart::TooFar { error, limit } => Fault::TooFar { output, error, limit },
+            });
         }
         result.outputs.push(error);
     }
     result
+}
+
+/// How one output differs.
+enum Apart {
+    /// In a way that no bound allows.
+    Differs(String),
+    /// By more than the bound.
+    TooFar { error: f64, limit: f64 },
+}
+
+impl From<String> for Apart {
+    fn from(message: String) -> Apart {
+        Apart::Differs(message)
+    }
+}
+
+impl Apart {
+    fn in_member(self, index: usize) -> Apart {
+        Apart::Differs(match self {
+            Apart::Differs(message) => format!("member {index}: {message}"),
+            Apart::TooFar { error, limit } => {
+                format!("member {index}: the relative L2 error is {error:.3e}, the limit {limit:.1e}")
+            }
+        })
+    }
 }
 
 impl OutputError {
@@ -149,7 +367,9 @@ impl OutputError {
             top1: None,
             kl: None,
             rows: 0,
-            rounding: false,
+            limit: None,
+            excuse: None,
+            uncompared: None,
         }
     }
 
@@ -159,8 +379,24 @@ impl OutputError {
     }
 }
 
-fn compare_datum(expected: &Datum, found: &Datum, claim: Claim, error: &mut OutputError) -> Result<(), String> {
-    let wrong_kind = || Err(format!("expected {}, found {}", expected.describe(), found.describe()));
+/// Compares types, and shapes unless they are random too.
+fn same_form(expected: &Datum, found: &Datum, any_shape: bool) -> Result<(), Apart> {
+    let same = match (expected, found) {
+        (Datum::Tensor(a), Datum::Tensor(b)) => {
+            let sizes = if any_shape { a.dims().len() == b.dims().len() } else { a.dims() == b.dims() };
+            a.dtype() == b.dtype() && sizes
+        }
+        (Datum::Sequence(a), Datum::Sequence(b)) => any_shape || a.len() == b.len(),
+        (Datum::Map { keys: a, values: v }, Datum::Map { keys: b, values: w }) => {
+            a.dtype() == b.dtype() && v.dtype() == w.dtype()
+        }
+        (Datum::None, Datum::None) => true,
+        _ => false,
+    };
+    if same { Ok(()) } else { Err(format!("expected {}, found {}", expected.describe(), found.describe()).into()) }
+}
+
+fn compare_datum(expected: &Datum, found: &Datum, claim: Claim, error: &mut OutputError) -> Result<(), Apart> {
     match (expected, found) {
         (Datum::Tensor(a), Datum::Tensor(b)) => compare_tensor(a, b, claim, error),
         (Datum::Sequence(a), Datum::Sequence(b)) if a.len() == b.len() => {
@@ -168,60 +404,57 @@ fn compare_datum(expected: &Datum, found: &Datum, claim: Claim, error: &mut Outp
                 let mut inner = OutputError::none(&error.name);
                 let outcome = compare_datum(a, b, claim, &mut inner);
                 error.merge(&inner);
-                outcome.map_err(|e| format!("member {index}: {e}"))?;
+                outcome.map_err(|apart| apart.in_member(index))?;
             }
             Ok(())
         }
         (Datum::Map { keys: a, values: v }, Datum::Map { keys: b, values: w }) => {
             if !a.same_bits(b) {
                 error.fail();
-                return Err("the keys of the map differ".to_owned());
+                return Err("the keys of the map differ".to_owned().into());
             }
             compare_tensor(v, w, claim, error)
         }
         (Datum::None, Datum::None) => Ok(()),
         _ => {
             error.fail();
-            wrong_kind()
+            same_form(expected, found, false)
         }
     }
 }
 
-fn compare_tensor(expected: &Tensor, found: &Tensor, claim: Claim, error: &mut OutputError) -> Result<(), String> {
+fn compare_tensor(expected: &Tensor, found: &Tensor, claim: Claim, error: &mut OutputError) -> Result<(), Apart> {
     if expected.dtype() != found.dtype() || expected.dims() != found.dims() {
         error.fail();
         let show = |t: &Tensor| format!("{}{:?}", t.dtype(), t.dims());
-        return Err(format!("expected {}, found {}", show(expected), show(found)));
+        return Err(format!("expected {}, found {}", show(expected), show(found)).into());
     }
     if !expected.dtype().is_float() {
-        return compare_exact(expected, found, error);
+        return Ok(compare_exact(expected, found, error)?);
     }
     let sums = Sums::over(expected, found);
     sums.report(error);
+    if let Claim::Equivalent { rtol } = claim {
+        error.limit = Some(rtol.unwrap_or_else(|| default_rtol(expected.dtype())));
+    }
     if let Some(at) = sums.special_at {
         error.fail();
         let (a, b) = sums.special;
         let count = sums.special_count;
         return Err(format!(
             "{count} elements are NaN or infinite in only one of the two, first {a:?} and {b:?} at {at}"
-        ));
+        )
+        .into());
     }
-    match claim {
-        Claim::Identical if sums.bits_differ > 0 => {
+    match error.limit {
+        None if sums.bits_differ > 0 => {
             let (count, all, max) = (sums.bits_differ, expected.len(), error.max_abs);
-            Err(format!("{count} of {all} elements have other bits, at most {max:.3e} apart"))
+            Err(format!("{count} of {all} elements have other bits, at most {max:.3e} apart").into())
         }
-        Claim::Identical => Ok(()),
-        Claim::Equivalent { rtol } => {
-            let rtol = rtol.unwrap_or_else(|| default_rtol(expected.dtype()));
-            // What f32 rounding does to a number near 1 is no difference: it is all that remains where the reference
-            // cancels to zero.
-            error.rounding = sums.rms() <= f64::from(f32::EPSILON);
-            if error.rel_l2 <= rtol || error.rounding {
-                return Ok(());
-            }
-            Err(format!("the relative L2 error is {:.3e}, the limit {rtol:.1e}", error.rel_l2))
+        Some(limit) if error.rel_l2 > limit || error.rel_l2.is_nan() => {
+            Err(Apart::TooFar { error: error.rel_l2, limit })
         }
+        _ => Ok(()),
     }
 }
 
@@ -238,128 +471,14 @@ fn compare_exact(expected: &Tensor, found: &Tensor, error: &mut OutputError) -> 
     let (Some(a), Some(b)) = (expected.to_f64s(), found.to_f64s()) else {
         return Err("the elements differ".to_owned());
     };
-    let differing = a.iter().zip(&b).filter(|(a, b)| a != b).count();
-    let mut sums = Sums::default();
-    a.iter().zip(&b).for_each(|(&a, &b)| sums.add(a, b));
+    let sums = Sums::of(&a, &b);
     sums.report(error);
+    // Large whole numbers are told apart by their own digits: widened to float64, neighbours may be equal.
+    let differing = match (expected.to_i64s(), found.to_i64s()) {
+        (Some(a), Some(b)) => a.iter().zip(&b).filter(|(a, b)| a != b).count(),
+        _ => a.iter().zip(&b).filter(|(a, b)| a != b).count(),
+    };
     Err(format!("{differing} of {} elements differ, by at most {}", a.len(), error.max_abs))
-}
-
-/// What one pass over two float tensors finds out.
-#[derive(Default)]
-struct Sums {
-    count: u64,
-    max_abs: f64,
-    difference: f64,
-    reference: f64,
-    candidate: f64,
-    product: f64,
-    bits_differ: u64,
-    special_at: Option<u64>,
-    special: (f64, f64),
-    special_count: u64,
-    rows: u64,
-    agreeing: u64,
-    kl: f64,
-}
-
-impl Sums {
-    fn over(expected: &Tensor, found: &Tensor) -> Sums {
-        let mut sums = Sums::default();
-        let width = expected.dims().last().copied().unwrap_or(1);
-        // Rows of one element say nothing about an order; they are taken together only to go faster.
-        let (row, ranked) = if width > 1 { (width, true) } else { (4096, false) };
-        let (mut a, mut b) = (Vec::with_capacity(row), Vec::with_capacity(row));
-        let step = expected.dtype().bits() / 8;
-        if !matches!(expected.dtype(), DataType::Float | DataType::Double | DataType::Float16 | DataType::Bfloat16) {
-            let all = |t: &Tensor| t.to_f64s().unwrap_or_default();
-            sums.row(&all(expected), &all(found), false);
-            return sums;
-        }
-        let pieces = expected.bytes().chunks(row * step).zip(found.bytes().chunks(row * step));
-        for (left, right) in pieces {
-            decode(expected.dtype(), left, &mut a);
-            decode(expected.dtype(), right, &mut b);
-            sums.row(&a, &b, ranked);
-        }
-        sums
-    }
-
-    fn row(&mut self, a: &[f64], b: &[f64], ranked: bool) {
-        let before = self.special_count;
-        a.iter().zip(b).for_each(|(&a, &b)| self.add(a, b));
-        let finite = |row: &[f64]| row.iter().all(|x| x.is_finite());
-        if ranked && self.special_count == before && finite(a) {
-            self.rows += 1;
-            self.agreeing += u64::from(largest(a) == largest(b));
-            self.kl += divergence(a, b, is_distribution(a) && is_distribution(b));
-        }
-    }
-
-    fn add(&mut self, a: f64, b: f64) {
-        let at = self.count;
-        self.count += 1;
-        // Every narrower float widens without loss, so equal bits here are equal bits there.
-        self.bits_differ += u64::from(a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan()));
-        if !a.is_finite() || !b.is_finite() {
-            if !(a == b || (a.is_nan() && b.is_nan())) {
-                self.special_count += 1;
-                if self.special_at.is_none() {
-                    self.special_at = Some(at);
-                    self.special = (a, b);
-                }
-            }
-            return;
-        }
-        self.max_abs = self.max_abs.max((b - a).abs());
-        self.difference += (b - a) * (b - a);
-        self.reference += a * a;
-        self.candidate += b * b;
-        self.product += a * b;
-    }
-
-    /// The root mean square of the difference.
-    fn rms(&self) -> f64 {
-        if self.count == 0 { 0.0 } else { (self.difference / self.count as f64).sqrt() }
-    }
-
-    fn report(&self, error: &mut OutputError) {
-        error.max_abs = self.max_abs;
-        error.rel_l2 = match (self.difference, self.reference) {
-            (0.0, _) => 0.0,
-            (_, 0.0) => f64::INFINITY,
-            (difference, reference) => (difference / reference).sqrt(),
-        };
-        let scale = (self.reference * self.candidate).sqrt();
-        error.cosine = if self.difference == 0.0 { 1.0 } else { if scale > 0.0 { self.product / scale } else { 0.0 } };
-        if self.rows > 0 {
-            error.rows = self.rows;
-            error.top1 = Some(self.agreeing as f64 / self.rows as f64);
-            error.kl = Some(self.kl / self.rows as f64);
-        }
-    }
-}
-
-/// Widens packed elements into `out`.
-pub(crate) fn decode(dtype: DataType, bytes: &[u8], out: &mut Vec<f64>) {
-    out.clear();
-    match dtype {
-        DataType::Float => out.extend(bytes.as_chunks::<4>().0.iter().map(|&b| f64::from(f32::from_le_bytes(b)))),
-        DataType::Double => out.extend(bytes.as_chunks::<8>().0.iter().map(|&b| f64::from_le_bytes(b))),
-        DataType::Float16 => out.extend(bytes.as_chunks::<2>().0.iter().map(|&b| f64::from(f16::from_le_bytes(b)))),
-        _ => out.extend(bytes.as_chunks::<2>().0.iter().map(|&b| f64::from(bf16::from_le_bytes(b)))),
-    }
-}
-
-/// The first index of the largest element.
-pub(crate) fn largest(row: &[f64]) -> usize {
-    let mut best = 0;
-    for (index, &x) in row.iter().enumerate() {
-        if x > row[best] {
-            best = index;
-        }
-    }
-    best
 }
 
 /// Floats in JSON, with the ones JSON has no number for written as text.
@@ -383,6 +502,23 @@ pub(crate) mod exact {
             Either::Text(text) => text.parse().map_err(D::Error::custom),
         }
     }
+
+    /// Lists of lists of them.
+    pub(crate) mod lists {
+        use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+        #[derive(Serialize, Deserialize)]
+        struct One(#[serde(with = "super")] f64);
+
+        pub(crate) fn serialize<S: Serializer>(lists: &[Vec<f64>], serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_seq(lists.iter().map(|list| list.iter().map(|&x| One(x)).collect::<Vec<_>>()))
+        }
+
+        pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<f64>>, D::Error> {
+            let lists: Vec<Vec<One>> = Deserialize::deserialize(deserializer)?;
+            Ok(lists.into_iter().map(|list| list.into_iter().map(|One(x)| x).collect()).collect())
+        }
+    }
 }
 
 #[cfg(test)]
@@ -397,19 +533,23 @@ mod tests {
         one("y", Tensor::from_f32s(&[values.len()], values))
     }
 
+    fn faults(a: &[(String, Datum)], b: &[(String, Datum)], claim: Claim) -> Vec<String> {
+        compare(a, b, claim).faults.iter().map(ToString::to_string).collect()
+    }
+
     const EQUIVALENT: Claim = Claim::Equivalent { rtol: None };
 
     #[test]
     fn negative_zero_breaks_identity_only() {
         let (a, b) = (floats(&[0.0, 1.0]), floats(&[-0.0, 1.0]));
-        assert_eq!(compare(&a, &b, Claim::Identical).failures.len(), 1);
-        assert!(compare(&a, &b, EQUIVALENT).failures.is_empty());
+        assert_eq!(compare(&a, &b, Claim::Identical).faults.len(), 1);
+        assert!(compare(&a, &b, EQUIVALENT).faults.is_empty());
     }
 
     #[test]
     fn any_nan_is_like_any_other() {
         let (a, b) = (floats(&[f32::NAN, 1.0]), floats(&[-f32::NAN, 1.0]));
-        assert!(compare(&a, &b, Claim::Identical).failures.is_empty());
+        assert!(compare(&a, &b, Claim::Identical).faults.is_empty());
     }
 
     #[test]
@@ -417,13 +557,13 @@ mod tests {
         let (a, b) = (floats(&[f32::INFINITY, 1.0]), floats(&[f32::MAX, 1.0]));
         let result = compare(&a, &b, EQUIVALENT);
         assert_eq!(
-            result.failures,
+            faults(&a, &b, EQUIVALENT),
             [
                 "output `y`: 1 elements are NaN or infinite in only one of the two, first inf and 3.4028234663852886e38 at 0"
             ]
         );
         assert_eq!(result.outputs[0].max_abs, f64::INFINITY);
-        assert!(compare(&a, &a, Claim::Identical).failures.is_empty());
+        assert!(compare(&a, &a, Claim::Identical).faults.is_empty());
     }
 
     #[test]
@@ -432,17 +572,17 @@ mod tests {
         let error = &result.outputs[0];
         assert!((error.rel_l2 - 0.1).abs() < 1e-12 && (error.max_abs - 0.5).abs() < 1e-12);
         assert_eq!(error.top1, Some(1.0));
-        assert_eq!(result.failures, ["output `y`: the relative L2 error is 1.000e-1, the limit 1.0e-4"]);
+        assert_eq!(result.faults[0].to_string(), "output `y`: the relative L2 error is 1.000e-1, the limit 1.0e-4");
         let loose = Claim::Equivalent { rtol: Some(0.2) };
-        assert!(compare(&floats(&[3.0, 4.0]), &floats(&[3.0, 4.5]), loose).failures.is_empty());
+        assert!(compare(&floats(&[3.0, 4.0]), &floats(&[3.0, 4.5]), loose).faults.is_empty());
     }
 
     #[test]
     fn whole_numbers_and_strings_are_exact_under_any_claim() {
         let (a, b) = (one("y", Tensor::int64s(&[1, 2])), one("y", Tensor::int64s(&[1, 3])));
-        assert_eq!(compare(&a, &b, EQUIVALENT).failures, ["output `y`: 1 of 2 elements differ, by at most 1"]);
+        assert_eq!(faults(&a, &b, EQUIVALENT), ["output `y`: 1 of 2 elements differ, by at most 1"]);
         let text = |s: &'static str| one("y", Tensor::strings(vec![1], vec![s.into()]).unwrap());
-        assert_eq!(compare(&text("a"), &text("b"), EQUIVALENT).failures, ["output `y`: 1 of 1 strings differ"]);
+        assert_eq!(faults(&text("a"), &text("b"), EQUIVALENT), ["output `y`: 1 of 1 strings differ"]);
     }
 
     #[test]
@@ -451,22 +591,82 @@ mod tests {
             let members = vec![Tensor::from_f32s(&[1], &[1.0]).into(), Tensor::from_f32s(&[1], &[v]).into()];
             vec![("y".to_owned(), Datum::Sequence(members))]
         };
-        assert!(compare(&sequence(2.0), &sequence(2.0), Claim::Identical).failures.is_empty());
-        let failures = compare(&sequence(2.0), &sequence(3.0), Claim::Identical).failures;
-        assert_eq!(failures, ["output `y`: member 1: 1 of 1 elements have other bits, at most 1.000e0 apart"]);
+        assert!(compare(&sequence(2.0), &sequence(2.0), Claim::Identical).faults.is_empty());
+        let found = faults(&sequence(2.0), &sequence(3.0), Claim::Identical);
+        assert_eq!(found, ["output `y`: member 1: 1 of 1 elements have other bits, at most 1.000e0 apart"]);
     }
 
     #[test]
     fn shapes_and_names_must_agree() {
         let (a, b) = (floats(&[1.0]), floats(&[1.0, 2.0]));
-        assert_eq!(compare(&a, &b, EQUIVALENT).failures, ["output `y`: expected float[1], found float[2]"]);
+        assert_eq!(faults(&a, &b, EQUIVALENT), ["output `y`: expected float[1], found float[2]"]);
         let renamed = one("z", Tensor::from_f32s(&[1], &[1.0]));
-        assert_eq!(compare(&a, &renamed, EQUIVALENT).failures, ["expected the output `y`, found `z`"]);
+        assert_eq!(faults(&a, &renamed, EQUIVALENT), ["expected the output `y`, found `z`"]);
     }
 
     #[test]
-    fn rounding_around_zero_is_no_difference() {
-        assert!(compare(&floats(&[0.0, 0.0]), &floats(&[0.0, 6e-8]), EQUIVALENT).failures.is_empty());
+    fn small_numbers_are_compared_with_their_own_size() {
+        let error = |a: &Tensor, b: &Tensor| {
+            let found = compare(&one("y", a.clone()), &one("y", b.clone()), EQUIVALENT);
+            assert_eq!(found.too_far(), ["y"]);
+            found.outputs[0].rel_l2
+        };
+        let doubles = |values: &[f64]| Tensor::from_f64s(DataType::Double, &[values.len()], values).unwrap();
+        let singles = |values: &[f32]| Tensor::from_f32s(&[values.len()], values);
+        assert!((error(&singles(&[1e-8, 0.0]), &singles(&[-3e-8, 0.0])) - 4.0).abs() < 1e-6);
+        assert_eq!(error(&singles(&[0.0, 0.0]), &singles(&[0.0, 6e-8])), f64::INFINITY);
+        assert_eq!(error(&doubles(&[1e-30]), &doubles(&[0.0])), 1.0);
+        assert!((error(&doubles(&[1e-200]), &doubles(&[3e-200])) - 2.0).abs() < 1e-12);
+        assert!((error(&doubles(&[1e200]), &doubles(&[3e200])) - 2.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn an_excuse_takes_a_fault_away_and_is_kept() {
+        let mut found = compare(&floats(&[1.0, 0.0]), &floats(&[2.0, 0.0]), EQUIVALENT);
+        found.excuse("y", Excuse::Rounding { error: 0.5, noise: 0.25 });
+        assert!(found.holds());
+        // The error is still told, and the excuse that uses most of what is allowed.
+        let mut worse = compare(&floats(&[1.0, 0.0]), &floats(&[3.0, 0.0]), EQUIVALENT);
+        let excuse = Excuse::Rounding { error: 1.0, noise: 0.25 };
+        worse.excuse("y", excuse);
+        found.merge(worse);
+        found.merge(compare(&floats(&[1.0]), &floats(&[1.0]), EQUIVALENT));
+        let worst = found.worst().unwrap();
+        assert_eq!((worst.rel_l2, worst.excuse), (2.0, Some(excuse)));
+        let text = serde_json::to_string(&found).unwrap();
+        assert_eq!(serde_json::from_str::<Comparison>(&text).unwrap(), found);
+    }
+
+    #[test]
+    fn the_worst_output_is_measured_by_its_own_bound() {
+        let half = |v: f64| Tensor::from_f64s(DataType::Float16, &[1], &[v]).unwrap();
+        let pair = |v: f64, w: f32| {
+            vec![("h".to_owned(), half(v).into()), ("f".to_owned(), Tensor::from_f32s(&[1], &[w]).into())]
+        };
+        let found = compare(&pair(1.0, 1.0), &pair(1.001, 1.00009), EQUIVALENT);
+        let worst = found.worst().unwrap();
+        assert_eq!((worst.name.as_str(), worst.limit), ("f", Some(1e-4)));
+        let found = compare(&pair(1.0, 1.0), &pair(1.001, 1.00001), EQUIVALENT);
+        assert_eq!(found.worst().map(|o| (o.name.as_str(), o.limit)), Some(("h", Some(2e-3))));
+    }
+
+    #[test]
+    fn of_unsteady_outputs_only_the_form_is_compared() {
+        let unsteady = |shape: bool| Unsteadies::from([("y".to_owned(), Unsteady { reason: "so".to_owned(), shape })]);
+        let form = |a: &[f32], b: &[f32], shape: bool| {
+            compare_steady(&floats(a), &floats(b), EQUIVALENT, &unsteady(shape)).holds()
+        };
+        assert!(form(&[1.0], &[2.0], false) && form(&[1.0], &[2.0, 3.0], true));
+        assert!(!form(&[1.0], &[2.0, 3.0], false));
+        let other = compare_steady(&floats(&[1.0]), &one("y", Tensor::int64s(&[1])), EQUIVALENT, &unsteady(true));
+        assert_eq!(other.describe_faults(), "output `y`: expected float[1], found int64[1]");
+        assert!(compare_steady(&floats(&[1.0]), &floats(&[2.0]), EQUIVALENT, &unsteady(false)).worst().is_none());
+    }
+
+    #[test]
+    fn large_whole_numbers_are_told_apart() {
+        let (a, b) = (one("y", Tensor::int64s(&[i64::MAX])), one("y", Tensor::int64s(&[i64::MAX - 1])));
+        assert!(faults(&a, &b, EQUIVALENT)[0].starts_with("output `y`: 1 of 1 elements differ"));
     }
 
     #[test]
@@ -481,6 +681,6 @@ mod tests {
         let mut all = compare(&floats(&[1.0, 2.0]), &floats(&[1.0, 2.0]), EQUIVALENT);
         all.merge(compare(&floats(&[1.0, 2.0]), &floats(&[2.0, 1.0]), EQUIVALENT));
         assert_eq!((all.outputs[0].top1, all.outputs[0].max_abs, all.outputs[0].rows), (Some(0.5), 1.0, 2));
-        assert_eq!(all.failures.len(), 1);
+        assert_eq!(all.faults.len(), 1);
     }
 }

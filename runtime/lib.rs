@@ -24,6 +24,8 @@ mod profile;
 mod progress;
 mod random;
 mod roles;
+mod rounding;
+mod seeding;
 mod select;
 mod sensitivity;
 mod serve;
@@ -36,7 +38,7 @@ mod verify;
 
 pub use bench::{BenchError, BenchInputs, BenchResult, BenchTask, Loading, Series, Timings, bench};
 pub use child::{Child, Limits};
-pub use compare::{Claim, Comparison, OutputError, compare, default_rtol};
+pub use compare::{Claim, Comparison, Excuse, Fault, OutputError, compare, default_rtol};
 pub use datum::Datum;
 pub use distribution::{FeatureError, Features, Kernel, frechet, kernel, sliced};
 pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};

@@ -185,7 +185,7 @@ fn repeat(
     let claim = if options.provider == "cpu" { Claim::Identical } else { Claim::Equivalent { rtol: None } };
     let known = |(name, _): &(String, Datum)| outputs.iter().any(|(n, _)| n == name);
     let failures = match session.run(inputs).map(|again| again.into_iter().filter(known).collect::<Vec<_>>()) {
-        Ok(again) => compare(outputs, &again, claim).failures,
+        Ok(again) => compare(outputs, &again, claim).faults.iter().map(ToString::to_string).collect(),
         Err(error) => vec![error.to_string()],
     };
     (!failures.is_empty()).then_some(Verdict::Nondeterministic { failures })
@@ -199,10 +199,15 @@ fn is_causal(
     place: &Place<'_>,
 ) -> Result<bool, String> {
     let input = |name: &str| inputs.iter().position(|(n, _)| n == name);
-    let (Some(at), &[_, length, vocabulary]) = (place.ids.and_then(input), place.dims) else { return Ok(false) };
+    let (Some(tokens), &[_, length, vocabulary]) = (place.tokens, place.dims) else { return Ok(false) };
+    let Some(at) = input(tokens.ids) else { return Ok(false) };
     let tensor = &inputs[at].1;
-    let Some(mut ids) = tensor.to_f64s() else { return Ok(false) };
-    let kept = place.mask.and_then(input).and_then(|at| Kept::of(&inputs[at].1));
+    let Some(mut ids) = tensor.to_f64s().filter(|_| tensor.dims() == &place.dims[..2]) else { return Ok(false) };
+    let outside = |id: &f64| *id >= vocabulary as f64 || *id < -(tokens.vocabulary.unwrap_or(vocabulary) as f64);
+    if length == 0 || ids.iter().any(outside) {
+        return Ok(false);
+    }
+    let kept = tokens.mask.and_then(input).and_then(|at| Kept::of(&inputs[at].1));
     let mut flags = vec![true; ids.len()];
     if let Some(kept) = kept.filter(|k| k.flags.len() == ids.len()) {
         flags = kept.flags;
@@ -210,7 +215,8 @@ fn is_causal(
     let (sequences, ends) = (ids.chunks_mut(length), flags.chunks_mut(length));
     for (sequence, flags) in sequences.zip(ends) {
         let last = flags.iter().rposition(|&kept| kept).unwrap_or(0);
-        sequence[last] = if sequence[last] == 0.0 { 1.0 } else { sequence[last] - 1.0 };
+        // Towards zero, where there is another token on either side.
+        sequence[last] -= if sequence[last] == 0.0 { -1.0 } else { sequence[last].signum() };
         // Only positions before the changed one are compared.
         flags[last..].fill(false);
     }
@@ -220,7 +226,8 @@ fn is_causal(
     let Some(ids) = Tensor::from_f64s(tensor.dtype(), tensor.dims(), &ids) else { return Ok(false) };
     let mut changed = inputs.clone();
     changed[at].1 = ids;
-    let again = session.run(&changed).map_err(|e| e.to_string())?;
+    // Another token may be one that the model cannot take.
+    let Ok(again) = session.run(&changed) else { return Ok(false) };
     let find =
         |all: &[(String, Datum)]| all.iter().find(|(n, _)| n == place.name).and_then(|(_, d)| d.tensor().cloned());
     let (Some(before), Some(after)) = (find(outputs), find(&again)) else { return Ok(false) };
@@ -242,13 +249,35 @@ fn is_causal(
     Ok(difference <= total * 1e-10)
 }
 
+/// The tensors of numbers that an output is, or is made of; `None` where there is something else in it.
+fn numbers_in(datum: &Datum) -> Option<Vec<&Tensor>> {
+    match datum {
+        Datum::Tensor(tensor) => is_number(tensor.dtype()).then(|| vec![tensor]),
+        Datum::Sequence(members) => Some(members.iter().map(numbers_in).collect::<Option<Vec<_>>>()?.concat()),
+        Datum::Map { values, .. } => is_number(values.dtype()).then(|| vec![values]),
+        Datum::None => None,
+    }
+}
+
+/// Whether two outputs are of the same types and sizes, with the same keys.
+fn is_alike(a: &Datum, b: &Datum) -> bool {
+    match (a, b) {
+        (Datum::Tensor(a), Datum::Tensor(b)) => a.dims() == b.dims() && a.dtype() == b.dtype(),
+        (Datum::Sequence(a), Datum::Sequence(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| is_alike(a, b)),
+        (Datum::Map { keys: a, values: x }, Datum::Map { keys: b, values: y }) => {
+            a.same_bits(b) && x.dims() == y.dims() && x.dtype() == y.dtype()
+        }
+        _ => false,
+    }
+}
+
 /// What is kept from batch to batch.
 struct State {
     chosen: Chosen,
     ids: Option<String>,
     mask: Option<String>,
     meters: Vec<OutputMeter>,
-    /// Outputs that are no tensors of numbers; they must be equal.
+    /// Outputs that are not made of numbers; they must be equal.
     others: Vec<String>,
     failures: Vec<String>,
 }
@@ -262,16 +291,14 @@ impl State {
         metric: &str,
         causal: &mut dyn FnMut(&Place<'_>) -> Result<bool, String>,
     ) -> Result<State, MeasureError> {
-        let (ids, mask) = token_inputs(&model.graph, &batch.inputs);
+        let tokens = token_inputs(&model.graph, &batch.inputs);
         let labels = batch.labels.as_ref();
         let place = |(name, datum): &'_ (String, Datum)| -> Option<(String, Tensor)> {
-            datum.tensor().filter(|t| is_number(t.dtype())).map(|t| (name.clone(), t.clone()))
+            numbers_in(datum)?.first().map(|&tensor| (name.clone(), tensor.clone()))
         };
         let tensors: Vec<(String, Tensor)> = outputs.iter().filter_map(place).collect();
-        let places: Vec<Place<'_>> = tensors
-            .iter()
-            .map(|(name, t)| Place { name, dtype: t.dtype(), dims: t.dims(), labels, ids, mask })
-            .collect();
+        let places: Vec<Place<'_>> =
+            tensors.iter().map(|(name, t)| Place { name, dtype: t.dtype(), dims: t.dims(), labels, tokens }).collect();
         let chosen = choose(metric, &model.graph, &places, total, causal).map_err(MeasureError::Metric)?;
         let meter = |place: &Place<'_>| {
             let single: Vec<&'static str> =
@@ -281,7 +308,8 @@ impl State {
         let meters: Vec<OutputMeter> = places.iter().map(meter).collect();
         let is_other = |(name, _): &&(String, Datum)| !tensors.iter().any(|(n, _)| n == name);
         let others = outputs.iter().filter(is_other).map(|(name, _)| name.clone()).collect();
-        let (ids, mask) = (ids.map(str::to_owned), mask.map(str::to_owned));
+        let ids = tokens.map(|tokens| tokens.ids.to_owned());
+        let mask = tokens.and_then(|tokens| tokens.mask).map(str::to_owned);
         Ok(State { chosen, ids, mask, meters, others, failures: Vec::new() })
     }
 
@@ -306,13 +334,13 @@ impl State {
                 continue;
             };
             let (a, b) = (&before[a].1, &after[b].1);
-            match (a.tensor(), b.tensor()) {
-                (Some(reference), Some(candidate))
-                    if reference.dims() == candidate.dims() && reference.dtype() == candidate.dtype() =>
-                {
-                    let name = &name;
-                    let pair = Pair { name, reference, candidate, first, samples, labels, ids, kept };
-                    meter.add(&pair).map_err(MeasureError::Metric)?;
+            match (numbers_in(a), numbers_in(b)) {
+                (Some(references), Some(candidates)) if is_alike(a, b) => {
+                    for (reference, candidate) in references.into_iter().zip(candidates) {
+                        let name = &name;
+                        let pair = Pair { name, reference, candidate, first, samples, labels, ids, kept };
+                        meter.add(&pair).map_err(MeasureError::Metric)?;
+                    }
                 }
                 _ => self.failures.push(format!(
                     "output `{name}` of samples from {first} on: expected {}, found {}",
@@ -326,7 +354,7 @@ impl State {
                 find(all, name).map(|at| all[at].clone()).into_iter().collect()
             };
             let found = compare(&pick(before), &pick(after), Claim::Equivalent { rtol: None });
-            self.failures.extend(found.failures.into_iter().map(|f| format!("{f}, in samples from {first} on")));
+            self.failures.extend(found.faults.into_iter().map(|f| format!("{f}, in samples from {first} on")));
         }
         Ok(())
     }
@@ -489,5 +517,28 @@ mod tests {
         };
         assert!(run(&noise, &two, set(), "auto").unwrap_err().starts_with("the model disagrees with itself"));
         assert_eq!(run(&two, &two, Vec::new(), "auto").unwrap_err(), "the set has no samples");
+    }
+
+    #[test]
+    fn members_of_sequences_and_values_of_maps_are_measured() {
+        let source = |weights: &str, length: usize| {
+            let members = vec!["y"; length].join(", ");
+            let head = "<ir_version: 8, opset_import: [\"\" : 17]> g (float[n, 2] x) => (seq(float[n, 2]) z)";
+            let body = format!("y = MatMul (x, w) z = SequenceConstruct ({members})");
+            lathe_ir::text::parse(&format!("{head} <float[2, 2] w = {{{weights}}}> {{ {body} }}")).unwrap()
+        };
+        let rows = || stacks(&[("x", Tensor::from_f32s(&[2, 2], &[1.0, 0.0, 0.0, 1.0]))], None, 2);
+        let found = run(&source("3, 0, 0, 4", 2), &source("3, 0, 0, 3", 2), rows(), "auto").unwrap();
+        assert_eq!((found.metric.as_str(), found.drop, found.failures.len()), ("rel-l2", 0.2, 0));
+        let found = run(&source("3, 0, 0, 4", 2), &source("3, 0, 0, 4", 3), rows(), "rel-l2").unwrap();
+        assert!(found.failures[0].contains("expected a sequence of 2, found a sequence of 3"), "{:?}", found.failures);
+        let map = |keys: &[i64], values: &[f32]| Datum::Map {
+            keys: Tensor::int64s(keys),
+            values: Tensor::from_f32s(&[values.len()], values),
+        };
+        assert!(is_alike(&map(&[1, 2], &[0.5, 0.5]), &map(&[1, 2], &[0.4, 0.6])));
+        assert!(!is_alike(&map(&[1, 2], &[0.5, 0.5]), &map(&[1, 3], &[0.5, 0.5])));
+        assert_eq!(numbers_in(&Datum::Sequence(vec![map(&[1], &[0.5]), map(&[2], &[0.5])])).unwrap().len(), 2);
+        assert!(numbers_in(&Datum::Sequence(vec![Datum::None])).is_none());
     }
 }

@@ -24,6 +24,11 @@ impl NpzWriter {
 
     /// Adds an array. Fails for types that NumPy does not have.
     pub fn add(&mut self, name: &str, tensor: &Tensor) -> io::Result<()> {
+        let text = tensor.string_data().map(padded);
+        let (text_kind, data) = match &text {
+            Some((width, bytes)) => (format!("|S{width}"), bytes.as_slice()),
+            None => (String::new(), tensor.bytes()),
+        };
         let kind = match tensor.dtype() {
             DataType::Float => "<f4",
             DataType::Double => "<f8",
@@ -37,6 +42,8 @@ impl NpzWriter {
             DataType::Uint16 => "<u2",
             DataType::Uint8 => "|u1",
             DataType::Bool => "|b1",
+            DataType::Bfloat16 => "|V2",
+            DataType::String => &text_kind,
             other => {
                 let message = format!("NumPy has no elements of type {other}");
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
@@ -45,22 +52,28 @@ impl NpzWriter {
         let sizes: Vec<String> = tensor.dims().iter().map(|d| format!("{d},")).collect();
         let mut header = format!("{{'descr': '{kind}', 'fortran_order': False, 'shape': ({}), }}", sizes.join(" "));
         // The data starts at a multiple of 64, and the header ends with a newline.
-        let padded = (10 + header.len() + 1).next_multiple_of(64) - 10;
-        header.extend(std::iter::repeat_n(' ', padded - header.len() - 1));
+        let length = (10 + header.len() + 1).next_multiple_of(64) - 10;
+        header.extend(std::iter::repeat_n(' ', length - header.len() - 1));
         header.push('\n');
         let length = u16::try_from(header.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let options = SimpleFileOptions::default()
-            .compression_method(CompressionMethod::Stored)
-            .large_file(tensor.byte_len() >= LARGE);
+        let options =
+            SimpleFileOptions::default().compression_method(CompressionMethod::Stored).large_file(data.len() >= LARGE);
         self.zip.start_file(format!("{name}.npy"), options)?;
         self.zip.write_all(b"\x93NUMPY\x01\x00")?;
         self.zip.write_all(&length.to_le_bytes())?;
         self.zip.write_all(header.as_bytes())?;
-        self.zip.write_all(tensor.bytes())
+        self.zip.write_all(data)
     }
 
     /// Writes the directory of the archive.
     pub fn finish(self) -> io::Result<()> {
         self.zip.finish()?.flush()
     }
+}
+
+/// Strings one after another, filled up with zeros to the length of the longest.
+fn padded(strings: &[bytes::Bytes]) -> (usize, Vec<u8>) {
+    let width = strings.iter().map(|s| s.len()).max().unwrap_or(0).max(1);
+    let all = strings.iter().flat_map(|s| s.iter().copied().chain(std::iter::repeat_n(0, width - s.len())));
+    (width, all.collect())
 }

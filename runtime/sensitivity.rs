@@ -1,48 +1,32 @@
 //! How much the outputs of a model move per unit of relative error of values inside it.
 //!
-//! A copy of the model gets one input more, a table of amplitudes with one column per probed value. To every probed
-//! value it adds the amplitude times the value's own features, permuted and with random signs: an error as large as
-//! asked for, that is linear in the value as the error of a changed weight is. One sample runs at a time, as a batch of
-//! rows with different amplitudes beside a first row without any, and the distance of their outputs from the first row's
-//! is computed in the graph. So one session and a few batches serve hundreds of values. What comes before the first
-//! disturbed value is the same in all rows, and is computed once: the sum with the errors makes the rows.
+//! Copies of the model add to every probed value an amplitude times the value's own features, permuted and with random
+//! signs: an error as large as asked for, that is linear in the value as the error of a changed weight is. Where a sample
+//! can run as a row of a batch, many errors are tried at a time (`batched.rs`); elsewhere one after another (`single.rs`).
 
+mod batched;
 mod counted;
+mod edit;
 mod kept;
+mod single;
 
 use crate::{
-    Child, LoadOptions, NpzWriter, Random, RuntimeError, SampleSet, SetError, SetSpec,
-    statistics::{Fold, Gathered, Job, Output, StatisticsError, key, resolve},
+    Child, LoadOptions, RuntimeError, SetSpec,
+    statistics::{Gathered, Job, StatisticsError, key, resolve},
+    trials,
 };
-use lathe_analysis::{Facts, View, may_leave};
-use lathe_ir::{AttributeValue, DataType, Model, Node, ScopeId, Tensor, Type, Use, ValueId};
+use batched::Rows;
+use lathe_analysis::{Facts, View};
+use lathe_ir::{Model, ValueId};
 use serde::{Deserialize, Serialize};
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, path::PathBuf};
 
 /// The relative error that is tried: small enough for outputs to answer in proportion to its square, large enough to
 /// stand out of rounding.
 const AMPLITUDE: f64 = 0.1;
 
-/// Rows of a batch: the first is the reference.
-const BATCH: usize = 8;
-
 /// The oldest operator set that has what is appended in the form it is appended.
 const OLDEST_OPSET: i64 = 13;
-
-/// Samples that run at most, as a multiple of the set's.
-const PASSES: usize = 4;
-
-/// Samples that every value is tried on at most.
-const MOST_ROUNDS: usize = 64;
-
-/// Bytes of inputs at most.
-const MOST_BYTES: usize = 256 << 20;
-
-/// The input of amplitudes.
-const INPUT: &str = "probe_amplitudes";
 
 /// How far outputs are from where they were.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,7 +60,7 @@ pub struct ProbeOptions {
 }
 
 /// The rise of the outputs' distance per squared relative error of each value; `None` where a value cannot be probed,
-/// because its first axis is not the samples' or the size of its features is not known.
+/// because it holds no floats or the size of its features is not known, or where that takes too long.
 ///
 /// Every value is tried on as many samples as a few passes over the set allow, at least one; the samples take turns.
 pub fn sensitivities(
@@ -86,9 +70,10 @@ pub fn sensitivities(
     probes: &[Probe],
     options: &ProbeOptions,
 ) -> Result<Vec<Option<f64>>, StatisticsError> {
-    let measure = || sensitivities_with(&|job| child.gather(job), model, set, probes, options);
+    let runs = Runs { gather: &|job| child.gather(job), tries: &|job| child.trials(job) };
+    let measure = || sensitivities_with(&runs, model, set, probes, options);
     let Some(cache) = &options.cache else { return measure() };
-    let what = (probes, options.distance, options.seed, AMPLITUDE, BATCH, PASSES, MOST_ROUNDS);
+    let what = (probes, options.distance, options.seed, AMPLITUDE, batched::SETTINGS, single::SETTINGS);
     let folder = cache.join(key(&child.hello()?.0, model, set, &options.load, &what)?);
     if let Some(found) = kept::read(&folder).filter(|found| found.len() == probes.len()) {
         return Ok(found);
@@ -99,8 +84,26 @@ pub fn sensitivities(
     Ok(found)
 }
 
+/// Who runs the copies.
+struct Runs<'a> {
+    gather: &'a dyn Fn(&Job) -> Result<Gathered, RuntimeError>,
+    tries: &'a dyn Fn(&trials::Job) -> Result<Vec<f64>, RuntimeError>,
+}
+
+/// What is to be measured on what.
+struct Task<'a> {
+    runs: &'a Runs<'a>,
+    model: &'a Model,
+    facts: &'a Facts,
+    set: &'a SetSpec,
+    probes: &'a [Probe],
+    /// The values of the probes.
+    values: Vec<ValueId>,
+    options: &'a ProbeOptions,
+}
+
 fn sensitivities_with(
-    gather: &dyn Fn(&Job) -> Result<Gathered, RuntimeError>,
+    runs: &Runs<'_>,
     model: &Model,
     set: &SetSpec,
     probes: &[Probe],
@@ -109,414 +112,168 @@ fn sensitivities_with(
     if model.opset() < OLDEST_OPSET {
         return Err(StatisticsError::OldOpset { found: model.opset(), needed: OLDEST_OPSET });
     }
-    let facts = Facts::infer(model);
+    let facts = &Facts::infer(model);
     let values = probes.iter().map(|probe| resolve(model, &probe.value)).collect::<Result<Vec<_>, _>>()?;
-    // Rows that come late are other samples to whoever counted them before.
-    if !counted::counts_samples(model, &facts, &values) {
-        let found = disturbed(gather, model, set, probes, options, Rows::FromErrors);
-        // An operator may refuse operands of one and of several samples.
-        if !matches!(found, Err(StatisticsError::Runtime(_))) {
-            return found;
-        }
-    }
-    disturbed(gather, model, set, probes, options, Rows::FromInputs)
-}
-
-/// Where the rows of a batch come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Rows {
-    /// From the inputs, which are repeated.
-    FromInputs,
-    /// From the sum with the first error.
-    FromErrors,
-}
-
-fn disturbed(
-    gather: &dyn Fn(&Job) -> Result<Gathered, RuntimeError>,
-    model: &Model,
-    set: &SetSpec,
-    probes: &[Probe],
-    options: &ProbeOptions,
-    rows: Rows,
-) -> Result<Vec<Option<f64>>, StatisticsError> {
-    let mut copy = Copy::new(model, options, rows);
-    let mut values = Vec::new();
-    for (index, probe) in probes.iter().enumerate() {
-        values.push((resolve(model, &probe.value)?, index));
-    }
-    // Neighbours in the model share a batch, so that much comes before the first of them.
-    let places: BTreeMap<ValueId, usize> = model
-        .graph
-        .nodes(ScopeId::MAIN)
-        .flat_map(|id| model.graph.node(id).outputs().iter().flatten())
-        .enumerate()
-        .map(|(place, &value)| (value, place + 1))
-        .collect();
-    values.sort_by_key(|(value, _)| places.get(value));
-    let mut columns = Vec::new();
-    for (value, index) in values {
-        if copy.disturb(value, &probes[index].view, columns.len()) {
-            columns.push(index);
-        }
-    }
-    let mut found = vec![None; probes.len()];
-    if columns.is_empty() {
-        return Ok(found);
-    }
-    let output = copy.finish(options.distance, columns.len());
-    let Some(output) = output else { return Ok(found) };
-    let failed = |source| StatisticsError::Io { path: std::env::temp_dir(), source };
-    let scratch = tempfile::tempdir().map_err(failed)?;
-    let path = scratch.path().join("probe.onnx");
-    copy.model.graph.sort().expect("what is added needs only what was there");
-    copy.model.write_linked(&path)?;
-    let inputs = scratch.path().join("probe.npz");
-    let rounds = write_inputs(&inputs, model, set, columns.len())?;
-    let set = SetSpec { batch: Some(1), ..SetSpec::all(&inputs) };
-    let load = LoadOptions { lean: true, ..options.load.clone() };
-    let job = Job { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: vec![output] };
-    let gathered = gather(&job)?;
-    let sums = gathered.direct.first().map(Vec::as_slice).unwrap_or_default();
-    for (&index, &sum) in columns.iter().zip(sums) {
-        // The sum is of distances times amplitudes, and one row of every round has this amplitude.
-        let rise = sum / AMPLITUDE.powi(3) / rounds as f64;
-        found[index] = rise.is_finite().then_some(rise.max(0.0));
-    }
+    let task = Task { runs, model, facts, set, probes, values, options };
+    let mut found = task.in_batches()?;
+    let open: Vec<usize> = (0..probes.len()).filter(|&index| found[index].is_none()).collect();
+    single::measure(&task, &open, &mut found)?;
     Ok(found)
 }
 
-/// The samples that run, and for each the amplitudes of its `BATCH` rows, the first undisturbed, until every column had
-/// its turn, and all that in several rounds on other samples. Returns the rounds.
-fn write_inputs(path: &Path, model: &Model, set: &SetSpec, columns: usize) -> Result<usize, StatisticsError> {
-    let failed = |source| StatisticsError::Io { path: path.to_owned(), source };
-    let groups = columns.div_ceil(BATCH - 1);
-    let samples = SampleSet::open(&SetSpec { batch: Some(1), ..set.clone() }, model)?;
-    let mut reader = samples.batches();
-    let Some(first) = reader.next().transpose()? else { return Ok(1) };
-    let sample_bytes: usize = first.inputs.iter().map(|(_, tensor)| tensor.byte_len()).sum();
-    let rounds = (PASSES * samples.len() / (groups * BATCH))
-        .min(MOST_BYTES / (groups * sample_bytes.max(1)))
-        .clamp(1, MOST_ROUNDS);
-    let batches = groups * rounds;
-    let others = reader.take(batches - 1).collect::<Result<Vec<_>, SetError>>()?;
-    let chosen: Vec<_> = std::iter::once(first).chain(others).collect();
-    let mut npz = NpzWriter::create(path).map_err(failed)?;
-    for (at, (name, tensor)) in chosen[0].inputs.iter().enumerate() {
-        let mut bytes = Vec::with_capacity(tensor.byte_len() * batches);
-        for batch in 0..batches {
-            // Where samples come again, they come to other columns.
-            let sample = &chosen[(batch + batch / chosen.len()) % chosen.len()].inputs[at].1;
-            bytes.extend_from_slice(sample.bytes());
+impl Task<'_> {
+    /// What can be measured with samples as rows of batches.
+    fn in_batches(&self) -> Result<Vec<Option<f64>>, StatisticsError> {
+        let nothing = vec![None; self.probes.len()];
+        let Some(samples) = batched::samples(self)? else { return Ok(nothing) };
+        // Rows that come late are other samples to whoever counted them before.
+        let late = !counted::counts_samples(self.model, self.facts, &samples, &self.values);
+        for rows in late.then_some(Rows::FromErrors).into_iter().chain([Rows::FromInputs]) {
+            match batched::disturbed(self, &samples, rows) {
+                // An operator may refuse operands of one and of several samples.
+                Err(StatisticsError::Runtime(
+                    RuntimeError::Load { .. } | RuntimeError::Run { .. } | RuntimeError::Child(_),
+                )) => {}
+                other => return other,
+            }
         }
-        let dims: Vec<usize> = std::iter::once(batches).chain(tensor.dims()[1..].iter().copied()).collect();
-        let tensor = Tensor::new(tensor.dtype(), dims, bytes).expect("equal samples fill their shape");
-        npz.add(name, &tensor).map_err(failed)?;
+        Ok(nothing)
     }
-    let mut table = vec![0f32; batches * BATCH * columns];
-    for round in 0..rounds {
-        for column in 0..columns {
-            let row = (round * groups + column / (BATCH - 1)) * BATCH + 1 + column % (BATCH - 1);
-            table[row * columns + column] = AMPLITUDE as f32;
-        }
+
+    /// Everything that an error of a probed value can reach.
+    fn moved(&self) -> BTreeSet<ValueId> {
+        trials::downstream(&self.model.graph, &self.values)
     }
-    npz.add(INPUT, &Tensor::from_f32s(&[batches, BATCH * columns], &table)).map_err(failed)?;
-    npz.finish().map_err(failed)?;
-    Ok(rounds)
+
+    /// Whether an output that counts holds real numbers, which answer to small errors.
+    fn has_numbers(&self) -> bool {
+        trials::holds_numbers(self.model)
+    }
 }
 
-/// The copy under construction.
-struct Copy {
-    model: Model,
-    facts: Facts,
-    /// The input of amplitudes, and the same as `[BATCH, columns]`.
-    input: ValueId,
-    table: ValueId,
-    /// Of every column, whether a row of the batch has an amplitude there.
-    disturbs: ValueId,
-    /// Where nodes are added.
-    scope: ScopeId,
-    random: Random,
-}
-
-impl Copy {
-    fn new(model: &Model, options: &ProbeOptions, rows: Rows) -> Copy {
-        let facts = Facts::infer(model);
-        let mut model = Model { training: Vec::new(), ..model.clone() };
-        let graph = &mut model.graph;
-        let inputs = graph.main().inputs().to_vec();
-        let name = graph.fresh_name(INPUT);
-        let input = graph.add_value(name, None);
-        graph.add_input(ScopeId::MAIN, input);
-        let random = Random::new(options.seed);
-        let mut copy = Copy { model, facts, input, table: input, disturbs: input, scope: ScopeId::MAIN, random };
-        let shape = copy.constant(Tensor::int64s(&[BATCH as i64, -1]));
-        copy.table = copy.op(Node::new("Reshape"), &[input, shape]);
-        let table = copy.table;
-        if rows == Rows::FromErrors {
-            // Shapes that are stated are those of one sample, and may not be believed.
-            let graph = &mut copy.model.graph;
-            let nodes: Vec<_> = graph.scopes().into_iter().flat_map(|scope| graph.nodes(scope)).collect();
-            let made: Vec<ValueId> = nodes.iter().flat_map(|&id| graph.node(id).outputs()).flatten().copied().collect();
-            made.into_iter().for_each(|value| graph.value_mut(value).ty = None);
-        }
-        let repeated = if rows == Rows::FromInputs { inputs } else { Vec::new() };
-        for value in repeated {
-            let Some(ndim) = copy.facts.ndim(value).filter(|&n| n > 0) else { continue };
-            let uses: Vec<Use> = copy.model.graph.value(value).uses().iter().copied().collect();
-            let mut shape = vec![1; ndim];
-            shape[0] = BATCH as i64;
-            let shape = copy.constant(Tensor::int64s(&shape));
-            let several = copy.op(Node::new("Expand"), &[value, shape]);
-            copy.redirect(uses, several);
-        }
-        let amplitudes = copy.sum(table, 0, false);
-        let zero = copy.constant(Tensor::from_f32s(&[], &[0.0]));
-        copy.disturbs = copy.op(Node::new("Greater"), &[amplitudes, zero]);
-        copy
-    }
-
-    /// Adds an error to `value` for everyone who reads it; `false` if that cannot be done per sample.
-    fn disturb(&mut self, value: ValueId, view: &View, column: usize) -> bool {
-        let Some(shape) = self.facts.shape(value) else { return false };
-        let ndim = shape.len() as i64;
-        let (axis, position) = match *view {
-            View::Axis(axis) => (axis, None),
-            View::Position(position) => (-1, Some(position)),
-            View::Patches(_) => return false,
-        };
-        let positions = shape.get(1).and_then(|dim| usize::try_from(dim.as_known()?).ok());
-        if position.is_some_and(|at| ndim < 3 || positions.is_none_or(|count| at >= count)) {
-            return false;
-        }
-        let axis = if axis < 0 { axis + ndim } else { axis };
-        let samples = self.model.graph.main().inputs().iter().find_map(|&v| self.facts.shape(v)?.first().cloned());
-        let per_sample = samples.is_some_and(|s| s.as_known().is_none() && shape.first() == Some(&s));
-        let features = usize::try_from(axis).ok().and_then(|a| shape.get(a)?.as_known());
-        let Some(features) = features.filter(|&f| per_sample && axis > 0 && f > 0) else { return false };
-        let dtype = self.facts.elem(value);
-        let Some(dtype) = dtype.filter(|t| matches!(t, DataType::Float | DataType::Float16)) else { return false };
-        let uses: Vec<Use> = self.model.graph.value(value).uses().iter().copied().collect();
-        let mut order: Vec<i64> = (0..features).collect();
-        for last in (1..order.len()).rev() {
-            order.swap(last, self.random.below(last as u64 + 1) as usize);
-        }
-        let signs: Vec<f64> = order.iter().map(|_| if self.random.below(2) == 0 { 1.0 } else { -1.0 }).collect();
-        let mut spread = vec![1usize; ndim as usize];
-        spread[axis as usize] = features as usize;
-        let signs = Tensor::from_f64s(dtype, &spread, &signs).expect("signs are numbers of every float type");
-        let only = position.zip(positions).map(|(at, count)| {
-            let mut spread = vec![1; ndim as usize];
-            spread[1] = count;
-            let hit: Vec<f64> = (0..count).map(|other| f64::from(u8::from(other == at))).collect();
-            Tensor::from_f64s(dtype, &spread, &hit).expect("0 and 1 are of every float type")
-        });
-        let only = only.map(|tensor| self.constant(tensor));
-        let order = self.constant(Tensor::int64s(&order));
-        let signs = self.constant(signs);
-        let ones: Vec<i64> = std::iter::once(-1).chain(vec![1; ndim as usize - 1]).collect();
-        let ones = self.constant(Tensor::int64s(&ones));
-        let zero = Tensor::from_f64s(dtype, &vec![1; ndim as usize], &[0.0]).expect("zero is of every float type");
-        let at = self.constant(Tensor::int64s(&[column as i64]));
-        let disturbs = self.op(Node::new("Gather"), &[self.disturbs, at]);
-        let error = self.inside("error", |copy| {
-            let moved = copy.op(Node::new("Gather").with("axis", axis), &[value, order]);
-            let mut moved = copy.op(Node::new("Mul"), &[moved, signs]);
-            if let Some(only) = only {
-                moved = copy.op(Node::new("Mul"), &[moved, only]);
-            }
-            let amplitude = copy.op(Node::new("Gather").with("axis", 1i64), &[copy.table, at]);
-            let mut amplitude = copy.op(Node::new("Reshape"), &[amplitude, ones]);
-            if dtype != DataType::Float {
-                amplitude = copy.cast(amplitude, dtype);
-            }
-            copy.op(Node::new("Mul"), &[moved, amplitude])
-        });
-        let none = self.inside("none", |copy| copy.constant(zero));
-        let branch = |scope| AttributeValue::Graph(scope);
-        let either = Node::new("If").with("then_branch", branch(error)).with("else_branch", branch(none));
-        let error = self.op(either, &[disturbs]);
-        let disturbed = self.op(Node::new("Add"), &[value, error]);
-        self.redirect(uses, disturbed);
-        true
-    }
-
-    /// Makes those who read a value at `uses` read another.
-    fn redirect(&mut self, uses: Vec<Use>, value: ValueId) {
-        for place in uses {
-            match place {
-                Use::Node(node, index) => self.model.graph.set_input(node, index, Some(value)),
-                Use::Output(scope, index) => self.model.graph.set_output(scope, index, value),
-                Use::Annotation(_) => {}
-            }
-        }
-    }
-
-    /// Replaces the outputs by the distances, weighted by amplitudes and summed over the batch, `[columns]`.
-    fn finish(&mut self, distance: Distance, columns: usize) -> Option<Output> {
-        let outputs: Vec<ValueId> = self.model.graph.main().outputs().to_vec();
-        for index in (0..outputs.len()).rev() {
-            self.model.graph.remove_output(ScopeId::MAIN, index);
-        }
-        let mut total: Option<ValueId> = None;
-        let by_product = |v: &ValueId| may_leave(&self.model.graph.value(*v).name);
-        let whole = outputs.iter().all(by_product);
-        let counted: Vec<ValueId> = outputs.into_iter().filter(|v| whole || !by_product(v)).collect();
-        for output in counted {
-            let known = self.facts.elem(output).or_else(|| self.model.graph.value(output).ty.as_ref()?.elem());
-            if known.is_some_and(|t| !t.is_float()) {
-                continue;
-            }
-            let one = self.cast(output, DataType::Float);
-            let one = match distance {
-                Distance::Divergence => self.divergence(one),
-                Distance::Relative => self.relative(one),
-            };
-            total = Some(match total {
-                Some(sum) => self.op(Node::new("Add"), &[sum, one]),
-                None => one,
-            });
-        }
-        let weighted = self.op(Node::new("Mul"), &[total?, self.table]);
-        let sum = self.sum(weighted, 0, false);
-        let sum = self.cast(sum, DataType::Double);
-        let (input, graph) = (self.input, &mut self.model.graph);
-        graph.value_mut(sum).ty = Some(Type::unshaped(DataType::Double));
-        graph.add_output(ScopeId::MAIN, sum);
-        let samples =
-            graph.main().inputs().first().and_then(|&v| graph.value(v).ty.as_ref()?.shape()?.dims.first().cloned());
-        let dims = vec![samples.unwrap_or(lathe_ir::Dim::Unknown), lathe_ir::Dim::Known((BATCH * columns) as i64)];
-        graph.value_mut(input).ty = Some(Type::tensor(DataType::Float, dims));
-        Some(Output { value: graph.value(sum).name.clone(), field: "probe".to_owned(), fold: Fold::Sum })
-    }
-
-    /// Mean over all but the first axis of Σ p₀ (log p₀ − log p), `[batch, 1]`.
-    fn divergence(&mut self, logits: ValueId) -> ValueId {
-        let logs = self.op(Node::new("LogSoftmax").with("axis", -1i64), &[logits]);
-        let first = self.first(logs);
-        let (weights, lost) = (self.op(Node::new("Exp"), &[first]), self.op(Node::new("Sub"), &[first, logs]));
-        let parts = self.op(Node::new("Mul"), &[weights, lost]);
-        let rows = self.sum(parts, -1, true);
-        let flat = self.flat(rows);
-        let axes = AttributeValue::Ints(vec![1]);
-        if self.model.opset() < 18 {
-            return self.op(Node::new("ReduceMean").with("axes", axes).with("keepdims", 1i64), &[flat]);
-        }
-        let axes = self.constant(Tensor::int64s(&[1]));
-        self.op(Node::new("ReduceMean").with("keepdims", 1i64), &[flat, axes])
-    }
-
-    /// ‖y − y₀‖² / ‖y₀‖², `[batch, 1]`.
-    fn relative(&mut self, output: ValueId) -> ValueId {
-        let flat = self.flat(output);
-        let first = self.first(flat);
-        let difference = self.op(Node::new("Sub"), &[flat, first]);
-        let squares = self.op(Node::new("Mul"), &[difference, difference]);
-        let norms = self.op(Node::new("Mul"), &[first, first]);
-        let (squares, norm) = (self.sum(squares, 1, true), self.sum(norms, 1, true));
-        let tiny = self.constant(Tensor::from_f32s(&[], &[f32::MIN_POSITIVE]));
-        let norm = self.op(Node::new("Max"), &[norm, tiny]);
-        self.op(Node::new("Div"), &[squares, norm])
-    }
-
-    fn flat(&mut self, value: ValueId) -> ValueId {
-        let shape = self.constant(Tensor::int64s(&[0, -1]));
-        self.op(Node::new("Reshape"), &[value, shape])
-    }
-
-    /// The first sample of the batch, with its axis.
-    fn first(&mut self, value: ValueId) -> ValueId {
-        let (start, end) = (self.constant(Tensor::int64s(&[0])), self.constant(Tensor::int64s(&[1])));
-        self.op(Node::new("Slice"), &[value, start, end, start])
-    }
-
-    fn sum(&mut self, value: ValueId, axis: i64, keep: bool) -> ValueId {
-        let axes = self.constant(Tensor::int64s(&[axis]));
-        self.op(Node::new("ReduceSum").with("keepdims", i64::from(keep)), &[value, axes])
-    }
-
-    fn cast(&mut self, value: ValueId, dtype: DataType) -> ValueId {
-        self.op(Node::new("Cast").with("to", AttributeValue::Int(i64::from(dtype.code()))), &[value])
-    }
-
-    /// A subgraph that gives what `build` adds.
-    fn inside(&mut self, name: &str, build: impl FnOnce(&mut Copy) -> ValueId) -> ScopeId {
-        let scope = self.model.graph.add_scope(name);
-        let outer = std::mem::replace(&mut self.scope, scope);
-        let result = build(self);
-        self.scope = outer;
-        self.model.graph.add_output(scope, result);
-        scope
-    }
-
-    fn op(&mut self, node: Node, inputs: &[ValueId]) -> ValueId {
-        self.model.graph.append(self.scope, node, inputs, "probe")
-    }
-
-    fn constant(&mut self, tensor: Tensor) -> ValueId {
-        self.model.graph.add_initializer(self.scope, "probe", tensor)
-    }
+/// The names of the outputs that count, for messages.
+fn counted_names(task: &Task<'_>) -> Vec<String> {
+    batched::counted(task).iter().map(|&v| task.model.graph.value(v).name.clone()).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
+        NpzWriter, SampleSet,
         statistics::serve,
         testing::{Build, engine},
     };
+    use lathe_ir::{DataType, Node, Tensor, Type, text};
+    use std::cell::Cell;
+
+    /// What a set shows of a model.
+    struct Bench {
+        model: Model,
+        folder: tempfile::TempDir,
+        distance: Distance,
+    }
+
+    /// What was measured, and whether any of it came of batches, and of single errors.
+    struct Measured {
+        found: Vec<Option<f64>>,
+        batched: bool,
+        single: bool,
+    }
+
+    impl Bench {
+        fn new(model: Model, set: &[(&str, Tensor)]) -> Bench {
+            let folder = tempfile::tempdir().unwrap();
+            let mut npz = NpzWriter::create(&folder.path().join("set.npz")).unwrap();
+            set.iter().for_each(|(name, tensor)| npz.add(name, tensor).unwrap());
+            npz.finish().unwrap();
+            Bench { model, folder, distance: Distance::Relative }
+        }
+
+        fn task<T>(
+            &self,
+            probes: &[Probe],
+            run: impl FnOnce(&Runs<'_>, &SetSpec, &ProbeOptions) -> T,
+        ) -> (T, bool, bool) {
+            let (batched, single) = (Cell::new(false), Cell::new(false));
+            let gather = |job: &Job| {
+                batched.set(true);
+                serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child)
+            };
+            let tries = |job: &trials::Job| {
+                single.set(true);
+                let found = trials::serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child)?;
+                Ok(found.into_iter().map(|rise| rise.unwrap_or(f64::INFINITY)).collect())
+            };
+            let runs = Runs { gather: &gather, tries: &tries };
+            let set = SetSpec::all(self.folder.path().join("set.npz"));
+            SampleSet::open(&set, &self.model).unwrap();
+            assert!(!probes.is_empty());
+            let options = ProbeOptions { load: LoadOptions::default(), distance: self.distance, seed: 1, cache: None };
+            let found = run(&runs, &set, &options);
+            (found, batched.get(), single.get())
+        }
+
+        fn measure(&self, probes: &[Probe]) -> Result<Measured, StatisticsError> {
+            let (found, batched, single) =
+                self.task(probes, |runs, set, options| sensitivities_with(runs, &self.model, set, probes, options));
+            Ok(Measured { found: found?, batched, single })
+        }
+
+        fn of(&self, names: &[&str]) -> Vec<Option<f64>> {
+            self.measure(&probes(names)).unwrap().found
+        }
+    }
+
+    fn probes(names: &[&str]) -> Vec<Probe> {
+        names.iter().map(|&name| Probe { value: name.to_owned(), view: View::Axis(-1) }).collect()
+    }
+
+    fn numbers(dims: &[usize]) -> Tensor {
+        let count: usize = dims.iter().product();
+        let all: Vec<f32> = (0..count).map(|i| (i as f32 * 0.7).sin() + 0.3).collect();
+        Tensor::from_f32s(dims, &all)
+    }
+
+    fn near(found: &[Option<f64>], expected: &[f64]) {
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found.unwrap() - expected).abs() < 1e-3 * expected.max(1e-2), "{found:?} is not {expected}");
+        }
+    }
 
     /// `y = a + 2a` where `a = x·w`.
-    fn model() -> Model {
-        let mut build = Build::new();
-        let x = build.input("x", DataType::Float, &["n", "3"]);
-        let weight = [1.0, 2.0, 0.0, 1.0, 0.0, 1.0, 1.0, -1.0, 2.0, 0.0, 1.0, 1.0];
-        let w = build.constant("w", Tensor::from_f32s(&[3, 4], &weight));
-        let two = build.constant("two", Tensor::from_f32s(&[], &[2.0]));
-        let a = build.node(Node::new("MatMul"), &[x, w], "a");
-        let b = build.node(Node::new("Mul"), &[a, two], "b");
-        let y = build.node(Node::new("Add"), &[a, b], "y");
-        build.output(y, Type::unshaped(DataType::Float)).model()
-    }
-
-    fn probe(names: &[&str]) -> Vec<Option<f64>> {
-        with(names, |gather, set, probes, options| sensitivities_with(gather, &model(), set, probes, options))
-    }
-
-    type Gather<'a> = &'a dyn Fn(&Job) -> Result<Gathered, RuntimeError>;
-
-    fn with(
-        names: &[&str],
-        measure: impl Fn(Gather, &SetSpec, &[Probe], &ProbeOptions) -> Result<Vec<Option<f64>>, StatisticsError>,
-    ) -> Vec<Option<f64>> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("set.npz");
-        let mut npz = NpzWriter::create(&path).unwrap();
-        npz.add("x", &Tensor::from_f32s(&[2, 3], &[1.0, 2.0, 3.0, -1.0, 0.5, 2.0])).unwrap();
-        npz.finish().unwrap();
-        let probes: Vec<Probe> = names.iter().map(|&n| Probe { value: n.to_owned(), view: View::Axis(-1) }).collect();
-        let gather = |job: &Job| serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child);
-        let options = ProbeOptions { load: LoadOptions::default(), distance: Distance::Relative, seed: 1, cache: None };
-        measure(&gather, &SetSpec::all(&path), &probes, &options).unwrap()
+    fn bench() -> Bench {
+        let source = r#"<ir_version: 8, opset_import: ["" : 17]> g (float[n, 3] x) => (float[n, 4] y)
+            <float[3, 4] w = {1, 2, 0, 1, 0, 1, 1, -1, 2, 0, 1, 1}, float two = {2}>
+            { a = MatMul (x, w) b = Mul (a, two) y = Add (a, b) }"#;
+        Bench::new(text::parse(source).unwrap(), &[("x", numbers(&[4, 3]))])
     }
 
     #[test]
     fn an_error_of_the_output_counts_once_and_one_of_a_part_by_its_share() {
         // y = 3a: an error of a moves y as much as a itself, one of b = 2a by two thirds of it.
-        let found = probe(&["a", "b", "y"]);
-        let expected = [1.0, 4.0 / 9.0, 1.0];
-        for (found, expected) in found.iter().zip(expected) {
-            assert!((found.unwrap() - expected).abs() < 1e-4, "{found:?} is not {expected}");
-        }
+        near(&bench().of(&["a", "b", "y"]), &[1.0, 4.0 / 9.0, 1.0]);
     }
 
     #[test]
-    fn rows_from_inputs_and_from_errors_are_the_same() {
-        let measured = |rows| {
-            with(&["x", "a", "b", "y"], |gather, set, probes, options| {
-                disturbed(gather, &model(), set, probes, options, rows)
-            })
-        };
-        assert_eq!(measured(Rows::FromInputs), measured(Rows::FromErrors));
+    fn rows_from_inputs_and_from_errors_and_single_errors_are_the_same() {
+        let bench = bench();
+        let probes = probes(&["x", "a", "b", "y"]);
+        let facts = Facts::infer(&bench.model);
+        let (all, ..) = bench.task(&probes, |runs, set, options| {
+            let values = probes.iter().map(|probe| resolve(&bench.model, &probe.value).unwrap()).collect();
+            let task = Task { runs, model: &bench.model, facts: &facts, set, probes: &probes, values, options };
+            let samples = batched::samples(&task).unwrap().unwrap();
+            let batched = |rows| batched::disturbed(&task, &samples, rows).unwrap();
+            let mut single = vec![None; 4];
+            single::measure(&task, &[0, 1, 2, 3], &mut single).unwrap();
+            [batched(Rows::FromInputs), batched(Rows::FromErrors), single]
+        });
+        assert_eq!(all[0], all[1]);
+        // The signs are others, which what is linear does not see.
+        let same = |at: usize| (all[2][at].unwrap() - all[0][at].unwrap()).abs() < 1e-4;
+        assert!((1..4).all(same) && all[2][0].unwrap() > 0.0, "{all:?}");
     }
 
     #[test]
@@ -541,40 +298,169 @@ mod tests {
         for counts in [true, false] {
             let model = build_model(counts);
             let probed = model.graph.find_value("a").unwrap();
-            assert_eq!(counted::counts_samples(&model, &Facts::infer(&model), &[probed]), counts);
+            let facts = Facts::infer(&model);
+            let samples = facts.shape(model.graph.find_value("x").unwrap()).unwrap()[0].clone();
+            assert_eq!(counted::counts_samples(&model, &facts, &samples, &[probed]), counts);
         }
-        let counts = build_model(true);
-        let found =
-            with(&["a"], |gather, set, probes, options| sensitivities_with(gather, &counts, set, probes, options));
-        assert!((found[0].unwrap() - 1.0).abs() < 1e-4, "{found:?}");
+        let found = Bench::new(build_model(true), &[("x", numbers(&[2, 3]))]).measure(&probes(&["a"])).unwrap();
+        near(&found.found, &[1.0]);
+        assert!(found.batched && !found.single);
     }
 
     #[test]
     fn outputs_answer_to_the_position_that_they_read_and_to_no_other() {
-        let mut build = Build::new();
-        let x = build.input("x", DataType::Float, &["n", "4", "3"]);
-        let first = build.constant("first", Tensor::from_i64s(&[], &[0]));
-        let a = build.node(Node::new("Neg"), &[x], "a");
-        let y = build.node(Node::new("Gather").with("axis", 1i64), &[a, first], "y");
-        let model = build.output(y, Type::unshaped(DataType::Float)).model();
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("set.npz");
-        let mut npz = NpzWriter::create(&path).unwrap();
-        let numbers: Vec<f32> = (0..24).map(|i| i as f32 + 1.0).collect();
-        npz.add("x", &Tensor::from_f32s(&[2, 4, 3], &numbers)).unwrap();
-        npz.finish().unwrap();
+        let source = r#"<ir_version: 8, opset_import: ["" : 17]> g (float[n, 4, 3] x) => (float[n, 3] y) <int64 first = {0}>
+            { a = Neg (x) y = Gather <axis = 1> (a, first) }"#;
+        let bench = Bench::new(text::parse(source).unwrap(), &[("x", numbers(&[2, 4, 3]))]);
         let views = [View::Axis(-1), View::Position(0), View::Position(3), View::Position(4)];
         let probes = views.map(|view| Probe { value: "a".to_owned(), view });
-        let gather = |job: &Job| serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child);
-        let options = ProbeOptions { load: LoadOptions::default(), distance: Distance::Relative, seed: 1, cache: None };
-        let found = sensitivities_with(&gather, &model, &SetSpec::all(&path), &probes, &options).unwrap();
-        let [whole, first, last, none] = found.as_slice() else { panic!("{found:?}") };
-        assert!((whole.unwrap() - 1.0).abs() < 1e-4 && (first.unwrap() - 1.0).abs() < 1e-4, "{found:?}");
-        assert_eq!((*last, *none), (Some(0.0), None));
+        let found = bench.measure(&probes).unwrap().found;
+        near(&found[..2], &[1.0, 1.0]);
+        assert_eq!((found[2], found[3]), (Some(0.0), None));
     }
 
     #[test]
     fn an_input_can_be_probed() {
-        assert!(probe(&["x"])[0].unwrap() > 0.0);
+        assert!(bench().of(&["x"])[0].unwrap() > 0.0);
+    }
+
+    /// Whatever the interface is, an error of `a` moves `y = 2a` as much as `a` itself.
+    #[test]
+    fn every_interface_can_be_measured() {
+        let body = "a = Neg (x) b = Mul (a, a) y = Add (a, a)";
+        let source = |inputs: &str, outputs: &str, body: &str| {
+            format!(
+                r#"<ir_version: 10, opset_import: ["" : 18]> g ({inputs}) => ({outputs})
+                <float two = {{2}}, int64[1] all = {{-1}}, int64[2] ids = {{-1, 1}}> {{ {body} }}"#
+            )
+        };
+        let x = ("x", numbers(&[6, 3]));
+        let scalars = ("s", Tensor::from_f32s(&[6], &[2.0; 6]));
+        let words: Vec<bytes::Bytes> = (0..6).map(|i| format!("word {i}").into()).collect();
+        let cases: Vec<(&str, String, Vec<(&str, Tensor)>, bool)> = vec![
+            ("rows", source("float[n, 3] x", "float[n, 3] y", body), vec![x.clone()], true),
+            (
+                "an input of no axes",
+                source("float s, float[n, 3] x", "float[n, 3] y", "a = Neg (x) y = Mul (a, s)"),
+                vec![x.clone(), scalars],
+                true,
+            ),
+            (
+                "the same number in every run",
+                source("float[n, 3] x, float s", "float[n, 3] y", "a = Neg (x) y = Mul (a, s)"),
+                vec![x.clone(), ("s", Tensor::from_f32s(&[], &[2.0]))],
+                true,
+            ),
+            (
+                "strings",
+                source(
+                    "string[n] words, float[n, 3] x",
+                    "float[n, 3] y, string[n] z",
+                    "a = Neg (x) y = Add (a, a) z = Identity (words)",
+                ),
+                vec![x.clone(), ("words", Tensor::strings(vec![6], words).unwrap())],
+                true,
+            ),
+            ("one axis more", source("float[n, 3] x", "float[n, 3] y", body), vec![("x", numbers(&[4, 5, 3]))], false),
+            ("a fixed batch", source("float[2, 3] x", "float[2, 3] y", body), vec![x.clone()], false),
+            (
+                "samples on another axis",
+                source("float[t, n, 3] x", "float[t, n, 3] y", body),
+                vec![("x", numbers(&[3, 7, 2, 3]))],
+                false,
+            ),
+            (
+                "other samples on the second axis of another input",
+                source(
+                    "float[n, 3] x, float[t, n, 3] m",
+                    "float[t, n, 3] y",
+                    "a = Neg (x) b = Add (a, a) z = Sub (m, m) y = Add (z, b)",
+                ),
+                vec![("x", numbers(&[3, 2, 3])), ("m", numbers(&[3, 4, 2, 3]))],
+                false,
+            ),
+            (
+                "one number for all samples",
+                source("float[n, 3] x", "float y", "a = Neg (x) y = ReduceSum <keepdims = 0> (a)"),
+                vec![x.clone()],
+                false,
+            ),
+            (
+                "an output without samples",
+                source(
+                    "float[n, 3] x",
+                    "float[n, 3] y, int64[2] k, float z",
+                    "a = Neg (x) y = Add (a, a) k = Identity (ids) z = Identity (two)",
+                ),
+                vec![x.clone()],
+                true,
+            ),
+            (
+                "a sequence",
+                source("float[n, 3] x", "seq(float[n, 3]) y", "a = Neg (x) y = SequenceConstruct (a, a)"),
+                vec![x.clone()],
+                false,
+            ),
+        ];
+        for (name, source, set, batched) in cases {
+            let bench = Bench::new(text::parse(&source).unwrap_or_else(|e| panic!("{name}: {e}")), &set);
+            let found = bench.measure(&probes(&["a"])).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let answer = found.found[0].unwrap_or_else(|| panic!("{name}: nothing"));
+            // A sequence has two members, and a sum of few numbers answers by chance.
+            let expected = if name == "a sequence" { 2.0 } else { 1.0 };
+            let chance = name == "one number for all samples" && answer > 0.0;
+            assert!(chance || (answer - expected).abs() < 1e-3, "{name}: {answer}");
+            assert_eq!((found.batched && !found.single, name), (batched, name));
+        }
+    }
+
+    /// `y = a[indices, :]`, where the indices were counted before there were rows with errors.
+    #[test]
+    fn rows_that_are_picked_by_their_count_are_all_there() {
+        let source = r#"<ir_version: 10, opset_import: ["" : 18]> g (float[n, 3] x) => (float[n, 3] y)
+            <int64 zero = {0}, int64 one = {1}> {
+            a = Neg (x) s = Shape (x) n = Gather (s, zero) i = Range (zero, n, one) y = Gather (a, i) }"#;
+        let found =
+            Bench::new(text::parse(source).unwrap(), &[("x", numbers(&[6, 3]))]).measure(&probes(&["a"])).unwrap();
+        near(&found.found, &[1.0]);
+        assert!(found.batched && !found.single);
+    }
+
+    #[test]
+    fn outputs_of_whole_numbers_tell_nothing() {
+        let source = r#"<ir_version: 10, opset_import: ["" : 18]> g (float[n, 3] x) => (int64[n, 1] y, float[1] k)
+            <float[1] c = {1}> { a = Neg (x) y = ArgMax <axis = 1> (a) k = Identity (c) }"#;
+        let found =
+            Bench::new(text::parse(source).unwrap(), &[("x", numbers(&[6, 3]))]).measure(&probes(&["a"])).unwrap();
+        assert_eq!((found.found, found.single), (vec![None], false));
+    }
+
+    #[test]
+    fn what_is_not_finite_says_nothing_and_what_is_finite_no_more_is_lost() {
+        let source = |ports: &str, body: &str| {
+            let head = format!(r#"<ir_version: 10, opset_import: ["" : 18]> g {ports}"#);
+            text::parse(&format!("{head} <float[3] mask = {{0, -3.4e38, 0}}, float[3] ones = {{1, 1, 1}}, float[1] none = {{0}}> {{ {body} }}")).unwrap()
+        };
+        let ports = "(float[n, 3] x) => (float[n, 3] y)";
+        // Behind the mask: -inf in the second column of every row.
+        let masked = "a = Neg (x) m = Add (mask, mask) s = Add (a, m) y = LogSoftmax (s)";
+        for distance in [Distance::Relative, Distance::Divergence] {
+            for model in [source(ports, masked), source("(float[2, 3] x) => (float[2, 3] y)", masked)] {
+                let bench = Bench { distance, ..Bench::new(model, &[("x", numbers(&[6, 3]))]) };
+                let found = bench.of(&["a"])[0].unwrap();
+                assert!(found.is_finite() && found > 1e-3, "{distance:?}: {found}");
+            }
+        }
+        // Errors of numbers near zero make their roots NaN.
+        let roots = Bench::new(source(ports, "a = Abs (x) y = Sqrt (a)"), &[("x", numbers(&[6, 3]))]);
+        assert!(roots.of(&["a"])[0].unwrap() > 0.0);
+        for ports in [ports, "(float[2, 3] x) => (float[2, 3] y)"] {
+            let nothing = Bench::new(
+                source(ports, "a = Neg (x) b = Mul (a, none) y = Div (b, none)"),
+                &[("x", numbers(&[6, 3]))],
+            );
+            let message = nothing.measure(&probes(&["a"])).err().unwrap().to_string();
+            assert!(message.contains("output `y` of the model is NaN or infinite in all its elements"), "{message}");
+        }
     }
 }

@@ -40,6 +40,8 @@ pub struct SetSpec {
     pub path: PathBuf,
     /// The array that holds labels instead of an input.
     pub labels: Option<String>,
+    /// An array that may be there and is not read: labels, where nothing is measured by them.
+    pub unread: Option<String>,
     /// Which samples.
     pub part: Part,
     /// Samples in a batch where the model leaves the choice; `None` takes what fits in a moderate amount of memory.
@@ -97,9 +99,10 @@ impl SampleSet {
     /// Opens a set and holds names, types, shapes and sizes of its arrays against the inputs of `model`.
     ///
     /// Where all arrays have the rank of their inputs, the first axis counts samples, and a batch has as many as the
-    /// model's first dimension says. An array with one axis more holds one run in each row.
+    /// model's first dimension says. An array with one axis more holds one run in each row, and an array without any axis
+    /// is the same in every run.
     pub fn open(spec: &SetSpec, model: &Model) -> Result<SampleSet, SetError> {
-        let shards = folder::shards(&spec.path, spec.labels.as_deref(), &model.graph)?;
+        let shards = folder::shards(spec, &model.graph)?;
         let units: usize = shards.iter().map(|s| s.units).sum();
         let held_out = (units / 4).max(1);
         let (range, part) = match spec.part {
@@ -308,6 +311,8 @@ struct Cursor<'a> {
     stream: Option<(&'a Stored, Stream)>,
     /// The unit that comes next.
     unit: usize,
+    /// What every run reads, once it was read.
+    same: Option<Tensor>,
 }
 
 impl<'a> Cursor<'a> {
@@ -316,18 +321,30 @@ impl<'a> Cursor<'a> {
             Array::Stored(stored) => Some((stored, stored.stream()?)),
             Array::Tensor { .. } => None,
         };
-        Ok(Cursor { column, stream, unit: 0 })
+        Ok(Cursor { column, stream, unit: 0, same: None })
+    }
+
+    /// The whole array, for one run after the other.
+    fn same(&mut self) -> Result<Tensor, SetError> {
+        if let (None, Some((stored, stream))) = (&self.same, &mut self.stream) {
+            let bytes = stream.read_bytes(stored.header.data_bytes).map_err(|e| stored.broken(e.to_string()))?;
+            self.same = Some(elements(stored, self.column.dtype, self.column.array.shape().to_vec(), bytes)?);
+        }
+        Ok(self.same.clone().expect("only arrays that are stored are the same in every run"))
     }
 
     /// The rows of these units, one after another.
     fn read(&mut self, units: &[usize]) -> Result<Tensor, SetError> {
         let Column { array, rows, dtype, .. } = self.column;
+        if *rows == Rows::Same {
+            return self.same();
+        }
         let Some((stored, stream)) = &mut self.stream else {
             return Ok(fit::tensor(array.path())?.1);
         };
         let shape = array.shape();
         let (per_unit, dims) = match rows {
-            Rows::Whole => (1, shape.to_vec()),
+            Rows::Whole | Rows::Same => (1, shape.to_vec()),
             Rows::Single => (1, shape[1..].to_vec()),
             Rows::Several(rows) => {
                 let mut dims = shape.to_vec();

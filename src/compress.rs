@@ -6,9 +6,10 @@ mod strip;
 mod table;
 mod timing;
 mod tried;
+mod unhandled;
 
 use emphasis::{Answers, Apart, Emphasis};
-use seen::{Seen, Split};
+use seen::{Part, Seen, Split};
 pub(crate) use table::Table;
 use table::{Inside, Offer, Place};
 
@@ -58,6 +59,15 @@ impl Budget {
         !self.shares().is_empty() || self.max_drop.is_some()
     }
 
+    /// What is limited or becomes as little as the drop allows.
+    pub(crate) fn limited(&self) -> Vec<Measure> {
+        let shares = self.shares();
+        match shares.is_empty() {
+            true => vec![self.minimize],
+            false => shares.into_iter().map(|(measure, _)| measure).collect(),
+        }
+    }
+
     /// The shares that are given, each with what it is of.
     pub fn shares(&self) -> Vec<(Measure, f64)> {
         let all = [
@@ -94,6 +104,9 @@ const ROWS_PER_FEATURE: usize = 4;
 /// Rows and samples that second moments are taken over at least.
 const LEAST_ROWS: usize = 8192;
 const LEAST_SAMPLES: usize = 32;
+
+/// Rows that fits are judged by at least, where as many are held out.
+const HELD_ROWS: usize = 2048;
 
 /// Samples in which positions that are read apart are looked at, at most: one position has one row in each.
 const MOST_ALONE: usize = 512;
@@ -193,7 +206,8 @@ impl<'a> Compressor<'a> {
         self.try_choices(model, &mut places, &cx, warnings)?;
         self.look_inside(model, &mut places, &cx)?;
         drop(cx);
-        Ok(Table { places, records, seen, _scratch: temporary })
+        let unhandled = unhandled::unhandled(model, &places);
+        Ok(Table { places, records, seen, told: answers.told, unhandled, _scratch: temporary })
     }
 
     /// Asks what every place takes where a choice of one around it is carried out.
@@ -234,36 +248,34 @@ impl<'a> Compressor<'a> {
         let widths = found.iter().filter(|w| !gram_rows(w).is_empty()).map(Weight::inputs);
         let widest = widths.max().unwrap_or(0);
         let (columns, grams) = requests(found, half, ranges);
-        let set = SampleSet::open(self.set, model).map_err(anyhow::Error::from)?;
-        let samples = self.samples(model, found, &set, (ROWS_PER_FEATURE * widest).max(LEAST_ROWS))?;
-        let part = |samples: usize| match samples >= set.len() {
-            true => self.set.clone(),
-            false => SetSpec { chosen: Some(set.spread(samples)), ..self.set.clone() },
-        };
-        let some = &part(samples);
+        let split = Split::of(self.set, model).map_err(anyhow::Error::from)?;
+        let all = [columns.as_slice(), &grams].concat();
         let gather = |set: &SetSpec, requests: &[Request]| {
             self.runner.collect(model, set, requests, &collect).map_err(anyhow::Error::from)
         };
-        if !half {
-            // The model runs once for both, which are then taken from what is kept.
-            gather(some, &[columns.as_slice(), &grams].concat())?;
-        }
-        let moments = gather(if half { self.set } else { some }, &columns)?;
-        let grams = gather(some, &grams)?;
-        let many = part((ROWS_PER_FEATURE * widest).min(MOST_ALONE).max(samples));
-        let alone = match apart.is_empty() {
-            true => None,
-            false => Some(gather(&many, &apart.requests())?),
+        let part = |set: &SetSpec, rows: usize, positions: usize| -> Result<Part, Failure> {
+            let samples = SampleSet::open(set, model).map_err(anyhow::Error::from)?;
+            let spread = |count: usize| match count >= samples.len() {
+                true => set.clone(),
+                false => SetSpec { chosen: Some(samples.spread(count)), ..set.clone() },
+            };
+            let wanted = self.samples(model, found, &samples, rows)?;
+            let (some, many) = (spread(wanted), spread(positions.min(MOST_ALONE).max(wanted)));
+            let alone = if apart.is_empty() { None } else { Some(gather(&many, &apart.requests())?) };
+            Ok(Part { all: gather(&some, &all)?, alone, some, many })
         };
+        let rows = ROWS_PER_FEATURE * widest;
+        let fits = part(&split.fits, rows.max(LEAST_ROWS), rows)?;
+        let held = if split.holds_out { Some(part(&split.trials, HELD_ROWS, MOST_ALONE)?) } else { None };
         let mut seen = Seen {
-            moments,
-            grams,
-            alone,
+            whole: if half { Some(gather(self.set, &columns)?) } else { None },
+            fits,
+            held,
             emphasis: Emphasis::default(),
             magnitudes: None,
             runner: self.runner,
             model: model.clone(),
-            split: Split::of(self.set, model).map_err(anyhow::Error::from)?,
+            split,
             load: self.load,
             distance: self.distance,
             // Variants come once; what is kept for later runs is about the model itself.
@@ -271,9 +283,6 @@ impl<'a> Compressor<'a> {
                 memory: collect.memory,
                 ..CollectOptions::new(self.load.clone(), scratch.to_owned())
             },
-            set: self.set.clone(),
-            some: some.clone(),
-            many,
         };
         let cx = Context { calibration: Some(&seen), settings: self.cx.settings.clone(), ..Context::default() };
         let mut wanted = BTreeSet::new();
@@ -323,15 +332,20 @@ impl<'a> Compressor<'a> {
         let of_positions = found.split_off(values.len());
         let mut known: Vec<f64> = found.iter().flatten().copied().collect();
         known.sort_by(f64::total_cmp);
-        let median = known.get(known.len() / 2).copied().unwrap_or(1.0);
+        let told = known.iter().any(|&answer| answer > 0.0);
+        if !told {
+            // Outputs that answer to nothing tell layers not apart.
+            found.iter_mut().for_each(|answer| *answer = None);
+        }
+        let median = known.get(known.len() / 2).copied().filter(|_| told).unwrap_or(1.0);
         let missing = values.keys().zip(&found).filter(|(v, s)| s.is_none() && ndim(v) > 0).count();
         if missing > 0 {
-            warnings.push(format!(
-                "the sensitivity of {missing} of {} layers cannot be measured sample by sample; the median of the others stands in",
-                values.len()
-            ));
+            let instead = if told { "the median of the others stands in" } else { "errors of all of them count alike" };
+            let all = values.len();
+            warnings.push(format!("the sensitivity of {missing} of {all} layers cannot be measured; {instead}"));
         }
         Ok(Answers {
+            told,
             values: values.keys().zip(found).map(|(&v, s)| (v, s.unwrap_or(median))).collect(),
             positions: positions.iter().zip(of_positions).filter_map(|(&at, s)| Some((at, s?))).collect(),
         })

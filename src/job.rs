@@ -24,7 +24,7 @@ use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
 use lathe_passes::{
     Context, Kind, PASSES, Pass, Target,
-    lossy::{METHODS, Method, allocate},
+    lossy::{METHODS, Method, OLDEST_OPSET, allocate},
 };
 use lathe_runtime::{
     BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SampleSet, SetSpec, Verdict,
@@ -116,9 +116,11 @@ fn is_asked(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
     Ok(asked && options.selection.admits(method.info().name))
 }
 
-/// Of the methods that share a budget, the one that writes the newest operators; `None` where nothing may be lost.
+/// Of the methods that may lower what a budget limits, the one that writes the newest operators; `None` where nothing may
+/// be lost.
 fn newest(options: &Options) -> Option<&'static dyn Method> {
-    let admitted = METHODS.iter().copied().filter(|m| options.selection.admits(m.info().name));
+    let limited = options.budget.limited();
+    let admitted = METHODS.iter().copied().filter(|m| options.selection.admits(m.info().name) && m.serves(&limited));
     // Of several the first.
     admitted.rev().max_by_key(|m| m.operator_set()).filter(|_| options.budget.is_given())
 }
@@ -133,7 +135,8 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     check_settings(options)?;
     let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
     let set = options.sets.check(&loaded.model)?;
-    let opset = options.opset.or_else(|| Some(newest(options)?.operator_set()).filter(|&o| loaded.model.opset() < o));
+    let old = loaded.model.opset();
+    let opset = options.opset.or_else(|| Some(newest(options)?.operator_set()).filter(|&o| old < o));
     let mut lossy = options.budget.is_given();
     for &method in METHODS {
         lossy |= is_asked(options, method)?;
@@ -144,8 +147,30 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
         }
         None => None,
     };
-    let job = Job { options, set, lossy, few, runner: Runner::new(runner_options(options))?, opset };
-    job.run(loaded, chosen, start)
+    let runner = Runner::new(runner_options(options))?;
+    let job = Job { options, set, lossy, few, runner: &runner, opset, methods: None };
+    let used = match job.run(&loaded, chosen.clone(), start)? {
+        Finished::Done(done) => return Ok(*done),
+        Finished::Upgraded(used) => used,
+    };
+    // What was chosen can be written without the newer operators, so the model keeps its own where that works out.
+    let opset = Some(needed(&used)).filter(|&needed| old < needed);
+    let job = Job { methods: Some(used), ..job };
+    let kept = Job { opset, set: job.set.clone(), few: job.few.clone(), methods: job.methods.clone(), ..job };
+    let finished = match kept.run(&loaded, chosen.clone(), start) {
+        Err(Failure::Refused(_)) => job.run(&loaded, chosen, start)?,
+        finished => finished?,
+    };
+    match finished {
+        Finished::Done(done) => Ok(*done),
+        Finished::Upgraded(_) => unreachable!("a job whose methods are settled is carried out"),
+    }
+}
+
+/// The operator set that these methods write.
+fn needed(methods: &[&'static str]) -> i64 {
+    let sets = METHODS.iter().filter(|m| methods.contains(&m.info().name)).map(|m| m.operator_set());
+    sets.fold(OLDEST_OPSET, i64::max)
 }
 
 fn runner_options(options: &Options) -> RunnerOptions {
@@ -190,17 +215,26 @@ fn check_settings(options: &Options) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What comes of a job.
+enum Finished {
+    Done(Box<Done>),
+    /// The model was upgraded for a budget, which is spent by these methods, and they need no operator set as new.
+    Upgraded(Vec<&'static str>),
+}
+
 struct Job<'a> {
     options: &'a Options,
     /// The set that the result is compared on, and which one it is; random inputs without one.
     set: Option<(SetSpec, &'static str)>,
-    runner: Runner,
+    runner: &'a Runner,
     /// Whether a budget is given or settings ask for a lossy method.
     lossy: bool,
     /// Samples of that set on which exact passes are verified before a budget is spent; `None` for all.
     few: Option<Vec<usize>>,
     /// The standard operator set to upgrade to.
     opset: Option<i64>,
+    /// The lossy methods that may act, where that is settled; `None` for all that were not skipped.
+    methods: Option<Vec<&'static str>>,
 }
 
 /// The result of the passes, before it is written.
@@ -211,18 +245,21 @@ struct Simplified {
 }
 
 impl Job<'_> {
-    fn run(&self, loaded: Loaded, mut passes: Vec<&dyn Pass>, start: Instant) -> Result<Done, Failure> {
+    fn run(&self, loaded: &Loaded, mut passes: Vec<&dyn Pass>, start: Instant) -> Result<Finished, Failure> {
         let options = self.options;
         let mut warnings = loaded.warnings.clone();
         let data_bytes: u64 = loaded.data_files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
-        let original = loaded.model;
-        let input = side(&options.model, &original, loaded.file_bytes + data_bytes);
+        let original = &loaded.model;
+        let input = side(&options.model, original, loaded.file_bytes + data_bytes);
         let calibration = self.select()?;
         let mut prepared = original.clone();
         warnings.extend(prepare(&mut prepared)?);
-        if let (None, Some(opset), Some(method)) = (options.opset, self.opset, newest(options)) {
-            let (old, name) = (original.opset(), method.info().name);
-            warnings.push(format!("the model is upgraded from operator set {old} to {opset}, which `{name}` writes"));
+        if let (None, Some(opset)) = (options.opset, self.opset) {
+            let old = original.opset();
+            let whose = self
+                .writer(opset)
+                .map_or("in which models are compressed".to_owned(), |name| format!("which `{name}` writes"));
+            warnings.push(format!("the model is upgraded from operator set {old} to {opset}, {whose}"));
         }
         let external = if loaded.data_files.is_empty() { options.external } else { External::Always };
         let write = WriteOptions { external };
@@ -266,6 +303,9 @@ impl Job<'_> {
                 let exact = Exact { model: &model, staged: &staged, original: &input, target: &target, write: &write };
                 let chosen = calibration.as_ref().map(|c| c.chosen.clone());
                 let found = self.compress(&exact, chosen, &mut warnings)?;
+                if let Some(used) = self.upgraded_for_less(&found.records) {
+                    return Ok(Finished::Upgraded(used));
+                }
                 (model, staged, verify) = (found.model, found.staged, found.verify.or(verify));
                 (plan, latency) = (Some(found.plan), found.latency);
                 if let Some(after) = latency.as_mut().and_then(|l| l.after.as_mut()) {
@@ -313,8 +353,24 @@ impl Job<'_> {
                 seconds: start.elapsed().as_secs_f64(),
                 peak_rss_bytes: report::peak_rss_bytes(),
             };
-            return Ok(Done { report, files });
+            return Ok(Finished::Done(Box::new(Done { report, files })));
         }
+    }
+
+    /// The method that needs an operator set as new as the model is upgraded to.
+    fn writer(&self, opset: i64) -> Option<&'static str> {
+        match &self.methods {
+            None => newest(self.options).map(|method| method.info().name),
+            Some(methods) => methods.iter().copied().find(|&name| needed(&[name]) == opset),
+        }
+    }
+
+    /// The methods that changed something, if the model was upgraded for others.
+    fn upgraded_for_less(&self, records: &[PassRecord]) -> Option<Vec<&'static str>> {
+        let opset = self.opset.filter(|_| self.options.opset.is_none() && self.methods.is_none())?;
+        let changed = records.iter().filter(|record| !record.outcome.changes.is_empty());
+        let used: Vec<&'static str> = changed.map(|record| record.name).collect();
+        (needed(&used) < opset).then_some(used)
     }
 
     /// Chooses samples of the calibration set if that is asked for.
@@ -333,7 +389,8 @@ impl Job<'_> {
         Context {
             target: self.options.target,
             max_growth: self.options.max_growth,
-            evaluator: Some(&self.runner),
+            evaluator: Some(self.runner),
+            slow_kernels: crate::kernels::slower(&self.options.load.provider),
             settings,
             ..Context::default()
         }
@@ -355,11 +412,10 @@ impl Job<'_> {
                 return Ok(None);
             }
             match self.compare_models(&seen, model, claim_of(pass.info().kind)) {
-                Ok(Verdict::Compared(report)) if report.comparison.failures.is_empty() => {
+                Ok(Verdict::Compared(report)) if report.comparison.holds() => {
                     seen = model.clone();
-                    Ok(Some(report.comparison.worst()))
+                    Ok(report.comparison.worst().map(|output| output.rel_l2))
                 }
-                Ok(Verdict::Nondeterministic { .. }) => Ok(None),
                 Ok(verdict) => Err(broken(verdict.describe())),
                 Err(error) => {
                     trouble = Some(error);
@@ -451,13 +507,8 @@ impl Job<'_> {
             .context("the result cannot be run beside the original (--no-verify writes it without proof)")?;
         let reason = verdict.describe();
         match verdict {
-            Verdict::Compared(report) if report.comparison.failures.is_empty() => {
-                Ok(Judgement::Holds(Box::new(verify(report, WHOLE, self.set_name(), None))))
-            }
-            Verdict::Nondeterministic { .. } => {
-                let note = format!("{reason}, so its outputs were not compared");
-                let nothing = lathe_runtime::Report::default();
-                Ok(Judgement::Holds(Box::new(verify(nothing, WHOLE, self.set_name(), Some(note)))))
+            Verdict::Compared(report) if report.comparison.holds() => {
+                Ok(Judgement::Holds(Box::new(verify(report, WHOLE, self.set_name()))))
             }
             Verdict::ReferenceRefused { .. } => Err(Failure::Error(anyhow!(
                 "{reason}, so the result cannot be verified (--no-verify writes it without proof)"

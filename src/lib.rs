@@ -14,6 +14,7 @@ mod compress;
 mod failure;
 mod html;
 mod job;
+mod kernels;
 mod latency;
 mod layers;
 mod pipeline;

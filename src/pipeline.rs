@@ -131,6 +131,15 @@ pub(crate) fn weight_bytes(model: &Model) -> u64 {
     total
 }
 
+/// The one pass that may take inputs from a model: those that a file lists for its constants.
+const FREEZES: &str = "freeze-initializers";
+
+/// The names of what a caller gives and takes.
+fn interface(model: &Model) -> Vec<String> {
+    let main = model.graph.main();
+    main.inputs().iter().chain(main.outputs()).map(|&v| model.graph.value(v).name.clone()).collect()
+}
+
 /// Runs the passes in order, again and again until none changes anything. Returns one record per pass and how many
 /// applications changed something; or the pass that broke.
 pub(crate) fn run(model: &mut Model, cx: &Context, run: Run) -> Result<(Vec<PassRecord>, usize), Broken> {
@@ -150,9 +159,16 @@ pub(crate) fn run(model: &mut Model, cx: &Context, run: Run) -> Result<(Vec<Pass
             }
             let record = &mut records[index];
             let start = Instant::now();
+            let given = interface(model);
             let outcome = apply(*pass, model, cx)?;
             record.time += start.elapsed();
             let changed = !outcome.changes.is_empty();
+            if changed && pass.info().name != FREEZES && interface(model) != given {
+                return Err(Broken {
+                    pass: pass.info().name,
+                    reason: "it changes the inputs or outputs of the model".into(),
+                });
+            }
             // Refusals of the last look are the ones that stand; earlier ones may have been overcome since.
             record.outcome.refusals.clear();
             record.outcome.merge(outcome);
@@ -225,4 +241,55 @@ pub(crate) fn bisect(
         }
     }
     culprit.ok_or_else(|| anyhow!("the model differs although no pass changed it"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_ir::text;
+    use lathe_passes::{Error, Info};
+
+    /// Takes the last input away.
+    struct TakesAnInput;
+
+    impl Pass for TakesAnInput {
+        fn info(&self) -> &'static Info {
+            static INFO: Info = Info {
+                name: "takes-an-input",
+                summary: "",
+                doc: "",
+                options: &[],
+                kind: Kind::Identical,
+                lowers: &[],
+                source: None,
+            };
+            &INFO
+        }
+
+        fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+            let mut outcome = Outcome::default();
+            let last = model.graph.main().inputs().len() - 1;
+            let value = model.graph.main().inputs()[last];
+            model.graph.set_default(value, Some(Initializer::Dense(lathe_ir::Tensor::from_f32s(&[2], &[1.0, 2.0]))));
+            model.graph.freeze_input(ScopeId::MAIN, last);
+            outcome.change("take", "the graph");
+            Ok(outcome)
+        }
+    }
+
+    #[test]
+    fn a_pass_that_changes_the_interface_is_broken() {
+        let mut model = text::parse("g (float[2] x, float[2] w) => (float[2] y) { y = Add (x, w) }")
+            .expect("the graph is well formed");
+        let run = Run {
+            passes: &[&TakesAnInput],
+            limit: usize::MAX,
+            watch: &mut |_, _| Ok(None),
+            count_flops: None,
+            tell: &|_| true,
+        };
+        let broken = super::run(&mut model, &Context::default(), run).expect_err("the pass is stopped");
+        assert_eq!(broken.pass, "takes-an-input");
+        assert_eq!(broken.reason, "it changes the inputs or outputs of the model");
+    }
 }

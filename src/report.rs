@@ -1,7 +1,7 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
 use crate::{AutoReport, Latency, html, layers::LayerLine};
-use lathe_runtime::ChosenSamples;
+use lathe_runtime::{ChosenSamples, Excuse};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt::Write as _;
 
@@ -70,9 +70,11 @@ pub struct PassLine {
 pub struct OutputLine {
     /// The output.
     pub name: String,
-    /// The largest difference of two elements.
+    /// The largest difference of two elements; `null` is infinite.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub max_abs: f64,
-    /// The relative L2 error.
+    /// The relative L2 error; `null` is infinite.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub rel_l2: f64,
     /// The cosine of the angle between the two.
     pub cosine: f64,
@@ -89,6 +91,15 @@ pub struct OutputLine {
     /// The structural similarity of images; only for sets.
     #[serde(default)]
     pub ssim: Option<f64>,
+    /// The bound on the relative L2 error that the output was held to; `null` where all has to be the same, and for sets.
+    #[serde(default)]
+    pub limit: Option<f64>,
+    /// What was measured on the original and accounts for an error beyond the bound.
+    #[serde(default)]
+    pub excuse: Option<Excuse>,
+    /// Why only type and shape were compared, and not the values.
+    #[serde(default)]
+    pub uncompared: Option<String>,
 }
 
 /// JSON has no infinity, so it is written as `null`.
@@ -117,9 +128,12 @@ pub struct Verify {
     /// The loss, positive where the result is worse; `null` is infinite.
     #[serde(deserialize_with = "null_is_infinite")]
     pub drop: f64,
-    /// The bound on the loss; `null` where none was set.
+    /// The bound on the loss; `null` where none was set. Of errors by output, the bound of the output `worst`.
     #[serde(deserialize_with = "null_is_infinite")]
     pub limit: f64,
+    /// The output whose error is largest beside its bound, where outputs are held to bounds.
+    #[serde(default)]
+    pub worst: Option<String>,
     /// Whether the bound holds.
     pub passed: bool,
     /// What the numbers are made of: `9178 of 10000 labels before, 9177 after`.
@@ -129,7 +143,7 @@ pub struct Verify {
     pub runtime: String,
     /// The sizes of open dimensions in each run.
     pub sizes: Vec<String>,
-    /// What could not be compared, or `null`.
+    /// What could not be compared and what passes beyond its bound, with the numbers that were measured; or `null`.
     pub note: Option<String>,
     /// Every output.
     pub outputs: Vec<OutputLine>,
@@ -223,6 +237,9 @@ impl Report {
                 "\nRun beside the original on {} ({} {} sets of inputs): {} {:.2e}, limit {:.0e}: {verdict}.\n",
                 verify.runtime, verify.samples, verify.set, verify.metric, verify.after, verify.limit
             ));
+            if let Some(note) = &verify.note {
+                line(format!("{note}.\n"));
+            }
             line("| output | max abs | rel L2 | cosine | top-1 | KL |\n|---|---|---|---|---|---|".to_owned());
             let optional = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.4}"));
             for o in &verify.outputs {

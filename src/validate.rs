@@ -48,6 +48,7 @@ fn verify(measured: Measured, bound: &Bound) -> Verify {
         after: measured.after,
         drop: measured.drop,
         limit,
+        worst: None,
         passed,
         detail: measured.detail,
         runtime: measured.engine,
@@ -69,6 +70,9 @@ fn line(output: &Scores) -> OutputLine {
         snr: score("snr").filter(|x| x.is_finite()),
         psnr: score("psnr").filter(|x| x.is_finite()),
         ssim: score("ssim"),
+        limit: None,
+        excuse: None,
+        uncompared: None,
     }
 }
 

@@ -204,15 +204,15 @@ fn compare_on(original: &Model, optimized: &Model, data: &Graph) -> Result<(Outc
         Err(error) => return Ok((Outcome::Refused, error.to_string())),
     };
     let again = session.run(&feeds).map_err(|e| e.to_string());
-    let steady = again.is_ok_and(|again| compare(&reference, &again, Claim::Identical).failures.is_empty());
+    let steady = again.is_ok_and(|again| compare(&reference, &again, Claim::Identical).holds());
     println!("@optimized");
     let found = prepare(optimized, &given)?.run(&feeds).map_err(|e| format!("the result does not run: {e}"))?;
     if !steady {
         return Ok((Outcome::Nondeterministic, String::new()));
     }
     let comparison = compare(&reference, &found, Claim::Equivalent { rtol: None });
-    if let Some(failure) = comparison.failures.first() {
-        return Err(failure.clone());
+    if let Some(fault) = comparison.faults.first() {
+        return Err(fault.to_string());
     }
     let as_expected = |outputs: &[(String, Datum)]| -> Result<(), String> {
         match outputs.iter().zip(&expected).find(|((_, found), expected)| !close(found, expected, RTOL)) {

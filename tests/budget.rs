@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::Workbench;
+use common::{Noise, Workbench};
 use lathe_ir::{Model, ScopeId, Tensor, text};
 use serde_json::Value;
 use std::{fs, process::Command};
@@ -20,21 +20,6 @@ g (int64[n, 6] ids) => (float[n, 6, 96] logits) <float[96, 64] table = {}, float
     head = Transpose <perm = [1, 0]> (table)
     logits = MatMul (y, head)
 }";
-
-/// Numbers near a bell curve, from a fixed seed.
-struct Noise(u64);
-
-impl Noise {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.0 >> 33
-    }
-
-    fn numbers(&mut self, count: usize, scale: f32) -> Vec<f32> {
-        let mut one = || (0..6).map(|_| self.next() as f32 / (1u64 << 31) as f32 - 0.5).sum::<f32>() * scale;
-        (0..count).map(|_| one()).collect()
-    }
-}
 
 const RUN: [&str; 4] = ["--calib", "set.npz", "-o", "out.onnx"];
 
@@ -228,12 +213,12 @@ fn only_methods_that_share_the_budget_upgrade_the_model() {
     model.opsets = vec![(String::new(), 18)];
     fs::write(bench.path("model.onnx"), model.to_bytes()).unwrap();
     let opset_and_warnings = |options: &[&str]| {
-        let report = bench.report(&[&["--size", "0.6"], options].concat());
+        let report = bench.report(options);
         (report["output"]["opset"].as_i64().unwrap(), report["warnings"].to_string())
     };
-    let (opset, warnings) = opset_and_warnings(&["--skip", "quantize,compensate"]);
+    let (opset, warnings) = opset_and_warnings(&["--size", "0.6", "--skip", "quantize,compensate"]);
     assert!(opset == 18 && !warnings.contains("upgraded"), "{opset}: {warnings}");
-    let (opset, warnings) = opset_and_warnings(&["--overwrite"]);
+    let (opset, warnings) = opset_and_warnings(&["--size", "0.3", "--overwrite"]);
     assert!(opset == 21 && warnings.contains("from operator set 18 to 21, which `quantize` writes"), "{warnings}");
 }
 
@@ -315,4 +300,112 @@ fn block_by_block_each_block_is_fitted_to_what_it_reads_by_then() {
     assert!(once.2 != again.2 && again.1 < 1.1 * once.1, "{} at once, {} block by block", once.1, again.1);
     let output = bench.run(&["--params", "0.6", "--set", "factorize.sequential=row"]);
     assert!(String::from_utf8_lossy(&output.stderr).contains("expected none or block"));
+}
+
+/// A gated unit and a layer of two halves, on rows of one sample each.
+fn gated() -> Model {
+    let mut noise = Noise(21);
+    let mut list = |count: usize, scale: f32| noise.list(count, scale);
+    let source = format!(
+        "<ir_version: 8, opset_import: [\"\" : 17]> g (float[n, 64] x) => (float[n, 64] y) \
+         <float[64] g1 = {{{}}}, float[64] b1 = {{{}}}, float[64, 128] w1 = {{{}}}, float[64, 128] w2 = {{{}}}, \
+         float[128, 64] w3 = {{{}}}, float[64, 96] w4 = {{{}}}, int64[2] halves = {{48, 48}}, float[96, 64] w5 = {{{}}}> \
+         {{ n = LayerNormalization (x, g1, b1) a = MatMul (n, w1) b = MatMul (n, w2) s = Sigmoid (b) p = Mul (a, s) \
+            c = MatMul (p, w3) r = Add (x, c) d = MatMul (r, w4) u, v = Split <axis = 1> (d, halves) u2 = Relu (u) \
+            v2 = Tanh (v) k = Concat <axis = 1> (v2, u2) y0 = MatMul (k, w5) y = Add (r, y0) }}",
+        list(64, 1.0),
+        list(64, 1.0),
+        list(64 * 128, 0.18),
+        list(64 * 128, 0.18),
+        list(128 * 64, 0.13),
+        list(64 * 96, 0.18),
+        list(96 * 64, 0.15)
+    );
+    text::parse(&source).unwrap()
+}
+
+/// With fewer rows than hidden units, a fit to them loses nothing of them and much of others.
+#[test]
+fn a_looser_budget_is_not_worse_however_few_samples_there_are() {
+    for samples in [20, 48] {
+        let x = Tensor::from_f32s(&[samples, 64], &Noise(22).numbers(samples * 64, 1.4));
+        let bench = Bench::new(gated(), x);
+        let drop =
+            |share: &str| bench.0.report(&["--size", share, "--metric", "rel-l2"])["verify"]["drop"].as_f64().unwrap();
+        let losses: Vec<f64> = ["0.3", "0.4", "0.6"].into_iter().map(drop).collect();
+        assert!(losses.iter().all(|&loss| loss < 0.1), "{samples} samples: {losses:?}");
+        assert!(losses.windows(2).all(|pair| pair[1] < 1.1 * pair[0]), "{samples} samples: {losses:?}");
+    }
+}
+
+struct Bench(Workbench);
+
+impl Bench {
+    fn new(model: Model, x: Tensor) -> Bench {
+        Bench(Workbench::new(&model, &[("x", x)], &RUN))
+    }
+
+    /// A wave of one layer, of which errors that are a thousandth leave nothing, beside another layer.
+    fn wave() -> Bench {
+        let mut noise = Noise(31);
+        let a = noise.list(64 * 64, 0.2);
+        // What is never active stretches the scales of blocks.
+        let mut b = noise.numbers(64 * 96, 0.2);
+        for row in [31, 63] {
+            b[row * 96..(row + 1) * 96].iter_mut().for_each(|w| *w = 4.0);
+        }
+        let b: Vec<String> = b.iter().map(|w| format!("{w:e}")).collect();
+        let source = format!(
+            "<ir_version: 10, opset_import: [\"\" : 21]> g (float[n, 64] x) => (float[n, 160] y) \
+             <float[64, 64] a = {{{a}}}, float[64, 96] b = {{{}}}, float fast = {{2e4}}, float low = {{0.3}}> \
+             {{ h = MatMul (x, a) p = Mul (h, fast) q = Sin (p) s = Mul (q, low) d = MatMul (x, b) t = Tanh (d) \
+                y = Concat <axis = 1> (s, t) }}",
+            b.join(", ")
+        );
+        let mut x = noise.numbers(96 * 64, 1.0);
+        x.chunks_mut(64).for_each(|row| (row[31], row[63]) = (0.0, 0.0));
+        Bench::new(text::parse(&source).unwrap(), Tensor::from_f32s(&[96, 64], &x))
+    }
+}
+
+#[test]
+fn a_plan_that_loses_far_more_than_predicted_gives_way_to_a_tighter_one() {
+    let Bench(bench) = Bench::wave();
+    let run = |share: &str| {
+        let report = bench.report(&["--size", share, "--metric", "rel-l2", "--passes", "quantize"]);
+        let kept: Vec<String> =
+            choices(&report).into_iter().filter(|c| c.1 == "as it is").map(|c| c.0.to_owned()).collect();
+        (kept, report["warnings"].to_string(), report["verify"]["drop"].as_f64().unwrap())
+    };
+    let (kept, warnings, drop) = run("0.75");
+    assert!(warnings.contains("far more than was predicted; a tighter one that loses"), "{warnings}");
+    assert!(kept == ["a"] && drop < 0.1, "{kept:?} {drop}");
+    // Where the wave has to go, that is said.
+    let (_, warnings, drop) = run("0.35");
+    assert!(
+        drop > 0.2 && warnings.contains("on samples that were held back, where a relative L2 error of"),
+        "{warnings}"
+    );
+}
+
+#[test]
+fn the_operator_set_stays_where_nothing_newer_is_written() {
+    let x = Tensor::from_f32s(&[64, 64], &Noise(23).numbers(64 * 64, 1.4));
+    let Bench(bench) = Bench::new(gated(), x);
+    let run = |options: &[&str]| {
+        let report = bench.report(options);
+        (report["output"]["opset"].as_i64().unwrap(), report["warnings"].to_string().contains("upgraded"))
+    };
+    for budget in [
+        &["--flops", "0.8"][..],
+        &["--params", "0.8"],
+        &["--size", "1"],
+        &["--flops", "0.8", "--skip", "quantize"],
+        &["--params", "0.8", "--size", "0.5", "--skip", "quantize"],
+        &["--size", "0.6", "--passes", "convert-floats"],
+    ] {
+        assert_eq!(run(budget), (17, false), "{budget:?}");
+    }
+    assert_eq!(run(&["--size", "0.3"]), (21, true));
+    assert_eq!(run(&["--size", "1", "--opset", "19"]).0, 19, "what is asked for is done");
 }

@@ -228,6 +228,18 @@ impl Graph {
         }
     }
 
+    /// As [`Graph::replace_uses`], and `new` takes over the name of `old`, which users know.
+    pub fn replace(&mut self, old: ValueId, new: ValueId) {
+        let name = self.value(old).name.clone();
+        self.replace_uses(old, new);
+        // An output of the main graph has kept its name already.
+        if self.value(old).name == name && !self.is_output(new) && old != new {
+            let spare = self.fresh_name(&name);
+            self.rename(old, spare);
+            self.rename(new, name);
+        }
+    }
+
     fn replace_output(&mut self, scope: ScopeId, index: usize, new: ValueId) {
         let old = self.scopes[scope.index()].outputs[index];
         let produced_here = match self.value(new).origin {

@@ -1,9 +1,9 @@
 //! Removes nodes that only repeat elements which every reader would repeat anyway.
 
 use super::fold_index_arithmetic::decided;
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
 use lathe_analysis::{DimExpr, Facts};
-use lathe_ir::{Function, Graph, Model, NodeId, ValueId};
+use lathe_ir::{Graph, Model, NodeId, ValueId};
 use std::collections::BTreeMap;
 
 /// See [`INFO`].
@@ -57,29 +57,12 @@ impl Pass for DropBroadcasts {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
-        let functions = std::mem::take(&mut model.functions);
-        let result = drop_in(&mut model.graph, &model.opsets, &functions, cx, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = drop_in(&mut graph, &opsets, &model.functions, cx, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
-        Ok(outcome)
+        edit_graphs(model, cx, drop_in)
     }
 }
 
-fn drop_in(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn drop_in(editor: &mut Editor) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     let wanted = |graph: &Graph, id: NodeId| ["Expand", "And", "Or", "Where"].iter().any(|op| graph.node(id).is(op));
     // Before version 7 operands are aligned by attributes.
     if lathe_ir::imported(opsets, "").unwrap_or(0) < 7 || !graph.all_nodes().iter().any(|&id| wanted(graph, id)) {

@@ -1,9 +1,10 @@
 //! Merges hidden units that compute the same, and drops those that compute zero.
 
-use super::linear::{Gain, Layer, LayerKind, RTOL, round};
+use super::linear::{Gain, Layer, LayerKind, RTOL};
+use super::rounding::{Sum, sums};
 use crate::{Context, Error, Info, Kind, Match, Opt, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{Model, Node, NodeId, Patch, Tensor, Use, ValueId};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::LazyLock};
 
 /// See [`INFO`].
 pub struct DropDuplicateUnits;
@@ -31,9 +32,11 @@ impl Pass for DropDuplicateUnits {
         if !cx.setting::<bool>(&INFO, "enabled")? {
             return Ok(Outcome::default());
         }
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![rule(
@@ -188,15 +191,18 @@ fn combine(tensor: &Tensor, axis: usize, classes: &[Vec<usize>]) -> Result<Tenso
     let numbers = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
     let size = tensor.dims()[axis];
     let inner: usize = tensor.dims()[axis + 1..].iter().product();
-    let mut sums = Vec::with_capacity(numbers.len());
+    let mut all = Vec::with_capacity(numbers.len());
     for slab in numbers.chunks((size * inner).max(1)) {
         for class in classes {
-            sums.extend((0..inner).map(|at| class.iter().map(|unit| slab[unit * inner + at]).sum::<f64>()));
+            all.extend(
+                (0..inner)
+                    .map(|at| class.iter().fold(Sum::of(0.0, 1.0), |sum, unit| sum.plus(slab[unit * inner + at]))),
+            );
         }
     }
     let mut dims = tensor.dims().to_vec();
     dims[axis] = classes.len();
-    round(tensor.dtype(), &dims, &sums)
+    sums(tensor.dtype(), &dims, &all)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity, Rule, pat, rewrite, rule};
 use lathe_ir::Model;
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct DropIdentities;
@@ -24,9 +25,11 @@ impl Pass for DropIdentities {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![

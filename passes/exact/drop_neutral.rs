@@ -4,6 +4,7 @@ use crate::{
     Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, pat, rewrite, rule,
 };
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct DropNeutral;
@@ -28,9 +29,11 @@ impl Pass for DropNeutral {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
@@ -137,33 +140,65 @@ fn either(m: &Match, number: f64) -> Result<ValueId, Refusal> {
     if filled(m, b, number) { neutral(m, a, b, number) } else { neutral(m, b, a, number) }
 }
 
-/// The bounds of a `Clip` that states both as constants.
-fn bounds(m: &Match, node: &Node) -> Option<(f64, f64)> {
+/// A bound of a `Clip`.
+#[derive(Clone, Copy)]
+struct Bound {
+    number: Number,
+    /// The constant that states it; older versions state it in an attribute.
+    value: Option<ValueId>,
+}
+
+/// A number that is compared without rounding.
+#[derive(Clone, Copy, PartialEq, PartialOrd)]
+enum Number {
+    Whole(i64),
+    Real(f64),
+}
+
+impl Number {
+    /// The only element of a constant, if its type is a whole number of up to 63 bits or a float.
+    fn of(tensor: &Tensor) -> Option<Number> {
+        if tensor.dtype().is_float() {
+            return tensor.scalar_f64().map(Number::Real);
+        }
+        tensor.scalar_i64().map(Number::Whole)
+    }
+}
+
+/// The bounds of a `Clip` that states both as constants, in order.
+fn bounds(m: &Match, node: &Node) -> Option<(Bound, Bound)> {
     let bound = |name, index| match (node.float(name), node.input(index)) {
-        (Some(bound), _) => Some(f64::from(bound)),
-        (None, Some(value)) => m.graph().constant(value)?.scalar_f64(),
-        (None, None) => None,
+        (Some(bound), _) => Some(Bound { number: Number::Real(bound.into()), value: None }),
+        (None, value) => Some(Bound { number: Number::of(m.graph().constant(value?)?)?, value }),
     };
     let (low, high) = (bound("min", 1)?, bound("max", 2)?);
-    (low <= high).then_some((low, high))
+    (low.number <= high.number).then_some((low, high))
 }
 
 fn compose_clips(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let (inner, outer) = (bounds(m, m.node("inner")), bounds(m, m.node("outer")));
     let (Some((a, b)), Some((c, d))) = (inner, outer) else {
-        return Err("a bound is not a constant, or they cross".into());
+        return Err("a bound is computed or has more than 63 bits, or the bounds cross".into());
     };
-    let (low, high) = (a.clamp(c, d), b.clamp(c, d));
-    let both_zeros = |p: f64, q: f64| p == q && p.to_bits() != q.to_bits();
+    let both_zeros = |p: Bound, q: Bound| match (p.number, q.number) {
+        (Number::Real(p), Number::Real(q)) => p == q && p.to_bits() != q.to_bits(),
+        _ => false,
+    };
     m.require(!both_zeros(a, c) && !both_zeros(b, d), "the bounds are zeros of different signs")?;
-    if m.opset() < 11 {
-        return Ok(g.node(Node::new("Clip").with("min", low as f32).with("max", high as f32), &[m.value("x")]));
+    let clamped = |bound: Bound| match bound.number {
+        number if number < c.number => c,
+        number if number > d.number => d,
+        _ => bound,
+    };
+    let (low, high) = (clamped(a), clamped(b));
+    let clip = Node::new("Clip");
+    match (low.value, high.value, low.number, high.number) {
+        (Some(low), Some(high), ..) => Ok(g.node(clip, &[m.value("x"), low, high])),
+        (None, None, Number::Real(low), Number::Real(high)) => {
+            Ok(g.node(clip.with("min", low as f32).with("max", high as f32), &[m.value("x")]))
+        }
+        _ => Err(Refusal::no_match()),
     }
-    let ty = m.elem("x")?;
-    let make = |bound| Tensor::from_f64s(ty, &[], &[bound]).ok_or("bounds of this type cannot be written");
-    let (low, high) = (make(low)?, make(high)?);
-    let (low, high) = (g.constant("min", low), g.constant("max", high));
-    Ok(g.node(Node::new("Clip"), &[m.value("x"), low, high]))
 }
 
 #[cfg(test)]
@@ -273,15 +308,67 @@ mod tests {
             float zero = {0},
             float six = {6},
             float one = {1},
-            float ten = {10},
-            float y_min = {1},
-            float y_max = {6}
+            float ten = {10}
         > {
             r = Relu (x)
             z = Sqrt (r)  # float[n]
-            y = Clip (x, y_min, y_max)  # float[n]
+            y = Clip (x, one, six)  # float[n]
         }
         ");
+    }
+
+    #[test]
+    fn composes_clips_of_whole_numbers_that_floats_cannot_hold() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (int64[n] x, uint64[n] u) => (int64[n] y, uint64[n] v)
+               <int64 a = {-4611686018427387905}, int64 b = {4611686018427387905}, int64 c = {-1152921504606846977},
+                int64 d = {1152921504606846977}, uint64 e = {3}, uint64 f = {9223372036854775809}> {
+                i = Clip (x, a, b)
+                y = Clip (i, c, d)
+                p = Clip (u, e, f)
+                v = Clip (p, e, f)
+            }";
+        insta::assert_snapshot!(check(&DropNeutral, graph), @"
+        g (int64[n] x, uint64[n] u) => (int64[n] y, uint64[n] v) <
+            int64 a = {-4611686018427387905},
+            int64 b = {4611686018427387905},
+            int64 c = {-1152921504606846977},
+            int64 d = {1152921504606846977},
+            uint64 e = {3},
+            uint64 f = {9223372036854775809}
+        > {
+            p = Clip (u, e, f)
+            v = Clip (p, e, f)  # uint64[n]
+            y = Clip (x, c, d)  # int64[n]
+        }
+        ");
+    }
+
+    #[test]
+    fn composes_clips_of_attributes_that_exclude_one_another() {
+        let graph = "<ir_version: 4, opset_import: [\"\" : 9]>
+            g (float[n] x) => (float[n] y, float[n] z) {
+                a = Clip <min = -1.0, max = 2.0> (x)
+                y = Clip <min = 0.0, max = 1.0> (a)
+                b = Clip <min = 3.0, max = 4.0> (x)
+                z = Clip <min = 0.0, max = 1.0> (b)
+            }";
+        insta::assert_snapshot!(check(&DropNeutral, graph), @"
+        g (float[n] x) => (float[n] y, float[n] z) {
+            y = Clip <min = 0.0, max = 1.0> (x)  # float[n]
+            z = Clip <min = 1.0, max = 1.0> (x)  # float[n]
+        }
+        ");
+    }
+
+    #[test]
+    fn keeps_clips_between_zeros_of_both_signs() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[n] x) => (float[n] y) <float zero = {0}, float minus = {-0.0}, float one = {1}> {
+                a = Clip (x, minus, one)
+                y = Clip (a, zero, one)
+            }";
+        check_refuses(&DropNeutral, graph, "the bounds are zeros of different signs");
     }
 
     #[test]
@@ -291,7 +378,7 @@ mod tests {
                 a = Clip (x, low, six)
                 y = Clip (a, low, six)
             }";
-        check_refuses(&DropNeutral, graph, "a bound is not a constant, or they cross");
+        check_refuses(&DropNeutral, graph, "a bound is computed or has more than 63 bits, or the bounds cross");
     }
 
     #[test]

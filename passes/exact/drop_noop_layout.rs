@@ -5,6 +5,7 @@ use crate::{
     rewrite, rule,
 };
 use lathe_ir::{DataType, Model, Node, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct DropNoopLayout;
@@ -29,9 +30,11 @@ impl Pass for DropNoopLayout {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![

@@ -1,8 +1,10 @@
 //! Folds batch normalization into the weights of a neighbouring layer, or constants into batch normalization.
 
-use super::linear::{Gain, Layer, LayerKind, RTOL, operands, require_no_growth, require_private, round};
+use super::linear::{Gain, Layer, LayerKind, RTOL, operands, require_no_growth, require_private};
+use super::rounding::{Sum, factors, require_no_cancellation, sums};
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FoldBatchNorm;
@@ -14,7 +16,8 @@ static INFO: Info = Info {
           ConvTranspose, Gemm or MatMul both go into the weights and the bias; before a Conv or Gemm too, if nothing \
           pads the input. Where there is no such layer, constants that are multiplied or added just before or after it \
           and a second BatchNormalization go into its scale and bias. Computed in float64 and rounded once. Declines \
-          in training mode, on weights that other nodes share, and where a constant is not one number a channel.",
+          in training mode, on weights that other nodes share, where a constant is not one number a channel, and where \
+          constants cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Parameters, Quantity::Flops],
@@ -27,9 +30,11 @@ impl Pass for FoldBatchNorm {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
@@ -96,14 +101,16 @@ fn rules() -> Vec<Rule> {
             let gain = norm.constant_before(m, x, c)?;
             // γ(xg − μ)/√… + β = γg(x − μ)/√… + β + γμ(g − 1)/√…
             let (slope, _) = norm.affine();
-            let shift = slope.zip(&norm.mean, |a, mean| a * mean).zip(&gain, |a, g| a * (g - 1.0));
-            norm.with_own(m, g, x, &gain, &shift)
+            let moved = slope.zip(&norm.mean, |a, mean| a * mean);
+            norm.require_beside_mean(&moved.zip(&gain, |a, g| a * g), &Gain::ZERO)?;
+            norm.with_own(m, g, x, &gain, &moved.zip(&gain, |a, g| a * (g - 1.0)))
         }),
         rule("shift-before-norm", pat!(norm: BatchNormalization(Add(a, b), _, _, _, _)), |m, g| {
             let (x, c) = operands(m, "a", "b")?;
             let norm = Norm::of(m, "norm")?;
             let (slope, _) = norm.affine();
             let shift = slope.zip(&norm.constant_before(m, x, c)?, |a, c| a * c);
+            norm.require_beside_mean(&shift, &shift)?;
             norm.with_own(m, g, x, &Gain::ONE, &shift)
         }),
     ]
@@ -187,22 +194,40 @@ impl<'a> Norm<'a> {
 
     /// This norm on `x`, its output multiplied by `gain` and then added to `shift`.
     fn with(&self, m: &Match, g: &mut Patch, x: ValueId, gain: &Gain, shift: &Gain) -> Result<ValueId, Refusal> {
-        let bias = self.bias.zip(gain, |bias, gain| bias * gain).zip(shift, |bias, shift| bias + shift);
-        self.rebuilt(m, g, x, gain, &bias)
+        let scale = self.scale.zip(gain, |scale, gain| scale * gain);
+        let bias = |i: usize| Sum::of(self.bias.at(i) * gain.at(i), scale.at(i)).plus(shift.at(i));
+        self.rebuilt(m, g, x, gain, bias)
     }
 
     /// This norm on `x`, its scale multiplied by `gain` and `shift` added to its bias.
     fn with_own(&self, m: &Match, g: &mut Patch, x: ValueId, gain: &Gain, shift: &Gain) -> Result<ValueId, Refusal> {
-        let bias = self.bias.zip(shift, |bias, shift| bias + shift);
-        self.rebuilt(m, g, x, gain, &bias)
+        let bias = |i: usize| Sum::of(self.bias.at(i), self.scale.at(i)).plus(shift.at(i));
+        self.rebuilt(m, g, x, gain, bias)
     }
 
-    fn rebuilt(&self, m: &Match, g: &mut Patch, x: ValueId, gain: &Gain, bias: &Gain) -> Result<ValueId, Refusal> {
-        let numbers = |gain: &Gain| (0..self.channels()).map(|i| gain.at(i)).collect::<Vec<f64>>();
-        let scale = numbers(&self.scale.zip(gain, |scale, gain| scale * gain));
+    /// Refuses where the node comes to add something much larger than `shift` leaves of its mean and its bias: `largest`
+    /// and the mean would cancel only when it runs, or have cancelled only before.
+    fn require_beside_mean(&self, largest: &Gain, shift: &Gain) -> Result<(), Refusal> {
+        let (_, own) = self.affine();
+        let sum = |i: usize| Sum::from_parts(own.at(i) + shift.at(i), largest.at(i), self.scale.at(i));
+        let all: Vec<Sum> = (0..self.channels()).map(sum).collect();
+        require_no_cancellation(self.parameters[1].dtype(), &all)
+    }
+
+    fn rebuilt(
+        &self,
+        m: &Match,
+        g: &mut Patch,
+        x: ValueId,
+        gain: &Gain,
+        bias: impl Fn(usize) -> Sum,
+    ) -> Result<ValueId, Refusal> {
+        let channels = 0..self.channels();
         let dims = [self.channels()];
-        let scale = g.constant("scale", round(self.parameters[0].dtype(), &dims, &scale)?);
-        let bias = g.constant("bias", round(self.parameters[1].dtype(), &dims, &numbers(bias))?);
+        let scale: Vec<f64> = channels.clone().map(|i| self.scale.at(i) * gain.at(i)).collect();
+        let scale = g.constant("scale", factors(self.parameters[0].dtype(), &dims, &scale)?);
+        let bias: Vec<Sum> = channels.map(bias).collect();
+        let bias = g.constant("bias", sums(self.parameters[1].dtype(), &dims, &bias)?);
         let inputs = [Some(x), Some(scale), Some(bias), self.node.input(3), self.node.input(4)];
         let made = g.node_with(self.node.clone(), &inputs, 1)[0];
         require_no_growth(m, g)?;
@@ -349,6 +374,21 @@ mod tests {
         let body = "t = Conv (x, w) y, a, c = BatchNormalization <training_mode = 1> (t, s, b, m, v)";
         let training = graph(pointwise, body).replace(": 13", ": 15");
         check_refuses(&FoldBatchNorm, &training, "the node asks for training outputs");
+    }
+
+    #[test]
+    fn keeps_constants_that_cancel_or_lose_digits() {
+        let refuses = |weights: &str, body: &str, reason: &str| {
+            check_refuses(&FoldBatchNorm, &graph(weights, body), reason);
+        };
+        let cancels = "the constants cancel";
+        let far = ", float[2,2,1,1] w = {1, 2, 3, 4}, float[2] c = {1e10, 2e10}, float[1] k = {1e10}, float[2] k2 = {1e10, 1e10}";
+        refuses(far, "t = Conv (x, w, c) y = BatchNormalization (t, s, b, c, v)", cancels);
+        refuses(far, "t = Add (x, k) y = BatchNormalization (t, s, b, c, v)", cancels);
+        refuses(far, "t = Mul (x, k) y = BatchNormalization (t, s, b, m, v)", cancels);
+        refuses(far, "t = BatchNormalization (x, s, k2, m, v) y = Sub (t, k)", cancels);
+        let small = ", float[2] k2 = {1e-25, 2e-25}, float[2,1,1] f = {1e-20, 1e-20}";
+        refuses(small, "t = BatchNormalization (x, k2, b, m, v) y = Mul (t, f)", "too small for its type");
     }
 
     #[test]

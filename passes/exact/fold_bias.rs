@@ -1,10 +1,10 @@
 //! Folds constant sums into the biases of layers.
 
-use super::linear::{
-    Gain, Layer, LayerKind, RTOL, is_weight_type, operands, require_no_growth, require_private, round,
-};
+use super::linear::{Gain, Layer, LayerKind, RTOL, operands, require_no_growth, require_private};
+use super::rounding::{Sum, is_weight_type, sums};
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FoldBias;
@@ -15,7 +15,8 @@ static INFO: Info = Info {
     doc: "A sum or difference with a constant of one number, or of one number a channel, goes into the bias of the \
           Conv, ConvTranspose or Gemm before it, or into that of a Conv, Gemm or MatMul with a constant sum after it \
           if nothing pads the input in between. Constants added one after the other become one. Computed in float64 \
-          and rounded once. Declines on constants that other nodes share, where a copy would enlarge the file.",
+          and rounded once. Declines on constants that other nodes share, where a copy would enlarge the file, and on \
+          constants that cancel: the original rounds away digits beside them that would come back.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Flops],
@@ -28,9 +29,11 @@ impl Pass for FoldBias {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
@@ -85,11 +88,11 @@ fn before_matmul(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let shift = layer.input_gain(m, x, sum, c)?;
     let response = layer.response(&shift)?;
     let old = layer.gain(d)?;
-    let numbers: Vec<f64> = response.iter().enumerate().map(|(i, r)| r + old.at(i)).collect();
+    let all: Vec<Sum> = (0..layer.outputs).map(|i| response.at(i).plus(old.at(i))).collect();
     let mut inputs = m.node("layer").inputs().to_vec();
     inputs[0] = Some(x);
     let product = g.node_with(m.node("layer").clone(), &inputs, 1)[0];
-    let bias = g.constant("bias", round(d.dtype(), &[layer.outputs], &numbers)?);
+    let bias = g.constant("bias", sums(d.dtype(), &[layer.outputs], &all)?);
     let made = g.node(m.graph().node(m.root()).clone(), &[product, bias]);
     require_no_growth(m, g)?;
     Ok(made)
@@ -118,10 +121,10 @@ fn merge_sums(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
         let numbers: Vec<f64> = c.to_f64s().ok_or_else(Refusal::no_match)?.iter().map(|x| x * sign).collect();
         Ok(if numbers.len() == 1 { Gain::All(numbers[0]) } else { Gain::Each(numbers) })
     };
-    let total = read(0)?.zip(&read(1)?, |a, b| a + b);
+    let (first, second) = (read(0)?, read(1)?);
     let count = inner.len().max(outer.len());
-    let numbers: Vec<f64> = (0..count).map(|i| total.at(i)).collect();
-    let constant = g.constant("sum", round(inner.dtype(), dims, &numbers)?);
+    let all: Vec<Sum> = (0..count).map(|i| Sum::of(first.at(i), 1.0).plus(second.at(i))).collect();
+    let constant = g.constant("sum", sums(inner.dtype(), dims, &all)?);
     let made = g.node(Node::new("Add"), &[x, constant]);
     require_no_growth(m, g)?;
     Ok(made)
@@ -199,6 +202,27 @@ mod tests {
             g (float[N,2] x) => (float[N,2] y) <float[2,2] w = {1, 2, 3, 4}, float[1,2] b = {1, 2}, float[2] c = {5, 6}> {
                 r = Relu (x) s = Sub (r, c) t = Gemm <alpha = 0.5, beta = 2.0, transB = 1> (s, w, b) y = Add (t, c) }";
         check(&FoldBias, graph);
+    }
+
+    #[test]
+    fn keeps_constants_that_cancel() {
+        let of = |elem: &str, weights: &str, body: &str| {
+            format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]> g ({elem}[N,2] x) => ({elem}[N,2] y) <{weights}> {{ {body} }}"
+            )
+        };
+        let refuses = |elem: &str, weights: &str, body: &str| {
+            check_refuses(&FoldBias, &of(elem, weights, body), "the constants cancel");
+        };
+        let pair = "a = Add (x, c) y = Sub (a, c)";
+        refuses("float", "float c = {1e10}", pair);
+        refuses("float16", "float16 c = {1000.0}", pair);
+        refuses("double", "double[2] c = {1e20, 2e20}", pair);
+        check(&FoldBias, &of("float", "float c = {2}, float d = {-1}", "a = Add (x, c) b = Add (a, d) y = Neg (b)"));
+        let layer = "float[2,2] w = {1, 1, -1, -1}, float[2] c = {1e10, 1e10}, float[2] d = {1, 2}";
+        refuses("float", layer, "t = Gemm (x, w, c) y = Sub (t, c)");
+        refuses("float", layer, "s = Add (x, c) y = Gemm (s, w, d)");
+        refuses("float", layer, "s = Add (x, c) t = MatMul (s, w) y = Add (t, d)");
     }
 
     #[test]

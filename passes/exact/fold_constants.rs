@@ -4,9 +4,9 @@ use super::{
     fold_compute::{Source, compute},
     fold_plan::{Candidates, Plan, TooLarge, plan},
 };
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
 use lathe_analysis::Facts;
-use lathe_ir::{AttributeValue, Function, Graph, Initializer, Model, NodeId, Origin, ScopeId, Tensor, ValueId};
+use lathe_ir::{AttributeValue, Graph, Initializer, Model, NodeId, Origin, ScopeId, Tensor, ValueId};
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 /// See [`INFO`].
@@ -40,21 +40,9 @@ impl Pass for FoldConstants {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
         let mut refused = Vec::new();
-        let functions = std::mem::take(&mut model.functions);
-        let result =
-            fold(&mut model.graph, &model.opsets, model.ir_version, &functions, cx, &mut outcome, &mut refused);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let (version, functions) = (model.ir_version, &model.functions);
-            let result = fold(&mut graph, &opsets, version, functions, cx, &mut outcome, &mut refused);
-            model.functions[index].graph = graph;
-            result?;
-        }
+        let version = model.ir_version;
+        let mut outcome = edit_graphs(model, cx, |editor| fold(editor, version, &mut refused))?;
         name_refusals(refused, cx, &mut outcome);
         if !outcome.changes.is_empty() {
             // Older files list every initializer among the inputs.
@@ -67,15 +55,8 @@ impl Pass for FoldConstants {
 /// Something too large: what it is called, by how much it would grow the model.
 type Refused = (String, u64);
 
-fn fold(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    ir_version: i64,
-    functions: &[Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-    refused: &mut Vec<Refused>,
-) -> Result<(), Error> {
+fn fold(editor: &mut Editor, ir_version: i64, refused: &mut Vec<Refused>) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     merge_fills(graph, outcome);
     graph.sort()?;
     let mut facts = cx.facts.take(graph, opsets, functions);

@@ -3,6 +3,7 @@
 use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity, Rule, pat, rewrite, rule};
 use lathe_analysis::{Affines, Facts};
 use lathe_ir::{Graph, Model, Node, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FoldIndexArithmetic;
@@ -27,7 +28,7 @@ impl Pass for FoldIndexArithmetic {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
 
@@ -51,6 +52,8 @@ pub(super) fn decided(graph: &Graph, facts: &Facts, node: &Node) -> Option<Value
     };
     node.input(kept)
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![rule("decide", pat!(node: And|Or|Where(..)), |m, _| {

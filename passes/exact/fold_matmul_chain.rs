@@ -1,8 +1,10 @@
 //! Multiplies out two constant matrices in a row.
 
-use super::linear::{RTOL, is_weight_type, require_no_growth, require_private, round};
+use super::linear::{RTOL, require_no_growth, require_private};
+use super::rounding::{Grid, Sum, is_weight_type, sums, weight};
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{Model, Node, Tensor, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FoldMatmulChain;
@@ -13,7 +15,8 @@ static INFO: Info = Info {
     doc: "(x·A)·B is x·(A·B): one product instead of two, and fewer operations and bytes as long as the inner width \
           does not make the factors smaller than their product, as a low-rank pair is meant to. A constant sum between \
           the two moves behind them. Computed in float64 and rounded once. Declines where the product would be larger \
-          than the two matrices, where other nodes use one of them, and on products too large to compute here.",
+          than the two matrices, where other nodes use one of them, on products too large to compute here, \
+          and where the numbers cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Parameters, Quantity::Flops],
@@ -23,15 +26,20 @@ static INFO: Info = Info {
 /// Multiply-adds of a product that is still computed: some ten seconds.
 const MAX_PRODUCTS: usize = 1 << 34;
 
+/// How many times smaller than the matrices let expect a row of their product may be.
+const MOST_CANCELLED: f64 = 256.0;
+
 impl Pass for FoldMatmulChain {
     fn info(&self) -> &'static Info {
         &INFO
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
@@ -53,9 +61,16 @@ fn rules() -> Vec<Rule> {
             let narrow = c.dims().len() <= 1 || ndim.is_some_and(|n| c.dims().len() <= n);
             m.require(narrow, "the constant may have more axes than the value")?;
             let c = c.to_f64s().ok_or_else(Refusal::no_match)?;
-            let c: Vec<f64> = (0..width).map(|i| c[i % c.len()]).collect();
-            let sum = multiply(&c, &b.to_f64s().ok_or_else(Refusal::no_match)?, 1, width);
-            let sum = g.constant("bias", round(b.dtype(), &[sum.len()], &sum)?);
+            let numbers = b.to_f64s().ok_or_else(Refusal::no_match)?;
+            let columns = numbers.len() / width;
+            // Of every column the sum over the constant, and the size of its terms and of its weights.
+            let mut all = vec![(0.0, 0.0, 0.0); columns];
+            for (index, &x) in numbers.iter().enumerate() {
+                let (term, (total, terms, weights)) = (x * c[index / columns % c.len()], &mut all[index % columns]);
+                (*total, *terms, *weights) = (*total + term, *terms + term * term, *weights + x * x);
+            }
+            let all: Vec<Sum> = all.iter().map(|(total, t, w)| Sum::from_parts(*total, t.sqrt(), w.sqrt())).collect();
+            let sum = g.constant("bias", sums(b.dtype(), &[columns], &all)?);
             let weight = g.constant("weight", product);
             let made = g.node(Node::new("MatMul"), &[m.value("x"), weight]);
             let made: ValueId = g.node(Node::new("Add"), &[made, sum]);
@@ -86,7 +101,20 @@ fn product(m: &Match) -> Result<Tensor, Refusal> {
     let numbers = multiply(&x, &y, rows, inner);
     a.release();
     b.release();
-    round(a.dtype(), &[rows, columns], &numbers)
+    require_no_cancellation(&x, &y, &numbers, rows)?;
+    let place = |at: usize| (at / columns, at % columns);
+    weight(a.dtype(), &[rows, columns], &numbers, &Grid { counts: (rows, columns), inner: 1, place })
+}
+
+/// Refuses where a row of the product is so much smaller than what it is added up from that the original rounds it away.
+fn require_no_cancellation(a: &[f64], b: &[f64], product: &[f64], rows: usize) -> Result<(), Refusal> {
+    let size = |numbers: &[f64]| numbers.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let (inner, columns, all) = (a.len() / rows, product.len() / rows, size(b));
+    let lost = |(row, sums): (&[f64], &[f64])| size(row) * all > MOST_CANCELLED * (inner as f64).sqrt() * size(sums);
+    match a.chunks(inner).zip(product.chunks(columns)).any(lost) {
+        true => Err("the product is much smaller than what it is added up from".into()),
+        false => Ok(()),
+    }
 }
 
 /// `a·b` for `a: [rows, inner]` and `b: [inner, n]`, row-major.
@@ -155,6 +183,21 @@ mod tests {
                         else_branch = q () => (float[N,2] v) {{ v = Identity (x) }}> }}"
         );
         check(&FoldMatmulChain, &graph);
+    }
+
+    #[test]
+    fn keeps_products_that_cancel_or_lose_digits() {
+        let body = "{ t = MatMul (x, a) y = MatMul (t, b) }";
+        let of = |elem: &str, weights: &str, body: &str| {
+            format!("{OPSET} g ({elem}[N,2] x) => ({elem}[N,2] y) <{weights}> {body}")
+        };
+        let cancels = "float[2,2] a = {1, 1, 1, 1}, float[2,2] b = {1e8, 3e8, -1e8, -3e8}";
+        check_refuses(&FoldMatmulChain, &of("float", cancels, body), "much smaller than what it is added up from");
+        let small = "float16[2,2] a = {0.001, 0.002, 0.003, 0.004}, float16[2,2] b = {0.001, 0.002, 0.003, 0.004}";
+        check_refuses(&FoldMatmulChain, &of("float16", small, body), "too small for its type");
+        let sum = "float[2,2] a = {1, 2, 3, 4}, float[2,2] b = {1, 1, -1, -1}, float[2] c = {1e10, 1e10}";
+        let body = "{ t = MatMul (x, a) s = Add (t, c) y = MatMul (s, b) }";
+        check_refuses(&FoldMatmulChain, &of("float", sum, body), "the constants cancel");
     }
 
     #[test]

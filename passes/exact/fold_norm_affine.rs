@@ -1,8 +1,9 @@
 //! Folds a constant factor or sum into all of the layers that read it.
 
-use super::linear::{Gain, Layer, LayerKind, RTOL, is_weight_type, require_no_growth_over, round};
-use crate::{Change, Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal};
-use lathe_ir::{Bindings, Function, Graph, Model, NodeId, Patch, Tensor, Use, ValueId};
+use super::linear::{Gain, Layer, LayerKind, RTOL, require_no_growth_over};
+use super::rounding::{Sum, is_weight_type, sums};
+use crate::{Change, Context, Editor, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, edit_graphs};
+use lathe_ir::{Bindings, Graph, Model, NodeId, Patch, Tensor, Use, ValueId};
 
 /// See [`INFO`].
 pub struct FoldNormAffine;
@@ -13,7 +14,8 @@ static INFO: Info = Info {
     doc: "A normalization that is spelled out ends in a product with γ and perhaps a sum with β. Where everything that \
           reads the result is a Conv, Gemm or MatMul with a weight of its own, γ goes into all of these weights and β \
           into their biases (a MatMul must be followed by a constant sum). Declines where anything else reads the \
-          result, where a weight is shared, and where a padded Conv would see the sum at its border.",
+          result, where a weight is shared, where a padded Conv would see the sum at its border, and where constants \
+          cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Flops],
@@ -26,30 +28,13 @@ impl Pass for FoldNormAffine {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
-        let functions = std::mem::take(&mut model.functions);
-        let result = fold_all(&mut model.graph, &model.opsets, &functions, cx, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = fold_all(&mut graph, &opsets, &model.functions, cx, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
-        Ok(outcome)
+        edit_graphs(model, cx, fold_all)
     }
 }
 
 /// Folds everywhere in one graph, the last nodes first: a sum before the product it follows.
-fn fold_all(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn fold_all(editor: &mut Editor) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     let named = |id: &NodeId, graph: &Graph| ["Mul", "Add"].iter().any(|op| graph.node(*id).is(op));
     let candidates: Vec<NodeId> = graph.all_nodes().into_iter().filter(|id| named(id, graph)).collect();
     let mut facts = None;
@@ -120,8 +105,8 @@ fn plan(m: &Match, g: &mut Patch, id: NodeId) -> Result<Vec<(NodeId, ValueId)>, 
             let (sum, old) = sum_after(m, layer)?;
             let response = layer.response(&gain)?;
             let old = layer.gain(old)?;
-            let numbers: Vec<f64> = response.iter().enumerate().map(|(i, r)| r + old.at(i)).collect();
-            let bias = g.constant("bias", round(c.dtype(), &[layer.outputs], &numbers)?);
+            let all: Vec<Sum> = (0..layer.outputs).map(|i| response.at(i).plus(old.at(i))).collect();
+            let bias = g.constant("bias", sums(c.dtype(), &[layer.outputs], &all)?);
             let product = layer.on(g, x, &Gain::ONE, &Gain::ZERO)?;
             replaced.push((sum, g.node(graph.node(sum).clone(), &[product, bias])));
             gone.push(sum);
@@ -156,13 +141,7 @@ fn carry_out(graph: &mut Graph, patch: Patch, id: NodeId, replaced: &[(NodeId, V
     let mut unused = Vec::new();
     for &(old, new) in replaced {
         let value = graph.node(old).output(0).expect("a layer that is folded into is used");
-        graph.replace_uses(value, new);
-        if !graph.is_output(new) {
-            let name = graph.value(value).name.clone();
-            let spare = graph.fresh_name(&name);
-            graph.rename(value, spare);
-            graph.rename(new, name);
-        }
+        graph.replace(value, new);
         unused.push(old);
     }
     graph.remove_unused(unused);
@@ -233,6 +212,21 @@ mod tests {
             y = If (e) <then_branch = p () => (float[N,2] u) {{ t = Mul (x, s) v = MatMul (t, k) w = Gemm (t, i) u = Add (v, w) }},
                         else_branch = q () => (float[N,2] v) {{ v = Identity (x) }}> }}");
         check(&FoldNormAffine, &graph.replace("float[3] d", "float[2,2] i = {4, 3, 2, 1}, float[3] d"));
+    }
+
+    #[test]
+    fn keeps_constants_that_cancel_or_lose_digits() {
+        let graph = format!(
+            "{OPSET} g (float[N,2] x) => (float[N,2] y, float[N,2] z)
+             <float[2] s = {{1e-20, 1e-20}}, float[2,2] q = {{1e-20, 2e-20, 3e-20, 4e-20}}, float[2,2] k = {{1, 1, -1, -1}},
+              float[2] c = {{1e10, 1e10}}> {{ BODY }}"
+        );
+        let body = "t = Mul (x, s) y = MatMul (t, q) z = MatMul (t, k)";
+        check_refuses(&FoldNormAffine, &graph.replace("BODY", body), "too small for its type");
+        let body = "t = Add (x, c) y = Gemm (t, q) z = Gemm (t, k)";
+        check_refuses(&FoldNormAffine, &graph.replace("BODY", body), "the constants cancel");
+        let body = "t = Add (x, c) u = MatMul (t, q) y = Add (u, c) v = MatMul (t, k) z = Add (v, s)";
+        check_refuses(&FoldNormAffine, &graph.replace("BODY", body), "the constants cancel");
     }
 
     #[test]

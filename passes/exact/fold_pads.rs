@@ -5,6 +5,7 @@ use crate::{
     rewrite, rule,
 };
 use lathe_ir::{Model, Node, Patch};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FoldPads;
@@ -28,9 +29,11 @@ impl Pass for FoldPads {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![

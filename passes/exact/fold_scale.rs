@@ -1,10 +1,10 @@
 //! Folds constant factors into the weights of layers.
 
-use super::linear::{
-    Gain, Layer, RTOL, is_weight_type, operands, require_no_growth, require_no_growth_over, require_private, round,
-};
+use super::linear::{Gain, Layer, RTOL, operands, require_no_growth, require_no_growth_over, require_private};
+use super::rounding::{Sum, factors, is_weight_type, require_moderate, sums};
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{Model, Node, NodeId, Patch, Tensor, Use, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FoldScale;
@@ -17,7 +17,8 @@ static INFO: Info = Info {
           through Reshape, Transpose and the like, constant sums and products, and through one side of a MatMul of two \
           computed values: so the 1/√d of attention goes into the query projection. A factor before a constant sum \
           before a layer goes into the layer, and its reciprocal into the sum. Computed in float64 and rounded once. \
-          Declines on the half of a GELU, which runtimes know as a whole, on weights that other nodes share, and where a weight would leave the range of its type.",
+          Declines on the half of a GELU, which runtimes know as a whole, on weights that other nodes share, and where a \
+          constant would leave the range of its type or be so small that it loses digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
     lowers: &[Quantity::Nodes, Quantity::Flops],
@@ -30,9 +31,11 @@ impl Pass for FoldScale {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
@@ -80,6 +83,7 @@ fn after(m: &Match, g: &mut Patch, x: ValueId, c: &Tensor, factor: impl Fn(f64) 
             m.require(narrow, "the constant may have more axes than the value")?;
             let gain = factor(c.scalar_f64().ok_or_else(Refusal::no_match)?);
             Gain::All(gain).require_finite()?;
+            require_moderate(c.dtype(), &[gain])?;
             walk.scale(g, x, m.root(), gain, MAX_DEPTH)?
         }
         _ => walk.scale_channels(g, x, c, factor)?,
@@ -159,10 +163,19 @@ impl<'a> Walk<'_, 'a> {
                 let (x, constant) = self.computed(node).ok_or_else(Refusal::no_match)?;
                 let old = inputs[constant].and_then(|v| m.graph().constant(v)).ok_or_else(Refusal::no_match)?;
                 let by = if op == "Div" { 1.0 / gain } else { gain };
-                m.require(by.is_finite(), "the factor is zero")?;
                 let numbers: Vec<f64> = old.to_f64s().ok_or_else(Refusal::no_match)?.iter().map(|x| x * by).collect();
-                inputs[constant] = Some(g.constant("scaled", round(old.dtype(), old.dims(), &numbers)?));
-                if matches!(op, "Add" | "Sub") {
+                let is_sum = matches!(op, "Add" | "Sub");
+                let scaled = if is_sum {
+                    let all: Vec<Sum> = numbers.iter().map(|&x| Sum::of(x, gain)).collect();
+                    sums(old.dtype(), old.dims(), &all)?
+                } else {
+                    if let [number] = numbers[..] {
+                        require_moderate(old.dtype(), &[number / by, number])?;
+                    }
+                    factors(old.dtype(), old.dims(), &numbers)?
+                };
+                inputs[constant] = Some(g.constant("scaled", scaled));
+                if is_sum {
                     inputs[1 - constant] = Some(self.scale(g, x, id, gain, depth - 1)?);
                 }
             }
@@ -208,7 +221,7 @@ impl<'a> Walk<'_, 'a> {
         let scaled = layer.gain(old)?.zip(&gain, |old, gain| old * gain);
         let mut inputs = node.inputs().to_vec();
         inputs[1 - constant] = Some(layer.then(g, &gain, &Gain::ZERO)?);
-        inputs[constant] = Some(channel_constant(g, old, &scaled, layer.outputs, layer.trailing_axes())?);
+        inputs[constant] = Some(channel_constant(g, old, &scaled, &gain, layer.outputs, layer.trailing_axes())?);
         Ok(g.node_with(node.clone(), &inputs, 1)[0])
     }
 }
@@ -219,20 +232,22 @@ fn uses_once(m: &Match, value: ValueId, user: NodeId) -> bool {
     uses.len() == 1 && matches!(uses.first(), Some(Use::Node(id, _)) if *id == user)
 }
 
-/// A constant like `old` that holds `numbers` along the channel axis.
+/// A constant like `old` that holds `terms` along the channel axis, to be added to values of the size `beside`.
 fn channel_constant(
     g: &mut Patch,
     old: &Tensor,
-    numbers: &Gain,
+    terms: &Gain,
+    beside: &Gain,
     channels: usize,
     from_end: usize,
 ) -> Result<ValueId, Refusal> {
-    let tensor = match numbers {
-        Gain::All(number) => round(old.dtype(), old.dims(), &[*number])?,
-        Gain::Each(numbers) => {
+    let sum = |channel: usize| Sum::of(terms.at(channel), beside.at(channel));
+    let tensor = match terms {
+        Gain::All(_) => sums(old.dtype(), old.dims(), &[sum(0)])?,
+        Gain::Each(_) => {
             let mut dims = vec![channels];
             dims.resize(1 + from_end, 1);
-            round(old.dtype(), &dims, numbers)?
+            sums(old.dtype(), &dims, &(0..channels).map(sum).collect::<Vec<Sum>>())?
         }
     };
     Ok(g.constant("scaled", tensor))
@@ -247,6 +262,9 @@ fn before(m: &Match, g: &mut Patch, x: ValueId, c: &Tensor, factor: impl Fn(f64)
     let product = m.node("scale").output(0).ok_or_else(Refusal::no_match)?;
     let gain = layer.input_gain(m, x, product, c)?.map(factor);
     gain.require_finite()?;
+    if let Gain::All(gain) = gain {
+        require_moderate(c.dtype(), &[gain])?;
+    }
     let folded = layer.on(g, x, &gain, &Gain::ZERO)?;
     require_no_growth(m, g)?;
     Ok(folded)
@@ -275,9 +293,12 @@ fn before_shift(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     require_private(m)?;
     let sum = m.node("sum").output(0).ok_or_else(Refusal::no_match)?;
     let gain = layer.input_gain(m, x, sum, k)?;
+    if let Gain::All(gain) = gain {
+        require_moderate(k.dtype(), &[gain])?;
+    }
     let shift = layer.input_gain(m, x, sum, c)?.zip(&gain, |c, k| c / k);
     m.require(shift.require_finite().is_ok(), "the factor is zero")?;
-    let constant = channel_constant(g, c, &shift, layer.inputs, layer.trailing_axes())?;
+    let constant = channel_constant(g, c, &shift, &Gain::ONE, layer.inputs, layer.trailing_axes())?;
     let moved = g.node(m.node("sum").clone(), &[x, constant]);
     let folded = layer.on(g, moved, &gain, &Gain::ZERO)?;
     require_no_growth(m, g)?;
@@ -410,7 +431,43 @@ mod tests {
         refuses("float[1,1,1,1,1] k = {1}", "t = Conv (x, w) y = Mul (t, k)", "more axes");
         refuses("float[1] k = {0}", "t = Conv (x, w) y = Div (t, k)", "infinite");
         refuses("float[1] k = {2}", "t = Mul (x, k) u = Conv (t, w) y = Add (t, u)", "an inner value has other uses");
-        refuses("float k = {3e38}", "t = Conv (x, w) y = Mul (t, k)", "leave the range");
+        refuses("float[2,1,1] k = {3e38, 3e38}", "t = Conv (x, w) y = Mul (t, k)", "leave the range");
+    }
+
+    #[test]
+    fn keeps_what_would_lose_digits_or_leave_the_range() {
+        let of = |elem: &str, weights: &str, body: &str| {
+            format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]> g ({elem}[N,2] x) => ({elem}[N,2] y) <{weights}> {{ {body} }}"
+            )
+        };
+        let (small, far) = ("too small for its type", "a factor is very large or very small");
+        let weights = "float16[2,2] w = {0.001, -0.002, 0.003, -0.0005}, float16[1] s = {0.0001}, float16[2] c = {0.0001, 0.0002}";
+        check_refuses(&FoldScale, &of("float16", weights, "t = Mul (x, s) y = MatMul (t, w)"), far);
+        check_refuses(&FoldScale, &of("float16", weights, "t = Mul (x, c) y = MatMul (t, w)"), small);
+        check_refuses(&FoldScale, &of("float16", weights, "t = MatMul (x, w) y = Mul (t, c)"), small);
+        let tiny = "float16[2,2] w = {0.001, -0.002, 0.003, -0.0005}, float16[1] s = {0.01}, float16[1] d = {100.0}";
+        check_refuses(&FoldScale, &of("float16", tiny, "t = MatMul (x, w) y = Mul (t, s)"), small);
+        check_refuses(&FoldScale, &of("float16", tiny, "t = Div (x, d) y = MatMul (t, w)"), small);
+        let pair = "t = Mul (x, s) y = Mul (t, s)";
+        check_refuses(&FoldScale, &of("float16", "float16 s = {0.0001}", pair), far);
+        check_refuses(&FoldScale, &of("float", "float s = {1e-25}", pair), far);
+        check_refuses(&FoldScale, &of("float16", "float16 s = {0.0002}", "t = Div (x, s) y = Div (t, s)"), far);
+        let channels = "float16 s = {0.01}, float16[2] c = {0.0001, 0.0003}";
+        check_refuses(&FoldScale, &of("float16", channels, "t = Mul (x, c) y = Mul (t, s)"), small);
+        let square = "float[2,2] w = {1e-20, 2e-20, 3e-20, 4e-20}, float[2] c = {1e-20, 2e-20}";
+        check_refuses(&FoldScale, &of("float", square, "t = MatMul (x, w) y = Mul (t, c)"), small);
+        let gemm = "float[2,2] w = {1, 2, 3, 4}, float k = {1e-11}";
+        let body = "t = Gemm <alpha = 1e-30> (x, w) u = Mul (t, k) v = Gemm (x, w) y = Add (u, v)";
+        check_refuses(&FoldScale, &of("float", gemm, body), small);
+    }
+
+    #[test]
+    fn moves_the_scale_of_attention_in_float16_past_small_biases() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]> g (float16[N,2] x, float16[2,N] k) => (float16[N,N] y)
+            <float16[2,2] w = {0.5, -0.25, 0.125, 0.75}, float16[2] b = {0.00005, 0.5}, float16 s = {0.125}> {
+                t = MatMul (x, w) u = Add (t, b) a = MatMul (u, k) d = Mul (a, s) y = Softmax (d) }";
+        assert!(!check(&FoldScale, graph).contains(" Mul ("));
     }
 
     #[test]

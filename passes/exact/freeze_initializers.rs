@@ -11,7 +11,7 @@ static INFO: Info = Info {
     summary: "removes initializers from the graph inputs, so that they are constants",
     doc: "Before IR version 4 every initializer had to be listed as a graph input; old exporters went on doing so. Where \
           every initializer of the graph is listed, all of them become constants; the result is at least IR version 4. \
-          Declines where only some are listed, or where no other input would remain: those are inputs with a deliberate \
+          Declines where the file as it was read lists only some, or where no other input would remain: those are inputs with a deliberate \
           default, which stay unless `all` is set.",
     options: &[Opt {
         name: "all",
@@ -40,15 +40,18 @@ impl Pass for FreezeInitializers {
         let name = |graph: &lathe_ir::Graph, index: usize| {
             format!("input `{}`", graph.value(graph.main().inputs()[index]).name)
         };
-        if model.ir_version >= 4 && !all {
-            if graph.initializers(ScopeId::MAIN).next().is_some() {
+        // Later on the others may be gone, and the inputs with a default would look like what old exporters write.
+        let unlisted = || graph.initializers(ScopeId::MAIN).next().is_some();
+        let constants = *cx.lists_constants.get_or_init(|| model.ir_version < 4 || !unlisted());
+        if !all {
+            if !constants {
                 outcome.refuse(
-                    "only some initializers are inputs: a caller may mean to override these",
+                    "the file lists only some initializers as inputs: a caller may mean to override these",
                     name(graph, first),
                 );
                 return Ok(outcome);
             }
-            if listed.len() == inputs.len() {
+            if model.ir_version >= 4 && listed.len() == inputs.len() {
                 outcome.refuse("every input has a default: no other input would remain", name(graph, first));
                 return Ok(outcome);
             }
@@ -106,6 +109,19 @@ mod tests {
         assert!(outcome.changes.is_empty());
         assert!(outcome.refusals.keys().any(|r| r.contains("a caller may mean to override")));
         assert_eq!(run(&mut m, true).changes.len(), 1);
+    }
+
+    #[test]
+    fn keeps_deliberate_defaults_when_the_last_other_constant_is_gone() {
+        let mut m = with_default(8, true);
+        let cx = Context::default();
+        assert!(FreezeInitializers.apply(&mut m, &cx).unwrap().changes.is_empty());
+        let other = m.graph.initializers(ScopeId::MAIN).next().unwrap();
+        m.graph.remove_initializer(other);
+        let outcome = FreezeInitializers.apply(&mut m, &cx).unwrap();
+        assert!(outcome.changes.is_empty());
+        assert!(outcome.refusals.keys().any(|r| r.contains("a caller may mean to override")));
+        assert_eq!(m.graph.main().inputs().len(), 2);
     }
 
     #[test]

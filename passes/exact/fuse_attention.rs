@@ -1,14 +1,31 @@
 //! Turns spelled-out attention into one operator.
 
-use super::{
-    attention_parts::{Flat, Heads, Rotary, flat_heads, key_heads, query_heads, value_heads},
-    attention_weights::{joined_projection, packed},
-    causal_mask::is_causal_mask,
-    norm_parts::{CONTRIB, import_contrib, require_ort},
+mod bias;
+mod cache;
+mod causal_mask;
+mod group_query;
+mod heads;
+mod multi_head;
+mod product;
+mod projections;
+mod rotary;
+mod scores;
+mod sizes;
+mod standard;
+mod walk;
+
+use self::{
+    heads::{Heads, Role},
+    product::Product,
+    scores::{Factor, Spelled, Term},
 };
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, rewrite, rule};
+use super::norm_parts::import_contrib;
+use crate::{
+    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Target, operands::with_axes, pat,
+    rewrite, rule,
+};
 use lathe_analysis::DimExpr;
-use lathe_ir::{DataType, Model, Node, NodeId, Patch, Pattern, Tensor, Use, ValueId};
+use lathe_ir::{DataType, Model, Node, NodeId, Patch, ValueId};
 
 /// See [`INFO`].
 pub struct FuseAttention;
@@ -16,12 +33,14 @@ pub struct FuseAttention;
 static INFO: Info = Info {
     name: "fuse-attention",
     summary: "replaces the steps of an attention by one node",
-    doc: "Scores, scale, mask, softmax and the weighted sum, with the splitting and joining of heads around them, \
-          become one operator. Under the target ort that is Attention where queries, keys and values are products of \
-          one value with constant weights, which are joined, GroupQueryAttention where several heads share keys or \
-          rotary embeddings by computed angles come before, and MultiHeadAttention elsewhere; otherwise the Attention \
-          of opset 23. A mask that is provably causal turns into the causal form. Declines where shapes are not known \
-          well enough to prove the form.",
+    doc: "Scores, scale, masks, softmax and the weighted sum become one operator, and with them the splitting and \
+          joining of heads where it is next to them. Masks and biases are added up to one. Under the target ort that is \
+          MultiHeadAttention, or Attention where queries, keys and values are products of one value with constant \
+          weights that nothing else uses, or GroupQueryAttention where all sizes are known and heads share keys, are \
+          rotated by computed angles or have a soft cap; otherwise it is the Attention of opset 23, where batch and \
+          lengths are known not to be 0, which ONNX Runtime refuses. A mask that is provably causal turns into the \
+          causal form. Declines where the weights have other uses, and where shapes are not known well enough to prove \
+          the form.",
     options: &[],
     // The fused kernels sum scores and weights in blocks, and scale before or after the product.
     kind: Kind::Equivalent { rtol: 1e-4 },
@@ -35,9 +54,11 @@ impl Pass for FuseAttention {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        // With the heads joined first: the weighted sum alone matches inside it.
-        let mut outcome = rewrite(model, cx, &joined())?;
-        outcome.merge(rewrite(model, cx, &separate())?);
+        let rules = [
+            rule("fuse-attention", pat!(MatMul(weights, values)), fuse),
+            rule("fuse-attention", pat!(Einsum(weights, values)), fuse),
+        ];
+        let outcome = rewrite(model, cx, &rules)?;
         if !outcome.changes.is_empty() {
             import_contrib(model);
         }
@@ -45,28 +66,24 @@ impl Pass for FuseAttention {
     }
 }
 
-/// Patterns of the weighted sum over heads.
-fn forms() -> Vec<String> {
-    let mut forms = Vec::new();
-    for scores in ["MatMul(q, k)", "Mul(MatMul(q, k), factor)", "Div(MatMul(q, k), divisor)"] {
-        for scores in [format!("Add({scores}, mask)"), scores.to_owned()] {
-            forms.push(format!("MatMul(softmax: Softmax({scores}), v)"));
+fn fuse(m: &Match, g: &mut Patch) -> Result<Replacement, Refusal> {
+    let node = m.graph().node(m.root());
+    // The most frequent product by far is that of a layer with its weight.
+    let sum = Product::of(m, node).ok_or_else(Refusal::no_match)?;
+    let (sum, spelled) = match (scores::read(m, &sum.left), sum) {
+        (Ok(spelled), sum) => (sum, spelled),
+        (Err(refusal), sum) if refusal.is_no_match() => {
+            let sum = sum.reversed().ok_or_else(Refusal::no_match)?;
+            let spelled = scores::read(m, &sum.left)?;
+            (sum, spelled)
         }
-    }
-    forms
-}
-
-fn joined() -> Vec<Rule> {
-    let rule = |form: String| {
-        let form = format!("Reshape(turned: Transpose(context: {form}), _)");
-        rule("fuse-heads", Pattern::parse(&form), fuse_joined)
+        (Err(refusal), _) => return Err(refusal),
     };
-    forms().into_iter().map(rule).collect()
-}
-
-fn separate() -> Vec<Rule> {
-    let rule = |form: String| rule("fuse-context", Pattern::parse(&form), fuse_separate);
-    forms().into_iter().map(rule).collect()
+    let attention = Attention::find(m, spelled, sum)?;
+    match m.context().target {
+        Target::Ort => multi_head::fuse(m, g, &attention),
+        Target::Portable => standard::fuse(m, g, &attention).map(Replacement::from),
+    }
 }
 
 /// What all attention operators need to know.
@@ -74,320 +91,153 @@ struct Attention {
     q: Heads,
     k: Heads,
     v: Heads,
-    mask: Option<ValueId>,
-    causal: bool,
+    factors: Vec<Factor>,
+    terms: Vec<Term>,
     scale: f32,
+    softcap: Option<f32>,
+    zeroes_nan: bool,
+    /// One more score for each query, `[batch, heads, queries, 1]`, that has no value.
+    sink: Option<ValueId>,
+    /// The nodes of all steps, which go away.
+    nodes: Vec<NodeId>,
     elem: DataType,
+    /// The sizes of the leading axes: those of a batch and heads, a batch, or none.
+    lead: Vec<DimExpr>,
+    /// The order in which the product with the values has its axes.
+    order: Vec<usize>,
 }
 
 impl Attention {
-    /// Reads the scores and what they are made of.
-    fn find(m: &Match) -> Result<Attention, Refusal> {
-        let axis = m.node("softmax").int("axis");
-        let last = axis == Some(-1) || axis == Some(3) || (axis.is_none() && m.opset() >= 13);
-        m.only_if(last)?;
-        let q = query_heads(m, m.value("q"));
-        let k = key_heads(m, m.value("k"));
-        m.only_if(k.is_some())?;
-        let (k, v) = (k.ok_or("the keys have no heads")?, value_heads(m, m.value("v")));
-        let (Some(q), Some(v)) = (q, v) else { return Err("the shapes of the heads are unknown".into()) };
-        let mut scale = q.scale * k.scale;
-        if let Some(factor) = m.find_value("factor") {
-            scale *= scalar(m, factor)?;
-        }
-        if let Some(divisor) = m.find_value("divisor") {
-            scale /= scalar(m, divisor)?;
-        }
-        m.require(scale.is_finite() && scale > 0.0, "the scale is not positive")?;
-        let elem = m.facts().elem(m.value("v")).ok_or("the element type is unknown")?;
-        let fits = q.batch == k.batch && k.batch == v.batch && k.length == v.length && q.size == k.size;
-        m.require(fits && k.count == v.count && q.count % k.count == 0, "queries, keys and values do not fit")?;
-        let mask = m.find_value("mask");
-        let square = |mask: ValueId| {
-            let sizes = m.facts().shape(mask);
-            q.length == k.length
-                && matches!(sizes, Some([.., rows, columns]) if *rows == q.length && *columns == k.length)
+    /// Finds the heads of an attention whose steps are known and that ends in the product `sum`.
+    fn find(m: &Match, spelled: Spelled, sum: Product) -> Result<Attention, Refusal> {
+        let [lead @ .., queries, _] = spelled.sizes.as_slice() else {
+            return Err("the scores have less than two axes".into());
         };
-        let causal = mask.is_some_and(|mask| square(mask) && is_causal_mask(m, mask));
-        let mask = mask.filter(|_| !causal);
-        Ok(Attention { q, k, v, mask, causal, scale: scale as f32, elem })
-    }
-
-    /// The mask as ONNX Runtime takes it: `[1 or batch, 1 or heads, queries, keys]`. One row for all queries, as
-    /// padding masks have, is repeated once for all layers.
-    fn full_mask(&self, m: &Match, g: &mut Patch) -> Result<Option<ValueId>, Refusal> {
-        let Some(mask) = self.mask else { return Ok(None) };
-        let Some([batch, heads, queries, keys]) = m.facts().shape(mask) else {
-            return Err("the mask does not have four known axes".into());
-        };
-        let one = DimExpr::from(1);
-        let fits = (*batch == one || *batch == self.q.batch)
-            && (*heads == one || *heads == DimExpr::from(self.q.count))
-            && *keys == self.k.length;
-        m.require(fits, "the mask broadcasts over keys, or its sizes are not those of the scores")?;
-        m.require(m.facts().elem(mask) == Some(self.elem), "the mask has another type")?;
-        if *queries == self.q.length {
-            return Ok(Some(mask));
+        let mut leads = vec![lead.to_vec()];
+        if lead.len() == 1 {
+            // Batch and heads may have become one axis for the product.
+            leads.splice(..0, heads::split_lead(m, &spelled.product.left));
         }
-        m.require(*queries == one, "the mask has another number of queries")?;
-        m.require(m.opset() >= 11, "a mask of one row is repeated with operators of opset 11")?;
-        let Some(length) = self.q.length.as_known() else {
-            let length = size(m, g, self, Size::Length);
-            // [1, 1, length, 1]
-            let pads = Arg::Constant("pads", Tensor::int64s(&[2, 1]));
-            let one = Arg::Constant("one", Tensor::from_i64s(&[], &[1]));
-            let target = shared(m, g, Node::new("Pad"), length, vec![pads, one]);
-            return Ok(Some(shared(m, g, Node::new("Expand"), mask, vec![Arg::Value(target)])));
-        };
-        let target = Arg::Constant("shape", Tensor::int64s(&[1, 1, length, 1]));
-        Ok(Some(shared(m, g, Node::new("Expand"), mask, vec![target])))
-    }
-
-    fn has_rotary(&self) -> bool {
-        self.q.rotary.is_some() || self.k.rotary.is_some()
-    }
-}
-
-/// The number in a one-element constant that cannot add axes.
-fn scalar(m: &Match, value: ValueId) -> Result<f64, Refusal> {
-    let tensor = m.graph().constant(value).filter(|t| t.len() == 1 && t.dims().len() <= 4);
-    tensor.and_then(Tensor::scalar_f64).ok_or_else(|| "the scale is not a constant number".into())
-}
-
-fn fuse_joined(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
-    m.only_if(m.perm("turned").is_ok_and(|p| p == [0, 2, 1, 3]))?;
-    let found = Attention::find(m)?;
-    let width = found.q.count.checked_mul(found.v.size).map(DimExpr::from);
-    let output = m.shape("output")?;
-    let joins = matches!(output, [batch, length, w] if *batch == found.q.batch && *length == found.q.length && Some(w) == width.as_ref());
-    m.require(joins, "the output does not join the heads")?;
-    match m.context().target {
-        Target::Ort => fuse_for_ort(m, g, &found),
-        Target::Portable => fuse_standard(m, g, &found, true),
-    }
-}
-
-fn fuse_separate(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
-    // ONNX Runtime's own operators join the heads.
-    m.only_if(m.opset() >= 23)?;
-    let found = Attention::find(m)?;
-    fuse_standard(m, g, &found, false)
-}
-
-fn fuse_standard(m: &Match, g: &mut Patch, found: &Attention, join: bool) -> Result<ValueId, Refusal> {
-    m.require(m.opset() >= 23, "Attention needs opset 23")?;
-    if let Some(mask) = found.mask {
-        let scores = [&found.q.batch, &found.q.count.into(), &found.q.length, &found.k.length];
-        let shape = m.facts().shape(mask).filter(|s| matches!(s.len(), 2 | 4));
-        let shape = shape.ok_or("the mask does not have two or four known axes")?;
-        let (one, last) = (DimExpr::from(1), shape.last() == Some(&found.k.length));
-        let fits = shape.iter().rev().zip(scores.into_iter().rev()).all(|(size, of)| size == of || *size == one);
-        m.require(fits && last, "the sizes of the mask are not those of the scores")?;
-        m.require(m.facts().elem(mask) == Some(found.elem), "the mask has another type")?;
-    }
-    let mut node = Node::new("Attention").with("scale", found.scale);
-    if found.causal {
-        node = node.with("is_causal", 1);
-    }
-    let all = [&found.q, &found.k, &found.v];
-    let inputs: Vec<ValueId> = if join && all.iter().all(|h| h.rotary.is_none()) {
-        let mut flats = Vec::new();
-        for heads in all {
-            match flat_heads(m, heads) {
-                Some(Flat::Whole(flat)) => flats.push(flat),
-                _ => return Err("the heads are not split from three values".into()),
+        let mut heads = Err(Refusal::from("the scores have no axes"));
+        for lead in leads {
+            heads = Attention::heads(m, &spelled, &sum, queries, &lead).map(|heads| (heads, lead));
+            if heads.is_ok() {
+                break;
             }
         }
-        node = node.with("q_num_heads", found.q.count).with("kv_num_heads", found.k.count);
-        flats
-    } else {
-        m.only_if(!join)?;
-        let whole = |h: &&Heads| match &h.rotary {
-            Some(rotary) => rotary.output,
-            None if h.turned => g.transpose(h.value, &[0, 1, 3, 2]),
-            None => h.value,
+        let ([q, k, v], lead) = heads?;
+        let scale = (spelled.scale * q.scale * k.scale) as f32;
+        m.require(scale.is_finite() && scale != 0.0, "the scale is 0 or not finite")?;
+        let elem = m.facts().elem(v.value).ok_or("the element type is unknown")?;
+        Ok(Attention {
+            q,
+            k,
+            v,
+            factors: spelled.factors,
+            terms: spelled.terms,
+            scale,
+            softcap: spelled.softcap.map(|cap| cap as f32),
+            zeroes_nan: spelled.zeroes_nan,
+            sink: spelled.sink,
+            nodes: spelled.nodes,
+            elem,
+            lead,
+            order: sum.order,
+        })
+    }
+
+    /// Queries, keys and values whose leading sizes are `lead`.
+    fn heads(
+        m: &Match,
+        spelled: &Spelled,
+        sum: &Product,
+        queries: &DimExpr,
+        lead: &[DimExpr],
+    ) -> Result<[Heads; 3], Refusal> {
+        let q = Heads::read(m, &spelled.product.left, Role::Queries, lead)?;
+        let k = Heads::read(m, &spelled.product.right, Role::Keys, lead)?;
+        let v = Heads::read(m, &sum.right, Role::Values, lead)?;
+        m.require(q.lead == lead && q.length == *queries, "the queries are not provably as many as the scores")?;
+        m.require(k.lead == v.lead && k.lead.len() == lead.len(), "keys and values have different heads")?;
+        let front = lead.len().saturating_sub(1).max(lead.len().min(1));
+        m.require(k.lead[..front] == lead[..front], "the keys are broadcast along the batch")?;
+        // Where nothing broadcasts the scores along the keys, the product with the values takes as many.
+        let same_length = k.length == v.length || k.length == spelled.keys;
+        m.require(same_length && q.size == k.size, "queries, keys and values do not fit")?;
+        m.require(q.count()? % k.count()? == 0, "the heads of queries are no multiple of those of keys")?;
+        Ok([q, k, v])
+    }
+
+    fn count(&self) -> Result<i64, Refusal> {
+        self.q.count()
+    }
+
+    /// How many heads of queries share keys and values.
+    fn groups(&self) -> Result<i64, Refusal> {
+        Ok(self.q.count()? / self.k.count()?)
+    }
+
+    /// The queries times what the scores are multiplied by, in their place.
+    fn split_queries(&self, m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
+        let mut queries = self.q.split(g);
+        for factor in &self.factors {
+            let lead = &factor.at[..factor.at.len() - 2];
+            m.require(lead == self.lead.as_slice(), "the axes of the scores are regrouped before they are multiplied")?;
+            let op = if factor.divides { "Div" } else { "Mul" };
+            queries = g.node(Node::new(op), &[queries, factor.value]);
+        }
+        Ok(queries)
+    }
+
+    /// The queries with their heads side by side, `[batch, length, count · size]`.
+    fn joined_queries(&self, m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
+        if self.factors.is_empty() {
+            return self.q.joined(m, g);
+        }
+        let queries = self.split_queries(m, g)?;
+        let perm: Vec<usize> = (0..self.lead.len() + 2).collect();
+        self.q.join(m, g, queries, &perm)
+    }
+
+    /// The value `[batch, length, count · size]` that an operator made, as the product with the values has it.
+    fn restored(&self, m: &Match, g: &mut Patch, joined: ValueId) -> Result<ValueId, Refusal> {
+        let joined = if self.zeroes_nan && bias::may_be_infinite(m, &self.terms, self.elem) {
+            let missing = g.node(Node::new("IsNaN"), &[joined]);
+            let zero = g.constant("zero", walk::number(self.elem, 0.0)?);
+            g.node(Node::new("Where"), &[missing, zero, joined])
+        } else {
+            joined
         };
-        all.iter().map(whole).collect()
-    };
-    let inputs: Vec<Option<ValueId>> = inputs.into_iter().map(Some).chain(found.mask.map(Some)).collect();
-    Ok(g.node_with(node, &inputs, 1)[0])
-}
-
-fn fuse_for_ort(m: &Match, g: &mut Patch, found: &Attention) -> Result<ValueId, Refusal> {
-    require_ort(m, found.elem, "the attention of ONNX Runtime is for its target")?;
-    let flats: Option<Vec<Flat>> = [&found.q, &found.k, &found.v].iter().map(|h| flat_heads(m, h)).collect();
-    let flats = flats.ok_or("the heads are not split from values of three axes")?;
-    if found.has_rotary() || found.q.count != found.k.count {
-        return group_query(m, g, found, &flats);
-    }
-    let mask = found.full_mask(m, g)?;
-    let same_length = found.q.length == found.k.length;
-    m.require(!found.causal || same_length, "queries and keys have different lengths")?;
-    let mut node =
-        Node::new("MultiHeadAttention").in_domain(CONTRIB).with("num_heads", found.q.count).with("scale", found.scale);
-    if found.causal {
-        node = node.with("unidirectional", 1);
-    }
-    if let Some((x, weight, bias)) = joined_projection(m, g, &flats).filter(|_| same_length) {
-        node.op_type = "Attention".to_owned();
-        let mut inputs = vec![Some(x), Some(weight), bias];
-        if mask.is_some() {
-            inputs.extend([None, None, mask]);
+        let near = [self.q.value, self.k.value];
+        let to = m.shape("output")?;
+        // The sizes of the product before its axes are ordered otherwise.
+        let mut plain = to.to_vec();
+        for (at, &axis) in self.order.iter().enumerate() {
+            plain[axis] = to[at].clone();
         }
-        while inputs.last() == Some(&None) {
-            inputs.pop();
-        }
-        return Ok(g.node_with(node, &inputs, 1)[0]);
-    }
-    let [q, k, v] = parts(m, g, &flats)?;
-    let mut inputs = vec![Some(q), Some(k), Some(v)];
-    if mask.is_some() {
-        inputs.extend([None, None, mask]);
-    }
-    Ok(g.node_with(node, &inputs, 1)[0])
-}
-
-/// The queries, keys and values with three axes each.
-fn parts(m: &Match, g: &mut Patch, flats: &[Flat]) -> Result<[ValueId; 3], Refusal> {
-    if let [Flat::Whole(q), Flat::Whole(k), Flat::Whole(v)] = *flats {
-        return Ok([q, k, v]);
-    }
-    let Some((packed, width)) = packed(flats) else {
-        return Err("queries, keys and values are packed otherwise".into());
-    };
-    let sizes = [width; 3];
-    let outputs = if m.opset() >= 13 {
-        let sizes = g.int64s("split", &sizes);
-        g.node_with(Node::new("Split").with("axis", -1), &[Some(packed), Some(sizes)], 3)
-    } else {
-        g.node_with(Node::new("Split").with("axis", 2).with("split", sizes.to_vec()), &[Some(packed)], 3)
-    };
-    Ok([outputs[0], outputs[1], outputs[2]])
-}
-
-/// Writes `GroupQueryAttention`. It counts the tokens itself, so it is told the lengths as tensors.
-fn group_query(m: &Match, g: &mut Patch, found: &Attention, flats: &[Flat]) -> Result<ValueId, Refusal> {
-    let (q, k, v) = (&found.q, &found.k, &found.v);
-    m.require(q.length == k.length, "queries and keys have different lengths")?;
-    m.require(q.size == v.size, "values have another size than keys")?;
-    // The kernels rotate in blocks of 16 and multiply in blocks of 8.
-    let block = if found.has_rotary() { 16 } else { 8 };
-    m.require(q.size % block == 0, "the size of a head is no multiple of what GroupQueryAttention needs")?;
-    let [query, key, value] = parts(m, g, flats)?;
-    let rotary = match (&q.rotary, &k.rotary) {
-        (None, None) => None,
-        (Some(a), Some(b)) if a.angles == b.angles => Some(a),
-        _ => return Err("queries and keys are rotated differently".into()),
-    };
-    let mut node = Node::new("GroupQueryAttention")
-        .in_domain(CONTRIB)
-        .with("num_heads", q.count)
-        .with("kv_num_heads", k.count)
-        .with("scale", found.scale);
-    if !found.causal {
-        node = node.with("causal", 0);
-    }
-    let [lengths, total] = lengths(m, g, found);
-    let mut inputs = vec![Some(query), Some(key), Some(value), None, None, Some(lengths), Some(total)];
-    if let Some(rotary) = rotary {
-        let [cos, sin] = tables(m, g, rotary, found)?;
-        node = node.with("do_rotary", 1);
-        inputs.extend([Some(cos), Some(sin)]);
-    }
-    if let Some(mask) = found.full_mask(m, g)? {
-        inputs.resize(10, None);
-        inputs.push(Some(mask));
-    }
-    Ok(g.node_with(node, &inputs, 1)[0])
-}
-
-/// One more input of a node that may be there already.
-enum Arg {
-    Value(ValueId),
-    Constant(&'static str, Tensor),
-}
-
-/// The output of `node` on `x` and `args`: of a node that is there already, else of a new one. Several attentions so
-/// share what tells them lengths and angles.
-fn shared(m: &Match, g: &mut Patch, node: Node, x: ValueId, args: Vec<Arg>) -> ValueId {
-    let graph = m.graph();
-    if !g.makes(x) {
-        let same = |id: &NodeId| {
-            let found = graph.node(*id);
-            found.op_type == node.op_type
-                && found.is_standard()
-                && found.scope() == m.scope()
-                && found.attributes == node.attributes
-                && found.inputs().len() == 1 + args.len()
-                && found.input(0) == Some(x)
-                && args.iter().zip(&found.inputs()[1..]).all(|(arg, input)| match (arg, input) {
-                    (Arg::Value(value), Some(input)) => value == input,
-                    (Arg::Constant(_, tensor), Some(input)) => {
-                        graph.constant(*input).is_some_and(|t| t.same_bits(tensor))
-                    }
-                    _ => false,
-                })
+        let lead = &plain[..plain.len().saturating_sub(2)];
+        let grouped = lead != self.lead.as_slice();
+        let canonical: Vec<usize> = (0..self.lead.len() + 2).collect();
+        let rows = heads::rows(&canonical);
+        let order = if grouped { &canonical } else { &self.order };
+        let order: Vec<usize> = order.iter().map(|&axis| rows[axis]).collect();
+        let heads = match self.lead.as_slice() {
+            [] => with_axes(m, g, Node::new("Squeeze"), 13, joined, &[0]),
+            [_] => joined,
+            [_, _] => g.reshape(joined, &[0, 0, self.count()?, self.v.size]),
+            [front @ .., count] => {
+                let tail = [self.q.length.clone(), count.clone(), self.v.size.into()];
+                let to: Vec<DimExpr> = front.iter().cloned().chain(tail).collect();
+                sizes::reshape(m, g, joined, &to, &near)?
+            }
         };
-        let users = graph.value(x).uses().iter().filter_map(|u| match u {
-            Use::Node(id, 0) => Some(*id),
-            _ => None,
-        });
-        if let Some(output) = users.into_iter().find(same).and_then(|id| graph.node(id).output(0)) {
-            return output;
+        let heads = heads::transposed(g, heads, &order);
+        if grouped {
+            let regrouped = sizes::reshape(m, g, heads, &plain, &near)?;
+            return Ok(heads::transposed(g, regrouped, &self.order));
         }
+        Ok(heads)
     }
-    let mut inputs = vec![x];
-    for arg in args {
-        inputs.push(match arg {
-            Arg::Value(value) => value,
-            Arg::Constant(name, tensor) => g.constant(name, tensor),
-        });
-    }
-    g.node(node, &inputs)
-}
-
-/// What can be read off the queries at run time.
-#[derive(Clone, Copy)]
-enum Size {
-    Batch,
-    Length,
-}
-
-/// The batch size or the number of queries at run time, with one axis.
-fn size(m: &Match, g: &mut Patch, found: &Attention, of: Size) -> ValueId {
-    let graph = m.graph();
-    let [batch, length] = [&found.q.batch, &found.q.length];
-    let starts_alike =
-        |value: &ValueId| m.facts().shape(*value).is_some_and(|s| s.len() >= 2 && s[0] == *batch && s[1] == *length);
-    // An input of the graph serves all layers at once.
-    let input = graph.main().inputs().iter().copied().find(starts_alike);
-    let axis = match (of, input) {
-        (Size::Batch, _) => 0,
-        (Size::Length, Some(_)) => 1,
-        (Size::Length, None) => 2,
-    };
-    let shape = shared(m, g, Node::new("Shape"), input.unwrap_or(found.q.value), vec![]);
-    let index = Arg::Constant("index", Tensor::int64s(&[axis]));
-    shared(m, g, Node::new("Gather").with("axis", 0), shape, vec![index])
-}
-
-/// The last position of each sequence, and the common length: all sequences are as long as the queries.
-fn lengths(m: &Match, g: &mut Patch, found: &Attention) -> [ValueId; 2] {
-    let (batch, length) = (size(m, g, found, Size::Batch), size(m, g, found, Size::Length));
-    let total = shared(m, g, Node::new("Cast").with("to", DataType::Int32), length, vec![]);
-    let one = Tensor::from_f64s(DataType::Int32, &[1], &[1.0]).expect("1 is an int32");
-    let last = shared(m, g, Node::new("Sub"), total, vec![Arg::Constant("one", one)]);
-    let lengths = shared(m, g, Node::new("Expand"), last, vec![Arg::Value(batch)]);
-    [lengths, total]
-}
-
-/// The cosines and sines of the first half of each head, `[positions, size / 2]`.
-fn tables(m: &Match, g: &mut Patch, rotary: &Rotary, found: &Attention) -> Result<[ValueId; 2], Refusal> {
-    let half = found.q.size / 2;
-    m.require(rotary.positions == found.q.length, "the angles are for another number of positions")?;
-    let target = || vec![Arg::Constant("shape", Tensor::int64s(&[-1, half]))];
-    let angles = shared(m, g, Node::new("Reshape"), rotary.angles, target());
-    Ok([shared(m, g, Node::new("Cos"), angles, vec![]), shared(m, g, Node::new("Sin"), angles, vec![])])
 }
 
 #[cfg(test)]

@@ -1,8 +1,12 @@
 //! Turns spelled-out GELU and SiLU activations into one node each.
 
 use super::norm_parts::{CONTRIB, import_contrib, require_ort};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, rewrite, rule};
+use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, pat, rewrite, rule};
 use lathe_ir::{DataType, Model, Node, Patch, Pattern, ValueId};
+use std::{
+    f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI},
+    sync::LazyLock,
+};
 
 /// See [`INFO`].
 pub struct FuseGelu;
@@ -10,9 +14,11 @@ pub struct FuseGelu;
 static INFO: Info = Info {
     name: "fuse-gelu",
     summary: "replaces the steps of a GELU or SiLU activation by one node",
-    doc: "x·½·(1 + erf(x/√2)) and its tanh approximation become Gelu where the model has opset 20, else ONNX Runtime's \
-          Gelu and FastGelu under the target ort, there together with a bias added before. x·σ(αx) becomes QuickGelu \
-          under the target ort. Declines where inner values have other uses.",
+    doc: "x·½·(1 + erf(x/√2)) and its approximation by tanh or a logistic function, in any order and factored in any way, \
+          become Gelu where the model has opset 20, else ONNX Runtime's Gelu and FastGelu under the target ort, there \
+          together with a bias added before. x·σ(αx) becomes QuickGelu under the target ort. Declines where inner values \
+          have other uses; a constant counts as the one of the formula where it is that to the rounding of its type \
+          (1e-6 of it in float32).",
     options: &[],
     // The constants √2 and √(2/π) are rounded differently, and the kernels approximate erf and tanh in their own way.
     kind: Kind::Equivalent { rtol: 1e-5 },
@@ -26,8 +32,8 @@ impl Pass for FuseGelu {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = rewrite(model, cx, &activations())?;
-        outcome.merge(rewrite(model, cx, &biases())?);
+        let mut outcome = rewrite(model, cx, &ACTIVATIONS)?;
+        outcome.merge(rewrite(model, cx, &BIASES)?);
         if !outcome.changes.is_empty() {
             import_contrib(model);
         }
@@ -35,64 +41,48 @@ impl Pass for FuseGelu {
     }
 }
 
-/// The ways to multiply `x`, ½ and `gate`, which is 1 + erf(…) or 1 + tanh(…).
-fn halved(gate: &str) -> Vec<String> {
+/// `x·½·(1 + f)` as a sum or product of `x` and `f`, where `f` is an odd function of `x` and `-f` one of `−x`.
+fn halved(f: &str, of_negative: &str) -> String {
+    format!(
+        "(Mul*(x, 0.5, (Add*({f}, 1) | Add*(1, -{of_negative})))
+        | Mul*(x, Add*(Mul*({f}, 0.5), 0.5))
+        | Add*(Mul*(x, 0.5), Mul*(x, {f}, 0.5))
+        | Mul*(0.5, Add*(x, Mul*(x, {f}))))"
+    )
+}
+
+/// `factor·(x + 0.044715·x³)`, factored in any way.
+fn cubic(factor: f64) -> String {
+    let product = factor * 0.044715;
+    format!(
+        "(Mul*({factor}, Add*(x, Mul*(Pow(x, 3), 0.044715)))
+        | Mul*(x, {factor}, Add*(1, Mul*(Pow(x, 2), 0.044715)))
+        | Mul*(x, Add*({factor}, Mul*(Pow(x, 2), {product})))
+        | Add*(Mul*(x, {factor}), Mul*(Pow(x, 3), {product})))"
+    )
+}
+
+static ACTIVATIONS: LazyLock<Vec<Rule>> = LazyLock::new(|| {
+    let erf = |factor: f64| format!("Erf(Mul*(x, {factor}))");
+    let erf = halved(&erf(FRAC_1_SQRT_2), &erf(-FRAC_1_SQRT_2));
+    // √(2/π)
+    let factor = FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
+    let tanh = |factor: f64| format!("Tanh({})", cubic(factor));
+    // (1 + tanh z)/2 is σ(2z).
+    let tanh = format!("({} | Mul*(x, Sigmoid({})))", halved(&tanh(factor), &tanh(-factor)), cubic(2.0 * factor));
     vec![
-        format!("Mul(Mul(x, {gate}), 0.5)"),
-        format!("Mul(x, Mul({gate}, 0.5))"),
-        format!("Mul(Mul(x, 0.5), {gate})"),
-        format!("Div(Mul(x, {gate}), 2)"),
-        format!("Mul(x, Div({gate}, 2))"),
-        format!("Mul(Div(x, 2), {gate})"),
+        rule("fuse-erf", Pattern::parse(&erf), |m, g| gelu(m, g, false)),
+        rule("fuse-tanh", Pattern::parse(&tanh), |m, g| gelu(m, g, true)),
+        rule("fuse-sigmoid", Pattern::parse("Mul*(x, Sigmoid(Mul*(x, #alpha)))"), swish),
     ]
-}
-
-/// The ways to write √(2/π)·(x + 0.044715·x³).
-fn tanh_arguments() -> Vec<String> {
-    let mut arguments = Vec::new();
-    for cube in ["Pow(x, 3)", "Mul(x, Mul(x, x))"] {
-        arguments.push(format!("Mul(Add(x, Mul({cube}, 0.044715)), 0.7978845608)"));
-    }
-    for square in ["Pow(x, 2)", "Mul(x, x)"] {
-        arguments.push(format!("Mul(Add(x, Mul(Mul(x, 0.044715), {square})), 0.7978845608)"));
-        arguments.push(format!("Mul(Mul(x, 0.7978845608), Add(Mul({square}, 0.044715), 1))"));
-        arguments.push(format!("Mul(x, Add(Mul({square}, 0.0356774081), 0.7978845608))"));
-        arguments.push(format!("Mul(x, Mul(Add(Mul({square}, 0.044715), 1), 0.7978845608))"));
-        arguments.push(format!("Mul(Mul(x, Add(Mul({square}, 0.044715), 1)), 0.7978845608)"));
-    }
-    arguments.push("Mul(Mul(x, 0.7978845608), Add(Mul(Mul(x, 0.044715), x), 1))".to_owned());
-    arguments
-}
-
-fn activations() -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for argument in ["Div(x, 1.4142135624)", "Mul(x, 0.7071067812)"] {
-        for form in halved(&format!("Add(Erf({argument}), 1)")) {
-            rules.push(rule("fuse-erf", Pattern::parse(&form), |m, g| gelu(m, g, false)));
-        }
-        let form = format!("Mul(x, Add(Mul(Erf({argument}), 0.5), 0.5))");
-        rules.push(rule("fuse-erf", Pattern::parse(&form), |m, g| gelu(m, g, false)));
-    }
-    for argument in tanh_arguments() {
-        for form in halved(&format!("Add(Tanh({argument}), 1)")) {
-            rules.push(rule("fuse-tanh", Pattern::parse(&form), |m, g| gelu(m, g, true)));
-        }
-    }
-    rules.push(rule("fuse-silu", Pattern::parse("Mul(x, Sigmoid(x))"), |m, g| swish(m, g, 1.0)));
-    rules.push(rule("fuse-sigmoid", Pattern::parse("Mul(x, Sigmoid(Mul(x, alpha)))"), |m, g| {
-        let alpha = m.tensor("alpha")?;
-        let alpha = alpha.scalar_f64().filter(|_| alpha.len() == 1).ok_or("the factor is not one number")?;
-        swish(m, g, alpha as f32)
-    }));
-    rules
-}
+});
 
 /// The element type of `x`, if the whole computation keeps it and the shape of `x`.
 fn activated(m: &Match) -> Result<DataType, Refusal> {
     let elem = m.elem("x")?;
     let floats = matches!(elem, DataType::Float | DataType::Float16 | DataType::Bfloat16 | DataType::Double);
     m.require(floats, "the elements are not floating-point numbers")?;
-    m.require(m.ndim("x")? == m.ndim("output")?, "a constant adds axes")?;
+    m.require_no_new_axes(m.value("x"), &[])?;
     Ok(elem)
 }
 
@@ -107,28 +97,22 @@ fn gelu(m: &Match, g: &mut Patch, approximate: bool) -> Result<ValueId, Refusal>
     Ok(g.node(node, &[m.value("x")]))
 }
 
-fn swish(m: &Match, g: &mut Patch, alpha: f32) -> Result<ValueId, Refusal> {
+fn swish(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let elem = activated(m)?;
     // The standard Swish of opset 24 is no way out: ONNX Runtime has no kernel for it.
     require_ort(m, elem, "QuickGelu is an operator of ONNX Runtime")?;
-    Ok(g.node(Node::new("QuickGelu").in_domain(CONTRIB).with("alpha", alpha), &[m.value("x")]))
+    Ok(g.node(Node::new("QuickGelu").in_domain(CONTRIB).with("alpha", m.number("alpha") as f32), &[m.value("x")]))
 }
 
-fn biases() -> Vec<Rule> {
-    let standard = rule("fuse-bias", Pattern::parse("gelu: Gelu(Add(a, b))"), |m, g| {
+static BIASES: LazyLock<Vec<Rule>> = LazyLock::new(|| {
+    let pattern = pat!(gelu: Gelu|com.microsoft.Gelu|com.microsoft.FastGelu(Add(a, b)));
+    vec![rule("fuse-bias", pattern, |m, g| {
         m.require(m.context().target == Target::Ort, "BiasGelu is an operator of ONNX Runtime")?;
-        let op = match m.node("gelu").string("approximate") {
-            Some("tanh") => "FastGelu",
-            _ => "BiasGelu",
-        };
-        biased(m, g, op)
-    });
-    vec![
-        standard,
-        rule("fuse-bias", Pattern::parse("com.microsoft.Gelu(Add(a, b))"), |m, g| biased(m, g, "BiasGelu")),
-        rule("fuse-bias", Pattern::parse("com.microsoft.FastGelu(Add(a, b))"), |m, g| biased(m, g, "FastGelu")),
-    ]
-}
+        let gelu = m.node("gelu");
+        let approximate = gelu.op_type == "FastGelu" || gelu.string("approximate") == Some("tanh");
+        biased(m, g, if approximate { "FastGelu" } else { "BiasGelu" })
+    })]
+});
 
 fn biased(m: &Match, g: &mut Patch, op: &str) -> Result<ValueId, Refusal> {
     require_ort(m, m.elem("a")?, "the bias is fused for ONNX Runtime only")?;
@@ -147,7 +131,7 @@ fn biased(m: &Match, g: &mut Patch, op: &str) -> Result<ValueId, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check, check_in, check_refuses, check_refuses_in};
+    use crate::testing::{check, check_in, check_refuses, check_refuses_in, check_untouched};
     use insta::assert_snapshot;
 
     fn ort() -> Context<'static> {
@@ -247,6 +231,79 @@ mod tests {
             z = com.microsoft.QuickGelu <alpha = 1.702> (x)  # float[N,4]
         }
         ");
+    }
+
+    fn spelled(body: &str) -> String {
+        format!(
+            r#"<opset_import: ["" : 20]> g (float[N,4] x) => (float[N,4] y)
+            <float half = {{0.5}}, float one = {{1}}, float two = {{2}}, int64 three = {{3}}, float root = {{1.4142135}},
+             float inverse = {{0.70710677}}, float back = {{-0.70710677}}, float c = {{0.044715}}, float r = {{0.7978846}},
+             float rc = {{0.035677407}}, float twice = {{1.5957692}}> {{ {body} }}"#
+        )
+    }
+
+    #[test]
+    fn fuses_every_spelling() {
+        let products = [
+            "g = Add (f, one) p = Mul (x, g) y = Mul (p, half)",
+            "g = Add (one, f) p = Mul (half, g) y = Mul (p, x)",
+            "g = Add (f, one) p = Mul (x, half) y = Mul (g, p)",
+            "g = Add (f, one) p = Mul (x, g) y = Div (p, two)",
+            "g = Add (f, one) p = Div (g, two) y = Mul (x, p)",
+            "g = Add (f, one) p = Div (x, two) y = Mul (g, p)",
+            "g = Mul (f, half) p = Add (g, half) y = Mul (x, p)",
+            "p = Mul (x, half) q = Mul (f, p) y = Add (p, q)",
+            "p = Mul (x, f) q = Add (x, p) y = Mul (q, half)",
+        ];
+        let erf = ["a = Div (x, root) f = Erf (a)", "a = Mul (inverse, x) f = Erf (a)"];
+        let cube = "s = Mul (x, x) k = Mul (s, x)";
+        let tanh = [
+            format!("{cube} a = Mul (k, c) b = Add (a, x) t = Mul (b, r) f = Tanh (t)"),
+            "k = Pow (x, three) a = Mul (k, c) b = Add (x, a) t = Mul (r, b) f = Tanh (t)".to_owned(),
+            "s = Mul (x, x) a = Mul (s, c) b = Add (one, a) d = Mul (x, r) t = Mul (d, b) f = Tanh (t)".to_owned(),
+            "s = Mul (x, x) a = Mul (s, rc) b = Add (a, r) t = Mul (x, b) f = Tanh (t)".to_owned(),
+            "d = Mul (x, c) e = Mul (d, x) a = Mul (e, x) b = Add (a, x) t = Mul (b, r) f = Tanh (t)".to_owned(),
+            format!("{cube} a = Mul (k, rc) b = Mul (x, r) t = Add (a, b) f = Tanh (t)"),
+        ];
+        let standard = |mode: &str| format!("y = Gelu <approximate = \"{mode}\"> (x)");
+        for product in products {
+            for f in erf {
+                assert!(
+                    check(&FuseGelu, &spelled(&format!("{f} {product}"))).contains(&standard("none")),
+                    "{f} {product}"
+                );
+            }
+            for f in &tanh {
+                assert!(
+                    check(&FuseGelu, &spelled(&format!("{f} {product}"))).contains(&standard("tanh")),
+                    "{f} {product}"
+                );
+            }
+        }
+        let mirrored = "a = Mul (x, back) f = Erf (a) g = Sub (one, f) p = Mul (x, g) y = Mul (p, half)";
+        assert!(check(&FuseGelu, &spelled(mirrored)).contains(&standard("none")));
+        let logistic =
+            format!("{cube} a = Mul (k, c) b = Add (x, a) t = Mul (twice, b) f = Sigmoid (t) y = Mul (x, f)");
+        assert!(check(&FuseGelu, &spelled(&logistic)).contains(&standard("tanh")));
+    }
+
+    #[test]
+    fn other_constants_are_another_function() {
+        let erf = "a = Div (x, root) f = Erf (a) g = Add (f, one) p = Mul (x, g) y = Mul (p, half)";
+        check(&FuseGelu, &spelled(erf));
+        for (constant, other) in [
+            ("root = {1.4142135}", "root = {1.41421}"),
+            ("one = {1}", "one = {1.00001}"),
+            ("half = {0.5}", "half = {0.49999}"),
+        ] {
+            check_untouched(&FuseGelu, &spelled(erf).replace(constant, other));
+        }
+        let tanh = "s = Mul (x, x) k = Mul (s, x) a = Mul (k, c) b = Add (x, a) t = Mul (r, b) f = Tanh (t)
+                    g = Add (f, one) p = Mul (x, g) y = Mul (p, half)";
+        check(&FuseGelu, &spelled(tanh));
+        for (constant, other) in [("c = {0.044715}", "c = {0.0447}"), ("r = {0.7978846}", "r = {0.79788}")] {
+            check_untouched(&FuseGelu, &spelled(tanh).replace(constant, other));
+        }
     }
 
     #[test]

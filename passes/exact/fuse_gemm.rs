@@ -1,8 +1,10 @@
 //! Makes one Gemm of a product of matrices with the sum after it and the transposes before it.
 
-use super::linear::{RTOL, is_weight_type, require_private};
+use super::linear::{RTOL, require_private};
+use super::rounding::is_weight_type;
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{DataType, Model, Node, Patch, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FuseGemm;
@@ -28,9 +30,11 @@ impl Pass for FuseGemm {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![

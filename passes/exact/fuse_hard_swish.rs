@@ -1,8 +1,10 @@
 //! Makes HardSigmoid and HardSwish of the nodes that spell them out.
 
-use super::linear::{is_weight_type, operands, require_private};
+use super::linear::{operands, require_private};
+use super::rounding::{attribute, is_weight_type};
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_ir::{DataType, Model, Node, Patch, Tensor, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FuseHardSwish;
@@ -12,7 +14,8 @@ static INFO: Info = Info {
     summary: "makes HardSigmoid and HardSwish of sums, clips and quotients that spell them out",
     doc: "Clip(x + b, 0, m)/m is HardSigmoid with slope 1/m and offset b/m, and Clip(a·x + b, 0, 1) is one with slope a \
           and offset b, in any order of the product that follows. With slope 1/6 and offset 1/2, its product with x is \
-          HardSwish from opset 14 on. Declines where a bound or a constant is not one known number.",
+          HardSwish from opset 14 on. Declines where a bound or a constant is not one known number, and where the number \
+          divided by is not the upper bound to about six digits.",
     options: &[],
     // Slope and offset are float32 attributes: 1/6 is off by 10⁻⁸ of itself, and so is every output.
     kind: Kind::Equivalent { rtol: 1e-5 },
@@ -26,15 +29,19 @@ impl Pass for FuseHardSwish {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
         rule("hard-swish", pat!(Mul(x, gate: HardSigmoid(x))), |m, g| {
             let gate = m.node("gate");
-            let near = |name: &str, usual: f32, wanted: f32| (gate.float(name).unwrap_or(usual) - wanted).abs() < 1e-6;
+            let near = |name: &str, usual: f32, wanted: f32| {
+                (f64::from(gate.float(name).unwrap_or(usual)) / f64::from(wanted) - 1.0).abs() <= OFF
+            };
             m.only_if(near("alpha", 0.2, 1.0 / 6.0) && near("beta", 0.5, 0.5) && m.opset() >= 14)?;
             m.require(m.elem("x")? != DataType::Bfloat16 || m.opset() >= 22, "HardSwish has no bfloat16 here")?;
             Ok(g.node(Node::new("HardSwish"), &[m.value("x")]))
@@ -69,6 +76,10 @@ fn rules() -> Vec<Rule> {
     ]
 }
 
+/// How far from the upper bound, relative to it, the number that is divided by may be: an inverse that is written with
+/// six digits is. Slope and offset may be as far off again, and together they stay within the claim.
+const OFF: f64 = 4e-6;
+
 /// `other · Clip(x + b, 0, top) / top`.
 fn scaled_product(m: &Match, g: &mut Patch, top: f64) -> Result<ValueId, Refusal> {
     let gate = hard_sigmoid(m, g, top)?;
@@ -85,10 +96,12 @@ fn hard_sigmoid(m: &Match, g: &mut Patch, top: f64) -> Result<ValueId, Refusal> 
 fn clipped(m: &Match, g: &mut Patch, x: ValueId, slope: f64, offset: f64, top: f64) -> Result<ValueId, Refusal> {
     m.only_if(m.opset() >= 6)?;
     let (low, high) = bounds(m)?;
-    m.only_if(low == 0.0 && high > 0.0 && (high / top - 1.0).abs() < 1e-4)?;
+    m.only_if(low == 0.0 && high > 0.0 && (high / top - 1.0).abs() < 0.1)?;
+    m.require((high / top - 1.0).abs() <= OFF, "the divisor is not the upper bound")?;
     m.only_if(slope.is_finite() && slope != 0.0)?;
     require_private(m)?;
-    let node = Node::new("HardSigmoid").with("alpha", (slope / high) as f32).with("beta", (offset / high) as f32);
+    let (alpha, beta) = (attribute(slope / high)?, attribute(offset / high)?);
+    let node = Node::new("HardSigmoid").with("alpha", alpha).with("beta", beta);
     Ok(g.node(node, &[x]))
 }
 
@@ -126,7 +139,7 @@ fn one_number(m: &Match, x: ValueId, tensor: &Tensor) -> Result<f64, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check, check_refuses};
+    use crate::testing::{check, check_refuses, check_untouched};
     use insta::assert_snapshot;
 
     fn graph(opset: i64, body: &str) -> String {
@@ -202,6 +215,25 @@ mod tests {
             .replace("(float[N,3] y)", "(float[1,N,3] y)")
             .replace("float one", "float[1,1,1] wide = {3}, float one");
         check_refuses(&FuseHardSwish, &wide, "a constant may have more axes");
+    }
+
+    #[test]
+    fn keeps_numbers_that_are_only_near() {
+        let near = "t = Add (x, three) c = Clip (t, zero, six) y = Div (c, k)";
+        let with = |number: &str, body: &str| {
+            graph(14, body).replace("float one", &format!("float k = {{{number}}}, float one"))
+        };
+        check_refuses(&FuseHardSwish, &with("6.0005", near), "the divisor is not the upper bound");
+        let product = "t = Add (x, three) c = Clip (t, zero, six) y = Mul (c, k)";
+        check_refuses(&FuseHardSwish, &with("0.16667", product), "the divisor is not the upper bound");
+        check(&FuseHardSwish, &with("0.166667", product));
+        // The slope of a HardSwish is 1/6 to as many digits.
+        let gate = "g = HardSigmoid <alpha = 0.16667, beta = 0.5> (x) y = Mul (x, g)";
+        check_untouched(&FuseHardSwish, &graph(14, gate));
+        let offset = "g = HardSigmoid <alpha = 0.16666667, beta = 0.50001> (x) y = Mul (x, g)";
+        check_untouched(&FuseHardSwish, &graph(14, offset));
+        let flat = "s = Mul (x, k) t = Add (s, half) y = Clip (t, zero, one)";
+        check_refuses(&FuseHardSwish, &with("1e-40", flat), "too small for its type");
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Turns spelled-out layer normalizations into `LayerNormalization`.
 
-use super::norm_parts::{self, averaged_axes, normalized, require_spans};
+use super::norm_parts::{self, averaged_axes, filled, normalized, spanning};
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, Pattern, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FuseLayerNorm;
@@ -10,10 +11,10 @@ pub struct FuseLayerNorm;
 static INFO: Info = Info {
     name: "fuse-layer-norm",
     summary: "replaces the steps of a layer normalization by one LayerNormalization",
-    doc: "Mean, difference, mean square, square root and quotient over the last axes become one LayerNormalization, \
-          with the scale and shift that follow where they have the normalized axes, and the casts around a half \
-          precision one. Needs opset 17 (any under the target ort), a constant epsilon, and inner values without \
-          other uses.",
+    doc: "Mean, difference, mean square, square root and quotient over the last axes, in any order and spelling, become one \
+          LayerNormalization, with the scale and shift that follow where they have the normalized axes or are one \
+          number, and the casts around and inside a half precision one. Needs opset 17 (any under the target ort), a \
+          constant epsilon, and inner values without other uses.",
     options: &[],
     // The operator sums in another order and may take the variance as E[x²] − E[x]².
     kind: Kind::Equivalent { rtol: 1e-4 },
@@ -28,106 +29,64 @@ impl Pass for FuseLayerNorm {
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
         // Whole forms first: a part that is fused alone no longer matches them.
-        let mut outcome = rewrite(model, cx, &shifted())?;
-        outcome.merge(rewrite(model, cx, &scaled())?);
-        outcome.merge(rewrite(model, cx, &bare())?);
+        let mut outcome = Outcome::default();
+        for rules in &*RULES {
+            outcome.merge(rewrite(model, cx, rules)?);
+        }
         Ok(outcome)
     }
 }
 
-/// Patterns of the normalized value itself.
-fn forms() -> Vec<String> {
-    let square = "Sub(x, mean_a: ReduceMean(x, ..))";
-    let again = "Sub(x, mean_b: ReduceMean(x, ..))";
-    let centred = "Cast?(Sub(x, mean: ReduceMean(x, ..)))";
-    let mut forms = Vec::new();
-    for square in [format!("Pow(Cast?({square}), 2)"), format!("Mul(Cast?({square}), Cast?({again}))")] {
-        let variance = format!("Add(variance: ReduceMean({square}, ..), epsilon)");
-        forms.push(format!("Div({centred}, Cast?(Sqrt({variance})))"));
-        forms.push(format!("Mul({centred}, Cast?(Reciprocal(Sqrt({variance}))))"));
-        forms.push(format!("Mul({centred}, Cast?(Div(1, Sqrt({variance}))))"));
-        forms.push(format!("Mul({centred}, Cast?(Pow({variance}, -0.5)))"));
-        forms.push(format!("Div({centred}, Cast?(Pow({variance}, 0.5)))"));
-    }
-    forms
+static RULES: LazyLock<[Vec<Rule>; 4]> = LazyLock::new(|| {
+    let centred = "Add*(x, -mean: ReduceMean(x, ..))";
+    let inverse = format!("Pow(Add(mean: ReduceMean(Pow*({centred}, 2), ..), epsilon), -0.5)");
+    let pattern = |text: String| Pattern::parse(&text).through_casts();
+    // TensorFlow scales the inverse deviation first: x·inverse + (shift − mean·inverse).
+    let shifted = format!(
+        "(Add*(Mul*({centred}, {inverse}, scale), shift)
+        | Add*(Mul*(x, {inverse}, scale), shift, -Mul*(mean: ReduceMean(x, ..), {inverse}, scale)))"
+    );
+    let scaled = format!("Mul*({centred}, {inverse}, scale)");
+    [
+        vec![rule("fuse-scale-and-shift", pattern(shifted), |m, g| fuse(m, g, Affine::ScaleAndShift))],
+        vec![rule("fuse-scale", pattern(scaled), |m, g| fuse(m, g, Affine::Scale))],
+        vec![rule("fuse-narrowed", pattern(format!("Cast(Mul*({centred}, {inverse}))")), |m, g| {
+            fuse(m, g, Affine::None)
+        })],
+        vec![rule("fuse-normalized", pattern(format!("Mul*({centred}, {inverse})")), |m, g| fuse(m, g, Affine::None))],
+    ]
+});
+
+/// What follows the normalization.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Affine {
+    None,
+    Scale,
+    ScaleAndShift,
 }
 
-fn shifted() -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for form in forms() {
-        let pattern = Pattern::parse(&format!("Add(Mul(narrowed: Cast?({form}), scale), shift)"));
-        rules.push(rule("fuse-scale-and-shift", pattern, |m, g| {
-            fuse(m, g, Some(m.value("scale")), Some(m.value("shift")))
-        }));
-    }
-    // TensorFlow scales the inverse deviation first: x·inv + (shift − mean·inv).
-    let inverse = "Mul(Reciprocal(Sqrt(Add(variance: ReduceMean(SQUARE, ..), epsilon))), scale)";
-    for square in [
-        "Pow(Sub(x, mean_a: ReduceMean(x, ..)), 2)",
-        "Mul(Sub(x, mean_a: ReduceMean(x, ..)), Sub(x, mean_b: ReduceMean(x, ..)))",
-    ] {
-        let inverse = inverse.replace("SQUARE", square);
-        let form = format!("Add(Mul(x, {inverse}), Sub(shift, Mul(mean: ReduceMean(x, ..), {inverse})))");
-        rules.push(rule("fuse-scaled-inverse", Pattern::parse(&form), |m, g| {
-            fuse(m, g, Some(m.value("scale")), Some(m.value("shift")))
-        }));
-    }
-    rules
-}
-
-fn scaled() -> Vec<Rule> {
-    let rule = |form: String| {
-        let pattern = Pattern::parse(&format!("Mul(narrowed: Cast?({form}), scale)"));
-        rule("fuse-scale", pattern, |m, g| fuse(m, g, Some(m.value("scale")), None))
-    };
-    forms().into_iter().map(rule).collect()
-}
-
-fn bare() -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for form in forms() {
-        let narrowed = Pattern::parse(&format!("narrowed: Cast({form})"));
-        rules.push(rule("fuse-normalized", narrowed, |m, g| fuse(m, g, None, None)));
-    }
-    for form in forms() {
-        rules.push(rule("fuse-normalized", Pattern::parse(&form), |m, g| fuse(m, g, None, None)));
-    }
-    rules
-}
-
-fn fuse(m: &Match, g: &mut Patch, scale: Option<ValueId>, shift: Option<ValueId>) -> Result<ValueId, Refusal> {
+fn fuse(m: &Match, g: &mut Patch, affine: Affine) -> Result<ValueId, Refusal> {
     let available = m.opset() >= 17 || m.context().target == Target::Ort;
     m.require(available, "LayerNormalization needs opset 17")?;
-    let start = m.value("x");
-    let axis = averaged_axes(m, "mean", start)?;
-    for label in ["mean_a", "mean_b", "variance"] {
-        if m.find_node(label).is_some() {
-            m.require(averaged_axes(m, label, start)? == axis, "the means are over different axes")?;
-        }
-    }
-    let x = normalized(m, Some("narrowed"))?;
-    // A widened difference whose quotient nothing narrows again is for the rule that sees the cast.
-    m.only_if(m.elem("output")? == x.elem)?;
+    let axis = averaged_axes(m, m.value("x"))?;
+    let x = normalized(m)?;
     let epsilon = norm_parts::epsilon(m)?;
-    if scale.is_some() {
-        require_spans(m, "scale", &x, axis)?;
-    }
-    if shift.is_some() {
-        require_spans(m, "shift", &x, axis)?;
-    }
-    let scale = match scale {
-        Some(scale) => scale,
-        None => norm_parts::ones(m, g, &x, axis)?,
+    let scale = match affine {
+        Affine::None => filled(m, g, "scale", &x, axis, 1.0)?,
+        Affine::Scale | Affine::ScaleAndShift => spanning(m, g, "scale", &x, axis)?,
     };
+    let mut inputs = vec![Some(x.x), Some(scale)];
+    if affine == Affine::ScaleAndShift {
+        inputs.push(Some(spanning(m, g, "shift", &x, axis)?));
+    }
     let node = Node::new("LayerNormalization").with("axis", axis).with("epsilon", epsilon);
-    let inputs: Vec<Option<ValueId>> = [Some(x.x), Some(scale)].into_iter().chain(shift.map(Some)).collect();
     Ok(g.node_with(node, &inputs, 1)[0])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check, check_in, check_refuses};
+    use crate::testing::{check, check_in, check_refuses, check_untouched};
     use insta::assert_snapshot;
 
     #[test]
@@ -262,16 +221,80 @@ mod tests {
         assert_eq!(FuseLayerNorm.apply(&mut kept, &Context::default()).unwrap().changes, []);
     }
 
+    /// A layer normalization whose deviation is made by `inverse` and whose end is `end`.
+    fn spelled(x: &str, square: &str, inverse: &str, end: &str) -> String {
+        format!(
+            r#"<opset_import: ["" : 18]> g (float[N,3,4] {x}) => (float[N,3,4] y)
+            <int64[1] axes = {{-1}}, float two = {{2}}, float half = {{0.5}}, float minus = {{-0.5}}, float[1] one = {{1}},
+             float[1,1] eps = {{1e-5}}, float[1,1,4] scale = {{1, 2, 3, 4}}, float shift = {{0.5}}> {{
+                mean = ReduceMean (x, axes)
+                d = Sub (x, mean)
+                {square}
+                var = ReduceMean (sq, axes)
+                e = Add (eps, var)
+                {inverse}
+                {end}
+            }}"#
+        )
+    }
+
+    #[test]
+    fn fuses_every_spelling() {
+        let root = "r = Sqrt (e)";
+        for square in ["sq = Mul (d, d)", "sq = Pow (d, two)", "n = Neg (mean) k = Add (x, n) sq = Mul (k, d)"] {
+            for (inverse, end) in [
+                (root, "y = Div (d, r)"),
+                ("r = Pow (e, half)", "y = Div (d, r)"),
+                ("r = Pow (e, minus)", "y = Mul (r, d)"),
+                ("q = Sqrt (e) r = Reciprocal (q)", "y = Mul (d, r)"),
+                ("q = Reciprocal (e) r = Sqrt (q)", "y = Mul (d, r)"),
+                ("q = Sqrt (e) r = Div (one, q)", "y = Mul (d, r)"),
+                (root, "q = Div (scale, r) p = Mul (d, q) y = Add (shift, p)"),
+                (root, "q = Mul (d, scale) p = Div (q, r) y = Sub (p, shift)"),
+                ("q = Pow (e, minus) r = Mul (scale, q)", "y = Mul (d, r)"),
+                (
+                    "q = Pow (e, minus) r = Mul (scale, q)",
+                    "a = Mul (x, r) b = Mul (mean, r) c = Sub (a, b) y = Add (c, shift)",
+                ),
+            ] {
+                let graph = spelled("x", square, inverse, end);
+                let fused = check(&FuseLayerNorm, &graph);
+                assert!(fused.contains("y = LayerNormalization") || end.contains("Sub (p"), "{graph}\n{fused}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_parameter_may_be_one_number_or_have_further_axes() {
+        let end = "p = Div (d, r) q = Mul (p, scale) y = Add (q, shift)";
+        assert_snapshot!(check(&FuseLayerNorm, &spelled("x", "sq = Mul (d, d)", "r = Sqrt (e)", end)), @"
+        g (float[N,3,4] x) => (float[N,3,4] y) <
+            int64[1] axes = {-1},
+            float two = {2},
+            float half = {0.5},
+            float minus = {-0.5},
+            float[1] one = {1},
+            float[1,1] eps = {1e-5},
+            float[1,1,4] scale = {1, 2, 3, 4},
+            float shift = {0.5},
+            float[4] y_scale = {1, 2, 3, 4},
+            float[4] y_shift = {0.5, 0.5, 0.5, 0.5}
+        > {
+            y = LayerNormalization <axis = -1, epsilon = 1e-5> (x, y_scale, y_shift)  # float[N,3,4]
+        }
+        ");
+    }
+
     #[test]
     fn refuses() {
         let graph = |opset: i64, axes: &str, end: &str| {
             format!(
                 r#"<opset_import: ["" : {opset}]>
-                g (float[2,4] x) => (float[2,4] y, float[N,M] z) <float two = {{2}}, float eps = {{1e-5}}> {{
+                g (float[4,4] x) => (float[4,4] y, float[N,M] z) <float two = {{2}}, float eps = {{1e-5}}, float[2] both = {{1, 2}}> {{
                     mean = ReduceMean <axes = [{axes}]> (x)
                     d = Sub (x, mean)
                     sq = Pow (d, two)
-                    var = ReduceMean <axes = [{axes}]> (sq)
+                    var = ReduceMean <axes = [-1]> (sq)
                     e = Add (var, eps)
                     s = Sqrt (e)
                     y = Div (d, s)
@@ -279,8 +302,61 @@ mod tests {
                 }}"#
             )
         };
+        let plain = graph(17, "-1", "Neg (x)");
         check_refuses(&FuseLayerNorm, &graph(16, "-1", "Neg (x)"), "needs opset 17");
-        check_refuses(&FuseLayerNorm, &graph(17, "0", "Neg (x)"), "not over the last axes");
+        check_refuses(&FuseLayerNorm, &graph(17, "0", "Neg (x)"), "the means are over different axes");
+        check_refuses(&FuseLayerNorm, &plain.replace("[-1]", "[0]"), "not over the last axes");
         check_refuses(&FuseLayerNorm, &graph(17, "-1", "Neg (mean)"), "other uses");
+        let dropped = plain.replace("<axes = [-1]>", "<axes = [-1], keepdims = 0>");
+        check_refuses(&FuseLayerNorm, &dropped, "the mean drops its axes");
+        check_refuses(&FuseLayerNorm, &plain.replace("<axes = [-1]>", ""), "the mean is over all axes");
+        let wide = plain.replace("float[4,4] y", "float[1,4,4] y").replace("float eps", "float[1,1,1] eps");
+        check_refuses(&FuseLayerNorm, &wide, "a constant adds axes");
+        check_refuses(&FuseLayerNorm, &plain.replace("{1e-5}", "{-1e-5}"), "epsilon is negative");
+        check_refuses(
+            &FuseLayerNorm,
+            &plain.replace("float eps = {1e-5}", "float[4] eps = {1, 2, 3, 4}"),
+            "not one number",
+        );
+        check_refuses(&FuseLayerNorm, &plain.replace("Add (var, eps)", "Add (var, x)"), "`epsilon` is not a constant");
+        check_refuses(&FuseLayerNorm, &plain.replace("float", "double"), "not float, float16 or bfloat16");
+    }
+
+    #[test]
+    fn refuses_parameters_that_do_not_fit() {
+        let graph = r#"<opset_import: ["" : 17]>
+            g (float[N,3,4] x) => (float[N,3,4] y, float m) <float eps = {1e-5}, float[3,1] scale = {1, 2, 3}> {
+                mean = ReduceMean <axes = [-1]> (x)
+                d = Sub (x, mean)
+                sq = Mul (d, d)
+                var = ReduceMean <axes = [-1]> (sq)
+                e = Add (var, eps)
+                s = Sqrt (e)
+                n = Div (d, s)
+                y = Mul (n, scale)
+                m = ReduceMean <keepdims = 0> (n)
+            }"#;
+        // What is normalized is read twice, so that nothing smaller can be fused either.
+        check_refuses(&FuseLayerNorm, &graph.replace("(n)", "(s)"), "does not have the normalized axes");
+        let half = graph.replace("float[3,1] scale = {1, 2, 3}", "float16[4] scale = {15360, 16384, 16896, 17408}");
+        let half = half.replace("(n, scale)", "(n, w)").replace("mean = Red", "w = Cast <to = 1> (scale) mean = Red");
+        assert!(check(&FuseLayerNorm, &half).contains("LayerNormalization"));
+    }
+
+    #[test]
+    fn a_cast_to_whole_numbers_is_no_part_of_it() {
+        let graph = r#"<opset_import: ["" : 17]> g (float[N,4] x) => (float[N,4] y) <float eps = {1e-5}> {
+                mean = ReduceMean <axes = [-1]> (x)
+                d = Sub (x, mean)
+                whole = Cast <to = 7> (d)
+                sq = Mul (whole, whole)
+                back = Cast <to = 1> (sq)
+                var = ReduceMean <axes = [-1]> (back)
+                e = Add (var, eps)
+                s = Sqrt (e)
+                y = Div (d, s)
+            }"#;
+        check_untouched(&FuseLayerNorm, graph);
+        assert!(check(&FuseLayerNorm, &graph.replace("to = 7", "to = 11")).contains("LayerNormalization"));
     }
 }

@@ -1,8 +1,9 @@
 //! Turns spelled-out root-mean-square normalizations into one operator.
 
-use super::norm_parts::{self, averaged_axes, normalized, require_spans};
+use super::norm_parts::{self, averaged_axes, filled, normalized, spanning};
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, Pattern, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct FuseRmsNorm;
@@ -10,10 +11,10 @@ pub struct FuseRmsNorm;
 static INFO: Info = Info {
     name: "fuse-rms-norm",
     summary: "replaces the steps of a root-mean-square normalization by one node",
-    doc: "Mean square, square root and quotient over the last axes, with the scale that follows and the casts around a \
-          half precision one, become RMSNormalization where the model has opset 23, else ONNX Runtime's \
-          SimplifiedLayerNormalization under the target ort. Needs a constant epsilon and inner values without other \
-          uses.",
+    doc: "Mean square, square root and quotient over the last axes, in any order and spelling, with the scale that follows \
+          and the casts around and inside a half precision one, become RMSNormalization where the model has opset 23, \
+          else ONNX Runtime's SimplifiedLayerNormalization under the target ort. Needs a constant epsilon and inner \
+          values without other uses.",
     options: &[],
     // The operator sums the squares in another order.
     kind: Kind::Equivalent { rtol: 1e-5 },
@@ -28,63 +29,34 @@ impl Pass for FuseRmsNorm {
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
         // Whole forms first: a part that is fused alone no longer matches them.
-        let mut outcome = rewrite(model, cx, &scaled())?;
-        outcome.merge(rewrite(model, cx, &bare())?);
+        let mut outcome = Outcome::default();
+        for rules in &*RULES {
+            outcome.merge(rewrite(model, cx, rules)?);
+        }
         Ok(outcome)
     }
 }
 
-/// Patterns of the normalized value itself.
-fn forms() -> Vec<String> {
-    let mut forms = Vec::new();
-    for square in ["Pow(x, 2)", "Mul(x, x)"] {
-        let mean = format!("Add(mean: ReduceMean({square}, ..), epsilon)");
-        forms.push(format!("Mul(x, Reciprocal(Sqrt({mean})))"));
-        forms.push(format!("Div(x, Sqrt({mean}))"));
-        forms.push(format!("Mul(x, Div(1, Sqrt({mean})))"));
-        forms.push(format!("Mul(x, Pow({mean}, -0.5))"));
-        forms.push(format!("Div(x, Pow({mean}, 0.5))"));
-    }
-    forms
-}
+static RULES: LazyLock<[Vec<Rule>; 3]> = LazyLock::new(|| {
+    let normalized = "x, Pow(Add(mean: ReduceMean(Pow*(x, 2), ..), epsilon), -0.5)";
+    let pattern = |text: String| Pattern::parse(&text).through_casts();
+    [
+        vec![rule("fuse-scale", pattern(format!("Mul*({normalized}, scale)")), |m, g| fuse(m, g, true))],
+        vec![rule("fuse-narrowed", pattern(format!("Cast(Mul*({normalized}))")), |m, g| fuse(m, g, false))],
+        vec![rule("fuse-normalized", pattern(format!("Mul*({normalized})")), |m, g| fuse(m, g, false))],
+    ]
+});
 
-fn scaled() -> Vec<Rule> {
-    let rule = |form: String| {
-        let pattern = Pattern::parse(&format!("Mul(narrowed: Cast?({form}), scale)"));
-        rule("fuse-scale", pattern, |m, g| fuse(m, g, Some(m.value("scale"))))
-    };
-    forms().into_iter().map(rule).collect()
-}
-
-fn bare() -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for form in forms() {
-        let narrowed = Pattern::parse(&format!("narrowed: Cast({form})"));
-        rules.push(rule("fuse-normalized", narrowed, |m, g| fuse(m, g, None)));
-    }
-    for form in forms() {
-        rules.push(rule("fuse-normalized", Pattern::parse(&form), |m, g| fuse(m, g, None)));
-    }
-    rules
-}
-
-fn fuse(m: &Match, g: &mut Patch, scale: Option<ValueId>) -> Result<ValueId, Refusal> {
+fn fuse(m: &Match, g: &mut Patch, scaled: bool) -> Result<ValueId, Refusal> {
     let op = match (m.opset() >= 23, m.context().target) {
         (true, _) => "RMSNormalization",
         (false, Target::Ort) => "SimplifiedLayerNormalization",
         (false, Target::Portable) => return Err("RMSNormalization needs opset 23".into()),
     };
-    let axis = averaged_axes(m, "mean", m.value("x"))?;
-    let x = normalized(m, Some("narrowed"))?;
-    m.require(m.elem("output")? == x.elem, "the result has another type")?;
+    let axis = averaged_axes(m, m.value("x"))?;
+    let x = normalized(m)?;
     let epsilon = norm_parts::epsilon(m)?;
-    let scale = match scale {
-        Some(scale) => {
-            require_spans(m, "scale", &x, axis)?;
-            scale
-        }
-        None => norm_parts::ones(m, g, &x, axis)?,
-    };
+    let scale = if scaled { spanning(m, g, "scale", &x, axis)? } else { filled(m, g, "scale", &x, axis, 1.0)? };
     let node = Node::new(op).with("axis", axis).with("epsilon", epsilon).with("stash_type", 1);
     Ok(g.node(node, &[x.x, scale]))
 }
@@ -169,6 +141,30 @@ mod tests {
     }
 
     #[test]
+    fn fuses_every_spelling() {
+        for square in ["sq = Mul (x, x)", "sq = Pow (x, two)"] {
+            for end in [
+                "r = Sqrt (e) y = Div (x, r)",
+                "r = Sqrt (e) q = Reciprocal (r) y = Mul (q, x)",
+                "r = Reciprocal (e) q = Sqrt (r) y = Mul (q, x)",
+                "r = Pow (e, minus) y = Mul (x, r)",
+                "r = Pow (e, half) y = Div (x, r)",
+                "r = Sqrt (e) q = Div (one, r) p = Mul (q, scale) y = Mul (p, x)",
+                "r = Sqrt (e) p = Mul (x, scale) y = Div (p, r)",
+            ] {
+                let graph = format!(
+                    r#"<opset_import: ["" : 23]> g (float[N,4] x) => (float[N,4] y)
+                    <int64[1] axes = {{1}}, float two = {{2}}, float half = {{0.5}}, float minus = {{-0.5}}, float one = {{1}},
+                     float[1] eps = {{1e-5}}, float[1,4] scale = {{1, 2, 3, 4}}> {{
+                        {square} mean = ReduceMean (sq, axes) e = Add (eps, mean) {end}
+                    }}"#
+                );
+                assert!(check(&FuseRmsNorm, &graph).contains("y = RMSNormalization"), "{graph}");
+            }
+        }
+    }
+
+    #[test]
     fn refuses() {
         let graph = format!("<opset_import: [\"\" : 18]> {GRAPH}");
         check_refuses(&FuseRmsNorm, &graph, "needs opset 23");
@@ -177,5 +173,10 @@ mod tests {
         check_refuses_in(&FuseRmsNorm, &shown, "an inner value is a graph output", &cx);
         let varying = graph.replace("x) =>", "x, float eps2) =>").replace("(mean, eps)", "(mean, eps2)");
         check_refuses_in(&FuseRmsNorm, &varying, "`epsilon` is not a constant", &cx);
+        let wide = graph.replace("(float[N,4] y)", "(float[1,N,4] y)").replace("float eps", "float[1,1,1] eps");
+        check_refuses_in(&FuseRmsNorm, &wide, "a constant adds axes", &cx);
+        let dropped = graph.replace("(float[N,4]", "(float[4,4]").replace("ReduceMean", "ReduceMean <keepdims = 0>");
+        check_refuses_in(&FuseRmsNorm, &dropped, "the mean drops its axes", &cx);
+        check_refuses_in(&FuseRmsNorm, &graph.replace("axes = {-1}", "axes = {0}"), "not over the last axes", &cx);
     }
 }

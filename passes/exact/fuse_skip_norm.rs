@@ -1,9 +1,9 @@
 //! Merges a residual addition into the normalization that reads it.
 
 use super::norm_parts::{CONTRIB, import_contrib};
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity, Target};
+use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, Target, edit_graphs};
 use lathe_analysis::Facts;
-use lathe_ir::{DataType, Function, Graph, Model, Node, NodeId, ValueId};
+use lathe_ir::{DataType, Graph, Model, Node, NodeId, ValueId};
 
 /// See [`INFO`].
 pub struct FuseSkipNorm;
@@ -14,7 +14,8 @@ static INFO: Info = Info {
     doc: "Under the target ort, Add and LayerNormalization, RMSNormalization or SimplifiedLayerNormalization over the \
           last axis become SkipLayerNormalization or SkipSimplifiedLayerNormalization, whose fourth output is the sum \
           for whatever else reads it, and a constant bias added to one branch goes in too. Needs operands that \
-          provably have one shape of two or three axes, and a constant scale and shift.",
+          provably have one shape of two or three axes, and a constant scale and shift. Declines where the operator is \
+          slower than the nodes, as SkipLayerNormalization is on the CPU.",
     options: &[],
     // The fused kernel sums in another order and may take the variance as E[x²] − E[x]².
     kind: Kind::Equivalent { rtol: 1e-4 },
@@ -28,21 +29,10 @@ impl Pass for FuseSkipNorm {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
         if cx.target != Target::Ort {
-            return Ok(outcome);
+            return Ok(Outcome::default());
         }
-        let functions = std::mem::take(&mut model.functions);
-        let result = fuse_graph(&mut model.graph, &model.opsets, &functions, cx, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = fuse_graph(&mut graph, &opsets, &model.functions, cx, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
+        let outcome = edit_graphs(model, cx, fuse_graph)?;
         if !outcome.changes.is_empty() {
             import_contrib(model);
         }
@@ -50,13 +40,8 @@ impl Pass for FuseSkipNorm {
     }
 }
 
-fn fuse_graph(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn fuse_graph(editor: &mut Editor) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     let norms: Vec<NodeId> = graph.all_nodes().into_iter().filter(|&id| fused_op(graph.node(id)).is_some()).collect();
     if norms.is_empty() {
         return Ok(());
@@ -65,7 +50,7 @@ fn fuse_graph(
     let before = outcome.changes.len();
     for norm in norms {
         let Some(add) = residual(graph, norm) else { continue };
-        match plan(graph, &facts, norm, add) {
+        match plan(graph, &facts, norm, add).and_then(|plan| pays(cx, plan)) {
             Ok(plan) => {
                 let place = graph.describe(norm);
                 let made = carry_out(graph, &mut facts, norm, add, plan);
@@ -97,6 +82,15 @@ fn residual(graph: &Graph, norm: NodeId) -> Option<NodeId> {
     let add = graph.producer(node.input(0)?)?;
     let found = graph.node(add);
     (found.is("Add") && found.scope() == node.scope() && found.inputs().len() == 2).then_some(add)
+}
+
+/// Passes a plan on whose operator is not slower than the two nodes.
+fn pays(cx: &Context, plan: Plan) -> Result<Plan, &'static str> {
+    require(
+        !cx.slow_kernels.contains(plan.op),
+        "the operator is slower than the two nodes on this execution provider",
+    )?;
+    Ok(plan)
 }
 
 struct Plan {
@@ -181,32 +175,24 @@ fn carry_out(graph: &mut Graph, facts: &mut Facts, norm: NodeId, add: NodeId, pl
     let epsilon = graph.node(norm).float("epsilon").unwrap_or(1e-5);
     let mut node = Node::new(plan.op).in_domain(CONTRIB).with("epsilon", epsilon);
     node.name = graph.node(norm).name.clone();
-    let names = [graph.value(output).name.clone(), graph.value(sum).name.clone()];
-    let (new, total) = (graph.fresh_name(&names[0]), graph.fresh_name(&names[1]));
-    let (new, total) = (graph.add_value(new, None), graph.add_value(total, None));
+    let names = [output, sum].map(|old| graph.value(old).name.clone());
+    let [new, total] = names.map(|name| {
+        let name = graph.fresh_name(&name);
+        graph.add_value(name, None)
+    });
     let made = graph.add_node(scope, node, plan.inputs, vec![Some(new), None, None, Some(total)]);
     for (old, new) in [(output, new), (sum, total)] {
         facts.inherit(new, old);
     }
-    take_place(graph, output, new, &names[0]);
+    graph.replace(output, new);
     graph.remove_unused(vec![norm]);
     if graph.value(sum).uses().is_empty() {
         graph.drop_output(made, 3);
     } else {
-        take_place(graph, sum, total, &names[1]);
+        graph.replace(sum, total);
     }
     graph.remove_unused(vec![add]);
     made
-}
-
-/// Makes everything use `new` instead of `old`, under the old name.
-fn take_place(graph: &mut Graph, old: ValueId, new: ValueId, name: &str) {
-    graph.replace_uses(old, new);
-    if !graph.is_output(new) {
-        let spare = graph.fresh_name(name);
-        graph.rename(old, spare);
-        graph.rename(new, name);
-    }
 }
 
 #[cfg(test)]
@@ -274,5 +260,7 @@ mod tests {
         };
         check_refuses_in(&FuseSkipNorm, &graph("1,S,4", "fixed"), "may have different shapes", &ort());
         check_refuses_in(&FuseSkipNorm, &graph("N,S,4", "free"), "not a constant", &ort());
+        let slow = Context { slow_kernels: ["SkipLayerNormalization".to_owned()].into(), ..ort() };
+        check_refuses_in(&FuseSkipNorm, &graph("N,S,4", "fixed"), "slower than the two nodes", &slow);
     }
 }

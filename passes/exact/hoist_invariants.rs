@@ -1,9 +1,9 @@
 //! Moves what a loop computes anew on every trip, always with the same result, in front of the loop.
 
 use super::inline_if::known_bool;
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
 use lathe_analysis::Facts;
-use lathe_ir::{DataType, Function, Graph, Model, NodeId, ScopeId, Use, ValueId};
+use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, Use, ValueId};
 
 /// See [`INFO`].
 pub struct HoistInvariants;
@@ -100,29 +100,12 @@ impl Pass for HoistInvariants {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
-        let functions = std::mem::take(&mut model.functions);
-        let result = hoist(&mut model.graph, &model.opsets, &functions, cx, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = hoist(&mut graph, &opsets, &model.functions, cx, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
-        Ok(outcome)
+        edit_graphs(model, cx, hoist)
     }
 }
 
-fn hoist(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn hoist(editor: &mut Editor) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     let is_loop = |graph: &Graph, id: NodeId| graph.node(id).is("Loop") || graph.node(id).is("Scan");
     if !graph.all_nodes().into_iter().any(|id| is_loop(graph, id)) {
         return Ok(());

@@ -1,7 +1,7 @@
 //! Replaces If nodes whose branch is known by what that branch computes.
 
 use crate::same_scope::{Operand, operand, same_scopes};
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
 use lathe_analysis::Facts;
 use lathe_ir::{AttributeValue, Graph, Initializer, Model, NodeId, ScopeId, Use, ValueId};
 use std::collections::BTreeMap;
@@ -29,29 +29,12 @@ impl Pass for InlineIf {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
-        let functions = std::mem::take(&mut model.functions);
-        let result = inline(&mut model.graph, &model.opsets, &functions, cx, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = inline(&mut graph, &opsets, &model.functions, cx, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
-        Ok(outcome)
+        edit_graphs(model, cx, inline)
     }
 }
 
-fn inline(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[lathe_ir::Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn inline(editor: &mut Editor) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     if !graph.all_nodes().into_iter().any(|id| graph.node(id).is("If")) {
         return Ok(());
     }

@@ -1,5 +1,6 @@
 //! Layers with constant weights, and how a scale and a shift before or after one go into its weights.
 
+use super::rounding::{Grid, Sum, attribute, is_weight_type, scaled, sums};
 use crate::{Match, Refusal};
 use lathe_ir::{DataType, Graph, Node, NodeId, Patch, Tensor, Use, ValueId};
 
@@ -84,59 +85,34 @@ impl Gain {
     }
 }
 
-/// Element types whose constants are recomputed: in float64, rounded once.
-pub(super) fn is_weight_type(dtype: DataType) -> bool {
-    matches!(dtype, DataType::Float | DataType::Double | DataType::Float16 | DataType::Bfloat16)
+/// What is added to every channel of a layer's output, as a sum of constants: its total, the size of its largest term, and
+/// the size of what it is added to.
+pub(super) struct Shift {
+    total: Gain,
+    largest: Gain,
+    beside: Gain,
 }
 
-/// Numbers as a constant of a weight type. Refuses if one leaves its range.
-pub(super) fn round(dtype: DataType, dims: &[usize], numbers: &[f64]) -> Result<Tensor, Refusal> {
-    let limit = match dtype {
-        DataType::Float => f64::from(f32::MAX),
-        DataType::Float16 => 65504.0,
-        DataType::Bfloat16 => 3.38e38,
-        DataType::Double => f64::MAX,
-        _ => return Err("the weights are no floats of 16 bits or more".into()),
-    };
-    if numbers.iter().any(|x| x.is_nan() || x.abs() > limit) {
-        return Err("a folded weight would leave the range of its type".into());
+impl Shift {
+    /// One constant that is added where the output is multiplied by `gain`.
+    fn after(gain: &Gain, constant: &Gain) -> Shift {
+        Shift { total: constant.clone(), largest: constant.clone(), beside: gain.clone() }
     }
-    Tensor::from_f64s(dtype, dims, numbers).ok_or_else(|| "the weights are no floats of 16 bits or more".into())
-}
 
-/// `tensor` seen as `[rows, columns, inner]`, every element multiplied by the factor of its row and column.
-pub(super) fn scaled(
-    tensor: &Tensor,
-    rows: usize,
-    columns: usize,
-    factor: impl Fn(usize, usize) -> f64,
-) -> Result<Tensor, Refusal> {
-    let inner = tensor.len() / (rows * columns).max(1);
-    if tensor.dtype() != DataType::Float {
-        let mut numbers = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
-        for (block, values) in numbers.chunks_mut(inner.max(1)).enumerate() {
-            let by = factor(block / columns, block % columns);
-            values.iter_mut().for_each(|x| *x *= by);
-        }
-        tensor.release();
-        return round(tensor.dtype(), tensor.dims(), &numbers);
+    /// Nothing.
+    fn none() -> Shift {
+        Shift::after(&Gain::ONE, &Gain::ZERO)
     }
-    // The common case reads the mapped file once and never holds the weights in a wider type.
-    let mut bytes = Vec::with_capacity(tensor.byte_len());
-    let mut finite = true;
-    for (block, values) in tensor.bytes().chunks(4 * inner.max(1)).enumerate() {
-        let by = factor(block / columns, block % columns);
-        for &value in values.as_chunks::<4>().0 {
-            let product = (f64::from(f32::from_le_bytes(value)) * by) as f32;
-            finite &= product.is_finite();
-            bytes.extend_from_slice(&product.to_le_bytes());
-        }
+
+    /// Whether nothing is added, not even terms that cancel.
+    fn is_nothing(&self) -> bool {
+        self.total.is(0.0) && self.largest.is(0.0)
     }
-    tensor.release();
-    if !finite {
-        return Err("a folded weight would leave the range of its type".into());
+
+    /// The sum that is added to a channel.
+    pub(super) fn at(&self, channel: usize) -> Sum {
+        Sum::from_parts(self.total.at(channel), self.largest.at(channel), self.beside.at(channel))
     }
-    Tensor::new(DataType::Float, tensor.dims().to_vec(), bytes).map_err(|e| Refusal(e.to_string()))
 }
 
 /// Which operator a layer is.
@@ -289,43 +265,58 @@ impl<'a> Layer<'a> {
         }
         self.require_own_weight()?;
         let (rows, columns) = self.rows_and_columns();
-        let tensor = scaled(self.weight, rows, columns, |row, column| {
-            let (input, output) = self.channels(row, column);
+        let place = |block: usize| self.channels(block / columns, block % columns);
+        let inner = self.weight.len() / (rows * columns).max(1);
+        let grid = Grid { counts: (self.inputs, self.outputs), inner, place };
+        let tensor = scaled(self.weight, &grid, |block| {
+            let (input, output) = place(block);
             inputs.at(input) * outputs.at(output)
         })?;
         Ok(g.constant("weight", tensor))
     }
 
-    /// What the layer makes of an input whose channels hold these numbers everywhere, without its bias. `[outputs]`.
-    pub(super) fn response(&self, shift: &Gain) -> Result<Vec<f64>, Refusal> {
+    /// What the layer makes of an input whose channels hold these numbers everywhere, without its bias, for every output
+    /// channel.
+    pub(super) fn response(&self, shift: &Gain) -> Result<Shift, Refusal> {
         if self.kind == LayerKind::MatMul && self.weight.dims().len() != 2 {
             return Err("the weight is a stack of matrices".into());
         }
-        let mut sums = vec![0.0; self.outputs];
+        // Of the products with the shift, and of the weights alone: their sum, and their size as what they multiply varies.
+        let (mut total, mut terms, mut weights) =
+            (vec![0.0; self.outputs], vec![0.0; self.outputs], vec![0.0; self.outputs]);
         let (rows, columns) = self.rows_and_columns();
         let inner = (self.weight.len() / (rows * columns).max(1)).max(1);
-        let mut add = |block: usize, total: f64| {
+        let mut add = |block: usize, sum: f64, squares: f64| {
             let (input, output) = self.channels(block / columns, block % columns);
-            sums[output] += total * shift.at(input);
+            let by = shift.at(input);
+            total[output] += sum * by;
+            terms[output] += squares * by * by;
+            weights[output] += squares;
+        };
+        let mut add_all = |block: usize, values: &mut dyn Iterator<Item = f64>| {
+            let (sum, squares) = values.fold((0.0, 0.0), |(sum, squares), x| (sum + x, squares + x * x));
+            add(block, sum, squares);
         };
         if self.weight.dtype() == DataType::Float {
             for (block, values) in self.weight.bytes().chunks(4 * inner).enumerate() {
-                add(block, values.as_chunks::<4>().0.iter().map(|&v| f64::from(f32::from_le_bytes(v))).sum());
+                add_all(block, &mut values.as_chunks::<4>().0.iter().map(|&v| f64::from(f32::from_le_bytes(v))));
             }
         } else {
             let numbers = self.weight.to_f64s().ok_or_else(Refusal::no_match)?;
             for (block, values) in numbers.chunks(inner).enumerate() {
-                add(block, values.iter().sum());
+                add_all(block, &mut values.iter().copied());
             }
         }
         let alpha = f64::from(self.node.float("alpha").filter(|_| self.kind == LayerKind::Gemm).unwrap_or(1.0));
-        Ok(sums.into_iter().map(|x| x * alpha).collect())
+        let each =
+            |numbers: Vec<f64>, f: fn(f64) -> f64| Gain::Each(numbers.into_iter().map(|x| f(x) * alpha).collect());
+        Ok(Shift { total: each(total, |x| x), largest: each(terms, f64::sqrt), beside: each(weights, f64::sqrt) })
     }
 
     /// The layer with its output multiplied by `gain` and then added to `shift`, as a node of `g`.
     pub(super) fn then(&self, g: &mut Patch, gain: &Gain, shift: &Gain) -> Result<ValueId, Refusal> {
         let data = self.node.input(0).expect("a layer has an input");
-        self.rebuilt(g, data, &Gain::ONE, gain, shift)
+        self.rebuilt(g, data, &Gain::ONE, gain, &Shift::after(gain, shift))
     }
 
     /// The layer on `data` where its input was `data·gain + shift`, as a node of `g`.
@@ -334,7 +325,7 @@ impl<'a> Layer<'a> {
         if transposed && matches!((gain, shift), (Gain::Each(_), _) | (_, Gain::Each(_))) {
             return Err("the Gemm transposes its input".into());
         }
-        let mut added = Gain::ZERO;
+        let mut added = Shift::none();
         if !shift.is(0.0) {
             if self.kind == LayerKind::ConvTranspose {
                 return Err("a shift reaches the border of a ConvTranspose in other ways than its middle".into());
@@ -342,8 +333,8 @@ impl<'a> Layer<'a> {
             if self.kind == LayerKind::Conv && !is_unpadded(self.node) {
                 return Err("the Conv pads its input with zeros, which the shift does not reach".into());
             }
-            added = Gain::Each(self.response(shift)?);
-            added.require_finite()?;
+            added = self.response(shift)?;
+            added.total.require_finite()?;
         }
         self.rebuilt(g, data, gain, &Gain::ONE, &added)
     }
@@ -354,7 +345,7 @@ impl<'a> Layer<'a> {
         data: ValueId,
         inputs: &Gain,
         outputs: &Gain,
-        shift: &Gain,
+        shift: &Shift,
     ) -> Result<ValueId, Refusal> {
         if self.kind == LayerKind::Gemm {
             return self.rebuilt_gemm(g, data, inputs, outputs, shift);
@@ -362,7 +353,7 @@ impl<'a> Layer<'a> {
         let mut node = self.node.clone();
         let old = self.node.input(2);
         let bias = match old {
-            _ if self.kind == LayerKind::MatMul && shift.is(0.0) => None,
+            _ if self.kind == LayerKind::MatMul && shift.is_nothing() => None,
             _ if self.kind == LayerKind::MatMul => {
                 let flat = self.ndim == Some(2) && self.weight.dims().len() == 2 && self.opset >= 7;
                 if !flat {
@@ -373,16 +364,16 @@ impl<'a> Layer<'a> {
                 }
                 node = Node::new("Gemm");
                 node.name.clone_from(&self.node.name);
-                Some(self.rounded_bias(g, shift)?)
+                Some(self.rounded_bias(g, |channel| shift.at(channel))?)
             }
-            Some(old) if outputs.is(1.0) && shift.is(0.0) => Some(old),
-            None if shift.is(0.0) => None,
-            None => Some(self.rounded_bias(g, shift)?),
+            Some(old) if outputs.is(1.0) && shift.is_nothing() => Some(old),
+            None if shift.is_nothing() => None,
+            None => Some(self.rounded_bias(g, |channel| shift.at(channel))?),
             Some(old) => {
                 let old = self.graph.constant(old).ok_or("the bias is not a constant")?;
                 let old = Gain::read(old, Some(1), 0, self.outputs)?;
-                let bias = old.zip(outputs, |b, gain| b * gain).zip(shift, |b, shift| b + shift);
-                Some(self.rounded_bias(g, &bias)?)
+                let bias = |channel| shift.at(channel).plus(old.at(channel) * outputs.at(channel));
+                Some(self.rounded_bias(g, bias)?)
             }
         };
         let weight = self.scaled_weight(g, inputs, outputs)?;
@@ -390,9 +381,9 @@ impl<'a> Layer<'a> {
     }
 
     /// One number a channel, as a constant of the weight's type.
-    fn rounded_bias(&self, g: &mut Patch, bias: &Gain) -> Result<ValueId, Refusal> {
-        let numbers: Vec<f64> = (0..self.outputs).map(|channel| bias.at(channel)).collect();
-        Ok(g.constant("bias", round(self.weight.dtype(), &[self.outputs], &numbers)?))
+    fn rounded_bias(&self, g: &mut Patch, bias: impl Fn(usize) -> Sum) -> Result<ValueId, Refusal> {
+        let all: Vec<Sum> = (0..self.outputs).map(bias).collect();
+        Ok(g.constant("bias", sums(self.weight.dtype(), &[self.outputs], &all)?))
     }
 
     /// Gemm computes `alpha·A·B + beta·C`, where C may be spread over rows, columns or both.
@@ -402,36 +393,34 @@ impl<'a> Layer<'a> {
         data: ValueId,
         inputs: &Gain,
         outputs: &Gain,
-        shift: &Gain,
+        shift: &Shift,
     ) -> Result<ValueId, Refusal> {
         let mut node = self.node.clone();
         let beta = f64::from(node.float("beta").unwrap_or(1.0));
         let old = self.node.input(2);
         let constant = old.and_then(|c| self.graph.constant(c)).filter(|c| is_weight_type(c.dtype()));
         let bias = match (old, constant, outputs) {
-            (Some(old), ..) if outputs.is(1.0) && shift.is(0.0) => Some(old),
-            (None, ..) if shift.is(0.0) => None,
+            (Some(old), ..) if outputs.is(1.0) && shift.is_nothing() => Some(old),
+            (None, ..) if shift.is_nothing() => None,
             (None, ..) => {
                 node.remove_attribute("beta");
-                Some(self.rounded_bias(g, shift)?)
+                Some(self.rounded_bias(g, |channel| shift.at(channel))?)
             }
             (Some(_), Some(tensor), _) => {
                 node.remove_attribute("beta");
-                let spread = matches!((outputs, shift), (Gain::All(_), Gain::All(_)));
-                let along = |b: f64, channel: usize| b * beta * outputs.at(channel) + shift.at(channel);
-                let numbers = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
-                let tensor = if spread {
-                    let numbers: Vec<f64> = numbers.into_iter().map(|b| along(b, 0)).collect();
-                    round(tensor.dtype(), tensor.dims(), &numbers)?
+                let spread = matches!((outputs, &shift.total), (Gain::All(_), Gain::All(_)));
+                let along = |b: f64, channel: usize| shift.at(channel).plus(b * beta * outputs.at(channel));
+                Some(if spread {
+                    let numbers = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
+                    let all: Vec<Sum> = numbers.into_iter().map(|b| along(b, 0)).collect();
+                    g.constant("bias", sums(tensor.dtype(), tensor.dims(), &all)?)
                 } else {
                     let old = Gain::read(tensor, Some(2), 0, self.outputs)?;
-                    let numbers: Vec<f64> = (0..self.outputs).map(|i| along(old.at(i), i)).collect();
-                    round(tensor.dtype(), &[self.outputs], &numbers)?
-                };
-                Some(g.constant("bias", tensor))
+                    self.rounded_bias(g, |channel| along(old.at(channel), channel))?
+                })
             }
-            (Some(old), None, Gain::All(gain)) if shift.is(0.0) => {
-                node.set_attribute("beta", (beta * gain) as f32);
+            (Some(old), None, Gain::All(gain)) if shift.is_nothing() => {
+                node.set_attribute("beta", attribute(beta * gain)?);
                 Some(old)
             }
             _ => return Err("the bias is not a constant".into()),
@@ -440,7 +429,7 @@ impl<'a> Layer<'a> {
             // A shared weight stays as it is; the attribute scales it.
             (Gain::All(a), Gain::All(b)) if self.shares_weight() && a * b != 1.0 => {
                 let alpha = f64::from(node.float("alpha").unwrap_or(1.0));
-                node.set_attribute("alpha", (alpha * a * b) as f32);
+                node.set_attribute("alpha", attribute(alpha * a * b)?);
                 self.node.input(1).expect("a layer has a weight")
             }
             _ => self.scaled_weight(g, inputs, outputs)?,

@@ -1,9 +1,9 @@
 //! Merges layers that read the same value into one wider layer and a Split.
 
-use super::linear::{RTOL, is_weight_type};
-use crate::{Context, Error, Info, Kind, Match, Opt, Outcome, Pass, Quantity, Refusal};
+use super::{linear::RTOL, rounding::is_weight_type};
+use crate::{Context, Editor, Error, Info, Kind, Match, Opt, Outcome, Pass, Quantity, Refusal, edit_graphs};
 use lathe_analysis::Facts;
-use lathe_ir::{Bindings, DataType, Function, Graph, Model, Node, NodeId, Patch, ScopeId, Tensor, Use, ValueId};
+use lathe_ir::{Bindings, DataType, Graph, Model, Node, NodeId, Patch, ScopeId, Tensor, Use, ValueId};
 use std::collections::BTreeMap;
 
 /// See [`INFO`].
@@ -30,35 +30,18 @@ impl Pass for MergeLinears {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
         if !cx.setting::<bool>(&INFO, "enabled")? {
-            return Ok(outcome);
+            return Ok(Outcome::default());
         }
-        let functions = std::mem::take(&mut model.functions);
-        let result = merge_all(&mut model.graph, &model.opsets, &functions, cx, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = merge_all(&mut graph, &opsets, &model.functions, cx, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
-        Ok(outcome)
+        edit_graphs(model, cx, merge_all)
     }
 }
 
 /// What layers must agree in: scope, input, operator with attributes, and all of the weight's shape but its width.
 type Key = (ScopeId, ValueId, String, DataType, Vec<usize>);
 
-fn merge_all(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn merge_all(editor: &mut Editor) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     let mut groups: BTreeMap<Key, Vec<NodeId>> = BTreeMap::new();
     for id in graph.all_nodes() {
         if let Some(key) = key(graph, id) {
@@ -208,13 +191,7 @@ fn carry_out(graph: &mut Graph, patch: Patch, first: NodeId, replaced: &[(NodeId
     graph.apply(patch, scope, &base);
     for &(old, new) in replaced {
         let value = graph.node(old).output(0).expect("a layer that is merged has an output");
-        graph.replace_uses(value, new);
-        if !graph.is_output(new) {
-            let name = graph.value(value).name.clone();
-            let spare = graph.fresh_name(&name);
-            graph.rename(value, spare);
-            graph.rename(new, name);
-        }
+        graph.replace(value, new);
     }
     graph.remove_unused(replaced.iter().map(|r| r.0).collect());
 }

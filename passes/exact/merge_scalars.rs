@@ -1,10 +1,10 @@
 //! Merges arithmetic with scalar constants, and drops what leaves every number as it is but not always its sign of zero.
 
 use super::drop_neutral::{constant_where, filled, neutral, where_not};
-use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, pat, rewrite, rule,
-};
-use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
+use super::rounding::{Sum, factors, is_weight_type, require_moderate, sums};
+use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use lathe_ir::{Model, Node, Patch, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct MergeScalars;
@@ -13,9 +13,10 @@ static INFO: Info = Info {
     name: "merge-scalars",
     summary: "merges arithmetic with scalar constants, and drops additions of 0",
     doc: "Two multiplications or divisions by scalars become one multiplication, two additions or subtractions one \
-          addition. Adding 0, Relu of what is never negative, and ArgMax of a Softmax over the same axis lose a node, \
-          and so does Where with a negated or constant condition. Declines where the merged constant leaves the range \
-          of normal numbers or cancels, where an inner value has other uses, and for whole numbers.",
+          addition. Adding 0 and Relu of what is never negative lose a node, and so does Where with a negated or \
+          constant condition. Declines where the merged constant leaves the range of normal numbers or cancels, where \
+          an inner value has other uses, and for whole numbers. A Softmax before ArgMax stays: numbers that it rounds \
+          to the same and rows that are not finite have another index without it.",
     options: &[],
     // One rounding takes the place of two: half a unit in the last place of float32 each, 6e-8.
     kind: Kind::Equivalent { rtol: 1e-6 },
@@ -29,9 +30,11 @@ impl Pass for MergeScalars {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
@@ -49,19 +52,6 @@ fn rules() -> Vec<Rule> {
             Ok(inner)
         })
         .sharing(),
-        rule("argmax-of-softmax", pat!(outer: ArgMax(inner: Softmax|LogSoftmax(x))), |m, g| {
-            let ndim = m.ndim("x")?;
-            let modern = m.opset() >= 13;
-            let over = m.axis(m.node("inner").int("axis").unwrap_or(if modern { -1 } else { 1 }), ndim)?;
-            let axis = m.axis(m.node("outer").int("axis").unwrap_or(0), ndim)?;
-            // Before opset 13 all axes from the stated one on are normalized together.
-            let same = if modern { over == axis } else { over <= axis };
-            m.require(same, "the maximum is taken over another axis than the normalization")?;
-            let mut node = Node::new("ArgMax");
-            node.attributes = m.node("outer").attributes.clone();
-            Ok(Replacement::from(g.node(node, &[m.value("x")])))
-        })
-        .sharing(),
         rule("where-not", pat!(Where(Not(c), x, y)), where_not).sharing(),
         rule("constant-where", pat!(Where(c, x, y)), |m, _| constant_where(m)),
     ]
@@ -71,7 +61,7 @@ fn rules() -> Vec<Rule> {
 fn scalar(m: &Match, node: &Node) -> Option<(ValueId, f64, bool)> {
     let (a, b) = (node.input(0)?, node.input(1)?);
     let constant = |v: ValueId| {
-        let tensor = m.graph().constant(v).filter(|t| t.dtype().is_float() && t.dims().iter().all(|&d| d == 1))?;
+        let tensor = m.graph().constant(v).filter(|t| is_weight_type(t.dtype()) && t.dims().iter().all(|&d| d == 1))?;
         // A scalar of more axes than its partner would add axes.
         let other = if v == a { b } else { a };
         let fits = tensor.dims().is_empty() || m.facts().ndim(other).is_some_and(|n| n >= tensor.dims().len());
@@ -95,12 +85,6 @@ fn scalars(m: &Match) -> Option<(ValueId, Scalar, Scalar)> {
     Some((x, (inner, inner_right), (outer, outer_right)))
 }
 
-fn constant(m: &Match, g: &mut Patch, name: &str, number: f64) -> Result<ValueId, Refusal> {
-    let ty = m.elem("output")?;
-    let tensor = Tensor::from_f64s(ty, &[], &[number]).ok_or("constants of this type cannot be written")?;
-    Ok(g.constant(name, tensor))
-}
-
 fn merge_factors(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let (x, inner, outer) = scalars(m).ok_or_else(Refusal::no_match)?;
     let factor = |node: &Node, (number, right): (f64, bool)| match (node.is("Div"), right) {
@@ -112,11 +96,9 @@ fn merge_factors(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let (Some(inner), Some(outer)) = (inner, outer) else {
         return Err("a constant is divided by the value".into());
     };
-    let product = inner * outer;
-    // Within these bounds float16 keeps its precision too, and no intermediate result mattered by overflowing.
-    let moderate = |v: f64| (1e-3..=1e3).contains(&v.abs());
-    m.require([inner, outer, product].into_iter().all(moderate), "a factor is very large or very small")?;
-    let factor = constant(m, g, "factor", product)?;
+    let (elem, product) = (m.elem("output")?, inner * outer);
+    require_moderate(elem, &[inner, outer, product])?;
+    let factor = g.constant("factor", factors(elem, &[], &[product])?);
     Ok(g.node(Node::new("Mul"), &[x, factor]))
 }
 
@@ -128,16 +110,15 @@ fn merge_terms(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let signed = |label, number: f64| if subtracts(label) { -number } else { number };
     let (inner, outer) = (signed("inner", inner), signed("outer", outer));
     m.require(inner * outer > 0.0, "the terms cancel")?;
-    let sum = inner + outer;
-    m.require(sum.abs() < 6e4, "the sum is very large")?;
-    let term = constant(m, g, "term", sum)?;
+    let sum = Sum::of(inner, 1.0).plus(outer);
+    let term = g.constant("term", sums(m.elem("output")?, &[], &[sum])?);
     Ok(g.node(Node::new("Add"), &[x, term]))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check, check_refuses};
+    use crate::testing::{check, check_refuses, check_untouched};
 
     #[test]
     fn merges_factors_and_terms() {
@@ -185,40 +166,57 @@ mod tests {
     }
 
     #[test]
+    fn keeps_factors_and_terms_that_their_type_does_not_hold() {
+        let of = |elem: &str, number: &str, body: &str| {
+            format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]> g ({elem}[n] x) => ({elem}[n] y) <{elem} c = {{{number}}}> {{ {body} }}"
+            )
+        };
+        let pair = "a = Mul (x, c) y = Mul (a, c)";
+        check_refuses(&MergeScalars, &of("float16", "0.0001", pair), "a factor is very large or very small");
+        check_refuses(&MergeScalars, &of("float", "1e-25", pair), "a factor is very large or very small");
+        check_refuses(&MergeScalars, &of("float16", "0.003", pair), "a factor is very large or very small");
+        check_refuses(&MergeScalars, &of("float16", "500.0", pair), "a factor is very large or very small");
+        let pair = "a = Add (x, c) y = Add (a, c)";
+        check_refuses(&MergeScalars, &of("float16", "40000.0", pair), "leave the range of its type");
+        check(&MergeScalars, &of("float16", "0.25", "a = Mul (x, c) y = Mul (a, c)"));
+        check(&MergeScalars, &of("float", "1e-5", "a = Mul (x, c) y = Mul (a, c)"));
+    }
+
+    #[test]
+    fn keeps_the_softmax_that_an_index_is_taken_of() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[n,4] x) => (int64[n,1] y) { a = Softmax <axis = 1> (x) y = ArgMax <axis = 1> (a) }";
+        check_untouched(&MergeScalars, graph);
+    }
+
+    #[test]
     fn drops_what_the_result_does_not_need_in_a_branch() {
         let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
-            g (bool c, bool[n] d, float[n,4] x, float[n,4] z) => (int64[n,1] y, float[n,4] s) <bool yes = {1}> {
-                y = If (c) <then_branch = then () => (int64[n,1] r) {
+            g (bool c, float[n,4] x, float[n,4] z) => (float[n,4] y, float[n,4] s) <bool yes = {1}> {
+                y = If (c) <then_branch = then () => (float[n,4] r) {
                     a = Softmax <axis = -1> (x)
-                    r = ArgMax <axis = 1> (a)
-                }, else_branch = other () => (int64[n,1] q) { q = ArgMax <axis = 1> (x) }>
+                    b = Relu (a)
+                    r = Sin (b)
+                }, else_branch = other () => (float[n,4] q) { q = Neg (x) }>
                 f = Sigmoid (x)
                 h = Relu (f)
                 w = Where (yes, h, z)
                 s = Neg (w)
             }";
         insta::assert_snapshot!(check(&MergeScalars, graph), @"
-        g (bool c, bool[n] d, float[n,4] x, float[n,4] z) => (int64[n,1] y, float[n,4] s) <
+        g (bool c, float[n,4] x, float[n,4] z) => (float[n,4] y, float[n,4] s) <
             bool yes = {1}
         > {
-            y = If (c) <then_branch = then () => (r_1) {
-                r_1 = ArgMax <axis = 1> (x)
-            }, else_branch = other () => (int64[n,1] q) {
-                q = ArgMax <axis = 1> (x)  # int64[n,1]
-            }>  # int64[n,1]
+            y = If (c) <then_branch = then () => (float[n,4] r) {
+                a = Softmax <axis = -1> (x)
+                r = Sin (a)  # float[n,4]
+            }, else_branch = other () => (float[n,4] q) {
+                q = Neg (x)  # float[n,4]
+            }>  # float[n,4]
             f = Sigmoid (x)
             s = Neg (f)  # float[n,4]
         }
         ");
-    }
-
-    #[test]
-    fn keeps_a_softmax_over_another_axis() {
-        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
-            g (float[n,4] x) => (int64[1,4] y) {
-                a = Softmax <axis = -1> (x)
-                y = ArgMax <axis = 0> (a)
-            }";
-        check_refuses(&MergeScalars, graph, "the maximum is taken over another axis than the normalization");
     }
 }

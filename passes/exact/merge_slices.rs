@@ -1,6 +1,6 @@
 //! Merges the Slices that tile an axis of one tensor into one Split.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity, operands::slice_ranges};
+use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs, operands::slice_ranges};
 use lathe_analysis::Facts;
 use lathe_ir::{Function, Graph, Model, Node, NodeId, Tensor, Use, ValueId, imported};
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,32 +25,15 @@ impl Pass for MergeSlices {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        let mut outcome = Outcome::default();
-        let functions = std::mem::take(&mut model.functions);
-        let result = merge(&mut model.graph, &model.opsets, &functions, cx, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = merge(&mut graph, &opsets, &model.functions, cx, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
-        Ok(outcome)
+        edit_graphs(model, cx, merge)
     }
 }
 
 /// One Slice over one axis: where it begins and ends, and its node.
 type Part = (i64, i64, NodeId);
 
-fn merge(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn merge(editor: &mut Editor) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     let sliced: BTreeSet<ValueId> = graph
         .all_nodes()
         .into_iter()
@@ -160,13 +143,7 @@ fn split(
     for (&(_, _, slice), &new) in parts.iter().zip(&made) {
         let Some(old) = graph.node(slice).output(0) else { continue };
         facts.inherit(new, old);
-        let (name, output) = (graph.value(old).name.clone(), graph.is_output(old));
-        graph.replace_uses(old, new);
-        if !output {
-            let spare = graph.fresh_name(&name);
-            graph.rename(old, spare);
-            graph.rename(new, name);
-        }
+        graph.replace(old, new);
         graph.remove_unused(vec![slice]);
     }
     outcome.change("slices-to-split", place);

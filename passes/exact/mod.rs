@@ -1,8 +1,5 @@
 //! Exact passes: the result is the same function.
 
-mod attention_parts;
-mod attention_weights;
-mod causal_mask;
 mod drop_broadcasts;
 mod drop_dead;
 mod drop_duplicate_units;
@@ -19,6 +16,7 @@ mod fold_matmul_chain;
 mod fold_norm_affine;
 mod fold_pads;
 mod fold_plan;
+mod fold_residual_bias;
 mod fold_scale;
 mod freeze_initializers;
 mod fuse_attention;
@@ -27,6 +25,7 @@ mod fuse_gemm;
 mod fuse_hard_swish;
 mod fuse_layer_norm;
 mod fuse_rms_norm;
+mod fuse_rotary;
 mod fuse_skip_norm;
 mod hoist_constants;
 mod hoist_invariants;
@@ -39,6 +38,7 @@ mod merge_scalars;
 mod merge_slices;
 mod norm_parts;
 mod normalise_model;
+mod rounding;
 mod share_initializers;
 mod simplify_gathers;
 mod simplify_reshapes;
@@ -63,6 +63,7 @@ pub use fold_index_arithmetic::FoldIndexArithmetic;
 pub use fold_matmul_chain::FoldMatmulChain;
 pub use fold_norm_affine::FoldNormAffine;
 pub use fold_pads::FoldPads;
+pub use fold_residual_bias::FoldResidualBias;
 pub use fold_scale::FoldScale;
 pub use freeze_initializers::FreezeInitializers;
 pub use fuse_attention::FuseAttention;
@@ -71,6 +72,7 @@ pub use fuse_gemm::FuseGemm;
 pub use fuse_hard_swish::FuseHardSwish;
 pub use fuse_layer_norm::FuseLayerNorm;
 pub use fuse_rms_norm::FuseRmsNorm;
+pub use fuse_rotary::FuseRotary;
 pub use fuse_skip_norm::FuseSkipNorm;
 pub use hoist_constants::HoistConstants;
 pub(crate) use hoist_constants::constant_of;
@@ -134,7 +136,9 @@ pub const PASSES: &[&dyn Pass] = &[
     &DropDuplicateUnits,
     &MergeSlices,
     &FuseAttention,
+    &FuseRotary,
     &FuseSkipNorm,
+    &FoldResidualBias,
     &SliceChains,
     &ShareInitializers,
     &MergeDuplicates,

@@ -5,6 +5,7 @@ use crate::{
 };
 use lathe_analysis::{Affine, Affines, DimExpr};
 use lathe_ir::{Model, Node, Patch, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct SimplifyGathers;
@@ -29,12 +30,14 @@ impl Pass for SimplifyGathers {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
 
 /// Constant grids with more elements than this are not looked at.
 const LARGEST: usize = 1 << 20;
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![

@@ -7,6 +7,7 @@ use crate::{
 };
 use lathe_analysis::DimExpr;
 use lathe_ir::{Model, Node, Patch, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct SimplifyReshapes;
@@ -15,9 +16,10 @@ static INFO: Info = Info {
     name: "simplify-reshapes",
     summary: "composes Reshape, Flatten, Squeeze and Unsqueeze, and makes their targets constants",
     doc: "A target that is computed from shapes becomes a constant where every size is known, is the size of the same \
-          axis of the input (written 0) or is the only one left (written -1); the nodes that computed it go away. \
-          Reshape, Flatten, Squeeze and Unsqueeze directly after one another become one node. Declines where sizes \
-          are not related by the symbolic shapes, and where the value between two nodes has other uses.",
+          axis of the input (written 0) or is the only one left (written -1, where no other can be 0); the nodes that \
+          computed it go away. Reshape, Flatten, Squeeze and Unsqueeze directly after one another become one node. \
+          Declines where sizes are not related by the symbolic shapes, where a size would be inferred beside an axis \
+          that may be empty, and where the value between two nodes has other uses.",
     options: &[],
     kind: Kind::Identical,
     lowers: &[Quantity::Nodes],
@@ -30,9 +32,11 @@ impl Pass for SimplifyReshapes {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
@@ -43,14 +47,12 @@ fn rules() -> Vec<Rule> {
             pat!(outer: Reshape|Flatten|Squeeze|Unsqueeze(inner: Reshape|Flatten|Squeeze|Unsqueeze(x, ..), ..)),
             |m, g| {
                 m.require(m.opset() >= 5, "before opset 5 the target of a Reshape is an attribute")?;
-                let to = target(m, m.value("x"), m.value("output"))?;
-                Ok(g.reshape(m.value("x"), &to))
+                regrouped(m, g, &["outer", "inner"])
             },
         ),
         rule("reshape-to-constant", pat!(node: Reshape(x, shape)), |m, g| {
             m.only_if(m.graph().constant(m.value("shape")).is_none())?;
-            let to = target(m, m.value("x"), m.value("output"))?;
-            Ok(g.reshape(m.value("x"), &to))
+            regrouped(m, g, &["node"])
         }),
         rule("expand-to-constant", pat!(node: Expand(x, shape)), |m, g| {
             m.only_if(m.graph().constant(m.value("shape")).is_none())?;
@@ -61,35 +63,76 @@ fn rules() -> Vec<Rule> {
     ]
 }
 
+/// `x` in the shape of the output, by one node that does so for every size that the nodes labelled `old` bear.
+fn regrouped(m: &Match, g: &mut Patch, old: &[&str]) -> Result<ValueId, Refusal> {
+    let (x, result) = (m.value("x"), m.value("output"));
+    let full: Vec<DimExpr> = old.iter().flat_map(|label| full_axes(m, m.node(label))).collect();
+    match target(m, x, result, &full) {
+        Ok(sizes) => Ok(g.reshape(x, &sizes)),
+        Err(reason) => flattened(m, g, x, result).or_else(|| with_ones(m, g, x, result)).ok_or(reason),
+    }
+}
+
+/// The sizes that cannot be 0 where a Reshape runs at all: those beside the one it infers.
+fn full_axes(m: &Match, node: &Node) -> Vec<DimExpr> {
+    let inferred = || {
+        let sizes = m.facts().contents(node.input(1).filter(|_| node.is("Reshape"))?)?;
+        sizes.elements().iter().position(|size| size.as_ref().and_then(DimExpr::as_known) == Some(-1))
+    };
+    let shape = node.output(0).and_then(|v| m.facts().shape(v));
+    let (Some(inferred), Some(mut shape)) = (inferred(), shape.map(<[DimExpr]>::to_vec)) else { return Vec::new() };
+    shape.remove(inferred);
+    shape
+}
+
 /// The target that reshapes `x` into the shape of `result`: a known size, 0 for the size of the same axis of `x`, and
-/// -1 for at most one more.
-pub(super) fn target(m: &Match, x: ValueId, result: ValueId) -> Result<Vec<i64>, Refusal> {
+/// -1 for at most one more. Beside -1, runtimes refuse a size of 0: the others must certainly not be 0, or be among `full`.
+pub(super) fn target(m: &Match, x: ValueId, result: ValueId, full: &[DimExpr]) -> Result<Vec<i64>, Refusal> {
     let from = m.facts().shape(x);
     let Some(to) = m.facts().shape(result) else {
         return Err("the number of axes of the result is unknown".into());
     };
     let mut sizes = Vec::with_capacity(to.len());
-    let mut free = 0;
     for (axis, size) in to.iter().enumerate() {
         let same = from.and_then(|from| from.get(axis)) == Some(size);
         sizes.push(match size.as_known() {
             Some(0) if !same => return Err("a size is 0, which would copy one of the input".into()),
             Some(known) => known,
             None if same => 0,
-            None => {
-                free += 1;
-                -1
-            }
+            None => -1,
         });
     }
+    let free = sizes.iter().filter(|&&size| size == -1).count();
     m.require(free <= 1, "more than one size is neither known nor the same as before")?;
-    // Nothing can be inferred beside a size of 0.
-    m.require(free == 0 || !sizes_hold_zero(to), "a size is inferred beside a size of 0")?;
+    let empty = |(size, &written): (&DimExpr, &i64)| written != -1 && !size.is_positive() && !full.contains(size);
+    m.require(free == 0 || !to.iter().zip(&sizes).any(empty), "a size is inferred beside one that may be 0")?;
     Ok(sizes)
 }
 
-fn sizes_hold_zero(sizes: &[DimExpr]) -> bool {
-    sizes.iter().any(|size| size.as_known() == Some(0))
+/// `x` as a matrix in the shape of `result`, where that takes its first axes as rows and the others as columns.
+fn flattened(m: &Match, g: &mut Patch, x: ValueId, result: ValueId) -> Option<ValueId> {
+    let (from, [rows, columns]) = (m.facts().shape(x)?, m.facts().shape(result)?) else { return None };
+    let product = |sizes: &[DimExpr]| sizes.iter().try_fold(DimExpr::from(1), |all, size| all.times(size));
+    let fits = |&axis: &usize| {
+        product(&from[..axis]).as_ref() == Some(rows) && product(&from[axis..]).as_ref() == Some(columns)
+    };
+    let axis = (0..=from.len()).find(fits).filter(|_| m.opset() >= 9)?;
+    Some(g.node(Node::new("Flatten").with("axis", axis as i64), &[x]))
+}
+
+/// `x` in the shape of `result`, where the two differ by axes of one element that only one of them has.
+fn with_ones(m: &Match, g: &mut Patch, x: ValueId, result: ValueId) -> Option<ValueId> {
+    let (from, to) = (m.facts().shape(x)?, m.facts().shape(result)?);
+    let (op, long, short) = if from.len() > to.len() { ("Squeeze", from, to) } else { ("Unsqueeze", to, from) };
+    let mut left = short.iter().peekable();
+    let mut ones = Vec::new();
+    for (axis, size) in long.iter().enumerate() {
+        if left.next_if_eq(&size).is_none() {
+            ones.push(axis);
+        }
+    }
+    let fits = left.peek().is_none() && ones.iter().all(|&axis| long[axis].as_known() == Some(1));
+    (fits && !ones.is_empty()).then(|| with_axes(m, g, Node::new(op), 13, x, &ones))
 }
 
 /// The target of an `Expand` in known sizes, where 1 keeps the size of the input.
@@ -229,6 +272,75 @@ mod tests {
                 y = Reshape (x, to)
             }";
         check_refuses(&SimplifyReshapes, graph, "more than one size is neither known nor the same as before");
+    }
+
+    #[test]
+    fn infers_no_size_beside_one_that_may_be_empty() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[b,n,4,m] x) => (float[b,n,k] y) <int64[1] i0 = {0}, int64[1] i2 = {2}, int64[1] i3 = {3}, int64[1] i4 = {4}> {
+                s = Shape (x)
+                a = Slice (s, i0, i2)
+                c = Slice (s, i3, i4)
+                d = Mul (c, i4)
+                to = Concat <axis = 0> (a, d)
+                y = Reshape (x, to)
+            }";
+        check_refuses(&SimplifyReshapes, graph, "a size is inferred beside one that may be 0");
+        // Where the file itself infers the size it does not run on empty axes either.
+        let inferred = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[b,n,4,m] x) => (float[b,n,k] y) <int64[1] i0 = {0}, int64[1] i2 = {2}, int64[1] minus = {-1}> {
+                s = Shape (x)
+                a = Slice (s, i0, i2)
+                to = Concat <axis = 0> (a, minus)
+                y = Reshape (x, to)
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, inferred), @"
+        g (float[b,n,4,m] x) => (float[b,n,k] y) <
+            int64[1] i0 = {0},
+            int64[1] i2 = {2},
+            int64[1] minus = {-1},
+            int64[3] y_shape = {0, 0, -1}
+        > {
+            y = Reshape (x, y_shape)  # float[b,n,k]
+        }
+        ");
+    }
+
+    #[test]
+    fn flattens_and_adds_ones_where_a_target_would_infer() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[n,m,4] x) => (float[n,k] y, float[1,n,m,4] z)
+               <int64[4] four = {0, 0, 2, 2}, int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] i2 = {2}, int64[1] i4 = {4}> {
+                r = Reshape (x, four)
+                y = Flatten <axis = 1> (r)
+                s = Shape (x)
+                one = Slice (s, i4, i4)
+                to = Concat <axis = 0> (i1, s, one)
+                z = Reshape (x, to)
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, graph), @"
+        g (float[n,m,4] x) => (float[n,k] y, float[1,n,m,4] z) <
+            int64[4] four = {0, 0, 2, 2},
+            int64[1] i0 = {0},
+            int64[1] i1 = {1},
+            int64[1] i2 = {2},
+            int64[1] i4 = {4},
+            int64[1] z_axes = {0}
+        > {
+            y = Flatten <axis = 1> (x)  # float[n,k]
+            z = Unsqueeze (x, z_axes)  # float[1,n,m,4]
+        }
+        ");
+        let flat = "<ir_version: 7, opset_import: [\"\" : 12]>
+            g (float[n,1,m,k] x) => (float[n,m,k] y) {
+                u = Unsqueeze <axes = [0]> (x)
+                y = Squeeze <axes = [0, 2]> (u)
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, flat), @"
+        g (float[n,1,m,k] x) => (float[n,m,k] y) {
+            y = Squeeze <axes = [1]> (x)  # float[n,m,k]
+        }
+        ");
     }
 
     #[test]

@@ -3,7 +3,10 @@
 use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
 use lathe_analysis::DimExpr;
 use lathe_ir::{DataType, Graph, Model, Node, NodeId, Patch, Tensor, Use, ValueId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::LazyLock,
+};
 
 /// See [`INFO`].
 pub struct SimplifyShapes;
@@ -26,12 +29,14 @@ impl Pass for SimplifyShapes {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
 
 /// Nodes looked at on the way back from a vector of sizes.
 const MAX_CONE: usize = 64;
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![rule(

@@ -7,6 +7,7 @@ use crate::{
 };
 use lathe_analysis::DimExpr;
 use lathe_ir::{Model, Node, Patch, Use, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct SimplifySlices;
@@ -30,9 +31,11 @@ impl Pass for SimplifySlices {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![

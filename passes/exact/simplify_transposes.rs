@@ -5,6 +5,7 @@ use crate::{
     rewrite, rule,
 };
 use lathe_ir::{Model, Node, Patch, Use, ValueId};
+use std::sync::LazyLock;
 
 /// See [`INFO`].
 pub struct SimplifyTransposes;
@@ -12,7 +13,8 @@ pub struct SimplifyTransposes;
 static INFO: Info = Info {
     name: "simplify-transposes",
     summary: "composes Transposes, and moves them past other nodes where that cancels some",
-    doc: "Two Transposes in a row become one or none. A Transpose that only moves axes of size 1 becomes a Reshape, \
+    doc: "Two Transposes in a row become one or none. The last two axes are \
+          turned without a Reshape before and behind that makes all others one. A Transpose that only moves axes of size 1 becomes a Reshape, \
           which copies nothing. Transposes before an elementwise node, a Concat, Softmax, ReduceMax or ReduceMin move behind it where \
           the number of nodes falls: two operands with the same permutation, or a Transpose behind that undoes it. \
           Declines where the value between two nodes has other uses.",
@@ -28,9 +30,11 @@ impl Pass for SimplifyTransposes {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &rules())
+        rewrite(model, cx, &RULES)
     }
 }
+
+static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
@@ -47,9 +51,26 @@ fn rules() -> Vec<Rule> {
             let (perm, shape) = (m.perm("node")?, m.facts().shape(m.value("x")).ok_or_else(Refusal::no_match)?);
             let long: Vec<usize> = perm.iter().copied().filter(|&axis| shape[axis].as_known() != Some(1)).collect();
             m.only_if(!is_identity(&perm) && long.is_sorted() && m.opset() >= 5)?;
-            let to = super::simplify_reshapes::target(m, m.value("x"), m.value("output"))?;
+            let to = super::simplify_reshapes::target(m, m.value("x"), m.value("output"), &[])?;
             Ok(g.reshape(m.value("x"), &to))
         }),
+        rule(
+            // As exporters turn keys: with all leading axes as one.
+            "transpose-without-grouping",
+            pat!(outer: Reshape(middle: Transpose(inner: Reshape(x, _)), _)),
+            |m, g| {
+                let grouped = m.node("inner").output(0).ok_or_else(Refusal::no_match)?;
+                let shape = |value: ValueId| m.facts().shape(value).ok_or_else(Refusal::no_match);
+                let (from, to) = (shape(m.value("x"))?, m.shape("output")?);
+                let [batch @ .., rows, columns] = from else { return Err(Refusal::no_match()) };
+                m.only_if(m.perm("middle")? == [0, 2, 1] && from.len() != 3)?;
+                m.only_if(matches!(shape(grouped)?, [_, r, c] if r == rows && c == columns))?;
+                m.only_if(matches!(to, [b @ .., c, r] if b == batch && r == rows && c == columns))?;
+                let mut perm: Vec<usize> = (0..from.len()).collect();
+                perm.swap(from.len() - 2, from.len() - 1);
+                Ok(g.transpose(m.value("x"), &perm))
+            },
+        ),
         rule(
             "sink-past-unary",
             pat!(middle: Abs|Neg|Relu|LeakyRelu|Sigmoid|HardSigmoid|HardSwish|Tanh|Exp|Log|Sqrt|Erf|Gelu|Elu|Selu|Softplus|Softsign|Clip|Not|Ceil|Floor|Round|Reciprocal|Sin|Cos|Mish|ThresholdedRelu|Celu|Sign|Cast(inner: Transpose(x), ..)),
@@ -266,6 +287,31 @@ mod tests {
             y = Transpose <perm = [2, 0, 1]> (x)  # float[4,2,3]
         }
         ");
+    }
+
+    #[test]
+    fn turns_keys_without_grouping_heads() {
+        let graph = |to: &str| {
+            format!(
+                r#"<ir_version: 8, opset_import: ["" : 17]>
+                g (float[B,2,S,8] x) => (float[B,2,8,S] y)
+                <int64[1] front = {{-1}}, int64[1] two = {{2}}, int64[1] three = {{3}}, int64[1] four = {{4}}, int64[1] zero = {{0}}> {{
+                    s = Shape (x)
+                    lead = Slice (s, zero, two)
+                    rows = Slice (s, two, three)
+                    columns = Slice (s, three, four)
+                    grouped = Concat <axis = 0> (front, rows, columns)
+                    split = Concat <axis = 0> ({to})
+                    a = Reshape (x, grouped)
+                    b = Transpose <perm = [0, 2, 1]> (a)
+                    y = Reshape (b, split)
+                }}"#
+            )
+        };
+        let printed = check(&SimplifyTransposes, &graph("lead, columns, rows"));
+        assert!(printed.contains("y = Transpose <perm = [0, 1, 3, 2]> (x)"), "{printed}");
+        let other = graph("lead, rows, columns").replace("float[B,2,8,S] y", "float[B,2,S,8] y");
+        crate::testing::check_untouched(&SimplifyTransposes, &other);
     }
 
     #[test]

@@ -302,15 +302,12 @@ fn carry_out(graph: &mut Graph, facts: &Facts, plan: &Plan) {
         let new =
             graph.append(ScopeId::MAIN, Node::new("Reshape"), &[pieces.expect("a Scan returns all"), full], &name);
         let inner = inner_uses(graph, old);
-        graph.replace_uses(old, new);
+        graph.replace(old, new);
         for (id, index) in inner {
             graph.set_input(id, index, Some(old));
         }
         if !graph.is_output(new) {
             graph.value_mut(new).ty = graph.value(old).ty.clone();
-            let spare = graph.fresh_name(&name);
-            graph.rename(old, spare);
-            graph.rename(new, name);
         }
         graph.add_output(body, old);
     }

@@ -2,7 +2,7 @@
 
 use super::inline_if::known_bool;
 use crate::same_scope::{Operand, operand};
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass};
+use crate::{Context, Editor, Error, Info, Kind, Opt, Outcome, Pass, edit_graphs};
 use lathe_analysis::Facts;
 use lathe_ir::{AttributeValue, Function, Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::BTreeMap;
@@ -41,19 +41,7 @@ impl Pass for UnrollLoop {
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
         let limits = Limits { trips: cx.setting(&INFO, "max-trips")?, nodes: cx.setting(&INFO, "max-nodes")? };
-        let mut outcome = Outcome::default();
-        let functions = std::mem::take(&mut model.functions);
-        let result = unroll(&mut model.graph, &model.opsets, &functions, cx, &limits, &mut outcome);
-        model.functions = functions;
-        result?;
-        for index in 0..model.functions.len() {
-            let mut graph = std::mem::take(&mut model.functions[index].graph);
-            let opsets = model.functions[index].opsets.clone();
-            let result = unroll(&mut graph, &opsets, &model.functions, cx, &limits, &mut outcome);
-            model.functions[index].graph = graph;
-            result?;
-        }
-        Ok(outcome)
+        edit_graphs(model, cx, |editor| unroll(editor, &limits))
     }
 }
 
@@ -62,14 +50,8 @@ struct Limits {
     nodes: usize,
 }
 
-fn unroll(
-    graph: &mut Graph,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    cx: &Context,
-    limits: &Limits,
-    outcome: &mut Outcome,
-) -> Result<(), Error> {
+fn unroll(editor: &mut Editor, limits: &Limits) -> Result<(), Error> {
+    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
     if !graph.all_nodes().into_iter().any(|id| graph.node(id).is("Loop")) {
         return Ok(());
     }

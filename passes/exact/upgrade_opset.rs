@@ -100,7 +100,7 @@ fn upgrade(
         for id in graph.all_nodes() {
             let place = graph.describe(id);
             let op = graph.node(id).op_type.clone();
-            match step(graph, &mut facts, functions, id, version) {
+            match step(graph, &mut facts, functions, id, version, to) {
                 Ok(false) => {}
                 Ok(true) => outcome.change("convert-node", place),
                 Err(reason) => {
@@ -116,13 +116,14 @@ fn upgrade(
     Ok(())
 }
 
-/// Takes one node to `version`. Whether it changed.
+/// Takes one node to `version` on its way to version `to`. Whether it changed.
 fn step(
     graph: &mut Graph,
     facts: &mut Facts,
     functions: &[Function],
     id: NodeId,
     version: i64,
+    to: i64,
 ) -> Result<bool, String> {
     let node = graph.node(id);
     let called = functions.iter().any(|f| f.name == node.op_type && f.domain.is_empty());
@@ -138,7 +139,7 @@ fn step(
         return Err("an attribute is that of the calling node".to_owned());
     }
     let revision = graph.revision();
-    convert(&mut Site { graph, facts, id }, version)?;
+    convert(&mut Site { graph, facts, id, to }, version)?;
     Ok(graph.revision() != revision)
 }
 
@@ -352,6 +353,35 @@ mod tests {
                 z = MaxPool <kernel_shape = [3], strides = [2], ceil_mode = 1> (x)
             }",
         );
+    }
+
+    #[test]
+    fn refuses_a_mask_that_changes_its_meaning() {
+        let graph = "g (float[2,3] x) => (float[2,3] y, bool[2,3] m) { y, m = Dropout <ratio = 0.7> (x) }";
+        refuses(10, 13, graph, "Dropout cannot be converted to version 12: its mask says the opposite in inference");
+        refuses(
+            7,
+            13,
+            &graph.replace("bool", "float"),
+            "Dropout cannot be converted to version 10: the type of its mask changed",
+        );
+        up(
+            12,
+            18,
+            &graph.replace("<ratio = 0.7> ", "").replace(
+                "y, m = Dropout (x)",
+                "a = Unsqueeze <axes = [0]> (x) b = Squeeze <axes = [0]> (a) y, m = Dropout (b)",
+            ),
+        );
+        up(10, 13, "g (float[2,3] x) => (float[2,3] y) { y, m = Dropout <ratio = 0.7> (x) }");
+    }
+
+    #[test]
+    fn keeps_empty_axes_behind_a_softmax() {
+        let graph = "g (float[a,b,c,3] x) => (float[a,b,c,3] y) { y = Softmax <axis = 1> (x) }";
+        refuses(11, 13, graph, "one of its axes may be empty, which needs version 14");
+        assert!(up(11, 14, graph).contains("allowzero = 1"));
+        up(11, 13, &graph.replace("b,c", "2,5"));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{
     Weight,
     layers::Tap,
     quantize::{Blocks, Layout, Scheme},
-    take_over,
+    stored::Stored,
 };
 use crate::Target;
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, ValueId};
@@ -30,6 +30,11 @@ pub(super) fn emit(
         }
         None => restore(&mut model.graph, weight, layout, scheme, blocks),
     }
+}
+
+/// Replaces a constant that is only stored otherwise.
+pub(super) fn emit_stored(model: &mut Model, stored: &Stored, scheme: Scheme, blocks: &Blocks) {
+    restore(&mut model.graph, &stored.weight(), stored.layout, scheme, blocks);
 }
 
 /// How an operator of ONNX Runtime reads a weight in blocks.
@@ -100,7 +105,7 @@ fn read_directly(graph: &mut Graph, weight: &Weight, layout: Layout, scheme: Sch
         if let Some(added) = added {
             whole = graph.append(ScopeId::MAIN, Node::new("Add"), &[whole, added], &format!("{name}_whole"));
         }
-        take_over(graph, tap.output, whole);
+        graph.replace(tap.output, whole);
         let read = graph.node(tap.node).inputs().iter().flatten().copied().find(|&v| v != data);
         graph.remove_node(tap.node);
         let turn = read.filter(|&v| graph.value(v).uses().is_empty()).and_then(|v| graph.producer(v));

@@ -5,8 +5,8 @@ use super::{
     factors::{self, Layer, Seen},
     in_batches,
     quantize::{self, Coded, Scheme},
-    spectrum::{Spectrum, product},
-    take_over, weights,
+    spectrum::Spectrum,
+    weights,
 };
 use crate::{Context, Error, Info, Kind, Outcome, Quantity, Target, lossy::allocate::Measure};
 use faer::Mat;
@@ -31,8 +31,8 @@ static INFO: Info = Info {
 /// Ranks of the bypass.
 const RANKS: [usize; 3] = [8, 16, 32];
 
-/// What is quantized, and what is off by how much.
-fn coded(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<(Coded, Spectrum), &'static str> {
+/// What is quantized, how far it is off, and the directions of that.
+fn coded(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<(Coded, Mat<f64>, Spectrum), &'static str> {
     let squares: Vec<f64> = (0..layer.joint.nrows()).map(|i| layer.joint[(i, i)]).collect();
     let coded = Coded::of(graph, weight, Scheme { bits: 4, block: 128 }, &squares)?;
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
@@ -41,7 +41,7 @@ fn coded(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<(Coded, Spectr
     let at = |row: usize, column: usize| if turned { column * k + row } else { row * n + column };
     let off = Mat::from_fn(k, n, |row, column| layer.matrix[(row, column)] - f64::from(restored[at(row, column)]));
     let found = Spectrum::of(off.as_ref(), layer.joint.as_ref()).ok_or("its decomposition does not converge")?;
-    Ok((coded, found))
+    Ok((coded, off, found))
 }
 
 fn choices(graph: &Graph, weight: &Weight, layer: &Layer, target: Target) -> Result<Vec<Choice>, &'static str> {
@@ -52,20 +52,14 @@ fn choices(graph: &Graph, weight: &Weight, layer: &Layer, target: Target) -> Res
         return Err("its Gemm scales the product");
     }
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
-    let (coded, found) = coded(graph, weight, layer)?;
-    let tails = Spectrum::tails(&found.energy);
+    let (coded, off, found) = coded(graph, weight, layer)?;
+    let judged = |judge: &Mat<f64>| found.tails_under(off.as_ref(), judge.as_ref());
+    let tails: Vec<Vec<f64>> = layer.judges.iter().map(judged).collect();
     let ranks = RANKS.into_iter().filter(|&r| 4 * r <= k.min(n) && r < found.len());
     let choice = |rank: usize| {
         let numbers = (rank * (k + n)) as u64;
         let base = coded.spent(graph, weight, target);
-        let errors = match layer.taps.len() {
-            1 => vec![tails[rank].sqrt()],
-            _ => {
-                let rest = rank..found.len();
-                let (left, right) = (found.left.as_ref().subcols(rest.start, rest.len()), found.right.as_ref());
-                layer.errors(product(left, right.subcols(rest.start, rest.len()).transpose()).as_ref())
-            }
-        };
+        let errors = tails.iter().map(|tails| tails[rank].max(0.0).sqrt()).collect();
         let spent = Spent {
             bytes: base.bytes + 4 * numbers + 3 * OVERHEAD * weight.taps.len() as u64,
             parameters: base.parameters + numbers,
@@ -81,6 +75,10 @@ impl Method for Compensate {
         &INFO
     }
 
+    fn serves(&self, measures: &[Measure]) -> bool {
+        measures.iter().any(|m| matches!(m, Measure::Bytes | Measure::Latency))
+    }
+
     fn operator_set(&self) -> i64 {
         quantize::OPSET
     }
@@ -91,7 +89,7 @@ impl Method for Compensate {
             proposal.outcome.refuse("blocked DequantizeLinear needs operator set 21; --opset 21 upgrades", "the model");
             return Ok(proposal);
         }
-        if !cx.measures.iter().any(|m| matches!(m, Measure::Bytes | Measure::Latency)) {
+        if !self.serves(&cx.measures) {
             proposal.outcome.refuse("it saves neither bytes nor time", "the model");
             return Ok(proposal);
         }
@@ -118,7 +116,7 @@ impl Method for Compensate {
             coded(&model.graph, weight, &layer)
         });
         match made {
-            Ok((coded, found)) => {
+            Ok((coded, _, found)) => {
                 let mut left = found.left.subcols(0, rank).to_owned();
                 let mut right = found.right.subcols(0, rank).to_owned();
                 factors::balance(&mut left, &mut right);
@@ -148,14 +146,17 @@ fn emit(graph: &mut Graph, weight: &Weight, left: &Mat<f64>, right: &Mat<f64>) {
         let bypass = graph.append(ScopeId::MAIN, Node::new("MatMul"), &[inner, b], &format!("{name}_bypass"));
         let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[tap.output, bypass], &format!("{name}_whole"));
         let add = graph.producer(sum).expect("it was just added");
-        take_over(graph, tap.output, sum);
+        graph.replace(tap.output, sum);
         graph.set_input(add, 0, Some(tap.output));
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::spectrum::tests::{gram, random};
+    use super::super::spectrum::{
+        product,
+        tests::{gram, random},
+    };
     use super::*;
 
     #[test]

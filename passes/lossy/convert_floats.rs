@@ -1,6 +1,8 @@
 //! Weights as floats of 16 bits: stored so and widened where they are used, or multiplied so where that is faster.
 
-use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, on_all_cores, take_over, weights};
+use super::{
+    Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, on_all_cores, stored, stored::Stored, weights,
+};
 use crate::{Context, Error, Info, Kind, Outcome, Quantity, lossy::allocate::Measure};
 use lathe_analysis::{Rows, View};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
@@ -12,7 +14,8 @@ static INFO: Info = Info {
     name: "convert-floats",
     summary: "store weights as 16-bit floats, and multiply in them where the provider does",
     doc: "Offers every float32 matrix, table and kernel as float16 or bfloat16 with a `Cast` back where it is used; rows \
-          of tables are picked first. Where latency is limited and the execution provider computes in half precision, \
+          of tables are picked first. Weights of LSTM, GRU and RNN nodes, of grouped and transposed convolutions, and of \
+          products with more than two axes are stored so too, with a loss that is measured in the whole model. Where latency is limited and the execution provider computes in half precision, \
           offers layers that multiply in float16 too, with casts on both sides: only those whose inputs, outputs and \
           biases stay below an eighth of float16's range on the calibration set; others stay in float32 with the \
           reason. Biases and the parameters of normalizations stay float32. Declines float16 where a number lies \
@@ -60,6 +63,10 @@ impl Form {
             Form::Stored(_) => "bfloat16",
             Form::Multiplied => "float16 products",
         }
+    }
+
+    fn called(name: &str) -> Form {
+        Form::ALL.into_iter().find(|form| form.name() == name).expect("a choice is one of the forms")
     }
 
     fn dtype(self) -> DataType {
@@ -282,6 +289,10 @@ impl Method for ConvertFloats {
         &INFO
     }
 
+    fn serves(&self, measures: &[Measure]) -> bool {
+        measures.iter().any(|m| matches!(m, Measure::Bytes | Measure::Latency))
+    }
+
     fn reads_ranges(&self, cx: &Context) -> bool {
         cx.half_precision
     }
@@ -289,12 +300,17 @@ impl Method for ConvertFloats {
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let graph = &model.graph;
+        if !self.serves(&cx.measures) {
+            proposal.outcome.refuse("it saves bytes and time, and neither is limited", "the model");
+            return Ok(proposal);
+        }
         if model.opset() < OPSET {
             proposal.outcome.refuse("it needs operator set 9; --opset 9 upgrades", "the model");
             return Ok(proposal);
         }
         let place = |value: ValueId| format!("`{}`", graph.value(value).name);
         let (found, refused) = weights(graph);
+        let (others, refused) = stored::stored(graph, refused);
         refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
         let mut work = Vec::new();
         for weight in &found {
@@ -315,20 +331,32 @@ impl Method for ConvertFloats {
             };
             reasons.into_iter().for_each(|reason| proposal.outcome.refuse(reason, place(weight.value)));
         }
+        let forms = if model.opset() < BFLOAT16_OPSET { &Form::ALL[..1] } else { &Form::ALL[..2] };
+        let offer = |stored: &Stored| -> Vec<(String, Spent)> {
+            let bytes = 2 * stored.dims.iter().product::<usize>() as u64 + OVERHEAD;
+            forms.iter().map(|form| (form.name().to_owned(), stored.spent(bytes))).collect()
+        };
+        proposal.sites.extend(stored::sites(model, &others, cx, &offer, &store, &mut proposal.outcome)?);
         Ok(proposal)
     }
 
     fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, _cx: &Context) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let name = &site.choices[choice].name;
-        let form = Form::ALL.into_iter().find(|f| f.name() == name).expect("a choice is one of the forms");
+        let form = Form::called(name);
         let (found, _) = weights(&model.graph);
         match found.iter().find(|w| Some(w.value) == site.weight) {
             Some(weight) => {
                 emit(&mut model.graph, weight, form);
                 outcome.change(name.clone(), format!("`{}`", site.name));
             }
-            None => outcome.refuse("the constant is no longer used as it was", format!("`{}`", site.name)),
+            None => {
+                let stored = site.weight.and_then(|value| stored::of(&model.graph, value));
+                match stored.ok_or("the constant is no longer used as it was").and_then(|s| store(model, &s, name)) {
+                    Ok(()) => outcome.change(name.clone(), format!("`{}`", site.name)),
+                    Err(reason) => outcome.refuse(reason, format!("`{}`", site.name)),
+                }
+            }
         }
         Ok(outcome)
     }
@@ -365,7 +393,7 @@ fn emit(graph: &mut Graph, weight: &Weight, form: Form) {
         let rows = graph.node(tap.node).input(1).expect("a Gather has indices");
         let picked = graph.append(ScopeId::MAIN, own, &[stored, rows], &format!("{name}_picked"));
         let wide = graph.append(ScopeId::MAIN, cast_to(DataType::Float), &[picked], &format!("{name}_wide"));
-        take_over(graph, tap.output, wide);
+        graph.replace(tap.output, wide);
         graph.remove_node(tap.node);
     }
     if !graph.value(weight.value).uses().is_empty() {
@@ -383,6 +411,20 @@ fn emit(graph: &mut Graph, weight: &Weight, form: Form) {
     }
 }
 
+/// Stores a constant in a short type that holds all its numbers, with a cast in front of what reads it.
+fn store(model: &mut Model, stored: &Stored, name: &str) -> Result<(), &'static str> {
+    let form = Form::called(name);
+    let tensor = model.graph.constant(stored.value).expect("only constants are stored");
+    let short = tensor.to_f32s().map(|numbers| short(form.dtype(), &stored.dims, &numbers));
+    let finite = short.as_ref().and_then(Tensor::to_f64s).is_some_and(|all| all.iter().all(|x| x.is_finite()));
+    tensor.release();
+    if !finite {
+        return Err("a number of the constant lies beyond the range of the short type");
+    }
+    emit(&mut model.graph, &stored.weight(), form);
+    Ok(())
+}
+
 /// Lets a product whose weight is float16 already compute in it.
 fn multiply(graph: &mut Graph, tap: &Tap) {
     let name = graph.value(tap.output).name.clone();
@@ -396,7 +438,7 @@ fn multiply(graph: &mut Graph, tap: &Tap) {
     halves.extend(inputs.get(2).map(|&bias| halved(graph, bias)));
     let product = graph.append(ScopeId::MAIN, own, &halves, &format!("{name}_half"));
     let wide = graph.append(ScopeId::MAIN, cast_to(DataType::Float), &[product], &format!("{name}_wide"));
-    take_over(graph, tap.output, wide);
+    graph.replace(tap.output, wide);
     graph.remove_node(tap.node);
 }
 

@@ -221,11 +221,8 @@ fn choices(layer: &Layer, rivals: &[Choice], bytes: bool, choosing: Choosing) ->
             passed_over = true;
             continue;
         }
-        let (dictionary, lost) = fit(layer, &found, &coefficients).ok_or("its dictionary cannot be fitted")?;
-        let errors = match layer.taps.len() {
-            1 => vec![lost.sqrt()],
-            _ => layer.errors((&layer.matrix - product(dictionary.as_ref(), coefficients.as_ref())).as_ref()),
-        };
+        let (dictionary, _) = fit(layer, &found, &coefficients).ok_or("its dictionary cannot be fitted")?;
+        let errors = layer.errors((&layer.matrix - product(dictionary.as_ref(), coefficients.as_ref())).as_ref());
         choices.push(Choice { name: form.name(), spent, errors, measured: None, fitted: None });
     }
     if choices.is_empty() && passed_over {
@@ -240,6 +237,10 @@ impl Method for Dictionary {
         &INFO
     }
 
+    fn serves(&self, measures: &[Measure]) -> bool {
+        !measures.iter().any(|m| matches!(m, Measure::Latency | Measure::Flops))
+    }
+
     fn operator_set(&self) -> i64 {
         OPSET
     }
@@ -251,7 +252,7 @@ impl Method for Dictionary {
             proposal.outcome.refuse("its decoder needs operator set 18; --opset 21 upgrades", "the model");
             return Ok(proposal);
         }
-        if cx.measures.iter().any(|m| matches!(m, Measure::Latency | Measure::Flops)) {
+        if !self.serves(&cx.measures) {
             let mut proposal = Proposal::default();
             proposal.outcome.refuse("it saves neither time nor FLOPs", "the model");
             return Ok(proposal);
@@ -372,7 +373,7 @@ mod tests {
     fn layer(k: usize, n: usize) -> (Mat<f64>, Layer) {
         let (x, matrix) = (random(100, k, 1), random(k, n, 2));
         let joint = gram(&x);
-        (x, Layer { matrix, taps: vec![joint.clone()], joint })
+        (x, Layer { matrix, judges: vec![joint.clone()], joint })
     }
 
     #[test]

@@ -36,6 +36,9 @@ static INFO: Info = Info {
 /// Share of the rows on which an input must be small.
 pub const QUIET: f64 = 0.999;
 
+/// Rows that are needed to tell: one in so many may be larger.
+const LEAST_ROWS: u64 = 1000;
+
 /// Relative errors of a layer's output that all small inputs together may make.
 const LIMITS: [f64; 4] = [0.01, 0.02, 0.05, 0.1];
 
@@ -108,6 +111,9 @@ fn order(graph: &Graph, weight: &Weight, seen: &Seen, cx: &Context) -> Result<Re
         let Some(magnitudes) = magnitudes.filter(|m| m.features() == norms.len()) else {
             return Ok(Err("it was not watched how large its inputs are"));
         };
+        if magnitudes.rows < LEAST_ROWS {
+            return Ok(Err("fewer than 1,000 rows of its inputs were seen"));
+        }
         let largest = |unit: usize| largest(&magnitudes, &norms, unit * window..(unit + 1) * window);
         for (limit, quiet) in LIMITS.iter().zip(&mut quiet) {
             let threshold = magnitudes.threshold(limit * limit * output, &norms, &norms);
@@ -149,12 +155,16 @@ fn picked(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order, drop: usiz
     let gone: Vec<usize> = gone.iter().flat_map(|&unit| unit * window..(unit + 1) * window).collect();
     let rows = Mat::from_fn(gone.len(), matrix.ncols(), |row, column| matrix[(gone[row], column)]);
     let (mut biases, mut errors) = (Vec::new(), Vec::new());
-    for (gram, output) in seen.grams.iter().zip(&seen.outputs) {
+    for (gram, judge) in seen.grams.iter().zip(seen.judges()?) {
         let mean = |i: usize| gram.mean[gone[i]];
-        let spread = |i: usize, j: usize| gram.matrix.get(gone[i], gone[j]) - mean(i) * mean(j);
+        // Of other rows, around the mean that the bias takes.
+        let other = |i: usize| judge.gram.mean[gone[i]];
+        let spread = |i: usize, j: usize| {
+            judge.gram.matrix.get(gone[i], gone[j]) + mean(i) * mean(j) - mean(i) * other(j) - other(i) * mean(j)
+        };
         let covariance = Mat::from_fn(gone.len(), gone.len(), spread);
         let lost: f64 = spectrum::energies(rows.as_ref(), covariance.as_ref()).iter().sum();
-        errors.push((lost.max(0.0) / output).sqrt());
+        errors.push((lost.max(0.0) / judge.output).sqrt());
         let bias = |column: usize| (0..gone.len()).map(|row| mean(row) * rows[(row, column)]).sum::<f64>();
         biases.push((0..rows.ncols()).map(|column| bias(column) as f32).collect());
     }

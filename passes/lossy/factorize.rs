@@ -20,7 +20,7 @@ static INFO: Info = Info {
     doc: "Offers every float32 `MatMul`, `Gemm` and ungrouped `Conv` as `x·U` and `·V` of rank r: r(k + n) numbers and \
           multiply-adds per row instead of k·n. The factors lose least of the layer's output on the calibration set \
           (whitened singular value decomposition), not of the weight, and what they lose of its mean is added to the \
-          bias where there is one. A convolution becomes one with r channels and a \
+          bias where there is one. What is told of their error is that on samples which the fit has not seen. A convolution becomes one with r channels and a \
           1×1 one. Declines layers that give an output of the model, tables that rows are picked of, and those with \
           fewer than 32 inputs or outputs.",
     options: &[
@@ -122,28 +122,15 @@ fn choices(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Choice>, &'
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
     let ranks: Vec<usize> = ranks(k, n).into_iter().filter(|&r| r < found.len()).collect();
     let name = |rank: usize| format!("rank {rank}");
-    // Directions that were fitted to the output lose independently of one another; others do not.
-    if metric == Metric::Output && layer.taps.len() == 1 {
-        let tails = Spectrum::tails(&found.energy);
-        let choice = |&r: &usize| Choice {
-            name: name(r),
-            spent: factors::spent(k, n, r, uses),
-            errors: vec![tails[r].sqrt()],
-            measured: None,
-            fitted: None,
-        };
-        return Ok(ranks.iter().map(choice).collect());
-    }
-    let choice = |&r: &usize| {
-        let (left, right) = (found.left.as_ref().subcols(0, r), found.right.as_ref().subcols(0, r));
-        let off = &layer.matrix - product(left, right.transpose());
-        Choice {
-            name: name(r),
-            spent: factors::spent(k, n, r, uses),
-            errors: layer.errors(off.as_ref()),
-            measured: None,
-            fitted: None,
-        }
+    // The right sides of directions are orthogonal, so each loses by itself on any rows.
+    let judged = |judge: &Mat<f64>| found.tails_under(layer.matrix.as_ref(), judge.as_ref());
+    let tails: Vec<Vec<f64>> = layer.judges.iter().map(judged).collect();
+    let choice = |&r: &usize| Choice {
+        name: name(r),
+        spent: factors::spent(k, n, r, uses),
+        errors: tails.iter().map(|tails| tails[r].max(0.0).sqrt()).collect(),
+        measured: None,
+        fitted: None,
     };
     Ok(ranks.iter().map(choice).collect())
 }
@@ -226,6 +213,14 @@ mod tests {
             let square = |j: usize| self.outputs.col(j).squared_norm_l2() / self.outputs.nrows() as f64;
             let square = (0..self.outputs.ncols()).map(square).collect();
             Ok(Some(Moments { square, largest: None, rows: self.outputs.nrows() as u64 }))
+        }
+
+        fn held_gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
+            self.gram(rows)
+        }
+
+        fn held_moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+            self.moments(rows)
         }
 
         fn cosines(&self, _: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError> {

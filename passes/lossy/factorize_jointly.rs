@@ -2,9 +2,9 @@
 
 use super::{
     BATCH, Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight, factorize,
-    factors::{self, sides},
+    factors::{self, Judge, Seen, sides},
     on_all_cores,
-    spectrum::Spectrum,
+    spectrum::{Spectrum, product, tails_of_products},
     weights,
 };
 use crate::{Context, Error, Info, Kind, Outcome, Quantity};
@@ -33,14 +33,16 @@ static INFO: Info = Info {
 /// Layers that read one value, in the order of their first use, with what was seen of them.
 struct Team<'a> {
     members: Vec<Member<'a>>,
-    /// Second moments of what they read.
+    /// Second moments of what they read, and those that fits are judged by.
     gram: Gram,
+    judge: Gram,
 }
 
 struct Member<'a> {
     weight: &'a Weight,
-    /// Mean square norm of a row of its output.
+    /// Mean square norm of a row of its output, and the one that its errors are relative to.
     output: f64,
+    judged: f64,
 }
 
 /// Matrices by what they read, where two or more read the same.
@@ -63,17 +65,19 @@ fn team<'a>(
     cx: &Context,
     outcome: &mut Outcome,
 ) -> Result<Option<Team<'a>>, Error> {
-    let (mut members, mut gram) = (Vec::new(), None);
+    let (mut members, mut grams) = (Vec::new(), None);
     for &weight in candidates {
-        match factors::seen(graph, weight, cx)? {
-            Ok(mut seen) => {
-                members.push(Member { weight, output: seen.outputs[0] });
-                gram = gram.or(seen.grams.pop());
-            }
-            Err(reason) => outcome.refuse(reason, format!("`{}`", graph.value(weight.value).name)),
+        let mut join = |seen: Seen| {
+            let Judge { gram, output } = seen.judges()?.swap_remove(0);
+            members.push(Member { weight, output: seen.outputs[0], judged: output });
+            grams.get_or_insert_with(|| (seen.grams[0].clone(), gram.clone()));
+            Ok(())
+        };
+        if let Err(reason) = factors::seen(graph, weight, cx)?.and_then(&mut join) {
+            outcome.refuse(reason, format!("`{}`", graph.value(weight.value).name));
         }
     }
-    Ok(gram.filter(|_| members.len() > 1).map(|gram| Team { members, gram }))
+    Ok(grams.filter(|_| members.len() > 1).map(|(gram, judge)| Team { members, gram, judge }))
 }
 
 impl Team<'_> {
@@ -101,15 +105,23 @@ impl Team<'_> {
         Spectrum::of(all.as_ref(), gram.as_ref()).ok_or("its decomposition does not converge")
     }
 
-    /// Squared relative error of every member at every rank: directions lose independently of one another.
+    /// Squared relative error of every member at every rank.
     fn tails(&self, found: &Spectrum) -> Vec<Vec<f64>> {
+        let k = found.left.nrows();
+        let full = self.judge.matrix.to_full();
+        let gram = Mat::from_fn(k, k, |row, column| full[row * k + column]);
+        let seen = product(found.left.transpose(), product(gram.as_ref(), found.left.as_ref()).as_ref());
         let mut from = 0;
         let mut all = Vec::new();
         for member in &self.members {
             let n = sides(member.weight).1;
-            let share = |at: usize| found.right.col(at).subrows(from, n).squared_norm_l2();
-            let own: Vec<f64> = found.energy.iter().enumerate().map(|(at, e)| e.max(0.0) * share(at)).collect();
-            all.push(Spectrum::tails(&own));
+            let own = found.right.as_ref().subrows(from, n);
+            let mut products = product(own.transpose(), own);
+            for column in 0..products.ncols() {
+                products.col_mut(column).iter_mut().zip(seen.col(column).iter()).for_each(|(x, y)| *x *= y);
+            }
+            let scale = member.output / member.judged;
+            all.push(tails_of_products(products.as_ref()).into_iter().map(|tail| tail * scale).collect());
             from += n;
         }
         all
@@ -228,10 +240,7 @@ impl Method for FactorizeJointly {
 
 #[cfg(test)]
 mod tests {
-    use super::super::spectrum::{
-        product,
-        tests::{gram, random},
-    };
+    use super::super::spectrum::tests::{gram, random};
     use super::*;
     use lathe_analysis::SymMatrix;
     use lathe_ir::text;
@@ -262,13 +271,14 @@ mod tests {
             .iter()
             .map(|weight| {
                 let output = product(rows.as_ref(), factors::matrix(graph, weight).unwrap().as_ref());
-                Member { weight, output: output.squared_norm_l2() / rows.nrows() as f64 }
+                let output = output.squared_norm_l2() / rows.nrows() as f64;
+                Member { weight, output, judged: output }
             })
             .collect();
         let full = gram(rows);
         let upper = (0..K).flat_map(|i| (i..K).map(move |j| (i, j))).map(|at| full[at]).collect();
         let gram = Gram { matrix: SymMatrix::from_upper(K, upper).unwrap(), mean: vec![0.0; K], rows: 200 };
-        Team { members, gram }
+        Team { members, judge: gram.clone(), gram }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::{Spent, Tap, Weight};
 use crate::{Context, Error};
 use faer::{Mat, MatRef};
-use lathe_analysis::{Gram, Rows};
+use lathe_analysis::{Calibrate, Gram, Moments, Rows};
 use lathe_ir::{DataType, Graph, Node, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::BTreeMap;
 
@@ -19,6 +19,35 @@ pub(super) struct Seen {
     pub grams: Vec<Gram>,
     /// Mean square norm of a row of every use's output.
     pub outputs: Vec<f64>,
+    /// Both, of every use, on rows that no fit sees; empty where none are held out.
+    pub held: Vec<(Gram, f64)>,
+}
+
+/// What a fit to what was seen of a use is judged by.
+pub(super) struct Judge<'a> {
+    pub gram: &'a Gram,
+    /// The mean square norm that errors are told relative to.
+    pub output: f64,
+}
+
+impl Seen {
+    /// The rows that are held out. Where there are none, those of the fit, with its error raised by what least squares of
+    /// as many unknowns as there are inputs lose beyond the rows that they were fitted to.
+    pub fn judges(&self) -> Result<Vec<Judge<'_>>, &'static str> {
+        if !self.held.is_empty() {
+            return Ok(self.held.iter().map(|(gram, output)| Judge { gram, output: *output }).collect());
+        }
+        let judge = |(gram, output): (&'_ Gram, &f64)| {
+            let (rows, unknowns) = (gram.rows as f64, gram.matrix.size() as f64);
+            let beyond = rows / (rows - unknowns) * (rows - 1.0) / (rows - unknowns - 1.0);
+            (rows > unknowns + 1.0).then_some(output / beyond)
+        };
+        let all = self.grams.iter().zip(&self.outputs);
+        let judges = all.map(|(gram, output)| Some(Judge { gram, output: judge((gram, output))? }));
+        judges
+            .collect::<Option<Vec<_>>>()
+            .ok_or("fewer rows were seen of it than a fit needs, and none are held out to judge it")
+    }
 }
 
 /// A layer's weight with what was seen of it, in double precision.
@@ -27,8 +56,8 @@ pub(super) struct Layer {
     pub matrix: Mat<f64>,
     /// `Σ G / ‖Y‖²` over the uses: the error under it is the sum of the uses' squared relative errors.
     pub joint: Mat<f64>,
-    /// Second moments of every use over the mean square of its output.
-    pub taps: Vec<Mat<f64>>,
+    /// The same of every use, on the rows that fits are judged by.
+    pub judges: Vec<Mat<f64>>,
 }
 
 /// Inputs and outputs of a layer's weight.
@@ -67,18 +96,40 @@ pub(super) fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Resul
         let (Some(gram), Some(output)) = (gram, output) else {
             return Ok(Err("no second moments were collected of what it reads"));
         };
-        // Of the product, which a Gemm multiplies with a factor.
-        let node = graph.node(tap.node);
-        let factor = f64::from(node.float("alpha").filter(|_| node.is("Gemm")).unwrap_or(1.0));
-        let output: f64 = output.square.iter().sum::<f64>() / (factor * factor);
-        let fits = gram.matrix.size() == k && gram.matrix.upper().iter().all(|x| x.is_finite());
-        if !fits || !output.is_finite() || output <= 0.0 {
+        let output = product_norm(graph, tap, &output);
+        if !is_usable(&gram, output, k) {
             return Ok(Err("what it reads is not finite, or what it gives is all zero"));
         }
         grams.push(gram);
         outputs.push(output);
     }
-    Ok(Ok(Seen { grams, outputs }))
+    Ok(Ok(Seen { held: held(graph, weight, calibration)?, grams, outputs }))
+}
+
+/// What every use reads and gives on the rows that no fit sees; nothing unless all of it is known.
+fn held(graph: &Graph, weight: &Weight, calibration: &dyn Calibrate) -> Result<Vec<(Gram, f64)>, Error> {
+    let mut all = Vec::new();
+    for tap in &weight.taps {
+        let gram = tap.rows.as_ref().map(|rows| calibration.held_gram(rows)).transpose()?.flatten();
+        let output = calibration.held_moments(&tap.output_rows)?.map(|moments| product_norm(graph, tap, &moments));
+        match (gram, output) {
+            (Some(gram), Some(output)) if is_usable(&gram, output, sides(weight).0) => all.push((gram, output)),
+            _ => return Ok(Vec::new()),
+        }
+    }
+    Ok(all)
+}
+
+/// The mean square norm of a row of a product, which a Gemm multiplies with a factor.
+fn product_norm(graph: &Graph, tap: &Tap, output: &Moments) -> f64 {
+    let node = graph.node(tap.node);
+    let factor = f64::from(node.float("alpha").filter(|_| node.is("Gemm")).unwrap_or(1.0));
+    output.square.iter().sum::<f64>() / (factor * factor)
+}
+
+fn is_usable(gram: &Gram, output: f64, inputs: usize) -> bool {
+    let finite = gram.matrix.upper().iter().all(|x| x.is_finite());
+    gram.matrix.size() == inputs && finite && output.is_finite() && output > 0.0
 }
 
 /// Whether nothing but layout and a bias lies between a layer and an output of the model.
@@ -122,21 +173,28 @@ impl Layer {
     pub fn around(graph: &Graph, weight: &Weight, seen: &Seen, centred: bool) -> Result<Layer, &'static str> {
         let matrix = matrix(graph, weight)?;
         let k = matrix.nrows();
-        let scaled = |(gram, output): (&Gram, &f64)| {
+        // A bias gives back the mean that was seen, whatever that of other rows is.
+        let scaled = |gram: &Gram, given: &Gram, output: f64| {
             let full = gram.matrix.to_full();
-            let mean = |row: usize, column: usize| if centred { gram.mean[row] * gram.mean[column] } else { 0.0 };
-            Mat::from_fn(k, k, |row, column| (full[row * k + column] - mean(row, column)) / output)
+            let around = |row: usize, column: usize| {
+                let (own, back) = (&gram.mean, &given.mean);
+                back[row] * back[column] - own[row] * back[column] - back[row] * own[column]
+            };
+            let mean = |row: usize, column: usize| if centred { around(row, column) } else { 0.0 };
+            Mat::from_fn(k, k, |row, column| (full[row * k + column] + mean(row, column)) / output)
         };
-        let taps: Vec<Mat<f64>> = seen.grams.iter().zip(&seen.outputs).map(scaled).collect();
-        let mut joint = taps[0].clone();
-        taps[1..].iter().for_each(|tap| joint += tap);
-        Ok(Layer { matrix, joint, taps })
+        let mut joint = Mat::zeros(k, k);
+        seen.grams.iter().zip(&seen.outputs).for_each(|(gram, output)| joint += scaled(gram, gram, *output));
+        let judges = seen.judges()?;
+        let judges = judges.iter().zip(&seen.grams).map(|(judge, gram)| scaled(judge.gram, gram, judge.output));
+        Ok(Layer { matrix, joint, judges: judges.collect() })
     }
 
     /// The relative error of every use where the weight is off by `off`: `[k, n]`.
     pub fn errors(&self, off: MatRef<'_, f64>) -> Vec<f64> {
-        let error = |tap: &Mat<f64>| super::spectrum::energies(off, tap.as_ref()).iter().sum::<f64>().max(0.0).sqrt();
-        self.taps.iter().map(error).collect()
+        let error =
+            |judge: &Mat<f64>| super::spectrum::energies(off, judge.as_ref()).iter().sum::<f64>().max(0.0).sqrt();
+        self.judges.iter().map(error).collect()
     }
 }
 
@@ -195,7 +253,7 @@ pub(super) fn add_to_bias(graph: &mut Graph, tap: &Tap, change: &[f32]) {
             let bias = graph.add_initializer(ScopeId::MAIN, &fresh, Tensor::from_f32s(&dims, change));
             let sum = graph.append(ScopeId::MAIN, Node::new("Add"), &[tap.output, bias], &format!("{name}_whole"));
             let add = graph.producer(sum).expect("it was just added");
-            super::take_over(graph, tap.output, sum);
+            graph.replace(tap.output, sum);
             return graph.set_input(add, 0, Some(tap.output));
         }
     };

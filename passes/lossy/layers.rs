@@ -6,7 +6,7 @@ use lathe_ir::{DataType, Graph, NodeId, Origin, ScopeId, Use, ValueId};
 use std::collections::BTreeMap;
 
 /// Smaller constants are not worth a node of their own, in elements.
-const SMALLEST: usize = 1 << 12;
+pub const SMALLEST: usize = 1 << 12;
 
 /// A use of a constant whose output can be watched.
 #[derive(Debug, Clone, PartialEq)]

@@ -11,6 +11,8 @@ mod drop_inputs;
 mod factorize;
 mod factorize_jointly;
 mod factors;
+#[cfg(test)]
+mod judging;
 mod layers;
 mod prune_channels;
 mod prune_units;
@@ -19,6 +21,7 @@ mod quantize_dynamic;
 mod reduce_tokens;
 mod select_visual_tokens;
 mod spectrum;
+mod stored;
 mod substitute;
 
 pub use compensate::Compensate;
@@ -28,7 +31,7 @@ pub use drop_inputs::{DropInputs, QUIET};
 pub use factorize::{Factorize, block_by_block};
 pub use factorize_jointly::FactorizeJointly;
 pub use factors::{MOST_INPUTS, gram_rows};
-pub use layers::{Tap, Weight, weights};
+pub use layers::{SMALLEST, Tap, Weight, weights};
 pub use prune_channels::PruneChannels;
 pub use prune_units::PruneUnits;
 pub use quantize::Quantize;
@@ -38,6 +41,7 @@ pub use select_visual_tokens::SelectVisualTokens;
 pub use substitute::Substitute;
 
 use crate::{Context, Error, Info, Outcome};
+use allocate::Measure;
 use factors::Seen;
 use lathe_analysis::Rows;
 use lathe_ir::{Graph, Model, NodeId, Origin, ScopeId, ValueId};
@@ -52,6 +56,12 @@ use std::{
 
 /// Bytes that a node and the names of two tensors add to a file, roughly.
 const OVERHEAD: u64 = 200;
+
+/// The oldest operator set in which models are compressed.
+pub const OLDEST_OPSET: i64 = 13;
+
+/// Why nothing is fitted: what it loses could not be told.
+const NOT_HELD_OUT: &str = "the calibration set has one sample only, and none is left to judge a fit by";
 
 /// What something takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -119,7 +129,7 @@ impl Fitted {
         let fragment = self.piece.fragment(ScopeId::MAIN);
         let pasted = graph.paste(&fragment, ScopeId::MAIN, &reads, &BTreeMap::new(), &self.gives);
         let made = pasted.outputs.first().copied().flatten().expect("a piece has an output");
-        take_over(graph, gives, made);
+        graph.replace(gives, made);
         drop_unused(graph, gives);
         graph.sort().map_err(|_| "nodes need one another")
     }
@@ -220,9 +230,15 @@ pub trait Method: Sync {
         false
     }
 
-    /// The oldest operator set with everything it writes. Older models are upgraded to it where a budget is given.
+    /// Whether it may lower any of what is limited.
+    fn serves(&self, _measures: &[Measure]) -> bool {
+        true
+    }
+
+    /// The oldest operator set with everything it writes. Older models are upgraded to it where a budget is given that the
+    /// method may serve.
     fn operator_set(&self) -> i64 {
-        13
+        OLDEST_OPSET
     }
 
     /// Whether settings ask for it where no budget is given.
@@ -301,17 +317,6 @@ fn in_batches(model: &Model, cx: &Context, work: &Work<'_>) -> Result<Proposal, 
         }
     }
     Ok(proposal)
-}
-
-/// Makes everything that reads `old` read `new` instead, under the old name: statistics are known by names.
-fn take_over(graph: &mut Graph, old: ValueId, new: ValueId) {
-    let name = graph.value(old).name.clone();
-    graph.replace_uses(old, new);
-    if graph.value(old).name == name {
-        let spare = graph.fresh_name(&name);
-        graph.rename(old, spare);
-        graph.rename(new, name);
-    }
 }
 
 /// What nodes read that is constant, and what they give.

@@ -23,8 +23,8 @@ static INFO: Info = Info {
     doc: "Between layers with nothing but element-wise operators, gates, normalizations with constants, depthwise \
           convolutions or pooling in between, offers to keep fewer hidden units or channels: those that a pivoted \
           Cholesky factorization of their covariance on the calibration set, weighed by what the next layer makes of \
-          them, takes first. The next layer's weight and bias are then fitted in closed form to its old output. All \
-          that makes the dropped units goes. Of three layers in a row, as in a bottleneck of convolutions, both places \
+          them, takes first. The next layer's weight and bias are then fitted in closed form to its old output, and \
+          judged on samples that the fit has not seen. All that makes the dropped units goes. Of three layers in a row, as in a bottleneck of convolutions, both places \
           between them are offered together. Declines where anything else reads the units, where layers share their \
           weights, and where no activations were collected.",
     options: &[],
@@ -170,7 +170,8 @@ fn counts(step: &Hidden<'_>, chosen: &Chosen, shares: &[usize]) -> Vec<usize> {
 fn prepare(graph: &Graph, step: &Hidden<'_>, seen: &factors::Seen) -> Result<Chosen, &'static str> {
     let layer = Layer::new(graph, step.reader, seen)?;
     let (mean, output) = (&seen.grams[0].mean, seen.outputs[0]);
-    Chosen::of(&layer, mean, output, step.units, step.window).ok_or("its decomposition does not converge")
+    let judge = seen.judges()?.swap_remove(0);
+    Chosen::of(&layer, mean, output, &judge, step.units, step.window).ok_or("its decomposition does not converge")
 }
 
 fn by_node(found: &[Weight]) -> BTreeMap<NodeId, &Weight> {
@@ -328,7 +329,7 @@ mod tests {
         let mean = (0..HIDDEN).map(|unit| hidden.col(unit).iter().sum::<f64>() / 200.0).collect();
         let output = product(hidden.as_ref(), down.as_ref()).squared_norm_l2() / 200.0;
         let gram = Gram { matrix: SymMatrix::from_upper(HIDDEN, upper).unwrap(), mean, rows: 200 };
-        Seen { grams: vec![gram], outputs: vec![output] }
+        Seen { held: vec![(gram.clone(), output)], grams: vec![gram], outputs: vec![output] }
     }
 
     fn pruned(count: usize) -> (Model, Model, f64, Vec<usize>, Mat<f64>) {
@@ -399,7 +400,7 @@ mod tests {
                 let weight = factors::matrix(&model.graph, step.reader).unwrap();
                 let output = product(rows.as_ref(), weight.as_ref()).squared_norm_l2() / 900.0;
                 let gram = Gram { matrix: SymMatrix::from_upper(k, upper).unwrap(), mean: vec![0.0; k], rows: 900 };
-                Seen { grams: vec![gram], outputs: vec![output] }
+                Seen { held: vec![(gram.clone(), output)], grams: vec![gram], outputs: vec![output] }
             })
             .collect();
         let site = all[0].site(&model.graph, &seen, &BTreeMap::new()).unwrap();

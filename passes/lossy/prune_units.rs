@@ -154,7 +154,14 @@ impl Method for PruneUnits {
             proposal.outcome.refuse(reason, "the model");
             return Ok(proposal);
         }
-        let patches = cx.setting::<Patches>(&INFO, "patch")?;
+        let mut patches = cx.setting::<Patches>(&INFO, "patch")?;
+        if !calibration.holds_out() && patches != Patches::Only(Patch::None) {
+            proposal.outcome.refuse(super::NOT_HELD_OUT, "the model");
+            if patches != Patches::All {
+                return Ok(proposal);
+            }
+            patches = Patches::Only(Patch::None);
+        }
         let whole = Totals::of(model);
         let first = if counts.is_some() { steps.len() } else { 1 };
         for count in first..=steps.len() {

@@ -1,6 +1,9 @@
 //! Weights as whole numbers of 8 or 4 bits with one scale per block, dequantized where they are used.
 
-use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, blocks, on_all_cores, weights};
+use super::{
+    Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, allocate::Measure, blocks, on_all_cores, stored,
+    stored::Stored, weights,
+};
 use crate::{Context, Error, Info, Kind, Outcome, Quantity, Target};
 use lathe_analysis::Calibrate;
 use lathe_ir::{Graph, Model};
@@ -14,6 +17,8 @@ static INFO: Info = Info {
     doc: "Offers every float32 matrix that products or table look-ups use as int4 or int8 with one float32 scale per 32, \
           64 or 128 numbers along the axis that products are summed over, and the \
           weights of ungrouped convolutions with one scale per output channel. Scales are chosen to lose least on what the calibration set multiplies the weight with. \
+          Weights of LSTM, GRU and RNN nodes, of grouped and transposed convolutions, and of products with more than two \
+          axes are stored so too, with a loss that is measured in the whole model. \
           Under `--target portable` a blocked `DequantizeLinear` restores them, which needs operator set 21 \
           (`--opset 21` upgrades) and which ONNX Runtime turns into `MatMulNBits` by itself; under `--target ort` products are \
           `MatMulNBits` with `accuracy_level` 4 and look-ups `GatherBlockQuantized` in the file already, and a table that is also a head is stored once for both. Declines where a constant has other uses, is not finite, or would not become smaller.",
@@ -61,6 +66,11 @@ impl Scheme {
             return format!("int{} per channel", self.bits);
         }
         format!("int{} block {}", self.bits, self.block)
+    }
+
+    fn called(name: &str) -> Scheme {
+        let mut all = SCHEMES.into_iter().chain(KERNEL_SCHEMES);
+        all.find(|scheme| scheme.name() == name).expect("a choice is one of the schemes")
     }
 
     /// The range of codes.
@@ -322,9 +332,31 @@ impl Coded {
     }
 }
 
+/// What a constant that is only stored otherwise could be stored as.
+fn offers(stored: &Stored) -> Vec<(String, Spent)> {
+    let schemes: &[Scheme] = if stored.is_kernel { &KERNEL_SCHEMES } else { &SCHEMES };
+    schemes.iter().map(|scheme| (scheme.name(), stored.spent(scheme.spent(&stored.layout, false).bytes))).collect()
+}
+
+/// Stores a constant in codes that are near its numbers, each of which counts alike.
+fn store(model: &mut Model, stored: &Stored, name: &str) -> Result<(), &'static str> {
+    let (layout, scheme) = (stored.layout, Scheme::called(name));
+    let tensor = model.graph.constant(stored.value).expect("only constants are stored");
+    let numbers = tensor.to_f32s().filter(|m| m.iter().all(|w| w.is_finite()));
+    tensor.release();
+    let numbers = numbers.ok_or("the constant holds a NaN or an infinity")?;
+    let blocks = quantize(&numbers, layout, scheme, &vec![1.0; layout.length]);
+    blocks::emit_stored(model, stored, scheme, &blocks);
+    Ok(())
+}
+
 impl Method for Quantize {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn serves(&self, measures: &[Measure]) -> bool {
+        measures.iter().any(|m| matches!(m, Measure::Bytes | Measure::Latency))
     }
 
     fn operator_set(&self) -> i64 {
@@ -333,7 +365,12 @@ impl Method for Quantize {
 
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
+        if !self.serves(&cx.measures) {
+            proposal.outcome.refuse("it saves bytes and time, and neither is limited", "the model");
+            return Ok(proposal);
+        }
         let (found, refused) = weights(&model.graph);
+        let (others, refused) = stored::stored(&model.graph, refused);
         for (value, reason) in refused {
             proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(value).name));
         }
@@ -363,20 +400,24 @@ impl Method for Quantize {
                 Err(reason) => proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(weight.value).name)),
             }
         }
+        if !old {
+            let sites = stored::sites(model, &others, cx, &offers, &store, &mut proposal.outcome)?;
+            proposal.sites.extend(sites);
+        }
         Ok(proposal)
     }
 
     fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let name = &site.choices[choice].name;
-        let scheme = SCHEMES
-            .into_iter()
-            .chain(KERNEL_SCHEMES)
-            .find(|s| s.name() == *name)
-            .expect("a choice is one of the schemes");
+        let scheme = Scheme::called(name);
         let (found, _) = weights(&model.graph);
         let Some(weight) = found.iter().find(|w| Some(w.value) == site.weight) else {
-            outcome.refuse("the constant is no longer used as it was", format!("`{}`", site.name));
+            let stored = site.weight.and_then(|value| stored::of(&model.graph, value));
+            match stored.ok_or("the constant is no longer used as it was").and_then(|s| store(model, &s, name)) {
+                Ok(()) => outcome.change(name.clone(), format!("`{}`", site.name)),
+                Err(reason) => outcome.refuse(reason, format!("`{}`", site.name)),
+            }
             return Ok(outcome);
         };
         let layout = Layout::of(weight);

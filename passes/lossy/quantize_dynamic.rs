@@ -5,7 +5,7 @@ use super::{
     layers::Tap,
     on_all_cores,
     quantize::{Coded, Scheme},
-    take_over, weights,
+    weights,
 };
 use crate::{Context, Error, Info, Kind, Outcome, lossy::allocate::Measure};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
@@ -131,13 +131,17 @@ impl Method for QuantizeDynamic {
         &INFO
     }
 
+    fn serves(&self, measures: &[Measure]) -> bool {
+        measures.contains(&Measure::Latency)
+    }
+
     fn reads_ranges(&self, cx: &Context) -> bool {
         cx.measures.contains(&Measure::Latency)
     }
 
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        if !cx.measures.contains(&Measure::Latency) {
+        if !self.serves(&cx.measures) {
             proposal.outcome.refuse("it saves time, and latency is not limited", "the model");
             return Ok(proposal);
         }
@@ -211,7 +215,7 @@ fn emit(graph: &mut Graph, weight: &Weight, coded: &Coded) {
         if let Some(added) = added {
             whole = then("Add", &[whole, added], "whole");
         }
-        take_over(graph, tap.output, whole);
+        graph.replace(tap.output, whole);
         remove(graph, tap);
     }
 }

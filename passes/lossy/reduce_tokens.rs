@@ -157,6 +157,10 @@ impl Method for ReduceTokens {
         &INFO
     }
 
+    fn serves(&self, measures: &[Measure]) -> bool {
+        measures.iter().any(|m| matches!(m, Measure::Flops | Measure::Latency))
+    }
+
     fn operator_set(&self) -> i64 {
         OLDEST_OPSET
     }
@@ -167,8 +171,7 @@ impl Method for ReduceTokens {
 
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        let saves = |m: &Measure| matches!(m, Measure::Flops | Measure::Latency);
-        let Some(calibration) = cx.calibration.filter(|_| cx.measures.iter().any(saves)) else { return Ok(proposal) };
+        let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.measures)) else { return Ok(proposal) };
         let asked = Asked::of(cx)?;
         for found in chains(model, asked.wish) {
             match found {

@@ -71,6 +71,27 @@ impl Spectrum {
         }
         tails
     }
+
+    /// The same on other rows than those of the decomposition, which `gram` is of, `[m + 1]`.
+    pub fn tails_under(&self, weight: MatRef<'_, f64>, gram: MatRef<'_, f64>) -> Vec<f64> {
+        let own = energies(self.left.as_ref(), gram);
+        let whole: f64 = energies(weight, gram).iter().sum();
+        // Directions without energy are not among those kept; other rows may have some.
+        let rest = (whole - own.iter().sum::<f64>()).max(0.0);
+        Spectrum::tails(&own).into_iter().map(|tail| tail + rest).collect()
+    }
+}
+
+/// Sums of a symmetric matrix from every index on, `[m + 1]`: of the squares of a sum where it holds the products of its
+/// terms.
+pub(super) fn tails_of_products(products: MatRef<'_, f64>) -> Vec<f64> {
+    let m = products.nrows();
+    let mut tails = vec![0.0; m + 1];
+    for i in (0..m).rev() {
+        let beside: f64 = (i + 1..m).map(|j| products[(i, j)]).sum();
+        tails[i] = tails[i + 1] + products[(i, i)] + 2.0 * beside;
+    }
+    tails
 }
 
 /// `leftᵢᵀ · G · leftᵢ` of every column.

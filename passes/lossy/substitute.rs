@@ -92,14 +92,13 @@ impl std::str::FromStr for Frozen {
     }
 }
 
-/// What it could save is not limited.
-fn is_idle(cx: &Context) -> bool {
-    !cx.measures.iter().any(|m| matches!(m, Measure::Flops | Measure::Latency | Measure::Parameters))
-}
-
 impl Method for Substitute {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn serves(&self, measures: &[Measure]) -> bool {
+        measures.iter().any(|m| matches!(m, Measure::Flops | Measure::Latency | Measure::Parameters))
     }
 
     fn operator_set(&self) -> i64 {
@@ -111,7 +110,7 @@ impl Method for Substitute {
     }
 
     fn watched(&self, model: &Model, cx: &Context) -> Result<Vec<Rows>, Error> {
-        if is_idle(cx) || model.opset() < OLDEST_OPSET {
+        if !self.serves(&cx.measures) || model.opset() < OLDEST_OPSET {
             return Ok(Vec::new());
         }
         let (found, _) = places(model);
@@ -128,9 +127,13 @@ impl Method for Substitute {
 
     fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        let Some(calibration) = cx.calibration.filter(|_| !is_idle(cx)) else { return Ok(proposal) };
+        let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.measures)) else { return Ok(proposal) };
         if model.opset() < OLDEST_OPSET {
             proposal.outcome.refuse("operator set 18 or newer is needed", "the model");
+            return Ok(proposal);
+        }
+        if !calibration.holds_out() {
+            proposal.outcome.refuse(super::NOT_HELD_OUT, "the model");
             return Ok(proposal);
         }
         let Share(most) = cx.setting(&INFO, "most")?;

@@ -75,7 +75,7 @@ def optimize(
         calib: Calibration set: a path, a mapping of names to arrays with samples along the first axis, or an iterable
             of mappings, one per sample or per batch. Its last quarter is held out unless ``validate`` is given.
         validate: What the result is compared on, in the same forms; random inputs without any set.
-        labels: The array of the sets that holds labels.
+        labels: The array that holds labels; a calibration set need not have it.
         batch: Samples run at a time where the model leaves the choice.
         calib_select: Choose so many samples of the calibration set.
         size: Share of the file's bytes to keep: ``0.3``.

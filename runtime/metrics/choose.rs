@@ -37,13 +37,15 @@ pub(crate) fn choose(
     if let Some(place) = fits("perplexity").first()
         && causal(place)?
     {
-        let (name, ids) = (place.name, place.ids.unwrap_or_default());
+        let (name, ids) = (place.name, place.tokens.map_or("", |tokens| tokens.ids));
         return because(
             "perplexity",
             format!("`{name}` has logits for every token of `{ids}` and none depends on later tokens"),
         );
     }
-    let classes = fits("kl").into_iter().find(|p| p.dims.len() == 2 && holds_logits(graph, p.name));
+    // A row for every sample, or for every token.
+    let rows = |p: &&Place<'_>| p.dims.len() == 2 || p.dims.len() == 3 && p.tokens.is_some();
+    let classes = fits("kl").into_iter().find(|p| rows(p) && holds_logits(graph, p.name));
     if let Some(place) = classes {
         let name = place.name;
         return if samples < FEW {
@@ -89,6 +91,9 @@ fn fitting<'a, 'b>(metric: &str, places: &'a [Place<'b>]) -> Result<Vec<&'a Plac
             Err(_) => {}
         }
     }
+    if places.is_empty() {
+        reasons.push("no output of the model holds numbers".to_owned());
+    }
     if found.is_empty() {
         return Err(format!("{metric} cannot be measured here: {}", reasons.join("; ")));
     }
@@ -116,8 +121,10 @@ fn holds_logits(graph: &Graph, output: &str) -> bool {
         next = match node.op_type.as_str() {
             "Softmax" | "LogSoftmax" | "Gemm" | "MatMul" | "FusedMatMul" => return true,
             "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Identity" | "Cast" => node.input(0),
-            // The bias of a layer.
-            "Add" => node.inputs().iter().flatten().copied().find(|v| !is_constant(v)),
+            // The bias of a layer; a sum of two computed values is a stream of features.
+            "Add" if node.inputs().iter().flatten().any(is_constant) => {
+                node.inputs().iter().flatten().copied().find(|v| !is_constant(v))
+            }
             _ => None,
         };
     }
@@ -126,12 +133,12 @@ fn holds_logits(graph: &Graph, output: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Tokens, *};
     use crate::testing::Build;
     use lathe_ir::{DataType, Node, Tensor, Type};
 
     fn place<'a>(name: &'a str, dims: &'a [usize]) -> Place<'a> {
-        Place { name, dtype: DataType::Float, dims, labels: None, ids: None, mask: None }
+        Place { name, dtype: DataType::Float, dims, labels: None, tokens: None }
     }
 
     fn classifier(last: &str) -> Graph {
@@ -164,12 +171,25 @@ mod tests {
             auto(&mul, &[place("y", &[1, 3, 64, 64])], 8, false),
             "psnr: `y` of shape [1, 3, 64, 64] holds images"
         );
-        let tokens = Place { ids: Some("ids"), ..place("y", &[1, 5, 64]) };
+        let ids = Tokens { ids: "ids", vocabulary: Some(64), mask: None };
+        let tokens = Place { tokens: Some(ids), ..place("y", &[1, 5, 64]) };
         assert_eq!(
             auto(&mul, &[tokens], 8, true),
             "perplexity: `y` has logits for every token of `ids` and none depends on later tokens"
         );
         assert_eq!(auto(&mul, &[tokens], 8, false), "rel-l2: no output is known to be logits or images");
+        // Classes of tokens are no vocabulary.
+        let classes = Place { dims: &[1, 5, 9], ..tokens };
+        assert_eq!(
+            auto(&matmul, &[classes], 8, true),
+            "kl: `y` has logits of classes, and 8 samples are too few to count winners"
+        );
+        let refused = choose("perplexity", &matmul, &[classes], 8, &mut |_| Ok(true)).unwrap_err();
+        assert_eq!(
+            refused,
+            "perplexity cannot be measured here: output `y` has 9 numbers for every token of `ids`, which are 64 different \
+             ones"
+        );
     }
 
     #[test]
@@ -192,6 +212,8 @@ mod tests {
             "accuracy cannot be measured here: there are no labels (--labels NAME names them)"
         );
         assert_eq!(refused("psnr"), "psnr cannot be measured here: output `y` of shape [8, 3] is no batch of images");
+        let nothing = choose("rel-l2", &graph, &[], 8, &mut |_| Ok(false)).unwrap_err();
+        assert_eq!(nothing, "rel-l2 cannot be measured here: no output of the model holds numbers");
         assert!(refused("bleu").starts_with("there is no metric `bleu`; there are auto, max-abs, rel-l2"));
     }
 }

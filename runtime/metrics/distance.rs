@@ -164,7 +164,7 @@ mod tests {
     fn a_nan_is_named_with_its_sample() {
         let t = |v: &[f32]| Tensor::from_f32s(&[2, 2], v);
         let (reference, candidate) = (t(&[1.0, f32::INFINITY, 2.0, 3.0]), t(&[1.0, f32::INFINITY, 2.0, f32::NAN]));
-        let place = Place { name: "y", dtype: DataType::Float, dims: &[2, 2], labels: None, ids: None, mask: None };
+        let place = Place { name: "y", dtype: DataType::Float, dims: &[2, 2], labels: None, tokens: None };
         let mut sums = Distances.start(&place);
         let (reference, candidate) = (&reference, &candidate);
         let pair = Pair { name: "y", reference, candidate, first: 8, samples: 2, labels: None, ids: None, kept: None };

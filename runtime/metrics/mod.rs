@@ -112,8 +112,17 @@ pub(crate) struct Place<'a> {
     pub dtype: DataType,
     pub dims: &'a [usize],
     pub labels: Option<&'a Tensor>,
-    /// The input that holds token ids, if there is one.
-    pub ids: Option<&'a str>,
+    /// The inputs of a language model, if these are such.
+    pub tokens: Option<Tokens<'a>>,
+}
+
+/// The inputs of a language model.
+#[derive(Clone, Copy)]
+pub(crate) struct Tokens<'a> {
+    /// The input that holds token ids.
+    pub ids: &'a str,
+    /// Rows of the table that ids pick of; `None` where the table is not a constant.
+    pub vocabulary: Option<usize>,
     /// The input that marks padding, if there is one.
     pub mask: Option<&'a str>,
 }
@@ -237,8 +246,8 @@ impl OutputMeter {
     }
 }
 
-/// The inputs of a language model: token ids, and the mask that marks padding.
-pub(crate) fn token_inputs<'a>(graph: &lathe_ir::Graph, inputs: &'a Sample) -> (Option<&'a str>, Option<&'a str>) {
+/// The inputs of a language model among those that a batch feeds.
+pub(crate) fn token_inputs<'a>(graph: &lathe_ir::Graph, inputs: &'a Sample) -> Option<Tokens<'a>> {
     perplexity::token_inputs(graph, inputs)
 }
 
@@ -250,7 +259,7 @@ mod testing {
     pub(super) fn scores(family: &dyn Family, batches: &[(Tensor, Tensor)], labels: Option<&Tensor>) -> Vec<Score> {
         let first = &batches[0].0;
         let samples = first.dims()[0];
-        let place = Place { name: "y", dtype: first.dtype(), dims: first.dims(), labels, ids: None, mask: None };
+        let place = Place { name: "y", dtype: first.dtype(), dims: first.dims(), labels, tokens: None };
         family.fits(&place).unwrap();
         let mut meter = family.start(&place);
         for (index, (reference, candidate)) in batches.iter().enumerate() {

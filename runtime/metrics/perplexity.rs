@@ -1,7 +1,7 @@
 //! How well a causal language model predicts each next token of the text it is given.
 
 use super::{
-    Accumulator, Family, Metric, Pair, Place, Score,
+    Accumulator, Family, Metric, Pair, Place, Score, Tokens,
     logits::{TINY, hold_distributions, log_sum_exp},
 };
 use crate::{Sample, roles};
@@ -21,15 +21,19 @@ impl Family for LanguageModel {
     }
 
     fn fits(&self, place: &Place<'_>) -> Result<(), String> {
-        let ids = place.ids.ok_or("no input holds token ids with axes for sequences and positions")?;
-        match place.dims {
-            [_, length, vocabulary] if place.dtype.is_float() && *length > 1 && *vocabulary > 1 => Ok(()),
-            dims => Err(format!("output `{}` of shape {dims:?} is no logits for the tokens of `{ids}`", place.name)),
+        let tokens = place.tokens.ok_or("no input holds token ids with axes for sequences and positions")?;
+        let (name, ids) = (place.name, tokens.ids);
+        match (place.dims, tokens.vocabulary) {
+            (&[.., width], Some(vocabulary)) if place.dims.len() == 3 && width < vocabulary => Err(format!(
+                "output `{name}` has {width} numbers for every token of `{ids}`, which are {vocabulary} different ones"
+            )),
+            (&[_, length, width], _) if place.dtype.is_float() && length > 1 && width > 1 => Ok(()),
+            (dims, _) => Err(format!("output `{name}` of shape {dims:?} is no logits for the tokens of `{ids}`")),
         }
     }
 
-    fn start(&self, _: &Place<'_>) -> Box<dyn Accumulator> {
-        Box::new(Likelihood::default())
+    fn start(&self, place: &Place<'_>) -> Box<dyn Accumulator> {
+        Box::new(Likelihood { table: place.tokens.and_then(|tokens| tokens.vocabulary), ..Likelihood::default() })
     }
 
     fn single(&self) -> bool {
@@ -46,6 +50,16 @@ struct Likelihood {
     after: f64,
     /// Whether the model gives probabilities rather than logits, by the first batch.
     plain: Option<bool>,
+    /// Rows of the table that ids pick of, which negative ones count from the end.
+    table: Option<usize>,
+}
+
+impl Likelihood {
+    /// Which of so many logits is that of a token.
+    fn place(&self, id: i64, vocabulary: usize) -> Option<usize> {
+        let from_end = if id < 0 { self.table.unwrap_or(vocabulary) as i64 } else { 0 };
+        usize::try_from(id + from_end).ok().filter(|&place| place < vocabulary)
+    }
 }
 
 impl Accumulator for Likelihood {
@@ -67,15 +81,14 @@ impl Accumulator for Likelihood {
         for at in (0..ids.len()).filter(|at| at % length + 1 < length) {
             self.padding += u64::from(!predicts(at));
             let (sequence, id) = (pair.first + at / length, ids[at + 1]);
-            if predicts(at) && !usize::try_from(id).is_ok_and(|id| id < vocabulary) {
+            if predicts(at) && self.place(id, vocabulary).is_none() {
                 return Err(format!("token {id} of sample {sequence} is outside the vocabulary of {vocabulary}"));
             }
         }
         let plain = *self.plain.get_or_insert_with(|| hold_distributions(pair));
         pair.rows(|start, a, b| {
             let at = start / vocabulary;
-            if predicts(at) {
-                let next = ids[at + 1] as usize;
+            if let Some(next) = self.place(ids[(at + 1).min(ids.len() - 1)], vocabulary).filter(|_| predicts(at)) {
                 self.tokens += 1;
                 self.before -= log_probability(a, next, plain);
                 self.after -= log_probability(b, next, plain);
@@ -104,7 +117,7 @@ fn log_probability(row: &[f64], index: usize, plain: bool) -> f64 {
 ///
 /// Ids are whole numbers with axes for sequences and positions that look up rows of the largest table; the mask is of
 /// the same shape and called one.
-pub(super) fn token_inputs<'a>(graph: &Graph, inputs: &'a Sample) -> (Option<&'a str>, Option<&'a str>) {
+pub(super) fn token_inputs<'a>(graph: &Graph, inputs: &'a Sample) -> Option<Tokens<'a>> {
     let is_mask = |name: &str| name.to_ascii_lowercase().contains("mask");
     let table = |name: &str| {
         let value = graph.main().inputs().iter().copied().find(|&v| graph.value(v).name == name)?;
@@ -115,11 +128,13 @@ pub(super) fn token_inputs<'a>(graph: &Graph, inputs: &'a Sample) -> (Option<&'a
     };
     let tokens = |tensor: &Tensor| tensor.dims().len() == 2 && tensor.dtype().is_integer();
     let candidates = inputs.iter().filter(|(name, tensor)| tokens(tensor) && !is_mask(name));
-    let ids = candidates.filter_map(|(name, tensor)| Some((table(name)?, name, tensor)));
+    let ids = candidates.filter_map(|(name, tensor)| Some((table(name)?, name.as_str(), tensor)));
     let ids = ids.reduce(|best, next| if next.0 > best.0 { next } else { best });
-    let Some((_, ids, tensor)) = ids else { return (None, None) };
+    let (bound, ids, tensor) = ids?;
     let mask = inputs.iter().find(|(name, mask)| is_mask(name) && mask.dims() == tensor.dims());
-    (Some(ids), mask.map(|(name, _)| name.as_str()))
+    // A table that is computed has no size that is known.
+    let vocabulary = Some(bound).filter(|&rows| rows > 1);
+    Some(Tokens { ids, vocabulary, mask: mask.map(|(name, _)| name.as_str()) })
 }
 
 #[cfg(test)]
@@ -144,6 +159,20 @@ mod tests {
         let score = &sums.scores()[0];
         assert!((score.before - expected).abs() < 1e-12 && score.drop == 0.0);
         assert_eq!(score.detail.as_deref(), Some("2 tokens predicted, 0 of padding left out"));
+    }
+
+    #[test]
+    fn negative_ids_count_from_the_end_of_the_table() {
+        let logits = Tensor::from_f32s(&[1, 3, 2], &[0.0, 1.0, 2.0, 2.0, 9.0, -9.0]);
+        let score = |ids: [i64; 3], table: Option<usize>| {
+            let mut sums = Likelihood { table, ..Likelihood::default() };
+            sums.add(&pair(&logits, &Tensor::from_i64s(&[1, 3], &ids), None)).map(|()| sums.scores()[0].before)
+        };
+        assert_eq!(score([0, 1, 0], Some(2)), score([0, -1, -2], Some(2)));
+        assert_eq!(score([0, 1, 0], None), score([0, -1, -2], None));
+        assert!(score([0, -3, 0], Some(2)).unwrap_err().contains("token -3 of sample 0"));
+        // A head may leave out the end of the table.
+        assert!(score([0, -1, 0], Some(3)).is_err() && score([0, -2, 0], Some(3)).is_ok());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Joins the arrays of one file or folder to the inputs of a model, or says what does not fit.
 
-use super::{error::SetError, store::Stored};
+use super::{SetSpec, error::SetError, store::Stored};
 use crate::inputs::required_inputs;
 use lathe_ir::{DataType, Dim, Graph, Shape, Tensor, TypeKind, ValueId};
 use std::{
@@ -63,6 +63,8 @@ pub(super) enum Rows {
     Single,
     /// The array is the input of the only run.
     Whole,
+    /// The array, of no axes, is the input of every run.
+    Same,
 }
 
 /// One array and the input it feeds.
@@ -130,10 +132,11 @@ impl Shard {
     pub(super) fn fit(
         path: &Path,
         arrays: Vec<Array>,
-        labels: Option<&str>,
+        spec: &SetSpec,
         graph: &Graph,
         whole: bool,
     ) -> Result<Shard, SetError> {
+        let (labels, unread) = (spec.labels.as_deref(), spec.unread.as_deref());
         let all = || list(arrays.iter().map(Array::name));
         if let Some(labels) = labels
             && !arrays.iter().any(|a| a.name() == labels)
@@ -158,7 +161,7 @@ impl Shard {
         }
         for array in &arrays {
             let name = array.name();
-            if labels != Some(name) && !columns.iter().any(|c| c.input == name) {
+            if labels != Some(name) && unread != Some(name) && !columns.iter().any(|c| c.input == name) {
                 let expected = list(required_inputs(graph).map(|v| graph.value(v).name.as_str()));
                 return Err(SetError::Extra { path: array.path().to_owned(), array: name.to_owned(), expected });
             }
@@ -172,7 +175,7 @@ impl Shard {
         for column in &columns {
             // Axes other than the first may be empty: a model can start from an empty cache.
             let empty = match column.rows {
-                Rows::Whole => false,
+                Rows::Whole | Rows::Same => false,
                 _ => column.array.shape().first() == Some(&0),
             };
             if empty {
@@ -191,7 +194,7 @@ impl Shard {
         let runs = |c: &Column| match c.rows {
             Rows::Whole => Some(1),
             Rows::Single => Some(count(c)),
-            Rows::Several(0) => None,
+            Rows::Same | Rows::Several(0) => None,
             Rows::Several(rows) => Some(count(c) / rows),
         };
         for column in &columns {
@@ -202,8 +205,9 @@ impl Shard {
             }
         }
         let leader = columns.iter().find(|c| runs(c).is_some());
-        let joins = leader.is_none() && !columns.is_empty();
-        let (leading, units) = match (leader, columns.first()) {
+        let open = columns.iter().find(|c| matches!(c.rows, Rows::Several(0)));
+        let joins = leader.is_none() && open.is_some();
+        let (leading, units) = match (leader, open) {
             (Some(c), _) => (c.array.name().to_owned(), runs(c).unwrap_or(1)),
             (None, Some(c)) => (c.array.name().to_owned(), count(c)),
             (None, None) => (String::new(), 1),
@@ -216,6 +220,7 @@ impl Shard {
                     return Err(wrong(column, format!("{rows} as in `{leading}`")));
                 }
                 Some(_) => {}
+                None if column.rows == Rows::Same => {}
                 None if joins && found != units => return Err(wrong(column, format!("{units} as in `{leading}`"))),
                 None if found % units != 0 => {
                     return Err(wrong(column, format!("a multiple of {units}, as in `{leading}`")));
@@ -225,8 +230,7 @@ impl Shard {
         }
         let samples = columns.iter().find_map(|c| match c.rows {
             Rows::Several(rows) => Some(rows),
-            Rows::Whole => None,
-            Rows::Single => None,
+            Rows::Whole | Rows::Single | Rows::Same => None,
         });
         let samples = samples.unwrap_or(1);
         let labels = labels.map(|array| labels_column(array, units, samples)).transpose()?;
@@ -248,11 +252,11 @@ fn column(
     let found = array.shape();
     let rows = match input.shape {
         _ if whole => Rows::Whole,
-        None if found.is_empty() => Rows::Whole,
+        None if found.is_empty() => Rows::Same,
         None => Rows::Several(0),
         Some(shape) if found.len() == shape.dims.len() + 1 => Rows::Single,
         Some(shape) if found.len() == shape.dims.len() => match shape.dims.first() {
-            None => Rows::Whole,
+            None => Rows::Same,
             // A model that takes no rows is run on none, once.
             Some(dim) if known(dim) == Some(0) => Rows::Whole,
             Some(dim) => Rows::Several(known(dim).unwrap_or(0)),

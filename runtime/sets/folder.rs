@@ -1,6 +1,7 @@
 //! What a path holds: one archive, a folder of archives, a folder of arrays, or test data sets.
 
 use super::{
+    SetSpec,
     error::SetError,
     fit::{Array, Shard, tensor},
     store::Stored,
@@ -10,16 +11,17 @@ use lathe_ir::Graph;
 use std::path::{Path, PathBuf};
 
 /// The shards at `path`: every file of samples, or every test data set, fitted to the inputs of `graph`.
-pub(super) fn shards(path: &Path, labels: Option<&str>, graph: &Graph) -> Result<Vec<Shard>, SetError> {
+pub(super) fn shards(spec: &SetSpec, graph: &Graph) -> Result<Vec<Shard>, SetError> {
+    let path = spec.path.as_path();
     let read = |source| SetError::Read { path: path.to_owned(), source };
     let kind = |found: &str| SetError::Kind { path: path.to_owned(), found: found.to_owned() };
     let fit = |path: &Path, arrays: Vec<Stored>| {
-        Shard::fit(path, arrays.into_iter().map(Array::Stored).collect(), labels, graph, false)
+        Shard::fit(path, arrays.into_iter().map(Array::Stored).collect(), spec, graph, false)
     };
     if !std::fs::metadata(path).map_err(read)?.is_dir() {
         return match extension(path).as_deref() {
             Some("npz") => Ok(vec![fit(path, Stored::npz(path)?)?]),
-            Some("npy") => Ok(vec![fit(path, vec![single(path, labels, graph)?])?]),
+            Some("npy") => Ok(vec![fit(path, vec![single(path, spec, graph)?])?]),
             Some("pkl" | "pickle" | "pt" | "pth") => Err(kind("pickled, which is never loaded")),
             Some(other) => Err(kind(&format!("a .{other} file"))),
             None => Err(kind("a file without an extension")),
@@ -37,18 +39,18 @@ pub(super) fn shards(path: &Path, labels: Option<&str>, graph: &Graph) -> Result
             let arrays = npy.into_iter().map(|p| Stored::npy(p)).collect::<Result<_, _>>()?;
             Ok(vec![fit(path, arrays)?])
         }
-        (true, true, false, true) => Ok(vec![test_set(path, labels, graph)?]),
-        (true, true, true, false) => sets.into_iter().map(|p| test_set(p, labels, graph)).collect(),
+        (true, true, false, true) => Ok(vec![test_set(path, spec, graph)?]),
+        (true, true, true, false) => sets.into_iter().map(|p| test_set(p, spec, graph)).collect(),
         (true, true, true, true) => Err(kind("a folder with none of these")),
         _ => Err(kind("a folder that mixes several of these")),
     }
 }
 
 /// A `.npy` file by itself can only be the one input that the model has, whatever it is called.
-fn single(path: &Path, labels: Option<&str>, graph: &Graph) -> Result<Stored, SetError> {
+fn single(path: &Path, spec: &SetSpec, graph: &Graph) -> Result<Stored, SetError> {
     let mut stored = Stored::npy(path)?;
     let mut inputs = required_inputs(graph);
-    if let (Some(input), None, None) = (inputs.next(), inputs.next(), labels) {
+    if let (Some(input), None, None) = (inputs.next(), inputs.next(), &spec.labels) {
         stored.name = graph.value(input).name.clone();
     }
     Ok(stored)
@@ -77,7 +79,7 @@ fn listing(path: &Path) -> Result<Vec<PathBuf>, SetError> {
 }
 
 /// `input_0.pb` and on are the inputs of the model in order, unless they bear its names.
-fn test_set(path: &Path, labels: Option<&str>, graph: &Graph) -> Result<Shard, SetError> {
+fn test_set(path: &Path, spec: &SetSpec, graph: &Graph) -> Result<Shard, SetError> {
     let inputs: Vec<&str> = graph.main().inputs().iter().map(|&v| graph.value(v).name.as_str()).collect();
     let required: Vec<&str> = required_inputs(graph).map(|v| graph.value(v).name.as_str()).collect();
     let mut arrays = Vec::new();
@@ -89,5 +91,5 @@ fn test_set(path: &Path, labels: Option<&str>, graph: &Graph) -> Result<Shard, S
         let name = if inputs.contains(&named.as_str()) { named } else { by_place.unwrap_or(stem) };
         arrays.push(Array::Tensor { path: file, name, dtype: tensor.dtype(), shape: tensor.dims().to_vec() });
     }
-    Shard::fit(path, arrays, labels, graph, true)
+    Shard::fit(path, arrays, spec, graph, true)
 }

@@ -74,6 +74,45 @@ fn one_axis_more_is_one_run_in_each_row() {
     assert_eq!(SampleSet::open(&spec("runs.npz"), &rows()).unwrap().len(), 4);
 }
 
+/// `x` of three numbers a row and `s` of no axes, which the set has once or for every row.
+#[test]
+fn an_array_of_no_axes_is_the_same_in_every_run() {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["n", "3"]);
+    build.input("s", DataType::Float, &[]);
+    let y = build.node(Node::new("Relu"), &[x], "y");
+    let model = build.output(y, Type::unshaped(DataType::Float)).model();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("set.npz");
+    let rows = Tensor::from_f32s(&[6, 3], &[1.0; 18]);
+    let read = |s: Tensor, batch: usize| -> Vec<(usize, f32)> {
+        let mut npz = crate::NpzWriter::create(&path).unwrap();
+        npz.add("x", &rows).unwrap();
+        npz.add("s", &s).unwrap();
+        npz.finish().unwrap();
+        let set = SampleSet::open(&SetSpec { batch: Some(batch), ..SetSpec::all(&path) }, &model).unwrap();
+        let one = |batch: Result<Batch, SetError>| {
+            let batch = batch.unwrap();
+            (batch.samples, batch.inputs[1].1.to_f32s().unwrap()[0])
+        };
+        set.batches().map(one).collect()
+    };
+    assert_eq!(read(Tensor::from_f32s(&[], &[2.5]), 4), [(4, 2.5), (2, 2.5)]);
+    let each = read(Tensor::from_f32s(&[6], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]), 4);
+    assert_eq!(each, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0].map(|s| (1, s)));
+}
+
+#[test]
+fn labels_that_are_not_read_may_be_there() {
+    let unread = |name: &str| SetSpec { unread: Some("labels".into()), batch: Some(8), ..spec(name) };
+    for name in ["labelled.npz", "good.npz"] {
+        assert_eq!(read(&unread(name), &rows()).len(), 1, "{name}");
+        assert!(!SampleSet::open(&unread(name), &rows()).unwrap().has_labels());
+    }
+    let message = refused(&spec("labelled.npz"), &rows());
+    assert!(message.contains("array `labels`") && message.contains("is no input of the model"), "{message}");
+}
+
 #[test]
 fn the_last_quarter_is_held_out() {
     let part = |name: &str, part| {

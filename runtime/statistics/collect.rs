@@ -78,6 +78,10 @@ pub enum StatisticsError {
     Shapes { x: String, y: String, found: (Vec<usize>, Vec<usize>) },
     #[error("{request} alone needs about {needed} MiB besides the model, and {allowed} MiB are allowed in all")]
     TooLarge { request: String, needed: u64, allowed: u64 },
+    #[error(
+        "output {outputs} of the model is NaN or infinite in all its elements on these samples: no loss can be measured"
+    )]
+    NotFinite { outputs: String },
     #[error("`{request}` was not collected")]
     NotCollected { request: String },
     #[error("cannot use `{path}`: {source}")]

@@ -41,6 +41,7 @@ pub(crate) struct Gathered {
     pub samples: usize,
     pub batches: usize,
     /// The numbers of every direct output.
+    #[serde(with = "crate::compare::exact::lists")]
     pub direct: Vec<Vec<f64>>,
 }
 

@@ -360,3 +360,11 @@ fn one_position_has_statistics_of_its_own() {
     let expected: Vec<f64> = (0..k).map(|i| rows.chunks(k).map(|row| row[i] * row[i]).sum()).collect();
     assert_close(&squares, &expected, 1.0);
 }
+
+#[test]
+fn sums_that_are_not_finite_travel() {
+    let direct = vec![vec![1.5, f64::NAN, f64::INFINITY], vec![], vec![f64::NEG_INFINITY]];
+    let text = serde_json::to_string(&gather::Gathered { direct, ..gather::Gathered::default() }).unwrap();
+    let again: gather::Gathered = serde_json::from_str(&text).unwrap();
+    assert_eq!(format!("{:?}", again.direct), "[[1.5, NaN, inf], [], [-inf]]");
+}

@@ -1,9 +1,16 @@
 //! `optimize doctor`: which runtime is used, what it offers, and installing one.
 
-use crate::{Failure, cli::print, progress::Meter, runner};
+use crate::{
+    Failure,
+    cli::print,
+    kernels,
+    progress::Meter,
+    runner::{self, RunnerOptions},
+};
 use anyhow::anyhow;
 use clap::Args;
-use std::{fmt::Write as _, path::PathBuf};
+use lathe_runtime::LoadOptions;
+use std::{fmt::Write as _, path::PathBuf, time::Duration};
 
 /// What to do.
 #[derive(Debug, Args)]
@@ -17,6 +24,16 @@ pub(crate) struct DoctorArgs {
     /// Fetch the one with the CUDA and TensorRT providers.
     #[arg(long, requires = "install")]
     gpu: bool,
+    /// Measure which operators of ONNX Runtime's own domain are slower here than what they take the place of; later runs
+    /// with --target ort for the same provider do not write those.
+    #[arg(long, conflicts_with = "install")]
+    kernels: bool,
+    /// The execution provider to measure on.
+    #[arg(long, value_name = "NAME", default_value = "cpu", requires = "kernels")]
+    ep: String,
+    /// Threads of a run; 0 leaves it to the runtime.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "kernels")]
+    threads: usize,
 }
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
@@ -28,6 +45,9 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
         for file in files {
             print(&format!("installed {}\n", file.display()));
         }
+    }
+    if args.kernels {
+        return measure(args);
     }
     let found = lathe_runtime::diagnose(&runner::search(args.ort.clone()));
     let mut out = String::new();
@@ -54,6 +74,33 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     }
     for tried in &found.tried {
         let _ = writeln!(out, "  {tried}");
+    }
+    print(&out);
+    Ok(())
+}
+
+/// Measures the operators and prints one line for each.
+fn measure(args: &DoctorArgs) -> Result<(), Failure> {
+    let meter = Meter::new("timing", false);
+    let options = RunnerOptions {
+        library: args.ort.clone(),
+        load: LoadOptions {
+            provider: args.ep.clone(),
+            threads: args.threads,
+            optimize: true,
+            ..LoadOptions::default()
+        },
+        timeout: Duration::from_secs(600),
+        memory: None,
+        worker: None,
+        progress: meter.listener(),
+    };
+    let found = kernels::measure(&options)?;
+    drop(meter);
+    let mut out = String::new();
+    for verdict in &found {
+        let word = if verdict.is_slower() { "slower, not written" } else { "written" };
+        let _ = writeln!(out, "{:34} {:5.2} of the time of the nodes: {word}", verdict.kernel, verdict.ratio);
     }
     print(&out);
     Ok(())

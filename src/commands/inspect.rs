@@ -84,7 +84,7 @@ impl RunsOfSet {
         let options = runner_options(&run, progress)?;
         let (load, memory) = (options.load.clone(), options.memory);
         let set = SetSpec {
-            labels: self.labels.clone(),
+            unread: self.labels.clone(),
             batch: self.batch.map(|batch| batch as usize),
             ..SetSpec::all(calib)
         };

@@ -21,7 +21,7 @@ pub(crate) struct SetArgs {
     #[arg(long, value_name = "PATH")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validate: Option<PathBuf>,
-    /// The array of the sets that holds labels.
+    /// The array that holds labels. The comparison reads them; a calibration set need not have them.
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub labels: Option<String>,
@@ -54,16 +54,16 @@ impl SetArgs {
         if self.batch == Some(0) {
             return Err(Failure::Usage("--batch is 0, expected at least 1".to_owned()));
         }
-        let spec = |path: &PathBuf, part: Part| SetSpec {
-            part,
-            labels: self.labels.clone(),
-            batch: self.batch,
-            ..SetSpec::all(path)
-        };
-        let calibration = |part| self.calib.as_ref().map(|path| spec(path, part));
+        let spec = |path: &PathBuf, part: Part| SetSpec { part, batch: self.batch, ..SetSpec::all(path) };
+        let measured = |path: &PathBuf, part: Part| SetSpec { labels: self.labels.clone(), ..spec(path, part) };
+        let seen =
+            |part: Part| self.calib.as_ref().map(|path| SetSpec { unread: self.labels.clone(), ..spec(path, part) });
         Ok(match &self.validate {
-            Some(path) => Sets { calibration: calibration(Part::All), validation: Some(spec(path, Part::All)) },
-            None => Sets { calibration: calibration(Part::Calibration), validation: calibration(Part::Validation) },
+            Some(path) => Sets { calibration: seen(Part::All), validation: Some(measured(path, Part::All)) },
+            None => Sets {
+                calibration: seen(Part::Calibration),
+                validation: self.calib.as_ref().map(|path| measured(path, Part::Validation)),
+            },
         })
     }
 }

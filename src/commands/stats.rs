@@ -81,7 +81,7 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     let requests = requests(&model, args)?;
     let meter = Meter::new("collecting statistics", args.talk.quiet);
     let options = runner_options(&args.run, meter.listener())?;
-    let mut set = SetSpec { labels: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
+    let mut set = SetSpec { unread: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
     let memory = args.run.memory.as_deref().map(size).transpose()?.unwrap_or_else(quarter_of_memory);
     let temporary = tempfile::tempdir().context("there is no place for results")?;
     let kept = runner::data_dir().filter(|_| !args.no_cache).map(|data| data.join("statistics"));

@@ -28,7 +28,8 @@ pub(crate) struct VerifyArgs {
     a: PathBuf,
     /// The candidate.
     b: PathBuf,
-    /// The largest relative L2 error of an output; by default 1e-4 for float32 and what narrower types allow.
+    /// The largest relative L2 error of an output, beyond rounding that is measured in A; by default 1e-4 for float32 and
+    /// what narrower types allow.
     #[arg(long, conflicts_with_all = ["metric", "max_drop"])]
     rtol: Option<f64>,
     /// Expect equal bits.
@@ -106,8 +107,8 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
         Verdict::ReferenceRefused { .. } => return Err(Failure::Error(anyhow!("{sentence}"))),
         _ => return Err(Failure::Refused(sentence)),
     };
-    let passed = report.comparison.failures.is_empty();
-    let found = job::verify(report, claim, set_name, None);
+    let passed = report.comparison.holds();
+    let found = job::verify(report, claim, set_name);
     let answer = Answer::new(&found, text(&found, &sentence), notes);
     Ok(Answer { refused: (!passed).then_some(sentence), ..answer })
 }
@@ -190,7 +191,14 @@ fn text(found: &Verify, sentence: &str) -> String {
 }
 
 fn line(o: &OutputLine) -> String {
-    let mut line = format!("{}  max abs {:.2e}  rel L2 {:.2e}  cosine {:.6}", o.name, o.max_abs, o.rel_l2, o.cosine);
+    if let Some(reason) = &o.uncompared {
+        return format!("{}  type and shape only: {reason}", o.name);
+    }
+    let mut line = format!("{}  max abs {:.2e}  rel L2 {:.2e}", o.name, o.max_abs, o.rel_l2);
+    if let Some(limit) = o.limit {
+        let _ = write!(line, " (limit {limit:.0e})");
+    }
+    let _ = write!(line, "  cosine {:.6}", o.cosine);
     let mut also = |name: &str, value: Option<f64>, unit: &str| {
         if let Some(value) = value {
             let _ = write!(line, "  {name} {}{unit}", significant(value));

@@ -19,6 +19,8 @@ const LEAST_OF_OTHERS: f64 = 0.01;
 
 /// What the outputs answer to errors of values, per squared error relative to what is disturbed.
 pub(super) struct Answers {
+    /// Whether any is known.
+    pub told: bool,
     /// Errors everywhere.
     pub values: BTreeMap<ValueId, f64>,
     /// Errors at one position only.

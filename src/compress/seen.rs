@@ -24,15 +24,15 @@ const LEAST_CROSS_SAMPLES: usize = 64;
 
 /// Statistics by the names of values, and everything that running a variant of the model needs.
 pub(super) struct Seen<'a> {
-    /// Mean squares of what layers read and give, over the whole calibration set.
-    pub moments: Statistics,
-    /// Second moments of what they read, over as many samples as those need.
-    pub grams: Statistics,
-    /// Second moments and mean squares of single positions that are read apart from the others.
-    pub alone: Option<Statistics>,
-    /// How much more the errors of these positions count; statistics are weighed with it.
+    /// Mean squares and ranges over the whole calibration set, where layers in half precision have to keep to them.
+    pub whole: Option<Statistics>,
+    /// What fits see.
+    pub fits: Part,
+    /// What they are judged by; `None` where the set has one sample only.
+    pub held: Option<Part>,
+    /// How much more the errors of positions that are read apart count; statistics are weighed with it.
     pub emphasis: Emphasis,
-    /// How large it is, where a method wants to know.
+    /// How large values are, where a method wants to know.
     pub magnitudes: Option<Statistics>,
     pub runner: &'a Runner,
     /// The model that is being compressed.
@@ -42,11 +42,37 @@ pub(super) struct Seen<'a> {
     pub distance: Distance,
     /// How statistics of variants are collected.
     pub collect: CollectOptions,
-    /// The calibration set, and those of its samples that second moments are taken over: of all rows, and of single
-    /// positions.
-    pub set: SetSpec,
+}
+
+/// Statistics over a part of the calibration set.
+pub(super) struct Part {
+    /// As many of its samples as second moments need: of all rows, and of single positions.
     pub some: SetSpec,
     pub many: SetSpec,
+    /// Mean squares of what layers read and give, and second moments of what they read.
+    pub all: Statistics,
+    /// The same of single positions that are read apart from the others.
+    pub alone: Option<Statistics>,
+}
+
+impl Part {
+    /// Mean squares with every row counting as much; `None` if they were not collected.
+    fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+        moments_or_diagonal(&self.all, rows)
+    }
+
+    fn moments_alone(&self, value: &str, at: usize) -> Result<Option<Moments>, EvaluateError> {
+        self.alone.as_ref().map_or(Ok(None), |alone| moments_or_diagonal(alone, &Rows::at(value, at)))
+    }
+
+    /// Second moments in which positions count as much as `emphasis` says.
+    fn gram(&self, rows: &Rows, emphasis: &Emphasis) -> Result<Option<Gram>, EvaluateError> {
+        let Some(all) = gram_in(&self.all, rows)? else { return Ok(None) };
+        let alone = |at: usize| -> Result<Option<Gram>, EvaluateError> {
+            self.alone.as_ref().map_or(Ok(None), |alone| gram_in(alone, &Rows::at(&rows.value, at)))
+        };
+        emphasis.gram(rows, all, alone).map(Some)
+    }
 }
 
 impl Seen<'_> {
@@ -75,12 +101,17 @@ impl Seen<'_> {
         requests.iter().map(cross).collect::<Result<_, _>>().map_err(failed)
     }
 
+    /// Both parts, as far as there are two.
+    fn parts(&self) -> impl Iterator<Item = &Part> {
+        std::iter::once(&self.fits).chain(&self.held)
+    }
+
     /// Mean squares with every row counting as much; `None` if they were not collected.
     fn moments_of(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
-        Ok(match moments_in(&self.moments, rows)? {
-            Some(found) => Some(found),
-            None => gram_in(&self.grams, rows)?.as_ref().map(diagonal),
-        })
+        if let Some(found) = self.whole.as_ref().map(|whole| moments_in(whole, rows)).transpose()?.flatten() {
+            return Ok(Some(found));
+        }
+        together(self.parts().map(|part| part.moments(rows)))
     }
 
     /// The same along the last axis of a value.
@@ -90,11 +121,7 @@ impl Seen<'_> {
 
     /// Mean squares of one position of a value, not weighed; `None` if they were not collected.
     pub fn moments_alone(&self, value: &str, at: usize) -> Result<Option<Moments>, EvaluateError> {
-        let (Some(alone), rows) = (&self.alone, Rows::at(value, at)) else { return Ok(None) };
-        Ok(match moments_in(alone, &rows)? {
-            Some(found) => Some(found),
-            None => gram_in(alone, &rows)?.as_ref().map(diagonal),
-        })
+        together(self.parts().map(|part| part.moments_alone(value, at)))
     }
 
     /// What these weights read and give in a variant of the model, with everything else as it was.
@@ -107,17 +134,24 @@ impl Seen<'_> {
                 columns.extend(plain.chain([&tap.output_rows]).cloned().map(Request::Columns));
             }
         }
-        let collect = |set: &SetSpec, requests: BTreeSet<Request>| {
-            let requests: Vec<Request> = requests.into_iter().collect();
+        let collect = |set: &SetSpec, requests: &BTreeSet<Request>| {
+            let requests: Vec<Request> = requests.iter().cloned().collect();
             self.runner.collect(variant, set, &requests, &self.collect)
         };
-        let alone: BTreeSet<Request> =
-            columns.iter().chain(&grams).flat_map(|request| self.emphasis.requests(request)).collect();
-        let alone = if alone.is_empty() { None } else { Some(collect(&self.many, alone)?) };
+        let all: BTreeSet<Request> = columns.into_iter().chain(grams).collect();
+        let alone: BTreeSet<Request> = all.iter().flat_map(|request| self.emphasis.requests(request)).collect();
+        let part = |part: &Part| -> Result<Part, StatisticsError> {
+            Ok(Part {
+                some: part.some.clone(),
+                many: part.many.clone(),
+                all: collect(&part.some, &all)?,
+                alone: if alone.is_empty() { None } else { Some(collect(&part.many, &alone)?) },
+            })
+        };
         Ok(Seen {
-            moments: collect(&self.set, columns)?,
-            grams: collect(&self.some, grams)?,
-            alone,
+            whole: None,
+            fits: part(&self.fits)?,
+            held: self.held.as_ref().map(part).transpose()?,
             emphasis: self.emphasis.clone(),
             magnitudes: None,
             runner: self.runner,
@@ -126,9 +160,6 @@ impl Seen<'_> {
             load: self.load,
             distance: self.distance,
             collect: self.collect.clone(),
-            set: self.set.clone(),
-            some: self.some.clone(),
-            many: self.many.clone(),
         })
     }
 }
@@ -140,6 +171,8 @@ pub(super) struct Split {
     pub trials: SetSpec,
     /// What variants are fitted to.
     pub fits: SetSpec,
+    /// Whether the two parts differ.
+    pub holds_out: bool,
     /// Floating-point operations of one run over what trials run on.
     pub trial_flops: f64,
     /// The sizes of the first run over the set, and its samples.
@@ -159,11 +192,15 @@ impl Split {
         let affordable = (TRIAL_FLOPS / flops.max(1.0)) as usize;
         let trials = samples.spread(affordable.clamp(least, most).min(samples.len() / 4).max(1));
         let tried: BTreeSet<usize> = trials.iter().copied().collect();
-        let mut fits: Vec<usize> = samples.spread(samples.len());
-        fits.retain(|unit| !tried.contains(unit) || samples.len() == 1);
+        let all: Vec<usize> = samples.spread(samples.len());
+        let mut fits: Vec<usize> = all.iter().copied().filter(|unit| !tried.contains(unit)).collect();
+        let holds_out = !fits.is_empty();
+        if !holds_out {
+            fits = all;
+        }
         let part = |chosen| SetSpec { chosen: Some(chosen), ..set.clone() };
         let trial_flops = flops * trials.len() as f64;
-        Ok(Split { trials: part(trials), fits: part(fits), trial_flops, sizes, samples: of_run })
+        Ok(Split { trials: part(trials), fits: part(fits), holds_out, trial_flops, sizes, samples: of_run })
     }
 
     /// As many of the samples of a part as second moments of these pairs need.
@@ -227,6 +264,27 @@ fn moments_in(statistics: &Statistics, rows: &Rows) -> Result<Option<Moments>, E
     Ok((rows > 0).then_some(Moments { square, largest: Some(largest), rows }))
 }
 
+fn moments_or_diagonal(statistics: &Statistics, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+    Ok(match moments_in(statistics, rows)? {
+        Some(found) => Some(found),
+        None => gram_in(statistics, rows)?.as_ref().map(diagonal),
+    })
+}
+
+/// Mean squares over the rows of several parts, as far as they were collected; `None` if those of none were.
+fn together(
+    parts: impl Iterator<Item = Result<Option<Moments>, EvaluateError>>,
+) -> Result<Option<Moments>, EvaluateError> {
+    let all: Vec<Moments> = parts.filter_map(Result::transpose).collect::<Result<_, _>>()?;
+    let rows: u64 = all.iter().map(|part| part.rows).sum();
+    let share = |part: &Moments| part.rows as f64 / rows.max(1) as f64;
+    let size = all.first().map_or(0, |part| part.square.len());
+    let square = (0..size).map(|at| all.iter().map(|part| share(part) * part.square[at]).sum()).collect();
+    let largest = all.iter().map(|part| part.largest).collect::<Option<Vec<f64>>>();
+    let largest = largest.map(|all| all.into_iter().fold(0.0, f64::max));
+    Ok((size > 0).then_some(Moments { square, largest, rows }))
+}
+
 fn diagonal(gram: &Gram) -> Moments {
     let square = (0..gram.matrix.size()).map(|i| gram.matrix.get(i, i)).collect();
     Moments { square, largest: None, rows: gram.rows }
@@ -238,11 +296,21 @@ fn failed(error: StatisticsError) -> EvaluateError {
 
 impl Calibrate for Seen<'_> {
     fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
-        let Some(all) = gram_in(&self.grams, rows)? else { return Ok(None) };
-        let alone = |at: usize| -> Result<Option<Gram>, EvaluateError> {
-            self.alone.as_ref().map_or(Ok(None), |alone| gram_in(alone, &Rows::at(&rows.value, at)))
-        };
-        self.emphasis.gram(rows, all, alone).map(Some)
+        self.fits.gram(rows, &self.emphasis)
+    }
+
+    fn held_gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
+        self.held.as_ref().map_or(Ok(None), |held| held.gram(rows, &self.emphasis))
+    }
+
+    fn held_moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+        let Some(held) = &self.held else { return Ok(None) };
+        let Some(all) = held.moments(rows)? else { return Ok(None) };
+        self.emphasis.moments(rows, all, |at| held.moments_alone(&rows.value, at)).map(Some)
+    }
+
+    fn holds_out(&self) -> bool {
+        self.split.holds_out
     }
 
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
@@ -283,5 +351,40 @@ impl Calibrate for Seen<'_> {
         let child = self.runner.child();
         let found = trials(child, &self.model, variant, &self.split.trials, gates, self.distance, self.load);
         found.map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_ir::{Tensor, text};
+
+    #[test]
+    fn moments_of_parts_are_those_of_all_their_rows() {
+        let part = |square: &[f64], largest, rows| Ok(Some(Moments { square: square.to_vec(), largest, rows }));
+        let both = [part(&[1.0, 2.0], Some(3.0), 30), part(&[5.0, 2.0], Some(4.0), 10), Ok(None)];
+        let found = together(both.into_iter()).unwrap().unwrap();
+        assert_eq!((found.square, found.largest, found.rows), (vec![2.0, 2.0], Some(4.0), 40));
+        let unwatched = [part(&[1.0], Some(3.0), 1), part(&[1.0], None, 1)];
+        assert_eq!(together(unwatched.into_iter()).unwrap().unwrap().largest, None);
+        assert_eq!(together([Ok(None)].into_iter()).unwrap(), None);
+    }
+
+    #[test]
+    fn fits_and_trials_share_no_sample_but_the_only_one() {
+        let source = "<ir_version: 8, opset_import: [\"\" : 17]> g (float[n, 3] x) => (float[n, 3] y) { y = Neg (x) }";
+        let model = text::parse(source).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("set.npz");
+        for (samples, fits, trials) in [(1, 1, 1), (2, 1, 1), (9, 7, 2), (400, 300, 100)] {
+            let mut npz = lathe_runtime::NpzWriter::create(&path).unwrap();
+            npz.add("x", &Tensor::from_f32s(&[samples, 3], &vec![0.5; 3 * samples])).unwrap();
+            npz.finish().unwrap();
+            let split = Split::of(&SetSpec::all(&path), &model).unwrap();
+            let chosen = |set: &SetSpec| set.chosen.clone().unwrap();
+            let (own, tried) = (chosen(&split.fits), chosen(&split.trials));
+            assert_eq!((own.len(), tried.len(), split.holds_out), (fits, trials, samples > 1));
+            assert!(samples == 1 || !own.iter().any(|unit| tried.contains(unit)));
+        }
     }
 }

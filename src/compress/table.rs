@@ -3,10 +3,11 @@
 use super::{
     Seen,
     strip::{Done, strip},
+    unhandled::{Unhandled, WORTH_TELLING},
 };
 use crate::{Failure, PassRecord};
 use anyhow::anyhow;
-use lathe_analysis::{Facts, Units};
+use lathe_analysis::{Calibrate, Facts, Units};
 use lathe_ir::{Model, NodeId, ValueId};
 use lathe_passes::{
     Context,
@@ -16,6 +17,7 @@ use lathe_passes::{
         block_by_block, weights,
     },
 };
+use lathe_runtime::Distance;
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,6 +30,10 @@ pub(crate) struct Table<'a> {
     pub(super) places: Vec<Place>,
     pub(super) records: BTreeMap<&'static str, PassRecord>,
     pub(super) seen: Seen<'a>,
+    /// Whether it is known how the outputs answer to errors of any layer.
+    pub(super) told: bool,
+    /// What no place is of.
+    pub(super) unhandled: Vec<Unhandled>,
     /// Holds the statistics where the user has no data folder.
     pub(super) _scratch: TempDir,
 }
@@ -378,6 +384,49 @@ impl Table<'_> {
             Some(format!("; {name}: {reason}"))
         });
         said.collect()
+    }
+
+    /// How far the outputs of a variant of the model are from its own on samples that no fit has seen; `None` where it has
+    /// not the same outputs, or where nothing is known of how they answer to errors.
+    pub(crate) fn lost(&self, variant: &Model) -> Result<Option<f64>, Failure> {
+        let names = |model: &Model| -> BTreeSet<String> {
+            model.graph.main().outputs().iter().map(|&v| model.graph.value(v).name.clone()).collect()
+        };
+        if !self.told || !names(&self.seen.model).is_subset(&names(variant)) {
+            return Ok(None);
+        }
+        let lost = self.seen.trials(variant, &[Vec::new()]).map_err(anyhow::Error::from)?;
+        Ok(lost.first().copied())
+    }
+
+    /// A loss as people say it.
+    pub(crate) fn describe_loss(&self, lost: f64) -> String {
+        match self.seen.distance {
+            Distance::Relative => format!("a relative L2 error of {:.2e}", lost.max(0.0).sqrt()),
+            Distance::Divergence => format!("a divergence of {lost:.2e} nats"),
+        }
+    }
+
+    /// What takes much of a quantity and no method offers anything for, as the end of a sentence.
+    pub(crate) fn unhandled(&self, measure: Measure) -> String {
+        let covered = |unhandled: &&Unhandled| unhandled.share(measure) >= WORTH_TELLING;
+        let mut all: Vec<&Unhandled> = self.unhandled.iter().filter(covered).collect();
+        all.sort_by(|a, b| b.share(measure).total_cmp(&a.share(measure)));
+        let what = match measure {
+            Measure::Bytes => "bytes of constants",
+            Measure::Parameters => "parameters",
+            Measure::Flops | Measure::Latency => "FLOPs",
+        };
+        let one = |unhandled: &&Unhandled| {
+            let (percent, nodes) = (100.0 * unhandled.share(measure), unhandled.nodes);
+            let plural = if nodes == 1 { "" } else { "s" };
+            let reason = unhandled.reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+            format!("{nodes} {} node{plural} ({percent:.0} % of the {what}{reason})", unhandled.operator)
+        };
+        match all.is_empty() {
+            true => String::new(),
+            false => format!("; no method handles {}", all.iter().map(one).collect::<Vec<_>>().join(", ")),
+        }
     }
 
     /// Chooses within the budget.

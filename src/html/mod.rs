@@ -206,6 +206,7 @@ fn outputs(verify: &Verify) -> Markup {
     ];
     let shown: Vec<_> =
         optional.into_iter().filter(|(_, get)| verify.outputs.iter().any(|o| get(o).is_some())).collect();
+    let bounded = verify.outputs.iter().any(|o| o.limit.is_some());
     html! {
         h2 { "Error of every output" }
         p.caption {
@@ -218,7 +219,9 @@ fn outputs(verify: &Verify) -> Markup {
         @if !verify.outputs.is_empty() {
             div.scroll { table #outputs {
                 thead { tr {
-                    th { "output" } th.number { "relative L2" } th { "" } th.number { "max abs" } th.number.wide { "cosine" }
+                    th { "output" } th.number { "relative L2" } th { "" }
+                    @if bounded { th.number { "limit" } }
+                    th.number { "max abs" } th.number.wide { "cosine" }
                     @for (name, _) in &shown { th.number { (name) } }
                 } }
                 tbody { @for o in &verify.outputs {
@@ -226,6 +229,7 @@ fn outputs(verify: &Verify) -> Markup {
                         td.name { code { (breakable(&o.name)) } }
                         td.number { (scientific(o.rel_l2)) }
                         td.chart { (bar(decades(o.rel_l2), "after", &format!("relative L2 {}", scientific(o.rel_l2)))) }
+                        @if bounded { td.number { (o.limit.map_or("–".to_owned(), scientific)) } }
                         td.number { (scientific(o.max_abs)) }
                         td.number.wide { (format!("{:.6}", o.cosine)) }
                         @for (_, get) in &shown { td.number { (get(o).map_or("–".to_owned(), |x| format!("{x:.4}"))) } }

@@ -31,6 +31,9 @@ fn report() -> Report {
         snr: None,
         psnr: None,
         ssim: None,
+        limit: Some(1e-4),
+        excuse: None,
+        uncompared: None,
     };
     Report {
         version: "9.9.9".to_owned(),
@@ -51,6 +54,7 @@ fn report() -> Report {
             after: 1.25e-7,
             drop: 1.25e-7,
             limit: 1e-4,
+            worst: Some(NASTY.to_owned()),
             passed: true,
             detail: None,
             runtime: "ONNX Runtime 1.2.3".to_owned(),
@@ -87,7 +91,7 @@ fn numbers_are_those_of_the_report() {
     for number in ["1,200", "345", "1,234,567", "1,000,000", "3.00 MiB", "1.00 MiB", "−66.7 %"] {
         assert!(cells.iter().any(|c| c == number), "{number}: {cells:?}");
     }
-    assert_eq!(texts(&page, "#outputs td")[..4], [NASTY, "1.25e-7", "", "3.00e-6"]);
+    assert_eq!(texts(&page, "#outputs td")[..5], [NASTY, "1.25e-7", "", "1.00e-4", "3.00e-6"]);
     assert_eq!(texts(&page, "#layers td")[..5], [NASTY, "Conv", "900.00 k", "", "512 B"]);
     assert_eq!(texts(&page, "#passes td")[..5], ["fold-batch-norm", "equivalent", "5", "−5", "−2.0 KiB"]);
     assert_eq!(texts(&page, "#refusals details summary"), ["fold-batch-norm", "drop-casts"]);

@@ -5,9 +5,9 @@ use crate::{
     pipeline::{self, PassRecord},
     report::{OutputLine, PassLine, Refusal, Side, Verify},
 };
-use lathe_ir::Model;
-use lathe_runtime::Claim;
-use std::path::Path;
+use lathe_ir::{DataType, Model};
+use lathe_runtime::{Claim, Comparison, default_rtol};
+use std::{collections::BTreeMap, path::Path};
 
 /// What the report says about one model.
 pub(crate) fn side(path: &Path, model: &Model, file_bytes: u64) -> Side {
@@ -46,20 +46,13 @@ pub(crate) fn pass_line(record: &PassRecord) -> PassLine {
 }
 
 /// The comparison in the report's terms.
-pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str, note: Option<String>) -> Verify {
+pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str) -> Verify {
     let worst = report.comparison.worst();
-    let rounding = report.comparison.outputs.iter().filter(|o| o.rounding && o.rel_l2 > worst);
-    let rounding: Vec<String> = rounding.map(|o| format!("`{}`", o.name)).collect();
-    let note = note.or_else(|| {
-        let names = rounding.join(", ");
-        (!rounding.is_empty()).then(|| format!("{names} is near zero everywhere and differs by float32 rounding only"))
-    });
-    let (metric, limit) = match claim {
+    let (metric, usual) = match claim {
         Claim::Identical => ("bits", 0.0),
-        Claim::Equivalent { rtol } => {
-            ("rel-l2", rtol.unwrap_or_else(|| lathe_runtime::default_rtol(lathe_ir::DataType::Float)))
-        }
+        Claim::Equivalent { rtol } => ("rel-l2", rtol.unwrap_or_else(|| default_rtol(DataType::Float))),
     };
+    let after = worst.map_or(0.0, |output| output.rel_l2);
     let outputs = report.comparison.outputs.iter().map(|o| OutputLine {
         name: o.name.clone(),
         max_abs: o.max_abs,
@@ -70,6 +63,9 @@ pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str, not
         snr: None,
         psnr: None,
         ssim: None,
+        limit: o.limit,
+        excuse: o.excuse,
+        uncompared: o.uncompared.clone(),
     });
     Verify {
         set: set.to_owned(),
@@ -77,14 +73,34 @@ pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str, not
         metric: metric.to_owned(),
         why: None,
         before: 0.0,
-        after: worst,
-        drop: worst,
-        limit,
-        passed: report.comparison.failures.is_empty(),
+        after,
+        drop: after,
+        limit: worst.and_then(|output| output.limit).unwrap_or(usual),
+        worst: worst.map(|output| output.name.clone()),
+        passed: report.comparison.holds(),
         detail: None,
         runtime: report.engine.clone(),
         sizes: report.sizes.clone(),
-        note,
+        note: note(&report.comparison),
         outputs: outputs.collect(),
     }
+}
+
+/// What has to be said of single outputs: those whose values were not compared, and those beyond their bound.
+fn note(comparison: &Comparison) -> Option<String> {
+    let mut notes: Vec<String> = Vec::new();
+    // Several outputs often share one reason.
+    let mut uncompared: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for output in &comparison.outputs {
+        if let Some(reason) = &output.uncompared {
+            uncompared.entry(reason).or_default().push(format!("`{}`", output.name));
+        }
+        if let Some(excuse) = &output.excuse {
+            notes.push(format!("`{}` {}", output.name, excuse.describe()));
+        }
+    }
+    for (reason, names) in uncompared {
+        notes.push(format!("of {} only type and shape were compared: {reason}", names.join(", ")));
+    }
+    (!notes.is_empty()).then(|| notes.join("; "))
 }

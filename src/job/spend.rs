@@ -34,6 +34,14 @@ const LOOSENINGS: usize = 3;
 /// Larger budgets that are tried to say what would keep to the allowed drop, and smaller ones to find the least.
 const BISECTIONS: usize = 4;
 
+/// How many times as much as predicted a result has to lose for the prediction to be doubted, and what it has to lose at
+/// least: squared and relative, or in nats.
+const UNLIKE: f64 = 8.0;
+const NOTICEABLE: f64 = 1e-3;
+
+/// Parts of a budget whose plans are tried where the prediction of its own is doubted.
+const TIGHTER: [f64; 4] = [0.9, 0.8, 0.65, 0.5];
+
 /// A result within the budgets, before it is written.
 pub(super) struct Spent {
     pub(super) model: Model,
@@ -42,6 +50,13 @@ pub(super) struct Spent {
     pub(super) plan: serde_json::Value,
     pub(super) records: Vec<PassRecord>,
     pub(super) latency: Option<Latency>,
+}
+
+impl Spent {
+    /// The loss of the plan, as it was reckoned.
+    fn predicted(&self) -> f64 {
+        self.plan["objective"].as_f64().unwrap_or(0.0)
+    }
 }
 
 /// What the exact passes left.
@@ -94,8 +109,9 @@ impl Limit {
     /// That even the smallest share is larger than what is allowed.
     fn unreachable(&self, least: f64, table: &Table<'_>) -> Failure {
         let (name, share, why) = (self.name(), self.share, table.declined());
+        let others = table.unhandled(self.measure);
         Failure::Refused(format!(
-            "a {name} of {share:.3} of the original is asked for, and {least:.3} is the least{why}"
+            "a {name} of {share:.3} of the original is asked for, and {least:.3} is the least{why}{others}"
         ))
     }
 }
@@ -150,13 +166,16 @@ impl Job<'_> {
             false => BenchInputs::Random(InputSpec { seed: options.seed, shapes: options.shapes.clone() }),
         };
         let compressor = Compressor {
-            runner: &self.runner,
+            runner: self.runner,
             cx: self.context(),
             set: calibration,
             load: &options.load,
             memory: options.memory,
             seed: options.seed,
-            admits: &|name| options.selection.admits(name) && (!only_asked || asked.contains(&name)),
+            admits: &|name| {
+                let settled = self.methods.as_ref().is_none_or(|methods| methods.contains(&name));
+                options.selection.admits(name) && settled && (!only_asked || asked.contains(&name))
+            },
             distance: self.distance(exact.model),
             inputs: inputs.clone(),
             measures: shares.iter().map(|s| s.0).collect(),
@@ -178,7 +197,7 @@ impl Job<'_> {
         if least {
             return self.least(&attempt, &limits);
         }
-        let spent = self.within(&attempt, &limits)?;
+        let spent = self.as_predicted(&attempt, &limits, warnings)?;
         let Some(failed) = spent.verify.as_ref().filter(|v| !v.passed).map(validate::describe) else {
             return Ok(spent);
         };
@@ -200,6 +219,58 @@ impl Job<'_> {
             false => String::new(),
         };
         Err(Failure::Refused(format!("{failed}{reachable}")))
+    }
+
+    /// A result within the limits that loses about what was predicted, as samples show that no fit has seen. Where the plan
+    /// for the limits loses far more, those for tighter ones are tried too, and the one that loses least is taken.
+    fn as_predicted(
+        &self,
+        attempt: &Attempt<'_>,
+        limits: &[Limit],
+        warnings: &mut Vec<String>,
+    ) -> Result<Spent, Failure> {
+        let spent = self.within(attempt, limits)?;
+        let Some(mut lost) = self.unlike_predicted(attempt, &spent)? else { return Ok(spent) };
+        let (first, mut best, mut tightened) = (lost, spent, false);
+        for part in TIGHTER {
+            let tighter: Vec<Limit> = limits.iter().map(|l| Limit { share: l.share * part, ..*l }).collect();
+            let found = match self.within(attempt, &tighter) {
+                Ok(found) => found,
+                Err(Failure::Refused(_)) => break,
+                Err(error) => return Err(error),
+            };
+            let now = attempt.table.lost(&found.model)?.unwrap_or(f64::INFINITY);
+            if now < lost {
+                (lost, best, tightened) = (now, found, true);
+            }
+            if self.unlike_predicted(attempt, &best)?.is_none() {
+                break;
+            }
+        }
+        let loss = |lost: f64| attempt.table.describe_loss(lost);
+        if tightened {
+            warnings.push(format!(
+                "the plan for this budget loses {} on samples that were held back, far more than was predicted; a tighter one \
+                 that loses {} is written",
+                loss(first),
+                loss(lost)
+            ));
+        }
+        if self.unlike_predicted(attempt, &best)?.is_some() {
+            let predicted = loss(best.predicted());
+            warnings.push(format!(
+                "the result loses {} on samples that were held back, where {predicted} was predicted: the calibration set \
+                 is too small or unlike them, or layers' losses do not add up; --max-drop bounds what may be lost",
+                loss(lost)
+            ));
+        }
+        Ok(best)
+    }
+
+    /// What a result loses on samples that no fit has seen, if that is far more than was predicted.
+    fn unlike_predicted(&self, attempt: &Attempt<'_>, spent: &Spent) -> Result<Option<f64>, Failure> {
+        let lost = attempt.table.lost(&spent.model)?;
+        Ok(lost.filter(|&lost| lost > UNLIKE * spent.predicted() && lost > NOTICEABLE))
     }
 
     /// The smallest share of one quantity whose loss is allowed, by bisection.
@@ -357,7 +428,7 @@ impl Job<'_> {
         let budget = &self.options.budget;
         let metric = budget.metric.clone().unwrap_or_else(|| "auto".to_owned());
         let bound = Bound { set: set.clone(), set_name, metric, max_drop: budget.max_drop };
-        Ok(Some(validate(&self.runner, &self.options.model, candidate, &bound)?))
+        Ok(Some(validate(self.runner, &self.options.model, candidate, &bound)?))
     }
 
     /// How outputs are compared while the sensitivity of layers is measured: as distributions where they are logits.
@@ -367,7 +438,7 @@ impl Job<'_> {
         let divergence = match self.options.budget.metric.as_deref() {
             Some(metric) => matches!(metric, "perplexity" | "kl" | "top1" | "accuracy"),
             None => {
-                self.options.sets.calibration.as_ref().is_some_and(|s| s.labels.is_some())
+                self.set.as_ref().is_some_and(|(set, _)| set.labels.is_some())
                     || graph.main().outputs().iter().any(logits)
             }
         };

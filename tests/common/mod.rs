@@ -110,6 +110,28 @@ impl Workbench {
     }
 }
 
+/// Numbers near a bell curve, from a fixed seed.
+pub struct Noise(pub u64);
+
+impl Noise {
+    /// 31 bits.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 33
+    }
+
+    /// So many numbers.
+    pub fn numbers(&mut self, count: usize, scale: f32) -> Vec<f32> {
+        let mut one = || (0..6).map(|_| self.next() as f32 / (1u64 << 31) as f32 - 0.5).sum::<f32>() * scale;
+        (0..count).map(|_| one()).collect()
+    }
+
+    /// The same as the text form lists them.
+    pub fn list(&mut self, count: usize, scale: f32) -> String {
+        self.numbers(count, scale).iter().map(|x| format!("{x:e}")).collect::<Vec<_>>().join(", ")
+    }
+}
+
 /// The operators of a model and how often each occurs, subgraphs and local functions included.
 pub fn operators(model: &Model) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();

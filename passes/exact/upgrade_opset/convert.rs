@@ -1,6 +1,6 @@
 //! What to do with one node whose operator changed in one version.
 
-use lathe_analysis::Facts;
+use lathe_analysis::{DimExpr, Facts};
 use lathe_ir::{DataType, Graph, Node, NodeId, Tensor, ValueId};
 
 /// A node of the standard domain about to become valid in the next version.
@@ -8,6 +8,8 @@ pub(super) struct Site<'a> {
     pub(super) graph: &'a mut Graph,
     pub(super) facts: &'a mut Facts,
     pub(super) id: NodeId,
+    /// The version that the model is converted to in the end.
+    pub(super) to: i64,
 }
 
 type Step = Result<(), String>;
@@ -33,11 +35,9 @@ pub(super) fn convert(site: &mut Site, version: i64) -> Step {
             site.require(!same, "`auto_pad` was not defined precisely before")
         }
         ("DFT", _) => site.dft(),
-        ("Dropout", 10) => {
-            let mask = site.node().output(1).is_some_and(|v| !site.graph.value(v).uses().is_empty());
-            site.require(!mask, "the type of its mask changed")
-        }
+        ("Dropout", 10) => site.require(!site.uses_mask(), "the type of its mask changed"),
         ("Dropout", _) => {
+            site.require(!site.uses_mask(), "its mask says the opposite in inference")?;
             // The ratio says nothing in inference, which is all there is without the input `training_mode`.
             site.drop_attribute("ratio");
             Ok(())
@@ -153,6 +153,10 @@ impl Site<'_> {
         self.add_constant(index, name, Tensor::int64s(&all));
     }
 
+    fn uses_mask(&self) -> bool {
+        self.node().output(1).is_some_and(|v| !self.graph.value(v).uses().is_empty())
+    }
+
     fn elem(&self) -> Result<DataType, String> {
         let elem = self.node().input(0).and_then(|v| self.facts.elem(v));
         elem.ok_or_else(|| "the element type of its input is unknown".to_owned())
@@ -247,6 +251,10 @@ impl Site<'_> {
             self.graph.node_mut(self.id).set_attribute("axis", -1);
             return Ok(());
         }
+        // A target says 0 for the size of the same axis of the rows, which is right for the first axis alone.
+        let copies = |sizes: &[DimExpr]| sizes.iter().skip(1).any(|size| !size.is_positive());
+        let copies = self.facts.shape(data).is_none_or(copies);
+        self.require(!copies || self.to >= 14, "one of its axes may be empty, which needs version 14")?;
         let output = self.node().output(0).ok_or("it lacks an output")?;
         let scope = self.node().scope();
         let name = self.graph.value(output).name.clone();
@@ -254,7 +262,8 @@ impl Site<'_> {
         let rows = self.graph.append(scope, Node::new("Flatten").with("axis", axis), &[data], &format!("{name}_rows"));
         self.graph.set_input(self.id, 0, Some(rows));
         self.graph.node_mut(self.id).set_attribute("axis", -1);
-        let back = self.graph.append(scope, Node::new("Reshape"), &[output], &name);
+        let reshape = if copies { Node::new("Reshape").with("allowzero", 1) } else { Node::new("Reshape") };
+        let back = self.graph.append(scope, reshape, &[output], &name);
         self.graph.replace_uses(output, back);
         let node = self.graph.producer(back).ok_or("the copy has no producer")?;
         // Everything else reads the reshaped output; only the Reshape reads the rows.

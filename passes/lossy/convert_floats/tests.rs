@@ -168,7 +168,10 @@ fn what_a_type_cannot_hold_is_not_stored_in_it() {
     assert_eq!(refused(&model, Some(1.0)).0, ["the constant holds a NaN or an infinity"]);
     let ancient = parse(8, "float[3, 72] x72", "72, 64", body);
     assert_eq!(refused(&ancient, Some(1.0)).0, ["it needs operator set 9; --opset 9 upgrades"]);
-    let unseen = ConvertFloats.propose(&layer(), &Context::default()).unwrap();
+    let idle = ConvertFloats.propose(&layer(), &Context::default()).unwrap();
+    assert_eq!(idle.outcome.refusals.keys().collect::<Vec<_>>(), ["it saves bytes and time, and neither is limited"]);
+    let bytes = Context { measures: vec![Measure::Bytes], ..Context::default() };
+    let unseen = ConvertFloats.propose(&layer(), &bytes).unwrap();
     assert_eq!(unseen.outcome.refusals.keys().collect::<Vec<_>>(), ["nothing was seen of it on the calibration set"]);
 }
 

@@ -10,6 +10,8 @@ const ROWS: usize = 2000;
 struct Known {
     values: BTreeMap<&'static str, Mat<f64>>,
     counted: bool,
+    /// Rows that it was counted on.
+    rows: u64,
 }
 
 impl Known {
@@ -34,6 +36,14 @@ impl Calibrate for Known {
         Ok(Some(Moments { square, largest: None, rows: ROWS as u64 }))
     }
 
+    fn held_gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
+        self.gram(rows)
+    }
+
+    fn held_moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
+        self.moments(rows)
+    }
+
     fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError> {
         let x = self.of(rows);
         let (mut share_below, mut square_below) = (Vec::new(), Vec::new());
@@ -45,7 +55,7 @@ impl Calibrate for Known {
             }
         }
         let square = self.moments(rows)?.unwrap().square;
-        Ok(self.counted.then_some(Magnitudes { share_below, square_below, square, rows: ROWS as u64 }))
+        Ok(self.counted.then_some(Magnitudes { share_below, square_below, square, rows: self.rows }))
     }
 }
 
@@ -81,7 +91,11 @@ impl Bench {
         let rows = Mat::from_fn(ROWS, inputs, |row, i| (rows[(row, i)] + 0.3) * scale(i));
         let product = product(rows.as_ref(), weight.as_ref());
         let values = BTreeMap::from([("s", rows), ("h", product)]);
-        Bench { model: text::parse(&source).unwrap(), known: Known { values, counted: true }, weight }
+        Bench {
+            model: text::parse(&source).unwrap(),
+            known: Known { values, counted: true, rows: ROWS as u64 },
+            weight,
+        }
     }
 
     fn plain(inputs: usize, outputs: usize, quiet: usize) -> Bench {
@@ -180,6 +194,8 @@ fn inputs_that_matter_stay() {
     assert_eq!(bench.refused(), FEW);
     let unwatched = Bench { known: Known { counted: false, ..Bench::plain(64, 64, 16).known }, ..bench };
     assert_eq!(unwatched.refused(), "it was not watched how large its inputs are");
+    let few = Bench { known: Known { rows: 999, ..Bench::plain(64, 64, 16).known }, ..unwatched };
+    assert_eq!(few.refused(), "fewer than 1,000 rows of its inputs were seen");
 }
 
 #[test]

@@ -1,10 +1,17 @@
 //! Which units to keep, the fit of the layer that reads them to those that are kept, and the edit.
 
 use super::{
-    super::{factors, factors::Layer, spectrum},
+    super::{
+        factors,
+        factors::{Judge, Layer},
+        spectrum,
+    },
     hidden::Hidden,
 };
-use faer::{Mat, MatRef, Side, linalg::triangular_solve::solve_upper_triangular_in_place};
+use faer::{
+    Mat, MatRef, Side,
+    linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place},
+};
 use lathe_ir::{Graph, Tensor};
 
 /// Part of the mean square that is added to every direction, so that units that are spanned by others do no harm.
@@ -18,7 +25,7 @@ pub(super) struct Chosen {
     lower: Mat<f64>,
     /// The reader's weight in that order, `[1 + k, n]`; the first row is its bias, as a change.
     matrix: Mat<f64>,
-    /// The squared relative error of the output when only that many rows are kept.
+    /// The squared relative error of the output when only that many rows are kept, on the rows that judge.
     tails: Vec<f64>,
 }
 
@@ -66,8 +73,15 @@ fn pivoted(mut kernel: Mat<f64>) -> Vec<usize> {
 
 impl Chosen {
     /// Of a layer that reads `window` numbers of each unit; `mean` is of what it reads, `output` the mean square norm of
-    /// what it gives.
-    pub fn of(layer: &Layer, mean: &[f64], output: f64, units: usize, window: usize) -> Option<Chosen> {
+    /// what it gives. Errors are those on the rows of `judge`.
+    pub fn of(
+        layer: &Layer,
+        mean: &[f64],
+        output: f64,
+        judge: &Judge<'_>,
+        units: usize,
+        window: usize,
+    ) -> Option<Chosen> {
         let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
         let gram = &layer.joint;
         // Units without their mean, which the bias takes, times what the reader makes of them.
@@ -98,9 +112,22 @@ impl Chosen {
         };
         let matrix =
             Mat::from_fn(k + 1, n, |i, column| i.checked_sub(1).map_or(0.0, |i| layer.matrix[(from[i], column)]));
+        // What the first rows leave is what the others add to them, each without what those before it span.
         let turned = spectrum::product(lower.transpose(), matrix.as_ref());
-        let energy: Vec<f64> = (0..=k).map(|row| turned.row(row).iter().map(|x| x * x).sum()).collect();
-        let tails = spectrum::Spectrum::tails(&energy);
+        let mut products = spectrum::product(turned.as_ref(), turned.transpose());
+        let moment = |i: usize, j: usize| match (i.checked_sub(1), j.checked_sub(1)) {
+            (None, None) => 1.0 / judge.output,
+            (None, Some(one)) | (Some(one), None) => judge.gram.mean[from[one]] / judge.output,
+            (Some(i), Some(j)) => judge.gram.matrix.get(from[i], from[j]) / judge.output,
+        };
+        let mut seen = Mat::from_fn(k + 1, k + 1, moment);
+        solve_lower_triangular_in_place(lower.as_ref(), seen.as_mut(), faer::Par::Seq);
+        let mut seen = seen.transpose().to_owned();
+        solve_lower_triangular_in_place(lower.as_ref(), seen.as_mut(), faer::Par::Seq);
+        for column in 0..=k {
+            products.col_mut(column).iter_mut().zip(seen.col(column).iter()).for_each(|(x, y)| *x *= y);
+        }
+        let tails = spectrum::tails_of_products(products.as_ref());
         Some(Chosen { order, lower, matrix, tails })
     }
 

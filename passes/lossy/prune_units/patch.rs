@@ -296,7 +296,7 @@ fn fold(
         let bias = Tensor::from_f32s(&features.dims(), &numbers);
         let bias = graph.add_initializer(ScopeId::MAIN, &format!("{name}_bias"), bias);
         let made = graph.append(ScopeId::MAIN, Node::new("Add"), &[last.tap.output, bias], &name);
-        crate::lossy::take_over(graph, summand, made);
+        graph.replace(summand, made);
     }
     graph.sort()?;
     Ok(true)
@@ -396,7 +396,7 @@ fn insert(
         value = graph.append(ScopeId::MAIN, Node::new("Add"), &[span.enter, value], &format!("{name}_patch"));
     }
     value = graph.append(ScopeId::MAIN, Node::new("Add"), &[value, bias], &format!("{name}_patch"));
-    crate::lossy::take_over(graph, span.leave, value);
+    graph.replace(span.leave, value);
     // Where a normalization of the span's last sum goes too, it goes behind the patch.
     let norms: Vec<ValueId> = span.gone.iter().copied().filter(|&v| v == span.leave).map(|_| value).collect();
     if leave_out(model, &norms).is_err() {

@@ -1,9 +1,6 @@
 //! Writes fewer tokens into a model.
 
-use super::{
-    super::take_over,
-    place::{CONTRIB, Chain, Cut},
-};
+use super::place::{CONTRIB, Chain, Cut};
 use lathe_analysis::Keys;
 use lathe_ir::{Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -211,9 +208,9 @@ pub(super) fn open_sum(graph: &mut Graph, stream: ValueId, attention: NodeId) ->
     }
     let reads: Vec<ValueId> = [Some(sum), Some(gamma), node.input(3)].into_iter().flatten().collect();
     let normalized = graph.append(ScopeId::MAIN, norm, &reads, &format!("{name}_norm"));
-    take_over(graph, stream, sum);
+    graph.replace(stream, sum);
     if let Some(old) = node.output(0) {
-        take_over(graph, old, normalized);
+        graph.replace(old, normalized);
     }
     graph.remove_node(id);
     true

@@ -1,6 +1,6 @@
 //! Joining the weights that make the queries, keys and values of an attention.
 
-use super::attention_parts::Flat;
+use super::heads::Flat;
 use crate::Match;
 use lathe_ir::{Node, NodeId, Patch, Tensor, Use, ValueId};
 
@@ -23,14 +23,31 @@ struct Projection {
     bias: Option<ValueId>,
 }
 
-/// The projection that makes `value`, if only `users` uses of it and nothing inside it has other users.
-fn projection(m: &Match, value: ValueId, users: usize) -> Option<Projection> {
+/// Whether nothing but the nodes `of` an attention needs `value`, which it takes apart into heads.
+fn is_private(m: &Match, value: ValueId, of: &[NodeId], budget: &mut usize) -> bool {
+    const LAYOUT: &[&str] =
+        &["Reshape", "Transpose", "Split", "Gather", "Squeeze", "Unsqueeze", "Slice", "Identity", "Mul", "Div"];
     let graph = m.graph();
-    let producer = |value: ValueId, users: usize| -> Option<&Node> {
+    graph.value(value).uses().iter().all(|place| match place {
+        Use::Node(user, _) if of.contains(user) => true,
+        Use::Node(user, _) if *budget > 0 && LAYOUT.iter().any(|op| graph.node(*user).is(op)) => {
+            *budget -= 1;
+            graph.node(*user).outputs().iter().flatten().all(|&output| is_private(m, output, of, budget))
+        }
+        _ => false,
+    })
+}
+
+/// The projection that makes `value`, if nothing but the nodes `of` an attention needs it or what is inside it: else it
+/// would be stored and computed twice.
+fn projection(m: &Match, value: ValueId, of: &[NodeId]) -> Option<Projection> {
+    let graph = m.graph();
+    let made = |value: ValueId| -> Option<&Node> {
+        Some(graph.node(graph.producer(value)?)).filter(|n| n.scope() == m.scope())
+    };
+    let once = |value: ValueId| {
         let uses = graph.value(value).uses();
-        let private = uses.len() == users && !uses.iter().any(|u| matches!(u, Use::Output(..)));
-        let id: NodeId = graph.producer(value).filter(|_| private)?;
-        Some(graph.node(id)).filter(|n| n.scope() == m.scope())
+        uses.len() == 1 && !uses.iter().any(|u| matches!(u, Use::Output(..)))
     };
     let matrix = |node: &Node, bias: Option<ValueId>| -> Option<Projection> {
         let (x, weight) = (node.input(0)?, node.input(1)?);
@@ -38,7 +55,7 @@ fn projection(m: &Match, value: ValueId, users: usize) -> Option<Projection> {
         let fits = node.is("MatMul") && constant.dims().len() == 2 && m.facts().ndim(x) == Some(3);
         (fits && graph.value(weight).uses().len() == 1).then_some(Projection { x, weight, bias })
     };
-    let node = producer(value, users)?;
+    let node = made(value).filter(|_| is_private(m, value, of, &mut 64))?;
     if !node.is("Add") {
         return matrix(node, None);
     }
@@ -49,7 +66,7 @@ fn projection(m: &Match, value: ValueId, users: usize) -> Option<Projection> {
         (true, false) => (b, a),
         _ => return None,
     };
-    matrix(producer(product, 1)?, Some(bias))
+    matrix(made(product).filter(|_| once(product))?, Some(bias))
 }
 
 /// One projection that makes queries, keys and values: the input, the joined weight and the joined bias.
@@ -57,16 +74,17 @@ pub(super) fn joined_projection(
     m: &Match,
     g: &mut Patch,
     flats: &[Flat],
+    of: &[NodeId],
 ) -> Option<(ValueId, ValueId, Option<ValueId>)> {
     let graph = m.graph();
     if let Some((packed, _)) = packed(flats) {
-        let found = projection(m, packed, 1)?;
+        let found = projection(m, packed, of)?;
         return Some((found.x, found.weight, found.bias));
     }
     let each: Vec<Projection> = flats
         .iter()
         .map(|flat| match *flat {
-            Flat::Whole(value) => projection(m, value, 1),
+            Flat::Whole(value) => projection(m, value, of),
             Flat::Part { .. } => None,
         })
         .collect::<Option<_>>()?;
