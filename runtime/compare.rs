@@ -15,10 +15,17 @@ use std::collections::BTreeMap;
 pub enum Claim {
     /// Every output keeps its bits; only the payload of a NaN may differ.
     Identical,
-    /// Every float output differs by at most `rtol` in relative L2; everything else is the same.
+    /// Every float output differs by at most `rtol` in relative L2, or by what an [`Excuse`] accounts for; everything else
+    /// is the same.
     Equivalent {
         /// The bound; `None` takes [`default_rtol`] of each output's type.
         rtol: Option<f64>,
+    },
+    /// Every float output differs by at most `rtol` in relative L2, whatever rounding does in the reference: a bound that
+    /// somebody asked for. Everything else is the same.
+    Within {
+        /// The bound.
+        rtol: f64,
     },
 }
 
@@ -434,9 +441,11 @@ fn compare_tensor(expected: &Tensor, found: &Tensor, claim: Claim, error: &mut O
     }
     let sums = Sums::over(expected, found);
     sums.report(error);
-    if let Claim::Equivalent { rtol } = claim {
-        error.limit = Some(rtol.unwrap_or_else(|| default_rtol(expected.dtype())));
-    }
+    error.limit = match claim {
+        Claim::Identical => None,
+        Claim::Equivalent { rtol } => Some(rtol.unwrap_or_else(|| default_rtol(expected.dtype()))),
+        Claim::Within { rtol } => Some(rtol),
+    };
     if let Some(at) = sums.special_at {
         error.fail();
         let (a, b) = sums.special;

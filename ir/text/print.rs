@@ -336,7 +336,7 @@ impl Printer<'_> {
             part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
                 && part.bytes().next().is_some_and(|b| !b.is_ascii_digit())
         };
-        if domain.split('.').all(identifier) {
+        if self.in_comment && !domain.bytes().any(|b| b.is_ascii_control()) || domain.split('.').all(identifier) {
             self.push(domain)
         } else {
             self.quoted(domain)

@@ -28,8 +28,8 @@ pub(crate) struct VerifyArgs {
     a: PathBuf,
     /// The candidate.
     b: PathBuf,
-    /// The largest relative L2 error of an output, beyond rounding that is measured in A; by default 1e-4 for float32 and
-    /// what narrower types allow.
+    /// The largest relative L2 error of an output; by default 1e-4 for float32 and what other types allow, or what
+    /// rounding that is measured in A accounts for.
     #[arg(long, conflicts_with_all = ["metric", "max_drop"])]
     rtol: Option<f64>,
     /// Expect equal bits.
@@ -99,7 +99,11 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
         Some((set, set_name)) => (Inputs::Set(set), set_name),
         None => (Inputs::Random(inputs), "random"),
     };
-    let claim = if args.bits { Claim::Identical } else { Claim::Equivalent { rtol: args.rtol } };
+    let claim = match args.rtol {
+        _ if args.bits => Claim::Identical,
+        Some(rtol) => Claim::Within { rtol },
+        None => Claim::Equivalent { rtol: None },
+    };
     let verdict = runner.compare(&args.a, &args.b, &inputs, claim)?;
     let sentence = verdict.describe();
     let report = match verdict {

@@ -50,6 +50,7 @@ pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str) -> 
     let worst = report.comparison.worst();
     let (metric, usual) = match claim {
         Claim::Identical => ("bits", 0.0),
+        Claim::Within { rtol } => ("rel-l2", rtol),
         Claim::Equivalent { rtol } => ("rel-l2", rtol.unwrap_or_else(|| default_rtol(DataType::Float))),
     };
     let after = worst.map_or(0.0, |output| output.rel_l2);
