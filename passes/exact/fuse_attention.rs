@@ -129,6 +129,8 @@ impl Attention {
         let scale = (spelled.scale * q.scale * k.scale) as f32;
         m.require(scale.is_finite() && scale != 0.0, "the scale is 0 or not finite")?;
         let elem = m.facts().elem(v.value).ok_or("the element type is unknown")?;
+        let alike = [&q, &k].iter().all(|heads| m.facts().elem(heads.value) == Some(elem));
+        m.require(alike, "queries, keys and values have different types")?;
         Ok(Attention {
             q,
             k,
