@@ -374,7 +374,7 @@ impl DimExpr {
                 return Some(a.clone());
             }
             // Below `a` the cap would have to be 1, which broadcasts to `a` as well.
-            if b.cap_on(a).is_some_and(DimExpr::is_positive) {
+            if b.cap_on(a).is_some_and(DimExpr::is_positive) || b.is_floor_of(a) {
                 return Some(a.clone());
             }
         }
@@ -391,11 +391,21 @@ impl DimExpr {
         }
     }
 
+    /// Whether the expression is `max(size, 0)`, which is the size: none is negative.
+    fn is_floor_of(&self, size: &DimExpr) -> bool {
+        let is_floor = |dim: &DimExpr| dim.as_known().is_some_and(|n| n <= 0);
+        match self.as_atom() {
+            Some(Atom::Max(a, b)) => (a == size && is_floor(b)) || (b == size && is_floor(a)),
+            _ => false,
+        }
+    }
+
     /// Whether axes of these sizes that broadcast against one another are equally long, or one of them is certain to be
-    /// 1: where `s` and `min(s, 512)` do, they are equal.
+    /// 1: where `s` and `min(s, 512)` do, they are equal, and `s` and `max(s, 0)` are in any case.
     pub fn equal_where_broadcast(&self, other: &DimExpr) -> bool {
         let capped = |a: &DimExpr, b: &DimExpr| a.cap_on(b).is_some_and(DimExpr::is_positive);
-        self == other || capped(self, other) || capped(other, self)
+        let floored = self.is_floor_of(other) || other.is_floor_of(self);
+        self == other || floored || capped(self, other) || capped(other, self)
     }
 
     /// The simpler of two expressions: a number before others, else the shorter one.

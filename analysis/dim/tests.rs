@@ -129,6 +129,10 @@ fn a_size_absorbs_its_own_part() {
     assert_ne!(s.broadcast(&open).unwrap(), s);
     assert_eq!(s.broadcast(&s.smaller(&c.offset(1).unwrap()).unwrap()).unwrap(), s);
     assert!(part.equal_where_broadcast(&s) && s.equal_where_broadcast(&part) && !open.equal_where_broadcast(&s));
+    let less = s.offset(-3).unwrap();
+    let (floored, raised) = (less.larger(&0.into()).unwrap(), less.larger(&2.into()).unwrap());
+    assert_eq!(floored.broadcast(&less), Some(less.clone()));
+    assert!(less.equal_where_broadcast(&floored) && !less.equal_where_broadcast(&raised));
     for size in 0..9i64 {
         for cap in 1..9 {
             // Wherever the two broadcast, they broadcast to the size.

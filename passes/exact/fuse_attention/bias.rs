@@ -209,7 +209,7 @@ fn add(g: &mut Patch, a: Bias, b: Bias) -> Result<Bias, Refusal> {
         dims[axis] = match (left == &one, right == &one) {
             (true, _) => right.clone(),
             (_, true) => left.clone(),
-            _ if left == right => left.clone(),
+            _ if left.equal_where_broadcast(right) => left.clone(),
             // Both are 1 or the number of keys: the product with the values takes no other.
             _ if axis == 3 => left.clone(),
             _ => return Err("two masks are not provably of sizes that fit".into()),
@@ -225,22 +225,18 @@ fn complete(m: &Match, g: &mut Patch, attention: &Attention, bias: Bias) -> Resu
     let count = attention.count()?;
     let fits = (*batch == one || *batch == attention.q.batch()?) && (*heads == one || *heads == DimExpr::from(count));
     m.require(fits, "the sizes of the mask are not provably 1 or those of batch and heads")?;
-    let rows = *queries == attention.q.length;
+    let rows = queries.equal_where_broadcast(&attention.q.length);
     // As many rows as columns are as many as the keys, or one; and so they are as many as the queries.
     let square = queries == keys && attention.q.length == attention.k.length;
     m.require(rows || square || *queries == one, "the mask has another number of queries")?;
-    if rows && *keys == attention.k.length {
+    let columns = keys.equal_where_broadcast(&attention.k.length);
+    if rows && columns {
         return Ok(bias);
     }
     m.require(m.opset() >= 8, "a mask of one row is repeated with Expand of opset 8")?;
     let near = [attention.q.value, attention.k.value];
     let wide = |done: bool, size: &DimExpr| if done { one.clone() } else { size.clone() };
-    let to = [
-        one.clone(),
-        one.clone(),
-        wide(rows, &attention.q.length),
-        wide(*keys == attention.k.length, &attention.k.length),
-    ];
+    let to = [one.clone(), one.clone(), wide(rows, &attention.q.length), wide(columns, &attention.k.length)];
     let to = sizes(m, g, &to, &near).ok_or("a size by which the mask is repeated cannot be read off an input")?;
     let value = g.node(Node::new("Expand"), &[bias.value, to]);
     let dims = [batch.clone(), heads.clone(), attention.q.length.clone(), attention.k.length.clone()];

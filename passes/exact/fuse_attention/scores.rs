@@ -409,7 +409,7 @@ impl Reader<'_, '_> {
             return from == to;
         }
         let square = |other: &ValueId| match shape(*other) {
-            Some([.., r, c]) => r == c || r.as_known() == Some(1) || r == rows,
+            Some([.., r, c]) => r == c || r.as_known() == Some(1) || r.equal_where_broadcast(rows),
             Some(_) => true,
             None => false,
         };
