@@ -12,9 +12,11 @@ use std::{
     sync::LazyLock,
 };
 
+mod operators;
 mod random;
 
 pub use lathe_runtime::Claim;
+pub use operators::{operator_inputs, operator_model};
 pub use random::random_model;
 
 static ENGINE: LazyLock<&OrtEngine> = LazyLock::new(|| {
