@@ -1,0 +1,154 @@
+use super::*;
+use crate::testing::{check, check_in, check_refuses, check_refuses_in, check_untouched};
+use insta::assert_snapshot;
+
+const SLICED: &str = r#"<opset_import: ["" : 23]>
+    g (float[B,2,S,4] x, float[B,S] p) => (float[B,2,S,4] y)
+    <float[2] frequencies = {1, 0.1}, int64[1] one = {1}, int64[1] end = {-1}, int64[1] zero = {0}, int64[1] two = {2},
+     int64[1] all = {9223372036854775807}> {
+        u = Unsqueeze (p, end)
+        f = Mul (u, frequencies)
+        both = Concat <axis = -1> (f, f)
+        cosines = Cos (both)
+        sines = Sin (both)
+        cos = Unsqueeze (cosines, one)
+        sin = Unsqueeze (sines, one)
+        a = Mul (x, cos)
+        low = Slice (x, zero, two, end)
+        high = Slice (x, two, all, end)
+        minus = Neg (high)
+        turned = Concat <axis = -1> (minus, low)
+        b = Mul (turned, sin)
+        y = Add (a, b)
+    }"#;
+
+#[test]
+fn fuses_the_sum_of_two_products() {
+    assert_snapshot!(check(&FuseRotary, SLICED), @"
+    g (float[B,2,S,4] x, float[B,S] p) => (float[B,2,S,4] y) <
+        float[2] frequencies = {1, 0.1},
+        int64[1] one = {1},
+        int64[1] end = {-1},
+        int64[1] zero = {0},
+        int64[1] two = {2},
+        int64[1] all = {9223372036854775807}
+    > {
+        u = Unsqueeze (p, end)
+        f = Mul (u, frequencies)
+        y_1 = Cos (f)
+        y_2 = Sin (f)
+        y = RotaryEmbedding (x, y_1, y_2)  # float[B,2,S,4]
+    }
+    ");
+}
+
+#[test]
+fn takes_halves_of_a_split_in_any_order_with_a_factor() {
+    let graph = SLICED
+        .replace("low = Slice (x, zero, two, end)", "low, high = Split <axis = -1, num_outputs = 2> (x)")
+        .replace("high = Slice (x, two, all, end)", "")
+        .replace("cos = Unsqueeze (cosines, one)", "more = Mul (cosines, scale) cos = Unsqueeze (more, one)")
+        .replace("int64[1] one", "float scale = {1.5}, int64[1] one")
+        .replace("Mul (x, cos)", "Mul (cos, x)")
+        .replace("Add (a, b)", "Add (b, a)");
+    let fused = check(&FuseRotary, &graph);
+    assert!(fused.contains("y = RotaryEmbedding (x, ") && fused.contains("1.5"), "{fused}");
+}
+
+#[test]
+fn repeats_angles_that_all_batches_share() {
+    let graph = SLICED.replace("float[B,S] p", "float[1,S] p");
+    assert_snapshot!(check(&FuseRotary, &graph), @"
+    g (float[B,2,S,4] x, float[1,S] p) => (float[B,2,S,4] y) <
+        float[2] frequencies = {1, 0.1},
+        int64[1] one = {1},
+        int64[1] end = {-1},
+        int64[1] zero = {0},
+        int64[1] two = {2},
+        int64[1] all = {9223372036854775807},
+        int64[2] y_ones = {1, 1}
+    > {
+        u = Unsqueeze (p, end)
+        f = Mul (u, frequencies)
+        y_1 = Cos (f)
+        y_2 = Sin (f)
+        y_3 = Shape <start = 0, end = 1> (x)
+        y_4 = Concat <axis = 0> (y_3, y_ones)
+        y_5 = Expand (y_1, y_4)
+        y_6 = Expand (y_2, y_4)
+        y = RotaryEmbedding (x, y_5, y_6)  # float[B,2,S,4]
+    }
+    ");
+}
+
+fn ort() -> Context<'static> {
+    Context { target: Target::Ort, ..Context::default() }
+}
+
+#[test]
+fn writes_the_operator_of_onnx_runtime() {
+    let shared = SLICED.replace(": 23", ": 17").replace("float[B,S] p", "float[1,S] p");
+    assert_snapshot!(check_in(&FuseRotary, &shared, &ort()), @"");
+    assert_snapshot!(check_in(&FuseRotary, &SLICED.replace(": 23", ": 13"), &ort()), @"");
+}
+
+#[test]
+fn leaves_an_embedding_to_the_attention_that_reads_it() {
+    let scores = "t = Transpose <perm = [0, 1, 3, 2]> (y) m = MatMul (x, t) s = Mul (m, scale) z = Softmax (s)";
+    let graph = SLICED
+        .replace("y = Add (a, b)", &format!("y = Add (a, b) {scores}"))
+        .replace("(float[B,2,S,4] y)", "(float[B,2,S,S] z)")
+        .replace("int64[1] one", "float scale = {0.5}, int64[1] one");
+    check_refuses_in(&FuseRotary, &graph, "is still spelled out", &ort());
+    check(&FuseRotary, &graph);
+}
+
+#[test]
+fn works_in_half_precision_inside_a_branch() {
+    let graph = r#"<opset_import: ["" : 23]>
+        g (bool c, float16[B,2,S,4] x, float[B,S] p) => (float16[B,2,S,4] y)
+        <float[2] frequencies = {1, 0.1}, int64[1] one = {1}, int64[1] end = {-1}, int64[1] zero = {0},
+         int64[1] two = {2}, int64[1] four = {4}> {
+            y = If (c) <then_branch = t () => (float16[B,2,S,4] r) {
+                u = Unsqueeze (p, end)
+                f = Mul (u, frequencies)
+                both = Concat <axis = -1> (f, f)
+                cosines = Cos (both)
+                sines = Sin (both)
+                cos16 = Cast <to = 10> (cosines)
+                sin16 = Cast <to = 10> (sines)
+                cos = Unsqueeze (cos16, one)
+                sin = Unsqueeze (sin16, one)
+                a = Mul (x, cos)
+                low = Slice (x, zero, two, end)
+                high = Slice (x, two, four, end)
+                minus = Neg (high)
+                turned = Concat <axis = -1> (minus, low)
+                b = Mul (turned, sin)
+                r = Add (a, b)
+            }, else_branch = e () => (float16[B,2,S,4] z) { z = Neg (x) }>
+        }"#;
+    assert!(check(&FuseRotary, graph).contains("RotaryEmbedding"));
+}
+
+#[test]
+fn refuses() {
+    check_refuses(&FuseRotary, &SLICED.replace(": 23", ": 22"), "needs opset 23");
+    check_refuses(
+        &FuseRotary,
+        &SLICED
+            .replace("(f, f)", "(f, u)")
+            .replace("0.1}", "0.1}, float[3] other = {1, 2, 3}")
+            .replace("f = Mul (u, frequencies)", "f = Mul (u, other)"),
+        "not joined from one value",
+    );
+    check_refuses(
+        &FuseRotary,
+        &SLICED.replace("(float[B,2,S,4] y)", "(float[B,2,S,4] y, float[B,2,S,4] b)"),
+        "graph output",
+    );
+    check_refuses(&FuseRotary, &SLICED.replace("sines = Sin (both)", "sines = Tanh (both)"), "not those of angles");
+    check_refuses(&FuseRotary, &SLICED.replace("float", "double"), "not float or float16");
+    check_untouched(&FuseRotary, &SLICED.replace("Concat <axis = -1> (minus, low)", "Concat <axis = -1> (low, minus)"));
+    check_untouched(&FuseRotary, &SLICED.replace("(x, two, all, end)", "(x, zero, two, end)"));
+}
