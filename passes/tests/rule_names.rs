@@ -1,6 +1,8 @@
 //! A rule that asks for a name which its pattern lacks would find nothing, or panic where it matches at last. Every rule
 //! of the sources is read here, and every name it asks for is looked up in its pattern.
 
+#![allow(clippy::unwrap_used)]
+
 use lathe_ir::Pattern;
 use std::{collections::BTreeMap, fs, path::Path};
 
