@@ -174,6 +174,9 @@ mod tests {
         distance: Distance,
     }
 
+    /// What it is, a model, its set, and whether a sample is a row of a batch.
+    type Case = (&'static str, String, Vec<(&'static str, Tensor)>, bool);
+
     /// What was measured, and whether any of it came of batches, and of single errors.
     struct Measured {
         found: Vec<Option<f64>>,
@@ -337,7 +340,6 @@ mod tests {
         let x = ("x", numbers(&[6, 3]));
         let scalars = ("s", Tensor::from_f32s(&[6], &[2.0; 6]));
         let words: Vec<bytes::Bytes> = (0..6).map(|i| format!("word {i}").into()).collect();
-        type Case<'a> = (&'a str, String, Vec<(&'a str, Tensor)>, bool);
         let cases: Vec<Case> = vec![
             ("rows", source("float[n, 3] x", "float[n, 3] y", body), vec![x.clone()], true),
             (

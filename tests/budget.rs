@@ -382,10 +382,7 @@ fn a_plan_that_loses_far_more_than_predicted_gives_way_to_a_tighter_one() {
     assert!(kept == ["a"] && drop < 0.1, "{kept:?} {drop}");
     // Where the wave has to go, that is said.
     let (_, warnings, drop) = run("0.35");
-    assert!(
-        drop > 0.2 && warnings.contains("on samples that were held back, where a relative L2 error of"),
-        "{warnings}"
-    );
+    assert!(drop > 0.2 && warnings.contains("on calibration samples, where a relative L2 error of"), "{warnings}");
 }
 
 #[test]

@@ -124,6 +124,16 @@ impl Seen<'_> {
         together(self.parts().map(|part| part.moments_alone(value, at)))
     }
 
+    /// The larger of what a variant loses on samples that no fit has seen and on as many that no choice was measured on.
+    pub fn lost(&self, variant: &Model) -> Result<f64, StatisticsError> {
+        let mut most = 0.0f64;
+        for set in [&self.split.trials, &self.split.unmeasured] {
+            let lost = trials(self.runner.child(), &self.model, variant, set, &[Vec::new()], self.distance, self.load)?;
+            most = lost.into_iter().fold(most, f64::max);
+        }
+        Ok(most)
+    }
+
     /// What these weights read and give in a variant of the model, with everything else as it was.
     pub fn again(&self, variant: &Model, weights: &[&Weight]) -> Result<Self, StatisticsError> {
         let (mut columns, mut grams) = (BTreeSet::new(), BTreeSet::new());
@@ -169,8 +179,9 @@ impl Seen<'_> {
 pub(super) struct Split {
     /// What trials run on.
     pub trials: SetSpec,
-    /// What variants are fitted to.
+    /// What variants are fitted to, and as many of these samples as trials run on.
     pub fits: SetSpec,
+    pub unmeasured: SetSpec,
     /// Whether the two parts differ.
     pub holds_out: bool,
     /// Floating-point operations of one run over what trials run on.
@@ -200,7 +211,17 @@ impl Split {
         }
         let part = |chosen| SetSpec { chosen: Some(chosen), ..set.clone() };
         let trial_flops = flops * trials.len() as f64;
-        Ok(Split { trials: part(trials), fits: part(fits), holds_out, trial_flops, sizes, samples: of_run })
+        let some = trials.len().min(fits.len());
+        let unmeasured = (0..some).map(|i| fits[i * fits.len() / some]).collect();
+        Ok(Split {
+            trials: part(trials),
+            fits: part(fits),
+            unmeasured: part(unmeasured),
+            holds_out,
+            trial_flops,
+            sizes,
+            samples: of_run,
+        })
     }
 
     /// As many of the samples of a part as second moments of these pairs need.
@@ -385,6 +406,8 @@ mod tests {
             let (own, tried) = (chosen(&split.fits), chosen(&split.trials));
             assert_eq!((own.len(), tried.len(), split.holds_out), (fits, trials, samples > 1));
             assert!(samples == 1 || !own.iter().any(|unit| tried.contains(unit)));
+            let others = chosen(&split.unmeasured);
+            assert!(others.len() == trials && others.iter().all(|unit| own.contains(unit)));
         }
     }
 }

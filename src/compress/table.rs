@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{Failure, PassRecord};
 use anyhow::anyhow;
-use lathe_analysis::{Calibrate, Facts, Units};
+use lathe_analysis::{Facts, Units};
 use lathe_ir::{Model, NodeId, ValueId};
 use lathe_passes::{
     Context,
@@ -386,8 +386,9 @@ impl Table<'_> {
         said.collect()
     }
 
-    /// How far the outputs of a variant of the model are from its own on samples that no fit has seen; `None` where it has
-    /// not the same outputs, or where nothing is known of how they answer to errors.
+    /// How far the outputs of a variant of the model are from its own, on samples that no fit has seen and on others that no
+    /// choice was measured on; `None` where it has not the same outputs, or where nothing is known of how they answer to
+    /// errors.
     pub(crate) fn lost(&self, variant: &Model) -> Result<Option<f64>, Failure> {
         let names = |model: &Model| -> BTreeSet<String> {
             model.graph.main().outputs().iter().map(|&v| model.graph.value(v).name.clone()).collect()
@@ -395,8 +396,7 @@ impl Table<'_> {
         if !self.told || !names(&self.seen.model).is_subset(&names(variant)) {
             return Ok(None);
         }
-        let lost = self.seen.trials(variant, &[Vec::new()]).map_err(anyhow::Error::from)?;
-        Ok(lost.first().copied())
+        self.seen.lost(variant).map(Some).map_err(|error| Failure::Error(error.into()))
     }
 
     /// A loss as people say it.

@@ -221,8 +221,9 @@ impl Job<'_> {
         Err(Failure::Refused(format!("{failed}{reachable}")))
     }
 
-    /// A result within the limits that loses about what was predicted, as samples show that no fit has seen. Where the plan
-    /// for the limits loses far more, those for tighter ones are tried too, and the one that loses least is taken.
+    /// A result within the limits that loses about what was predicted, where it is run on samples that no fit has seen or no
+    /// choice was measured on. Where the plan for the limits loses far more, those for tighter ones are tried too, and the one
+    /// that loses least is taken.
     fn as_predicted(
         &self,
         attempt: &Attempt<'_>,
@@ -250,7 +251,7 @@ impl Job<'_> {
         let loss = |lost: f64| attempt.table.describe_loss(lost);
         if tightened {
             warnings.push(format!(
-                "the plan for this budget loses {} on samples that were held back, far more than was predicted; a tighter one \
+                "the plan for this budget loses {} on calibration samples, far more than was predicted; a tighter one \
                  that loses {} is written",
                 loss(first),
                 loss(lost)
@@ -259,15 +260,15 @@ impl Job<'_> {
         if self.unlike_predicted(attempt, &best)?.is_some() {
             let predicted = loss(best.predicted());
             warnings.push(format!(
-                "the result loses {} on samples that were held back, where {predicted} was predicted: the calibration set \
-                 is too small or unlike them, or layers' losses do not add up; --max-drop bounds what may be lost",
+                "the result loses {} on calibration samples, where {predicted} was predicted: they are too few, or \
+                 what layers lose does not add up; --max-drop bounds what may be lost",
                 loss(lost)
             ));
         }
         Ok(best)
     }
 
-    /// What a result loses on samples that no fit has seen, if that is far more than was predicted.
+    /// What a result loses, if that is far more than was predicted.
     fn unlike_predicted(&self, attempt: &Attempt<'_>, spent: &Spent) -> Result<Option<f64>, Failure> {
         let lost = attempt.table.lost(&spent.model)?;
         Ok(lost.filter(|&lost| lost > UNLIKE * spent.predicted() && lost > NOTICEABLE))
