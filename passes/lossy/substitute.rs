@@ -7,7 +7,7 @@ mod places;
 #[cfg(test)]
 mod tests;
 
-use super::{Choice, Fitted, Method, OVERHEAD, Proposal, Site, Spent, allocate::Measure, on_all_cores};
+use super::{Choice, Fitted, Method, OLDEST_OPSET, OVERHEAD, Proposal, Site, Spent, allocate::Measure, on_all_cores};
 use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
 use basis::{Base, Form};
 use fit::{Fit, Moments};
@@ -51,9 +51,6 @@ static INFO: Info = Info {
     lowers: &[Quantity::Parameters, Quantity::Flops],
     source: Some("Kim et al. 2022, PfLayer, arXiv:2202.02777; Hassid et al. 2022, PAPA, arXiv:2211.03495"),
 };
-
-/// The oldest operator set whose forms of pools, pads and averages are written.
-const OLDEST_OPSET: i64 = 18;
 
 /// Features of one place whose second moments are taken at most: memory grows with the square.
 const MOST_FEATURES: usize = 1536;
@@ -101,10 +98,6 @@ impl Method for Substitute {
         measures.iter().any(|m| matches!(m, Measure::Flops | Measure::Latency | Measure::Parameters))
     }
 
-    fn operator_set(&self) -> i64 {
-        OLDEST_OPSET
-    }
-
     fn reads_activations(&self) -> bool {
         false
     }
@@ -129,7 +122,7 @@ impl Method for Substitute {
         let mut proposal = Proposal::default();
         let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.measures)) else { return Ok(proposal) };
         if model.opset() < OLDEST_OPSET {
-            proposal.outcome.refuse("operator set 18 or newer is needed", "the model");
+            proposal.outcome.refuse("operator set 13 or newer is needed", "the model");
             return Ok(proposal);
         }
         if !calibration.holds_out() {

@@ -83,9 +83,10 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn mean(&mut self, x: ValueId, axis: i64) -> ValueId {
-        let axis = self.ints(&[axis]);
-        self.node(Node::new("ReduceMean").with("keepdims", 0), &[x, axis])
+    /// Sums over axes: where only directions or an order count, as good as a mean, whose form depends on the operator set.
+    fn sum(&mut self, x: ValueId, axes: &[i64]) -> ValueId {
+        let axes = self.ints(axes);
+        self.node(Node::new("ReduceSum").with("keepdims", 0), &[x, axes])
     }
 }
 
@@ -233,12 +234,12 @@ fn comes_from(graph: &Graph, value: ValueId, node: NodeId) -> bool {
 fn mean_keys(w: &mut Writer<'_>, cut: &Cut) -> ValueId {
     match cut.keys {
         Keys::Heads(keys, axis) => {
-            let mean = w.mean(keys, 1);
+            let mean = w.sum(keys, &[1]);
             if axis == 2 { mean } else { w.node(Node::new("Transpose").with("perm", vec![0, 2, 1]), &[mean]) }
         }
         Keys::Flat(keys, heads) => {
             let split = w.reshape(keys, &[0, 0, heads, -1]);
-            w.mean(split, 2)
+            w.sum(split, &[2])
         }
         Keys::Packed(x) => {
             let node = w.graph.node(cut.node);
@@ -333,8 +334,7 @@ impl Site {
         } else {
             weights
         };
-        let axes = w.ints(&[1, 2]);
-        let score = w.node(Node::new("ReduceMean").with("keepdims", 0), &[looks, axes]);
+        let score = w.sum(looks, &[1, 2]);
         let others = w.slice(score, p, END, 1);
         let many = w.ints(&[(left - p) as i64]);
         let (_, best) = w.pair(Node::new("TopK"), &[others, many]);

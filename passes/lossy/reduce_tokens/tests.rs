@@ -303,6 +303,24 @@ fn equal_tokens_mix_without_loss() {
 }
 
 #[test]
+fn what_is_written_is_of_operator_set_17() {
+    let older = |mut model: Model| {
+        model.opsets.iter_mut().filter(|(domain, _)| domain.is_empty()).for_each(|(_, version)| *version = 17);
+        let split: Vec<_> =
+            model.graph.all_nodes().into_iter().filter(|&id| model.graph.node(id).is("Split")).collect();
+        split.into_iter().for_each(|id| model.graph.node_mut(id).remove_attribute("num_outputs"));
+        model
+    };
+    for style in [Style::Spelled, Style::Packed, Style::Flat] {
+        let old = older(twins(style, "batch, 8", PICK));
+        assert_equivalent(&old, &reduced_by(&old, &[4, 0], Form::Merge));
+    }
+    let equal = "t = Gather <axis = 1> (x, first)";
+    let old = older(transformer(Style::Spelled, 9, "batch, 5, 8", equal, "batch, 8", PICK));
+    assert_equivalent(&old, &reduced_by(&old, &[5, 0], Form::Mix(0.01)));
+}
+
+#[test]
 fn windows_are_refused_with_the_reason() {
     let list = |n: usize| vec!["0.5"; n].join(", ");
     let source = format!(

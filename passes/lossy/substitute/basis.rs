@@ -8,6 +8,9 @@ use super::{
 use crate::lossy::factors::numbers;
 use lathe_ir::{Graph, Node, ScopeId, Tensor, ValueId};
 
+/// The operator set from which on the axes of averages are an input.
+const AXES_ARE_INPUTS: i64 = 18;
+
 /// What is made of what a place reads, feature by feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Base {
@@ -241,8 +244,12 @@ fn emit(graph: &mut Graph, place: &Place, base: Base, x: ValueId) -> ValueId {
         }
         Layout::Tokens(tokens) => match (base, tokens.and_then(|t| t.grid)) {
             (Base::Mean, _) => {
+                let mean = Node::new("ReduceMean").with("keepdims", 1i64);
+                if place.opset < AXES_ARE_INPUTS {
+                    return append(graph, mean.with("axes", vec![1i64]), &[x]);
+                }
                 let axis = constant(graph, Tensor::int64s(&[1]));
-                append(graph, Node::new("ReduceMean").with("keepdims", 1i64), &[x, axis])
+                append(graph, mean, &[x, axis])
             }
             (Base::Grid, Some(grid)) => {
                 let mut ints = |numbers: &[i64]| constant(graph, Tensor::int64s(numbers));

@@ -121,6 +121,8 @@ pub(super) struct Place {
     pub outputs: usize,
     /// The pointwise layer, if that is the last of several.
     pub second: Option<Second>,
+    /// The operator set of the model.
+    pub opset: i64,
 }
 
 impl Place {
@@ -160,6 +162,7 @@ pub(super) fn places(model: &Model) -> (Vec<Place>, Vec<(&'static str, String)>)
             Err(reason) => refused.push((reason, format!("`{name}`"))),
         }
     }
+    found.iter_mut().for_each(|place| place.opset = model.opset());
     (found, refused)
 }
 
@@ -214,6 +217,7 @@ fn convolution(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Place, &'stat
         inputs,
         outputs,
         second: None,
+        opset: 0,
     })
 }
 
@@ -354,6 +358,7 @@ fn branch(graph: &Graph, facts: &Facts, unit: &lathe_analysis::Unit, name: Strin
         inputs,
         outputs,
         second: None,
+        opset: 0,
     })
 }
 
