@@ -1,6 +1,6 @@
 //! What in a denoiser changes from step to step: which values depend on the latent, on the time, and on the conditions.
 
-use crate::units::flow::reads_shape;
+use crate::{operators::Trait, units::flow::reads_shape};
 use lathe_ir::{Function, Graph, Model, Node, NodeId, ScopeId, ValueId};
 
 /// What a value of a denoiser depends on. Reading the shape of a value is no dependence on it.
@@ -125,10 +125,6 @@ impl Cones {
     }
 }
 
-/// Operators whose results differ from run to run.
-const RANDOM: &[&str] =
-    &["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"];
-
 /// How deeply calls of local functions are followed.
 const MAX_CALL_DEPTH: usize = 8;
 
@@ -137,7 +133,7 @@ fn drawn(model: &Model, graph: &Graph, id: NodeId, depth: usize) -> Cone {
     let node = graph.node(id);
     let draws = |graph: &Graph, inner: NodeId, depth| drawn(model, graph, inner, depth) == Cone::Latent;
     let body = || -> Option<&Function> { model.function(&node.domain, &node.op_type, &node.overload) };
-    let random = (node.is_standard() && RANDOM.contains(&node.op_type.as_str()))
+    let random = (node.is_standard() && Trait::Random.of(node) && !node.is("Dropout"))
         || node.subgraphs().into_iter().any(|s| graph.nodes(s).any(|inner| draws(graph, inner, depth)))
         || (!model.functions.is_empty()
             && body().is_some_and(|f| {

@@ -1,7 +1,7 @@
 //! Rewrite rules: a pattern, a short function, and what it can ask about the place it matched.
 
 use crate::Context;
-use lathe_analysis::{DimExpr, Facts};
+use lathe_analysis::{DimExpr, Facts, Operator};
 use lathe_ir::{Bindings, DataType, Function, Graph, Node, NodeId, Patch, Pattern, ScopeId, Tensor, Use, ValueId};
 
 /// Why a rule does not act on a place that its pattern matched.
@@ -131,6 +131,11 @@ impl<'a> Match<'a> {
     /// The version of the standard operator set here.
     pub fn opset(&self) -> i64 {
         lathe_ir::imported(self.opsets, "").unwrap_or(0)
+    }
+
+    /// Whether the standard operator set here has this operator.
+    pub fn has_operator(&self, name: &str) -> bool {
+        Operator::named("", name).is_some_and(|operator| operator.since <= self.opset())
     }
 
     /// The value that `name` is bound to; `output` is the root's first output. Panics if the pattern has no such name.

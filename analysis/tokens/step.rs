@@ -1,56 +1,11 @@
 //! What one node does with tokens.
 
 use super::{Cx, Keys, TokenAttention, TokenAxes, Tokens, kept_axis};
+use crate::operators::Trait;
 use lathe_ir::{Node, NodeId, Tensor, ValueId};
 
 /// The outputs of a node that have tokens, or why it blocks.
 type Step = Result<Vec<(usize, TokenAxes)>, &'static str>;
-
-/// Operators that treat every element by itself, with broadcasting.
-const ELEMENTWISE: &[&str] = &[
-    "Abs",
-    "Add",
-    "BiasGelu",
-    "Cast",
-    "Celu",
-    "Clip",
-    "Div",
-    "Dropout",
-    "Elu",
-    "Erf",
-    "Exp",
-    "FastGelu",
-    "Gelu",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "LeakyRelu",
-    "Log",
-    "Max",
-    "Min",
-    "Mish",
-    "Mul",
-    "Neg",
-    "PRelu",
-    "Pow",
-    "QuickGelu",
-    "Reciprocal",
-    "Relu",
-    "Selu",
-    "Sigmoid",
-    "Softplus",
-    "Softsign",
-    "Sqrt",
-    "Sub",
-    "Sum",
-    "Swish",
-    "Tanh",
-    "Where",
-];
-
-/// Operators that work along the last axes.
-const NORMALIZATIONS: &[&str] =
-    &["LayerNormalization", "LpNormalization", "RMSNormalization", "SimplifiedLayerNormalization"];
 
 const CONSTANT_PER_TOKEN: &str = "a constant has a number per token, as tables of relative positions do";
 const OTHER_PER_TOKEN: &str = "a value with a number per token enters from elsewhere";
@@ -61,16 +16,12 @@ fn contrib(node: &Node, op: &str) -> bool {
     node.domain == "com.microsoft" && node.op_type == op
 }
 
-fn either(node: &Node, ops: &[&str]) -> bool {
-    (node.is_standard() || node.domain == "com.microsoft") && ops.contains(&node.op_type.as_str())
-}
-
 pub(super) fn step(tokens: &mut Tokens, cx: &Cx, id: NodeId) -> Step {
     let node = cx.graph.node(id);
-    if either(node, ELEMENTWISE) {
+    if Trait::Elementwise.of(node) {
         return Ok(vec![(0, aligned(tokens, cx, node)?)]);
     }
-    if either(node, NORMALIZATIONS) {
+    if Trait::Trailing.of(node) {
         let (value, axes) = first(tokens, node)?;
         let ndim = cx.facts.ndim(value).ok_or(NO_SHAPE)?;
         let from = on(node.int("axis").unwrap_or(-1), ndim)?;

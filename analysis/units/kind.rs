@@ -1,107 +1,16 @@
 //! What operators mean for units: which are layers, which only move data, and what a set of nodes computes.
 
 use super::{UnitKind, flow::Flow};
+use crate::operators::{Operator, Trait};
 use lathe_ir::{Graph, Node, NodeId, ValueId};
 
 fn known_domain(node: &Node) -> bool {
-    matches!(node.domain.as_str(), "" | "ai.onnx" | "com.microsoft" | "com.ms.internal.nhwc")
+    node.is_standard() || Operator::is_microsoft(&node.domain)
 }
 
 fn among(node: &Node, names: &[&str]) -> bool {
     known_domain(node) && names.contains(&node.op_type.as_str())
 }
-
-const ATTENTION: &[&str] = &[
-    "Attention",
-    "DecoderMaskedMultiHeadAttention",
-    "DecoderMaskedSelfAttention",
-    "GroupQueryAttention",
-    "LinearAttention",
-    "LongformerAttention",
-    "MultiHeadAttention",
-    "PackedAttention",
-    "PackedMultiHeadAttention",
-    "PagedAttention",
-    "QAttention",
-    "SparseAttention",
-];
-
-const CONVOLUTION: &[&str] =
-    &["Conv", "ConvInteger", "ConvTranspose", "DeformConv", "FusedConv", "NhwcConv", "NhwcFusedConv", "QLinearConv"];
-
-const PRODUCT: &[&str] = &[
-    "DynamicQuantizeMatMul",
-    "Einsum",
-    "FusedGemm",
-    "FusedMatMul",
-    "Gemm",
-    "GemmFastGelu",
-    "MatMul",
-    "MatMulBnb4",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "MatMulNBits",
-    "QGemm",
-    "QLinearMatMul",
-    "TransposeMatMul",
-];
-
-const MIXING: &[&str] =
-    &["AveragePool", "DFT", "GRU", "LSTM", "LpPool", "MaxPool", "QLinearAveragePool", "RNN", "STFT", "CumSum"];
-
-/// Operators with subgraphs or experts: what is inside may be anything.
-const COMPOSITE: &[&str] = &["If", "Loop", "Scan", "MoE", "QMoE"];
-
-const NONLINEAR: &[&str] = &[
-    "BiasGelu",
-    "BiasSoftmax",
-    "Celu",
-    "Clip",
-    "Elu",
-    "Erf",
-    "FastGelu",
-    "Gelu",
-    "GemmFastGelu",
-    "HardSigmoid",
-    "HardSwish",
-    "LeakyRelu",
-    "LogSoftmax",
-    "MaxPool",
-    "Mish",
-    "PRelu",
-    "QuickGelu",
-    "Relu",
-    "Selu",
-    "Sigmoid",
-    "Softmax",
-    "Softplus",
-    "Swish",
-    "Tanh",
-];
-
-const NORM: &[&str] = &[
-    "BatchNormalization",
-    "GroupNorm",
-    "GroupNormalization",
-    "InstanceNormalization",
-    "LayerNormalization",
-    "LpNormalization",
-    "RMSNormalization",
-    "SimplifiedLayerNormalization",
-];
-
-const LAYOUT: &[&str] = &[
-    "Cast",
-    "DequantizeLinear",
-    "Dropout",
-    "Flatten",
-    "Identity",
-    "QuantizeLinear",
-    "Reshape",
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-];
 
 /// What may stand on the skip of a unit that changes the stream, beside a layer.
 const PROJECTION: &[&str] = &["Add", "AveragePool", "BatchNormalization", "MaxPool", "Pad", "Resize", "Slice"];
@@ -110,36 +19,41 @@ const PROJECTION: &[&str] = &["Add", "AveragePool", "BatchNormalization", "MaxPo
 const NORM_STEPS: &[&str] = &["Add", "Div", "Mul", "Pow", "Reciprocal", "ReduceMean", "Sqrt", "Sub"];
 
 fn composite(node: &Node) -> bool {
-    among(node, COMPOSITE) || !known_domain(node)
+    Trait::Composite.of(node) || !known_domain(node)
 }
 
 /// Whether a node does the kind of work that makes a unit worth its name.
 pub(crate) fn is_layer(node: &Node) -> bool {
-    among(node, ATTENTION) || among(node, CONVOLUTION) || among(node, PRODUCT) || among(node, MIXING) || composite(node)
+    Trait::Attention.of(node)
+        || Trait::Convolution.of(node)
+        || Trait::Product.of(node)
+        || Trait::Mixing.of(node)
+        || composite(node)
 }
 
 /// Whether a node is no linear map of its data, apart from gates, which multiply two values.
 pub(super) fn is_nonlinear(node: &Node) -> bool {
-    among(node, NONLINEAR) || among(node, ATTENTION) || composite(node)
+    Trait::Nonlinear.of(node) || Trait::Attention.of(node) || composite(node)
 }
 
 /// Whether a node hands its first input on, in another layout or type.
 pub(crate) fn is_layout(node: &Node) -> bool {
-    among(node, LAYOUT)
+    Trait::Layout.of(node)
 }
 
 /// Whether a node may stand on the projected skip of a unit; the second value says that it projects.
 pub(crate) fn is_projection(graph: &Graph, node: &Node) -> (bool, bool) {
     let fixed = node.input(1).is_some_and(|v| graph.value(v).initializer().is_some());
-    let layer = among(node, CONVOLUTION) || (among(node, PRODUCT) && fixed) || among(node, &["AveragePool", "MaxPool"]);
+    let layer =
+        Trait::Convolution.of(node) || (Trait::Product.of(node) && fixed) || among(node, &["AveragePool", "MaxPool"]);
     (layer || among(node, PROJECTION), layer)
 }
 
 /// What a node may be between a join and the stream of the next unit.
 pub(super) fn post_step(node: &Node) -> Option<super::PostOp> {
     use super::PostOp::{Activation, Layout, Norm};
-    let norm = among(node, NORM) || among(node, NORM_STEPS);
-    let found = [(norm, Norm), (among(node, NONLINEAR), Activation), (is_layout(node), Layout)];
+    let norm = Trait::Normalization.of(node) || among(node, NORM_STEPS);
+    let found = [(norm, Norm), (Trait::Nonlinear.of(node), Activation), (is_layout(node), Layout)];
     found.into_iter().find(|(is, _)| *is).map(|(_, post)| post)
 }
 
@@ -179,13 +93,13 @@ pub(crate) fn classify(flow: &Flow, places: &[usize], inside: impl Fn(usize) -> 
     let node = |at: usize| graph.node(flow.order[at]);
     let from_inside = |v: ValueId| flow.made_at(v).is_some_and(&inside);
     let any = |test: &dyn Fn(NodeId) -> bool| places.iter().any(|&at| test(flow.order[at]));
-    if any(&|id| among(graph.node(id), ATTENTION) || graph.node(id).is("Softmax")) {
+    if any(&|id| Trait::Attention.of(graph.node(id)) || graph.node(id).is("Softmax")) {
         let foreign = |at: usize| {
             let reads = &flow.reads[at];
             let fused = among(node(at), &["MultiHeadAttention", "Attention"]);
             let pair = if fused { node(at).input(0).zip(node(at).input(1)) } else { None };
             let pair = pair.filter(|(_, key)| reads.contains(key));
-            let product = among(node(at), PRODUCT) && reads.len() == 2;
+            let product = Trait::Product.of(node(at)) && reads.len() == 2;
             pair.is_some_and(|(q, k)| from_inside(q) && !from_inside(k))
                 || (product && from_inside(reads[0]) != from_inside(reads[1]))
         };
@@ -198,7 +112,7 @@ pub(crate) fn classify(flow: &Flow, places: &[usize], inside: impl Fn(usize) -> 
             weight.is_some_and(|t| t.dims()[2..].iter().any(|&k| k > 1))
         };
         let stated = node.ints("kernel_shape").map(|k| k.iter().any(|&k| k > 1));
-        among(node, CONVOLUTION) && stated.unwrap_or_else(kernel)
+        Trait::Convolution.of(node) && stated.unwrap_or_else(kernel)
     };
     if any(&wide) {
         return UnitKind::Conv;
@@ -212,7 +126,7 @@ pub(crate) fn classify(flow: &Flow, places: &[usize], inside: impl Fn(usize) -> 
         let constant = |i: usize| node.input(i).is_some_and(|v| graph.constant(v).is_some());
         node.is("MatMul") && (constant(0) || (constant(1) && node.input(0).is_some_and(turned)))
     };
-    if any(&|id| among(graph.node(id), MIXING) || along_tokens(id) || graph.node(id).is("Loop")) {
+    if any(&|id| Trait::Mixing.of(graph.node(id)) || along_tokens(id) || graph.node(id).is("Loop")) {
         return UnitKind::Mixer;
     }
     UnitKind::Mlp

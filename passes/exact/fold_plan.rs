@@ -1,12 +1,8 @@
 //! Which constant results are worth storing.
 
-use lathe_analysis::Facts;
+use lathe_analysis::{Facts, Trait};
 use lathe_ir::{AttributeValue, DataType, Function, Graph, Node, NodeId, Tensor, Use, ValueId, imported};
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Operators that give other results each time.
-pub(super) const RANDOM: &[&str] =
-    &["Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"];
 
 /// Operators that keep weights small or say how they are quantized: computing them ahead would undo just that.
 const QUANTIZING: &[&str] = &["DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"];
@@ -35,7 +31,7 @@ fn is_pure(graph: &Graph, node: &Node, opsets: &[(String, i64)], functions: &[Fu
     let op = node.op_type.as_str();
     let sequence = op.contains("Sequence") && op != "ReverseSequence" || op.starts_with("Optional");
     let known = if node.is_standard() {
-        !RANDOM.contains(&op) && !QUANTIZING.contains(&op) && !sequence
+        !Trait::Random.of(node) && !QUANTIZING.contains(&op) && !sequence
     } else {
         node.domain == "com.microsoft" && CONTRIB.contains(&op)
     };

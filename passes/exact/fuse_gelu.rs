@@ -88,7 +88,7 @@ fn activated(m: &Match) -> Result<DataType, Refusal> {
 
 fn gelu(m: &Match, g: &mut Patch, approximate: bool) -> Result<ValueId, Refusal> {
     let elem = activated(m)?;
-    let node = if m.opset() >= 20 {
+    let node = if m.has_operator("Gelu") {
         Node::new("Gelu").with("approximate", if approximate { "tanh" } else { "none" })
     } else {
         require_ort(m, elem, "Gelu needs opset 20")?;

@@ -66,7 +66,7 @@ enum Affine {
 }
 
 fn fuse(m: &Match, g: &mut Patch, affine: Affine) -> Result<ValueId, Refusal> {
-    let available = m.opset() >= 17 || m.context().target == Target::Ort;
+    let available = m.has_operator("LayerNormalization") || m.context().target == Target::Ort;
     m.require(available, "LayerNormalization needs opset 17")?;
     let axis = averaged_axes(m, m.value("x"))?;
     let x = normalized(m)?;

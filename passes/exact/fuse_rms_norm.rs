@@ -48,7 +48,7 @@ static RULES: LazyLock<[Vec<Rule>; 3]> = LazyLock::new(|| {
 });
 
 fn fuse(m: &Match, g: &mut Patch, scaled: bool) -> Result<ValueId, Refusal> {
-    let op = match (m.opset() >= 23, m.context().target) {
+    let op = match (m.has_operator("RMSNormalization"), m.context().target) {
         (true, _) => "RMSNormalization",
         (false, Target::Ort) => "SimplifiedLayerNormalization",
         (false, Target::Portable) => return Err("RMSNormalization needs opset 23".into()),

@@ -65,7 +65,7 @@ fn fuse(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let size = size.as_known().ok_or("the size of a head is unknown")?;
     let axis = m.axis(m.node("turned").int("axis").unwrap_or(0), 4)?;
     m.only_if(axis == 3)?;
-    let standard = m.opset() >= 23;
+    let standard = m.has_operator("RotaryEmbedding");
     m.require(standard || m.context().target == Target::Ort, "RotaryEmbedding needs opset 23")?;
     let waits = m.context().target == Target::Ort && feeds_attention(m);
     m.require(!waits, "the attention that reads it is still spelled out")?;

@@ -2,7 +2,7 @@
 
 use super::inline_if::known_bool;
 use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
-use lathe_analysis::Facts;
+use lathe_analysis::{Facts, Trait};
 use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, Use, ValueId};
 
 /// See [`INFO`].
@@ -20,79 +20,6 @@ static INFO: Info = Info {
     lowers: &[Quantity::Flops],
     source: None,
 };
-
-/// Operators that give a result for every input of their type.
-const TOTAL: &[&str] = &[
-    "Abs",
-    "Ceil",
-    "Cos",
-    "Elu",
-    "Erf",
-    "Exp",
-    "Floor",
-    "Identity",
-    "IsInf",
-    "IsNaN",
-    "LeakyRelu",
-    "Log",
-    "Neg",
-    "Not",
-    "Reciprocal",
-    "Relu",
-    "Round",
-    "Shape",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Size",
-    "Softplus",
-    "Sqrt",
-    "Tanh",
-    "Transpose",
-];
-
-/// Further operators that are deterministic, but whose inputs may not fit one another.
-const PARTIAL: &[&str] = &[
-    "Add",
-    "And",
-    "Clip",
-    "Concat",
-    "Conv",
-    "Cast",
-    "Div",
-    "Equal",
-    "Expand",
-    "Flatten",
-    "Gather",
-    "Gemm",
-    "Greater",
-    "GreaterOrEqual",
-    "LayerNormalization",
-    "Less",
-    "LessOrEqual",
-    "MatMul",
-    "Max",
-    "Min",
-    "Mod",
-    "Mul",
-    "Or",
-    "Pow",
-    "Range",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceSum",
-    "Reshape",
-    "Slice",
-    "Softmax",
-    "Split",
-    "Squeeze",
-    "Sub",
-    "Unsqueeze",
-    "Where",
-    "Xor",
-];
 
 impl Pass for HoistInvariants {
     fn info(&self) -> &'static Info {
@@ -154,13 +81,13 @@ fn invariant(graph: &Graph, body: ScopeId, id: NodeId) -> bool {
 
 fn movable(graph: &Graph, facts: &Facts, id: NodeId, runs: bool) -> Result<(), &'static str> {
     let node = graph.node(id);
-    let known = |list: &[&str]| node.is_standard() && list.contains(&node.op_type.as_str());
-    if !node.subgraphs().is_empty() || !(known(TOTAL) || known(PARTIAL)) {
+    let known = |wanted: Trait| node.is_standard() && wanted.of(node);
+    if !node.subgraphs().is_empty() || !(known(Trait::Total) || known(Trait::Partial)) {
         return Err("the operator is not one that may run in front of the loop");
     }
     let strings = |v: ValueId| facts.elem(v).is_none_or(|elem| elem == DataType::String);
-    let total =
-        known(TOTAL) || (node.is("Cast") && node.input(0).is_some_and(|v| !strings(v)) && node.int("to") != Some(8));
+    let total = known(Trait::Total)
+        || (node.is("Cast") && node.input(0).is_some_and(|v| !strings(v)) && node.int("to") != Some(8));
     if !total && !runs {
         return Err("the loop may never run, and then a node in front of it could fail where nothing failed before");
     }

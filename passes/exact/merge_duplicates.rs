@@ -1,6 +1,7 @@
 //! Common subexpressions: nodes that compute the same thing compute it once.
 
 use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use lathe_analysis::{Operator, Trait};
 use lathe_ir::{AttributeValue, Graph, Initializer, Model, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::{BTreeMap, HashMap};
 
@@ -25,9 +26,6 @@ const LARGEST_CONSTANT: usize = 4096;
 /// Subgraphs nested deeper than this are not compared.
 const DEEPEST: usize = 8;
 
-const RANDOM: &[&str] =
-    &["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"];
-
 impl Pass for MergeDuplicates {
     fn info(&self) -> &'static Info {
         &INFO
@@ -39,7 +37,8 @@ impl Pass for MergeDuplicates {
             model.functions.iter().map(|f| (f.domain.clone(), f.name.clone())).collect();
         let pure = |domain: &str, op: &str| {
             let known = matches!(domain, "" | "ai.onnx" | "ai.onnx.ml" | "com.microsoft");
-            known && !RANDOM.contains(&op) && !called.iter().any(|(d, n)| d == domain && n == op)
+            let random = Operator::named(domain, op).is_some_and(|operator| operator.is(Trait::Random));
+            known && !random && !called.iter().any(|(d, n)| d == domain && n == op)
         };
         for (graph, _) in model.graphs_mut() {
             merge(graph, &pure, &mut outcome)?;

@@ -4,6 +4,7 @@ use crate::{
     Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, operands::int64s, pat,
     rewrite, rule,
 };
+use lathe_analysis::Trait;
 use lathe_ir::{Model, Node, Patch, Use, ValueId};
 use std::sync::LazyLock;
 
@@ -160,38 +161,6 @@ fn copy(m: &Match, label: &str) -> (Node, Vec<Option<ValueId>>) {
 /// Nodes behind a Transpose that are searched for one that undoes it.
 const MAX_SEARCH: usize = 16;
 
-const UNARY: &[&str] = &[
-    "Abs",
-    "Neg",
-    "Relu",
-    "LeakyRelu",
-    "Sigmoid",
-    "HardSigmoid",
-    "HardSwish",
-    "Tanh",
-    "Exp",
-    "Log",
-    "Sqrt",
-    "Erf",
-    "Gelu",
-    "Elu",
-    "Selu",
-    "Softplus",
-    "Softsign",
-    "Clip",
-    "Not",
-    "Ceil",
-    "Floor",
-    "Round",
-    "Reciprocal",
-    "Sin",
-    "Cos",
-    "Mish",
-    "ThresholdedRelu",
-    "Celu",
-    "Sign",
-    "Cast",
-];
 const BINARY: &[&str] = &["Add", "Sub", "Mul", "Div", "Pow", "Min", "Max"];
 
 /// Whether a Transpose of `value` may move behind `node`, which reads it.
@@ -204,7 +173,7 @@ fn passes(m: &Match, node: &Node, value: ValueId) -> bool {
     let op = node.op_type.as_str();
     let softmax = matches!(op, "Softmax" | "LogSoftmax") && m.opset() >= 13;
     let binary = BINARY.contains(&op) && node.inputs().len() == 2 && node.inputs().iter().all(scalar);
-    node.is_standard() && (softmax || binary || (UNARY.contains(&op) && node.input(0) == Some(value)))
+    node.is_standard() && (softmax || binary || (Trait::Unary.of(node) && node.input(0) == Some(value)))
 }
 
 /// Moves a Transpose behind a node where further on another one undoes it, or joins it before a node with two operands.

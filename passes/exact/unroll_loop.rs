@@ -3,7 +3,7 @@
 use super::inline_if::known_bool;
 use crate::same_scope::{Operand, operand};
 use crate::{Context, Editor, Error, Info, Kind, Opt, Outcome, Pass, edit_graphs};
-use lathe_analysis::Facts;
+use lathe_analysis::{Facts, Trait};
 use lathe_ir::{AttributeValue, Function, Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::BTreeMap;
 
@@ -29,10 +29,6 @@ static INFO: Info = Info {
 
 /// Bytes of constants inside the nodes of a body that may be repeated.
 const MAX_REPEATED_BYTES: usize = 1024;
-
-/// Operators whose every run differs, or whose state goes on from trip to trip.
-const RANDOM: &[&str] =
-    &["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"];
 
 impl Pass for UnrollLoop {
     fn info(&self) -> &'static Info {
@@ -139,7 +135,7 @@ fn plan(
     let nodes = fragment.all_nodes();
     let random = |n: &&Node| {
         let unknown = !n.is_standard() && functions.iter().all(|f| f.name != n.op_type || f.domain != n.domain);
-        (n.is_standard() && RANDOM.contains(&n.op_type.as_str())) || (unknown && n.domain != "com.microsoft")
+        Trait::Random.of(n) || (unknown && n.domain != "com.microsoft")
     };
     if trips > 1 && nodes.iter().any(random) {
         return Err("the body holds a random or unknown operator, which may keep a state from trip to trip");

@@ -1,13 +1,15 @@
 //! Raises the version of the standard operator set.
 
 mod convert;
-mod table;
 
 use super::normalise_model::least_ir_version;
 use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass};
 use convert::{Site, convert};
-use lathe_analysis::Facts;
+use lathe_analysis::{Facts, Operator};
 use lathe_ir::{AttributeValue, Function, Graph, Model, NodeId, imported};
+
+/// The newest version whose changes are known.
+const LAST: i64 = 25;
 
 /// See [`INFO`].
 pub struct UpgradeOpset;
@@ -45,8 +47,10 @@ impl Pass for UpgradeOpset {
         if setting == "none" {
             return Ok(outcome);
         }
-        let to = setting.parse().ok().filter(|to| (FIRST + 1..=table::LAST).contains(to)).ok_or_else(|| {
-            Error::Setting { option: format!("{}.to", INFO.name), value: setting, expected: INFO.options[0].unit }
+        let to = setting.parse().ok().filter(|to| (FIRST + 1..=LAST).contains(to)).ok_or_else(|| Error::Setting {
+            option: format!("{}.to", INFO.name),
+            value: setting,
+            expected: INFO.options[0].unit,
         })?;
         let from = model.opset();
         if from > to {
@@ -130,9 +134,8 @@ fn step(
     if !node.is_standard() || called {
         return Ok(false);
     }
-    let found = table::OPERATORS.binary_search_by(|(name, ..)| (*name).cmp(node.op_type.as_str()));
-    let (_, converted) = table::OPERATORS[found.map_err(|_| "the operator is not known".to_owned())?];
-    if !converted.contains(&version) {
+    let operator = Operator::of(node).filter(|operator| operator.since <= LAST).ok_or("the operator is not known")?;
+    if !operator.changed.contains(&version) {
         return Ok(false);
     }
     if node.attributes.iter().any(|a| matches!(a.value, AttributeValue::Reference { .. })) {

@@ -1,67 +1,8 @@
 //! Which nodes treat everything along one axis by itself.
 
-use lathe_analysis::{Facts, kept_axis};
+use lathe_analysis::{Facts, Trait, kept_axis};
 use lathe_ir::{Graph, Node, Tensor, ValueId};
 use std::collections::BTreeMap;
-
-/// Operators that treat every element by itself, with broadcasting.
-const ELEMENTWISE: &[&str] = &[
-    "Abs",
-    "Add",
-    "And",
-    "BiasGelu",
-    "Cast",
-    "Ceil",
-    "Celu",
-    "Clip",
-    "Cos",
-    "Div",
-    "Elu",
-    "Equal",
-    "Erf",
-    "Exp",
-    "FastGelu",
-    "Floor",
-    "Gelu",
-    "Greater",
-    "GreaterOrEqual",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "LeakyRelu",
-    "Less",
-    "LessOrEqual",
-    "Log",
-    "Max",
-    "Min",
-    "Mish",
-    "Mul",
-    "Neg",
-    "Not",
-    "Or",
-    "PRelu",
-    "Pow",
-    "QuickGelu",
-    "Reciprocal",
-    "Relu",
-    "Round",
-    "Selu",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Softplus",
-    "Softsign",
-    "Sqrt",
-    "Sub",
-    "Sum",
-    "Swish",
-    "Tanh",
-    "ThresholdedRelu",
-    "Where",
-];
-
-/// Operators that work along the last axes, from the attribute `axis` on.
-const NORMALIZATIONS: &[&str] = &["LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"];
 
 /// Operators that work on one sample of the batch at a time.
 const PER_SAMPLE: &[&str] = &[
@@ -95,10 +36,10 @@ impl Along<'_> {
         if !node.is_standard() && !contrib {
             return None;
         }
-        if ELEMENTWISE.contains(&op) {
+        if Trait::Elementwise.of(node) && !Trait::Random.of(node) {
             return self.aligned(node);
         }
-        if NORMALIZATIONS.contains(&op) {
+        if Trait::Trailing.of(node) {
             let axis = self.aligned(node)?;
             let from = self.axis(node, "axis", -1)?;
             return (axis < from && has_one_output(node)).then_some(axis);

@@ -1,37 +1,14 @@
 //! Hidden units: from the layers that make them, through what treats each by itself, to the one layer that reads them.
 
 use super::super::{Weight, factors};
-use lathe_ir::{Graph, NodeId, ScopeId, Use, ValueId};
+use lathe_analysis::Trait;
+use lathe_ir::{Graph, Node, NodeId, ScopeId, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Operators that treat every unit by itself; other inputs are constants or further hidden values.
-const ELEMENTWISE: [&str; 25] = [
-    "Relu",
-    "Gelu",
-    "Sigmoid",
-    "Tanh",
-    "Erf",
-    "HardSwish",
-    "HardSigmoid",
-    "LeakyRelu",
-    "Clip",
-    "Elu",
-    "Selu",
-    "Softplus",
-    "Softsign",
-    "Mish",
-    "Identity",
-    "Abs",
-    "Neg",
-    "Exp",
-    "Sqrt",
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Pow",
-    "PRelu",
-];
+/// Whether a node treats every unit by itself; other inputs are constants or further hidden values.
+fn elementwise(node: &Node) -> bool {
+    node.is_standard() && Trait::Elementwise.of(node) && !Trait::Random.of(node)
+}
 
 /// Operators that treat every channel by itself.
 const PER_CHANNEL: [&str; 3] = ["MaxPool", "AveragePool", "GlobalAveragePool"];
@@ -121,7 +98,7 @@ pub(in crate::lossy) fn hidden<'a>(
                 slice(graph, &mut found, *input, 1)?;
             }
             open.push(node.input(0).expect("a normalization has data"));
-        } else if ELEMENTWISE.iter().any(|op| node.is(op)) || conv && PER_CHANNEL.iter().any(|op| node.is(op)) {
+        } else if elementwise(node) || conv && PER_CHANNEL.iter().any(|op| node.is(op)) {
             for input in node.inputs().iter().flatten() {
                 match graph.constant(*input) {
                     Some(_) => slice(graph, &mut found, *input, from_end)?,
