@@ -110,8 +110,13 @@ fn where_nothing_is_offered_methods_say_why() {
     let output = bench.run(&["--size", "0.5", "--passes", "quantize"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
-    let expected = "is the least; quantize: blocked DequantizeLinear needs operator set 21; --opset 21 upgrades";
+    assert!(message.contains("is the least; no method handles "), "{message}");
+    let expected = "; quantize: blocked DequantizeLinear needs operator set 21; --opset 21 upgrades";
     assert!(message.contains(expected), "{message}");
+    // Methods that could not have helped have nothing to say.
+    let output = bench.run(&["--flops", "0.1", "--passes", "quantize,prune-channels"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(3) && !message.contains("quantize:"), "{message}");
 }
 
 #[test]

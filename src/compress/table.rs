@@ -12,7 +12,7 @@ use lathe_ir::{Model, NodeId, ValueId};
 use lathe_passes::{
     Context,
     lossy::{
-        Around, Choice, Method, Site, Spent, Weight, Within,
+        Around, Choice, METHODS, Method, Site, Spent, Weight, Within,
         allocate::{self, Group, Measure, Plan, SolveError, Solver, Status},
         block_by_block, weights,
     },
@@ -24,6 +24,9 @@ use std::{
     time::Instant,
 };
 use tempfile::TempDir;
+
+/// Reasons of methods that a refusal names.
+const MOST_REASONS: usize = 3;
 
 /// Sites with their options and what those lose, ready to be allocated.
 pub(crate) struct Table<'a> {
@@ -374,16 +377,28 @@ impl Table<'_> {
         Some(reason.map_or("there is nothing it could do".to_owned(), |(reason, _)| reason.clone()))
     }
 
-    /// What methods say where none of them offers anything, as the end of a sentence.
-    pub(crate) fn declined(&self) -> String {
-        if !self.places.is_empty() {
+    /// What methods that may lower a quantity say most often where they offer nothing, as the end of a sentence: where much of
+    /// it is in no place.
+    pub(crate) fn declined(&self, measure: Measure) -> String {
+        if !self.places.is_empty() && self.unhandled(measure).is_empty() {
             return String::new();
         }
-        let said = self.records.iter().filter_map(|(name, record)| {
-            let (reason, _) = record.outcome.refusals.iter().max_by_key(|(_, (count, _))| *count)?;
-            Some(format!("; {name}: {reason}"))
-        });
-        said.collect()
+        let mut said: Vec<(u64, &str, Vec<&str>)> = Vec::new();
+        for (name, record) in &self.records {
+            let serves = METHODS.iter().any(|m| m.info().name == *name && m.serves(&[measure]));
+            let most = record.outcome.refusals.iter().max_by_key(|(_, (count, _))| *count).filter(|_| serves);
+            let Some((reason, (count, _))) = most else { continue };
+            match said.iter_mut().find(|(_, other, _)| other == reason) {
+                Some((all, _, names)) => {
+                    *all += *count as u64;
+                    names.push(name);
+                }
+                None => said.push((*count as u64, reason, vec![name])),
+            }
+        }
+        // The sort is stable, so that equal counts stay in the order of the names.
+        said.sort_by_key(|(count, ..)| std::cmp::Reverse(*count));
+        said.iter().take(MOST_REASONS).map(|(_, reason, names)| format!("; {}: {reason}", names.join(", "))).collect()
     }
 
     /// How far the outputs of a variant of the model are from its own, on samples that no fit has seen and on others that no

@@ -108,10 +108,10 @@ impl Limit {
 
     /// That even the smallest share is larger than what is allowed.
     fn unreachable(&self, least: f64, table: &Table<'_>) -> Failure {
-        let (name, share, why) = (self.name(), self.share, table.declined());
-        let others = table.unhandled(self.measure);
+        let (name, share) = (self.name(), self.share);
+        let (others, why) = (table.unhandled(self.measure), table.declined(self.measure));
         Failure::Refused(format!(
-            "a {name} of {share:.3} of the original is asked for, and {least:.3} is the least{why}{others}"
+            "a {name} of {share:.3} of the original is asked for, and {least:.3} is the least{others}{why}"
         ))
     }
 }
