@@ -19,19 +19,24 @@ pub struct Affine {
     /// The element at index 0.
     pub offset: DimExpr,
     /// One slope per axis.
-    pub slopes: Vec<i64>,
+    pub slopes: Vec<DimExpr>,
 }
 
 impl Affine {
     fn constant(offset: impl Into<DimExpr>, ndim: usize) -> Affine {
-        Affine { offset: offset.into(), slopes: vec![0; ndim] }
+        Affine { offset: offset.into(), slopes: vec![0.into(); ndim] }
+    }
+
+    /// 0, 1, 2, … along one axis.
+    pub fn counting() -> Affine {
+        Affine { offset: 0.into(), slopes: vec![1.into()] }
     }
 
     /// The affine form of given elements, row-major, if they have one.
     pub fn fit(elements: &[i64], dims: &[usize]) -> Option<Affine> {
         let offset: i64 = *elements.first()?;
         let mut stride = 1;
-        let mut slopes = vec![0; dims.len()];
+        let mut slopes = vec![0i64; dims.len()];
         for axis in (0..dims.len()).rev() {
             if dims[axis] > 1 {
                 slopes[axis] = elements.get(stride)?.checked_sub(offset)?;
@@ -49,7 +54,7 @@ impl Affine {
                 return None;
             }
         }
-        Some(Affine { offset: offset.into(), slopes })
+        Some(Affine { offset: offset.into(), slopes: slopes.into_iter().map(DimExpr::from).collect() })
     }
 
     /// The number that every element is, if they are all the same whatever the shape is.
@@ -59,35 +64,38 @@ impl Affine {
 
     /// Whether all elements are the same.
     fn is_flat(&self) -> bool {
-        self.slopes.iter().all(|&s| s == 0)
+        self.slopes.iter().all(is_zero)
     }
 
     fn plus(&self, other: &Affine) -> Option<Affine> {
-        let slopes = self.slopes.iter().zip(&other.slopes).map(|(a, &b)| a.checked_add(b)).collect::<Option<_>>()?;
+        let slopes = self.slopes.iter().zip(&other.slopes).map(|(a, b)| a.plus(b)).collect::<Option<_>>()?;
         Some(Affine { offset: self.offset.plus(&other.offset)?, slopes })
     }
 
     fn minus(&self, other: &Affine) -> Option<Affine> {
-        self.plus(&other.scaled(-1)?)
+        self.plus(&other.times(&(-1).into())?)
     }
 
-    fn scaled(&self, factor: i64) -> Option<Affine> {
-        let slopes = self.slopes.iter().map(|s| s.checked_mul(factor)).collect::<Option<_>>()?;
-        Some(Affine { offset: self.offset.scaled(factor)?, slopes })
+    fn times(&self, factor: &DimExpr) -> Option<Affine> {
+        let slopes = self.slopes.iter().map(|slope| slope.times(factor)).collect::<Option<_>>()?;
+        Some(Affine { offset: self.offset.times(factor)?, slopes })
     }
 
-    /// The element at `index` along one axis of slope `slope`.
-    fn moved(&self, slope: i64, index: i64) -> Option<DimExpr> {
-        self.offset.offset(slope.checked_mul(index)?)
+    /// The element at `index` along an axis.
+    fn moved(&self, axis: usize, index: i64) -> Option<DimExpr> {
+        self.offset.plus(&self.slopes[axis].scaled(index)?)
     }
 
     /// The smallest and the largest element of a tensor of this shape that has any.
     fn bounds(&self, shape: &[DimExpr]) -> Option<(DimExpr, DimExpr)> {
         let (mut low, mut high) = (self.offset.clone(), self.offset.clone());
-        for (&slope, size) in self.slopes.iter().zip(shape).filter(|(slope, _)| **slope != 0) {
-            let reach = size.offset(-1)?.scaled(slope)?;
-            let end = if slope < 0 { &mut low } else { &mut high };
-            *end = end.plus(&reach)?;
+        for (slope, size) in self.slopes.iter().zip(shape).filter(|(slope, _)| !is_zero(slope)) {
+            let end = match (slope.is_nonnegative(), slope.scaled(-1)?.is_nonnegative()) {
+                (true, _) => &mut high,
+                (_, true) => &mut low,
+                _ => return None,
+            };
+            *end = end.plus(&size.offset(-1)?.times(slope)?)?;
         }
         let there = |bound: DimExpr| not_empty(&bound, shape);
         Some((there(low)?, there(high)?))
@@ -101,6 +109,10 @@ fn not_empty(expression: &DimExpr, shape: &[DimExpr]) -> Option<DimExpr> {
         let size = DimExpr::from(symbol.clone());
         if shape.contains(&size) { size.offset(1) } else { None }
     })
+}
+
+fn is_zero(number: &DimExpr) -> bool {
+    number.as_known() == Some(0)
 }
 
 /// The affine values of one graph, found as they are asked for.
@@ -172,7 +184,7 @@ impl<'a> Affines<'a> {
         };
         let difference = low.minus(&high)?;
         let (batch, last) = difference.slopes.split_at(ndim.checked_sub(2)?);
-        let causal = batch.iter().all(|&s| s == 0) && last == [-1, 1];
+        let causal = batch.iter().all(is_zero) && last == [DimExpr::from(-1), DimExpr::from(1)];
         // `key - query + d < 0` is `key ≤ query - d - 1`.
         causal.then(|| difference.offset.scaled(-1)?.offset(-strict)).flatten().map(Some)
     }
@@ -193,7 +205,8 @@ impl<'a> Affines<'a> {
     fn fits(&self, value: ValueId, affine: &Affine) -> Option<bool> {
         const STEEPEST: i64 = 1 << 31;
         let elem = self.facts.elem(value)?;
-        let positions = affine.slopes.iter().all(|slope| slope.abs() <= STEEPEST);
+        let up_to = |most: i64| affine.slopes.iter().all(|s| s.as_known().is_none_or(|slope| slope.abs() <= most));
+        let positions = up_to(STEEPEST);
         if elem == DataType::Int64 {
             return Some(positions);
         }
@@ -210,7 +223,7 @@ impl<'a> Affines<'a> {
             _ => return None,
         };
         let (smallest, largest) = (low.range().0, high.range().1);
-        let small = affine.slopes.iter().all(|slope| slope.abs() <= 1);
+        let small = up_to(1) && affine.slopes.iter().all(|slope| slope.as_known().is_some());
         Some(match (smallest, largest) {
             (Some(smallest), Some(largest)) => least <= smallest && largest <= most,
             (smallest, _) if elem == DataType::Uint64 => smallest.is_some_and(|s| s >= 0) && positions,
@@ -253,16 +266,16 @@ impl<'a> Affines<'a> {
             },
             "Range" => {
                 let (start, step) = (at(0)?.offset, self.single(node.input(2)?)?);
-                Some(Affine { offset: start, slopes: vec![step] })
+                Some(Affine { offset: start, slopes: vec![step.into()] })
             }
             "ConstantOfShape" => match node.attribute("value") {
                 None => None,
                 Some(lathe_ir::AttributeValue::Tensor(t)) => Some(Affine::constant(t.scalar_i64()?, ndim)),
                 Some(_) => None,
             },
-            "Expand" | "Neg" | "Not" | "Add" | "Sub" | "Mul" => match node.op_type.as_str() {
-                "Expand" => self.spread(node.input(0)?, value, depth + 1),
-                "Neg" => at(0)?.scaled(-1),
+            "Expand" | "Tile" | "Neg" | "Not" | "Add" | "Sub" | "Mul" => match node.op_type.as_str() {
+                "Expand" | "Tile" => self.spread(node.input(0)?, value, depth + 1),
+                "Neg" => at(0)?.times(&(-1).into()),
                 "Not" => at(0)?.uniform().map(|v| Affine::constant(1 - v, ndim)),
                 op => {
                     let (a, b) = self.pair(node, depth)?;
@@ -271,10 +284,9 @@ impl<'a> Affines<'a> {
                         "Sub" => return a.minus(&b),
                         _ => {}
                     }
-                    match (a.uniform(), b.uniform()) {
-                        (Some(factor), _) => b.scaled(factor),
-                        (_, Some(factor)) => a.scaled(factor),
-                        _ if a.is_flat() && b.is_flat() => Some(Affine::constant(a.offset.times(&b.offset)?, ndim)),
+                    match (a.is_flat(), b.is_flat()) {
+                        (true, _) => b.times(&a.offset),
+                        (_, true) => a.times(&b.offset),
                         _ => None,
                     }
                 }
@@ -308,10 +320,10 @@ impl<'a> Affines<'a> {
             "Unsqueeze" | "Squeeze" | "Reshape" | "Flatten" => self.regroup(node.input(0)?, value, depth),
             "Transpose" => {
                 let input = at(0)?;
-                let slope = |axis: &i64| input.slopes.get(usize::try_from(*axis).ok()?).copied();
+                let slope = |axis: &i64| input.slopes.get(usize::try_from(*axis).ok()?).cloned();
                 let slopes = match node.ints("perm") {
                     Some(perm) => perm.iter().map(slope).collect::<Option<_>>()?,
-                    None => input.slopes.iter().rev().copied().collect(),
+                    None => input.slopes.iter().rev().cloned().collect(),
                 };
                 Some(Affine { offset: input.offset, slopes })
             }
@@ -325,23 +337,28 @@ impl<'a> Affines<'a> {
                 let plain = node.int("exclusive").unwrap_or(0) == 0 && node.int("reverse").unwrap_or(0) == 0;
                 let axis = from_front(self.single(node.input(1)?)?, ndim)?;
                 let mut sums = Affine::constant(step, ndim);
-                sums.slopes[axis] = step;
+                sums.slopes[axis] = step.into();
                 plain.then_some(sums)
             }
             "Gather" => {
                 let data = at(0)?;
                 let axis = from_front(node.int("axis").unwrap_or(0), data.slopes.len())?;
                 // Which element is taken makes no difference along an axis without slope.
-                if data.slopes[axis] == 0 {
-                    let axes = vec![0; self.facts.ndim(node.input(1)?)?];
+                if is_zero(&data.slopes[axis]) {
+                    let axes = vec![0.into(); self.facts.ndim(node.input(1)?)?];
                     let slopes = [&data.slopes[..axis], &axes, &data.slopes[axis + 1..]].concat();
                     return Some(Affine { offset: data.offset, slopes });
                 }
-                let scaled = self.index(&at(1)?, node.input(1)?)?.scaled(data.slopes[axis])?;
+                let scaled = self.index(&at(1)?, node.input(1)?)?.times(&data.slopes[axis])?;
                 let slopes = [&data.slopes[..axis], &scaled.slopes, &data.slopes[axis + 1..]].concat();
                 Some(Affine { offset: data.offset.plus(&scaled.offset)?, slopes })
             }
             "GatherND" => self.gather_nd(node, ndim, depth),
+            // The older exporter counts by looking for what is not 0 among ones.
+            "NonZero" => {
+                let every = at(0)?.uniform()? != 0 && self.facts.ndim(node.input(0)?)? == 1;
+                every.then(|| Affine { offset: 0.into(), slopes: vec![0.into(), 1.into()] })
+            }
             _ => None,
         }
     }
@@ -374,15 +391,15 @@ impl<'a> Affines<'a> {
         let affine = self.find(value, depth + 1)?;
         let (from, to) = (self.facts.shape(value)?, self.facts.shape(target)?);
         let lead = to.len().checked_sub(from.len())?;
-        let mut slopes = vec![0; lead];
+        let mut slopes = vec![0.into(); lead];
         for (axis, size) in from.iter().enumerate() {
-            slopes.push(match affine.slopes[axis] {
-                // A single element has no slope.
-                _ if size.range().1 == Some(1) => 0,
-                0 => 0,
-                slope if same(size, &to[lead + axis]) => slope,
-                _ => return None,
-            });
+            let slope = &affine.slopes[axis];
+            // A single element has no slope.
+            let flat = is_zero(slope) || size.range().1 == Some(1);
+            if !flat && !same(size, &to[lead + axis]) {
+                return None;
+            }
+            slopes.push(if flat { 0.into() } else { slope.clone() });
         }
         Some(Affine { offset: affine.offset, slopes })
     }
@@ -394,15 +411,15 @@ impl<'a> Affines<'a> {
         let ndim = left.len().max(right.len());
         let broadcast = |value: ValueId, mine: &[DimExpr], other: &[DimExpr]| {
             let affine = self.find(value, depth + 1)?;
-            let mut slopes = vec![0; ndim - mine.len()];
+            let mut slopes = vec![0.into(); ndim - mine.len()];
             for (axis, size) in mine.iter().enumerate() {
                 let beside = (axis + other.len()).checked_sub(mine.len()).map(|at| &other[at]);
-                slopes.push(match affine.slopes[axis] {
-                    _ if size.range().1 == Some(1) => 0,
-                    0 => 0,
-                    slope if beside.is_none_or(|o| o.range().1 == Some(1) || meet(size, o)) => slope,
-                    _ => return None,
-                });
+                let slope = &affine.slopes[axis];
+                let flat = is_zero(slope) || size.range().1 == Some(1);
+                if !flat && !beside.is_none_or(|o| o.range().1 == Some(1) || meet(size, o)) {
+                    return None;
+                }
+                slopes.push(if flat { 0.into() } else { slope.clone() });
             }
             Some(Affine { offset: affine.offset, slopes })
         };
@@ -421,14 +438,14 @@ impl<'a> Affines<'a> {
         let mut slopes = Vec::with_capacity(to.len());
         for size in to {
             if one(size) {
-                slopes.push(0);
+                slopes.push(0.into());
                 continue;
             }
             let (axis, before) = axes.next()?;
             if !same(before, size) {
                 return None;
             }
-            slopes.push(affine.slopes[axis]);
+            slopes.push(affine.slopes[axis].clone());
         }
         axes.next().is_none().then_some(Affine { offset: affine.offset, slopes })
     }
@@ -449,15 +466,14 @@ impl<'a> Affines<'a> {
         };
         for ((start, axis), step) in starts.into_iter().zip(axes).zip(steps) {
             let axis = from_front(axis, affine.slopes.len())?;
-            let slope = affine.slopes[axis];
-            if slope == 0 {
+            if is_zero(&affine.slopes[axis]) {
                 continue;
             }
             if start < 0 || step < 1 {
                 return None;
             }
-            affine.offset = affine.moved(slope, start)?;
-            affine.slopes[axis] = slope.checked_mul(step)?;
+            affine.offset = affine.moved(axis, start)?;
+            affine.slopes[axis] = affine.slopes[axis].scaled(step)?;
         }
         Some(affine)
     }
@@ -484,15 +500,15 @@ impl<'a> Affines<'a> {
         }
         let (_, _, first) = parts.first()?;
         // The slope along the axis: of a part with more than one element, else between the first two parts.
-        let inside = parts.iter().find(|(_, length, _)| *length != Some(1)).map(|(.., a)| a.slopes[axis]);
-        let between = parts.get(1).and_then(|(.., a)| a.offset.minus(&first.offset)?.as_known());
+        let inside = parts.iter().find(|(_, length, _)| *length != Some(1)).map(|(.., a)| a.slopes[axis].clone());
+        let between = || parts.get(1).and_then(|(.., a)| a.offset.minus(&first.offset));
         let mut whole = first.clone();
-        whole.slopes[axis] = inside.or(between).unwrap_or(0);
+        whole.slopes[axis] = inside.or_else(between).unwrap_or(0.into());
         for (start, length, part) in &parts {
-            let offset = whole.moved(whole.slopes[axis], *start)?;
+            let offset = whole.moved(axis, *start)?;
             let mut slopes = part.slopes.clone();
             if *length == Some(1) {
-                slopes[axis] = whole.slopes[axis];
+                slopes[axis] = whole.slopes[axis].clone();
             }
             if part.offset != offset || slopes != whole.slopes {
                 return None;
@@ -515,21 +531,21 @@ impl<'a> Affines<'a> {
         if !grid.is("Concat") || from_front(grid.int("axis")?, outer + 1)? != outer {
             return None;
         }
-        let mut found = Affine { offset: data.offset, slopes: vec![0; outer] };
+        let mut found = Affine::constant(data.offset, outer);
         for (axis, &component) in grid.inputs().iter().enumerate() {
             if self.facts.shape(component?)?[outer].as_known() != Some(1) {
                 return None;
             }
-            let slope = *data.slopes.get(axis)?;
-            if slope == 0 {
+            let slope = data.slopes.get(axis)?;
+            if is_zero(slope) {
                 continue;
             }
             let component = self.find(component?, depth + 1)?;
-            let mut scaled = self.index(&component, grid.inputs()[axis]?)?.scaled(slope)?;
+            let mut scaled = self.index(&component, grid.inputs()[axis]?)?.times(slope)?;
             scaled.slopes.truncate(outer);
             found = found.plus(&scaled)?;
         }
-        found.slopes.extend(data.slopes.get(grid.inputs().len()..)?);
+        found.slopes.extend_from_slice(data.slopes.get(grid.inputs().len()..)?);
         (found.slopes.len() == ndim).then_some(found)
     }
 }
@@ -633,8 +649,14 @@ mod tests {
         let facts = Facts::infer(&model);
         let affines = Affines::new(&model.graph, &facts);
         let value = |name: &str| model.graph.find_value(name).unwrap();
-        assert_eq!(affines.of(value("cat")), Some(Affine { offset: (-1).into(), slopes: vec![0, 1] }));
-        assert_eq!(affines.of(value("qpos")), Some(Affine { offset: 0.into(), slopes: vec![0, 0, 1, 0] }));
+        assert_eq!(
+            affines.of(value("cat")),
+            Some(Affine { offset: (-1).into(), slopes: [0, 1].map(DimExpr::from).to_vec() })
+        );
+        assert_eq!(
+            affines.of(value("qpos")),
+            Some(Affine { offset: 0.into(), slopes: [0, 0, 1, 0].map(DimExpr::from).to_vec() })
+        );
         assert_eq!(affines.certain(value("together")), Some(true));
         assert_eq!(affines.certain(value("causal")), None);
         assert!(affines.is_causal(value("mask")));
@@ -720,6 +742,30 @@ mod tests {
     }
 
     #[test]
+    fn counts_and_repeats() {
+        let ones = "ones = ConstantOfShape <value = int64[1] {1}> (s1) c = NonZero (ones)";
+        assert_eq!(certain(&format!("{ones} y = Less (c, s)")), Some(true));
+        assert_eq!(certain(&format!("{ones} y = GreaterOrEqual (c, zero)")), Some(true));
+        assert_eq!(certain(&format!("{ones} y = GreaterOrEqual (c, one)")), None);
+        let tiled =
+            "pair = Concat <axis = 0> (s1, one1) one1 = Constant <value_ints = [1]> () two = Unsqueeze (i, front)";
+        assert_eq!(certain(&format!("{tiled} z = Tile (two, pair) y = Less (z, s)")), Some(true));
+        let along =
+            "pair = Concat <axis = 0> (one1, s1) one1 = Constant <value_ints = [1]> () two = Unsqueeze (i, front)";
+        assert_eq!(certain(&format!("{along} z = Tile (two, pair) y = Less (z, s)")), None);
+    }
+
+    #[test]
+    fn slopes_may_be_sizes() {
+        // Row-major numbers of a table with S columns and P rows: below P·S, and not below S from the second row on.
+        let table = "rows = Range (zero, p, one) r = Unsqueeze (rows, last) m = Mul (r, s) at = Add (m, i)";
+        assert_eq!(certain(&format!("{table} all = Mul (p, s) y = Less (at, all)")), Some(true));
+        assert_eq!(certain(&format!("{table} y = GreaterOrEqual (at, i)")), Some(true));
+        assert_eq!(certain(&format!("{table} y = Less (at, s)")), None);
+        assert_eq!(certain(&format!("{table} less = Sub (at, m) y = Less (less, s)")), Some(true));
+    }
+
+    #[test]
     fn chooses_among_positions() {
         assert_eq!(certain("c = Less (i, s) z = Where (c, i, minus) y = GreaterOrEqual (z, zero)"), Some(true));
         assert_eq!(certain("c = Less (i, five) z = Where (c, i, minus) y = GreaterOrEqual (z, zero)"), None);
@@ -749,8 +795,11 @@ mod tests {
 
     #[test]
     fn fits_small_constants() {
-        assert_eq!(Affine::fit(&[5, 7, 6, 8], &[2, 2]), Some(Affine { offset: 5.into(), slopes: vec![1, 2] }));
+        assert_eq!(
+            Affine::fit(&[5, 7, 6, 8], &[2, 2]),
+            Some(Affine { offset: 5.into(), slopes: [1, 2].map(DimExpr::from).to_vec() })
+        );
         assert_eq!(Affine::fit(&[5, 7, 6, 9], &[2, 2]), None);
-        assert_eq!(Affine::fit(&[3], &[]), Some(Affine { offset: 3.into(), slopes: vec![] }));
+        assert_eq!(Affine::fit(&[3], &[]), Some(Affine { offset: 3.into(), slopes: Vec::new() }));
     }
 }

@@ -146,7 +146,22 @@ impl DimExpr {
     }
 
     fn opaque(atom: Atom) -> Option<DimExpr> {
-        (atom.weight() <= MAX_WEIGHT).then(|| DimExpr::atom(atom))
+        if atom.weight() > MAX_WEIGHT {
+            return None;
+        }
+        let symbol = atom.capped_by_one().cloned();
+        let whole = DimExpr::atom(atom);
+        Some(symbol.and_then(|symbol| whole.without_cap(&symbol)).unwrap_or(whole))
+    }
+
+    /// The expression without `min(1, symbol)`, where that makes no difference: `max(0, s + min(1, s) - 1)` is `s`.
+    fn without_cap(&self, symbol: &Symbol) -> Option<DimExpr> {
+        let with = |to: DimExpr| move |s: &Symbol| (s == symbol).then(|| to.clone());
+        let size = DimExpr::from(symbol.clone());
+        // What it is for 1, 2, …, as an expression that also has a value for 0.
+        let beyond = self.substitute(&with(size.offset(1)?))?.substitute(&with(size.offset(-1)?))?;
+        let none = self.substitute(&with(0.into()))?;
+        (beyond.weight() < self.weight() && beyond.substitute(&with(0.into()))? == none).then_some(beyond)
     }
 
     /// Puts terms in canonical form.
@@ -550,6 +565,23 @@ impl Term {
 }
 
 impl Atom {
+    /// The size `s` of a `min(1, s)` in it.
+    fn capped_by_one(&self) -> Option<&Symbol> {
+        fn inside(dim: &DimExpr) -> Option<&Symbol> {
+            dim.parts().1.iter().flat_map(|t| &t.factors).find_map(Atom::capped_by_one)
+        }
+        match self {
+            Atom::Symbol(_) => None,
+            Atom::Min(a, b) if a.as_known() == Some(1) => match b.as_symbol() {
+                Some(Symbol::Element { .. }) | None => inside(b),
+                symbol => symbol,
+            },
+            Atom::FloorDiv(a, b) | Atom::Min(a, b) | Atom::Max(a, b) | Atom::Broadcast(a, b) => {
+                inside(a).or_else(|| inside(b))
+            }
+        }
+    }
+
     fn weight(&self) -> usize {
         match self {
             Atom::Symbol(_) => 1,

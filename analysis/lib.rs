@@ -24,7 +24,7 @@ pub use calibrate::{Below, Calibrate, Cross, Gram, Magnitudes, Moments, SymMatri
 pub use cones::{Cone, Cones};
 pub use cost::{Bindings, Cost, NodeCost, OperatorCost};
 pub use cuts::{Block, Border, Cuts, Residual, Run, Skip};
-pub use dim::{DimExpr, Symbol};
+pub use dim::{DimExpr, Symbol, product};
 pub use evaluate::{Evaluate, EvaluateError};
 pub use liveness::{Liveness, dead_nodes, unused_initializers};
 pub use operators::{OPERATORS, Operator, Trait};

@@ -40,7 +40,11 @@ use lathe_ir::{
     Shape, Tensor, Type, TypeKind, ValueId, element_count,
 };
 use node::{Cx, Out, ValueType};
-use std::{cell::Cell, collections::HashMap, sync::Arc};
+use std::{
+    cell::Cell,
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 /// Tensors with more elements than this have no [`Contents`].
 const MAX_CONTENTS: usize = 1024;
@@ -91,6 +95,8 @@ enum Fact {
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
     facts: Vec<Fact>,
+    /// Expressions that could be negative for some symbols, but are sizes of values that every run computes.
+    sizes: HashSet<DimExpr>,
 }
 
 impl Facts {
@@ -235,6 +241,16 @@ impl Facts {
         };
         let shape = shape.as_ref().map(|dims| Shape::new(dims.iter().map(dim).collect()));
         Some(TypeKind::Tensor { elem: *elem, shape }.into())
+    }
+
+    /// Whether the number is certainly a size, and so not negative: a convolution's `h - 2` where the model runs at all.
+    pub fn is_size(&self, dim: &DimExpr) -> bool {
+        dim.is_nonnegative() || self.sizes.contains(dim)
+    }
+
+    /// The number, or 0 where that is negative.
+    pub(crate) fn at_least_zero(&self, dim: DimExpr) -> Option<DimExpr> {
+        if self.is_size(&dim) { Some(dim) } else { dim.larger(&0.into()) }
     }
 
     /// What is known about a value, as an output that another value can take over.
@@ -473,6 +489,10 @@ impl<'a> Engine<'a> {
                 };
                 let dims = dims.filter(|dims| dims.len() <= MAX_NDIM);
                 let shape: Option<Vec<DimExpr>> = dims.map(|dims| dims.into_iter().enumerate().map(size).collect());
+                if space == 0 && self.graph.scope_of(value) == Some(ScopeId::MAIN) {
+                    let odd = shape.iter().flatten().filter(|dim| !dim.is_nonnegative());
+                    self.facts.sizes.extend(odd.cloned());
+                }
                 let contents =
                     shape.as_deref().and_then(|shape| element_contents(shape, elem, out.contents, space, value));
                 Fact::Tensor { elem, shape, contents: contents.map(Arc::new) }

@@ -159,3 +159,17 @@ fn prints_as_people_write() {
     assert_eq!(h.larger(&w).unwrap().written(&|_| Some("x.shape[2]".into())).unwrap(), "max(x.shape[2], x.shape[2])");
     assert_eq!(h.written(&|_| None), None);
 }
+
+#[test]
+fn a_cap_of_one_goes_where_it_makes_no_difference() {
+    let s = n("s");
+    let first = s.smaller(&k(1)).unwrap();
+    // As many as there are but for the first, beside the first: what packed masks compare.
+    let shifted = s.plus(&first).unwrap().offset(-1).unwrap().larger(&k(0)).unwrap();
+    assert_eq!(shifted, s);
+    for size in 0..4 {
+        assert_eq!((size + size.min(1) - 1).max(0), size);
+    }
+    let kept = s.scaled(2).unwrap().plus(&first).unwrap().larger(&n("t")).unwrap();
+    assert_eq!(kept.to_string(), "max(2*s + min(1, s), t)");
+}

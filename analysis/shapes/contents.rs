@@ -161,7 +161,14 @@ fn truncated_div(a: &DimExpr, b: &DimExpr) -> Element {
     match (a.as_known(), b.as_known()) {
         (_, Some(0)) => None,
         (Some(a), Some(b)) => a.checked_div(b).map(DimExpr::from),
-        _ => a.exact_div(b).or_else(|| (a.is_nonnegative() && b.is_nonnegative()).then(|| a.floor_div(b)).flatten()),
+        (_, known) => a.exact_div(b).or_else(|| {
+            if a.is_nonnegative() && b.is_nonnegative() {
+                return a.floor_div(b);
+            }
+            // What is less than one divisor below 0 is rounded up to 0.
+            let least = known.filter(|&b| b > 0)?.checked_neg()?;
+            a.range().0.filter(|&low| low > least).and_then(|_| a.larger(&0.into())?.floor_div(b))
+        }),
     }
 }
 

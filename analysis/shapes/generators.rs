@@ -51,7 +51,7 @@ pub(super) fn constant_node(cx: &Cx) -> Option<Vec<Out>> {
 /// The sizes that a shape input lists.
 pub(super) fn listed_dims(cx: &Cx, index: usize) -> Option<Dims> {
     match cx.contents(index) {
-        Some(contents) => Some(contents.elements().iter().map(|e| e.clone().filter(DimExpr::is_nonnegative)).collect()),
+        Some(contents) => Some(contents.elements().iter().map(|e| e.clone().and_then(|size| cx.size(&size))).collect()),
         None => cx.len_of(index).map(|len| vec![None; len]),
     }
 }
@@ -87,7 +87,7 @@ pub(super) fn range(cx: &Cx) -> Option<Vec<Out>> {
     let length = || {
         let (start, limit, step) = (start.as_ref()?, limit.as_ref()?, known_step?);
         let span = if step > 0 { limit.minus(start)? } else { start.minus(limit)? };
-        span.ceil_div(step.checked_abs()?)?.larger(&0.into())
+        cx.facts.at_least_zero(span.ceil_div(step.checked_abs()?)?)
     };
     let length = length();
     let count = length.as_ref().and_then(|l| usize::try_from(l.as_known()?).ok()).filter(|&n| n <= super::MAX_CONTENTS);

@@ -4,8 +4,8 @@ use super::{
     contents::{Element, flatten, sizes, unflatten},
     node::{Cx, Dims, Out, axis_of, known},
 };
-use crate::dim::DimExpr;
-use lathe_ir::{DataType, element_count};
+use crate::dim::{DimExpr, product};
+use lathe_ir::{AttributeValue, DataType, element_count};
 
 /// Gather: the indexed axis is replaced by the axes of the indices.
 pub(super) fn gather(cx: &Cx) -> Option<Vec<Out>> {
@@ -72,7 +72,14 @@ pub(super) fn compress(cx: &Cx) -> Option<Vec<Out>> {
 pub(super) fn non_zero(cx: &Cx) -> Vec<Out> {
     // A scalar counts as a vector of one element in some runtimes and not in others.
     let ndim = cx.ndim(0).filter(|&n| n > 0).and_then(|n| i64::try_from(n).ok());
-    vec![Out::tensor(Some(DataType::Int64), Some(vec![ndim.map(DimExpr::from), None]))]
+    let all = || {
+        let filled = cx.graph.node(cx.graph.producer(cx.node.input(0)?)?);
+        let full = filled.is("ConstantOfShape")
+            && matches!(filled.attribute("value"), Some(AttributeValue::Tensor(t)) if t.scalar_f64().is_some_and(|v| v != 0.0));
+        full.then(|| product(cx.shape(0)?)).flatten()
+    };
+    let count = ndim.and_then(|_| all());
+    vec![Out::tensor(Some(DataType::Int64), Some(vec![ndim.map(DimExpr::from), count]))]
 }
 
 /// OneHot.
@@ -81,7 +88,7 @@ pub(super) fn one_hot(cx: &Cx) -> Option<Vec<Out>> {
     let Some(indices) = cx.shape(0) else { return Some(vec![Out::unshaped(elem)]) };
     let axis = axis_of(cx.int("axis", -1)?, indices.len() + 1)?;
     let mut dims: Dims = indices.iter().cloned().map(Some).collect();
-    dims.insert(axis, cx.element_of(1).filter(DimExpr::is_nonnegative));
+    dims.insert(axis, cx.element_of(1).and_then(|size| cx.size(&size)));
     Some(vec![Out::tensor(elem, Some(dims))])
 }
 
@@ -92,7 +99,7 @@ pub(super) fn top_k(cx: &Cx) -> Option<Vec<Out>> {
     let dims = match cx.dims(0) {
         Some(mut dims) => {
             let axis = axis_of(axis, dims.len())?;
-            dims[axis] = k.filter(DimExpr::is_nonnegative);
+            dims[axis] = k.and_then(|size| cx.size(&size));
             Some(dims)
         }
         None => None,

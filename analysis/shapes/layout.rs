@@ -37,7 +37,7 @@ pub(super) fn reshape(cx: &Cx) -> Option<Vec<Out>> {
                 None
             }
             Some((_, Some(0))) if copies_zero => cx.dim(0, axis),
-            Some((size, _)) if size.is_nonnegative() => Some(size.clone()),
+            Some((size, _)) => cx.size(size),
             _ => None,
         };
         certain &= dim.is_some() || inferred == Some(axis);
@@ -251,7 +251,7 @@ pub(super) fn split(cx: &Cx) -> Option<Vec<Out>> {
                 let last = size.as_ref().and_then(|s| total.minus(&s.scaled(parts - 1)?));
                 let mut all = vec![size; count];
                 if let Some(end) = all.last_mut() {
-                    *end = last.filter(|d| d.is_nonnegative());
+                    *end = last.and_then(|size| cx.size(&size));
                 }
                 all
             } else {
@@ -271,7 +271,7 @@ pub(super) fn split(cx: &Cx) -> Option<Vec<Out>> {
             _ => None,
         };
         at = at.zip(width).and_then(|(a, w)| a.checked_add(w));
-        outs.push(Out::tensor(elem, Some(with(size.filter(DimExpr::is_nonnegative)))).with_contents(contents));
+        outs.push(Out::tensor(elem, Some(with(size.and_then(|size| cx.size(&size))))).with_contents(contents));
     }
     Some(outs)
 }
@@ -284,6 +284,7 @@ pub(super) fn expand(cx: &Cx) -> Option<Vec<Out>> {
         None => cx.len_of(1).map(|len| vec![None; len]),
     };
     let (Some(target), Some(shape)) = (target, cx.shape(0)) else { return Some(vec![Out::unshaped(elem)]) };
+    let target: Vec<Element> = target.into_iter().map(|size| cx.size(&size?)).collect();
     let dims = broadcast_partly(shape, &target);
     let contents = cx.contents(0).zip(sizes(cx, 0)).and_then(|(c, old)| spread(c.elements(), &old, &dims));
     Some(vec![Out::tensor(elem, Some(dims)).with_contents(contents)])
@@ -298,7 +299,7 @@ fn broadcast_partly(shape: &[DimExpr], target: &[Element]) -> Dims {
             let own = (axis + shape.len()).checked_sub(ndim).map_or(&one, |i| &shape[i]);
             match (axis + target.len()).checked_sub(ndim).map(|i| &target[i]) {
                 None => Some(own.clone()),
-                Some(Some(size)) if size.is_nonnegative() => own.broadcast(size),
+                Some(Some(size)) => own.broadcast(size),
                 _ => Some(own.clone()).filter(|d| d.as_known().is_some_and(|d| d != 1)),
             }
         })
@@ -327,7 +328,7 @@ pub(super) fn tile(cx: &Cx) -> Option<Vec<Out>> {
         return Some(vec![Out::tensor(elem, Some(vec![None; shape.len()]))]);
     }
     let repeats: Vec<Element> = cx.contents(1).map_or_else(|| vec![None; shape.len()], |c| c.elements().to_vec());
-    let grow = |(size, times): (&DimExpr, &Element)| size.times(times.as_ref()?).filter(DimExpr::is_nonnegative);
+    let grow = |(size, times): (&DimExpr, &Element)| size.times(times.as_ref()?).and_then(|size| cx.size(&size));
     let dims: Dims = shape.iter().zip(&repeats).map(grow).collect();
     if repeats.len() != shape.len() {
         return Some(vec![Out::tensor(elem, Some(vec![None; shape.len()]))]);
@@ -406,7 +407,7 @@ pub(super) fn center_crop_pad(cx: &Cx) -> Option<Vec<Out>> {
     };
     let target = cx.contents(1).map(|c| c.elements());
     for (i, &axis) in axes.iter().enumerate() {
-        dims[axis] = target.and_then(|t| t.get(i).cloned().flatten()).filter(DimExpr::is_nonnegative);
+        dims[axis] = target.and_then(|t| t.get(i).cloned().flatten()).and_then(|size| cx.size(&size));
     }
     Some(vec![Out::tensor(cx.elem(0), Some(dims))])
 }

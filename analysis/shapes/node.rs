@@ -282,6 +282,11 @@ impl<'a> Cx<'a> {
         }
     }
 
+    /// The size that a number is, if it is certain to be one.
+    pub(super) fn size(&self, number: &DimExpr) -> Option<DimExpr> {
+        self.facts.is_size(number).then(|| number.clone())
+    }
+
     /// The number of elements of an input with one axis, if that can be a number of axes.
     pub(super) fn len_of(&self, index: usize) -> Option<usize> {
         match self.shape(index)? {

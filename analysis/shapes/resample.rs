@@ -20,7 +20,7 @@ pub(super) fn resize(cx: &Cx) -> Option<Vec<Out>> {
     for (i, &axis) in axes.iter().enumerate() {
         dims[axis] = if has_sizes {
             let size = cx.contents(sizes).and_then(|c| c.elements().get(i).cloned().flatten());
-            size.filter(|s| !keeps_ratio && s.is_nonnegative())
+            size.filter(|_| !keeps_ratio).and_then(|size| cx.size(&size))
         } else if crops {
             None
         } else {

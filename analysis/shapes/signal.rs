@@ -13,7 +13,7 @@ pub(super) fn dft(cx: &Cx) -> Option<Vec<Out>> {
     let Some(axis) = axis.and_then(|a| axis_of(a, dims.len())) else {
         return Some(vec![Out::tensor(elem, Some(vec![None; dims.len()]))]);
     };
-    let length = if cx.has(1) { cx.element_of(1).filter(DimExpr::is_nonnegative) } else { dims[axis].clone() };
+    let length = if cx.has(1) { cx.element_of(1).and_then(|size| cx.size(&size)) } else { dims[axis].clone() };
     dims[axis] = match (one_sided, inverse) {
         (false, _) => length,
         (true, false) => length.and_then(|l| l.floor_div(&2.into())?.offset(1)),
@@ -47,14 +47,14 @@ pub(super) fn stft(cx: &Cx) -> Option<Vec<Out>> {
 /// HannWindow, HammingWindow, BlackmanWindow.
 pub(super) fn window(cx: &Cx) -> Option<Vec<Out>> {
     let elem = cx.dtype("output_datatype", Some(DataType::Float));
-    Some(vec![Out::tensor(elem, Some(vec![cx.element_of(0).filter(DimExpr::is_nonnegative)]))])
+    Some(vec![Out::tensor(elem, Some(vec![cx.element_of(0).and_then(|size| cx.size(&size))]))])
 }
 
 /// MelWeightMatrix.
 pub(super) fn mel_weights(cx: &Cx) -> Option<Vec<Out>> {
     let elem = cx.dtype("output_datatype", Some(DataType::Float));
-    let bins = cx.element_of(1).filter(DimExpr::is_nonnegative).and_then(|l| l.floor_div(&2.into())?.offset(1));
-    Some(vec![Out::tensor(elem, Some(vec![bins, cx.element_of(0).filter(DimExpr::is_nonnegative)]))])
+    let bins = cx.element_of(1).and_then(|size| cx.size(&size)).and_then(|l| l.floor_div(&2.into())?.offset(1));
+    Some(vec![Out::tensor(elem, Some(vec![bins, cx.element_of(0).and_then(|size| cx.size(&size))]))])
 }
 
 /// StringSplit: the parts, padded to the longest list, and how many there are.

@@ -58,7 +58,7 @@ pub(super) fn infer(cx: &Cx) -> Option<Vec<Out>> {
             Some(None) if cx.opset >= 10 || !cx.has(4) => Some(1),
             _ => None,
         };
-        dims[axis] = length(&shape[axis], start.as_ref(), end.as_ref(), step);
+        dims[axis] = length(cx, &shape[axis], start.as_ref(), end.as_ref(), step);
         walk[axis] = first(&shape[axis], start.as_ref(), step).zip(step);
     }
     let contents = cx.contents(0).zip(sizes(cx, 0)).and_then(|(c, old)| picked(c.elements(), &old, &dims, &walk));
@@ -66,7 +66,13 @@ pub(super) fn infer(cx: &Cx) -> Option<Vec<Out>> {
 }
 
 /// How many elements lie between two bounds; `None` where that is not certain.
-fn length(size: &DimExpr, start: Option<&DimExpr>, end: Option<&DimExpr>, step: Option<i64>) -> Option<DimExpr> {
+fn length(
+    cx: &Cx,
+    size: &DimExpr,
+    start: Option<&DimExpr>,
+    end: Option<&DimExpr>,
+    step: Option<i64>,
+) -> Option<DimExpr> {
     let step = step.filter(|&s| s != 0 && s != i64::MIN)?;
     if step < 0 {
         // Backwards: between the clamped bounds, the end excluded.
@@ -86,31 +92,31 @@ fn length(size: &DimExpr, start: Option<&DimExpr>, end: Option<&DimExpr>, step: 
         return if whole { size.ceil_div(-step) } else { None };
     }
     let (start, stated) = (start?, end?);
-    let end = clamped(size, stated)?;
-    let span = if end == *size && start.is_nonnegative() {
+    let end = clamped(cx, size, stated)?;
+    let span = if end == *size && cx.facts.is_size(start) {
         // `n - min(s, n)`, in the form that stacked slices share.
-        size.minus(start)?.larger(&0.into())?
-    } else if start.is_nonnegative() && stated.at_least(start) {
+        cx.facts.at_least_zero(size.minus(start)?)?
+    } else if cx.facts.is_size(start) && stated.at_least(start) {
         // `min(e, n) - min(s, n)`: what the bounds ask for, as far as there is any.
-        stated.minus(start)?.smaller(&size.minus(start)?.larger(&0.into())?)?
+        stated.minus(start)?.smaller(&cx.facts.at_least_zero(size.minus(start)?)?)?
     } else if let (true, Some(back)) =
         (end == *size, start.as_known().and_then(i64::checked_neg).filter(|&back| back < TO_THE_END))
     {
         DimExpr::from(back).smaller(size)?
     } else {
-        end.minus(&clamped(size, start)?)?.larger(&0.into())?
+        cx.facts.at_least_zero(end.minus(&clamped(cx, size, start)?)?)?
     };
     span.ceil_div(step)
 }
 
 /// A bound brought into `0..=size`.
-fn clamped(size: &DimExpr, bound: &DimExpr) -> Option<DimExpr> {
+fn clamped(cx: &Cx, size: &DimExpr, bound: &DimExpr) -> Option<DimExpr> {
     match bound.as_known() {
         Some(at) if at >= TO_THE_END && size.as_known().is_none_or(|n| n <= at) => Some(size.clone()),
         Some(at) if at <= -TO_THE_END && size.as_known().is_none() => Some(0.into()),
-        Some(at) if at < 0 => size.offset(at)?.larger(&0.into()),
+        Some(at) if at < 0 => cx.facts.at_least_zero(size.offset(at)?),
         Some(_) => bound.smaller(size),
-        None if bound.is_nonnegative() => bound.smaller(size),
+        None if cx.facts.is_size(bound) => bound.smaller(size),
         None => None,
     }
 }

@@ -448,3 +448,48 @@ fn what_is_added_to_a_row_of_positions_has_as_many_rows() {
     assert_eq!(rows("zero", "n", "u")[1], "float[B,S,8]");
     assert_eq!(rows("zero", "k", "t")[1], "float[B,?,8]");
 }
+
+#[test]
+fn a_size_of_a_value_that_is_always_computed_is_not_negative() {
+    let w = format!("float[8,3,5] w = {{{}}}, int64 zero = {{0}}, int64 one = {{1}}", ["0"; 120].join(","));
+    let nodes = "q = Conv (x, w) s = Shape <start = 2> (q) n = Squeeze (s) r = Range (zero, n, one) e = Expand (one, s)
+                 a = Identity (r) b = ConstantOfShape (s) c = Slice (q, first, s, along) d = Add (e, r)";
+    let w = format!("{w}, int64[1] first = {{0}}, int64[1] along = {{2}}");
+    let found = infer_with(17, "float[B,3,t] x", &w, 4, nodes);
+    assert_eq!(found, ["int64[t - 4]", "float[t - 4]", "float[B,8,t - 4]", "int64[t - 4]"]);
+    // In a branch that need not run, nothing follows.
+    let branch = "y = If (k) <then_branch = f () => (float[?,8,?] p) { p = Conv (x, w) }, else_branch = h () => (float[?,8,?] q) { q = Relu (z) }>";
+    let model = format!("<ir_version: 8, opset_import: [\"\" : 17]> g (bool k, float[B,3,t] x, float[B,8,t] z) => (float y, ? a) <{w}, int64 four = {{4}}> {{
+        {branch}
+        sx = Shape <start = 2> (x)
+        n = Squeeze (sx)
+        m = Sub (n, four)
+        a = Range (zero, m, one)
+    }}");
+    assert_eq!(outputs(&model)[1], "int64[max(0, t - 4)]");
+}
+
+#[test]
+fn whole_division_rounds_towards_0() {
+    let found = infer_with(
+        17,
+        "float[h,w] x",
+        "int64 minus = {-1}, int64 low = {-9}, int64 eight = {8}",
+        3,
+        "sh = Shape <start = 0, end = 1> (x) m = Add (sh, minus) a = Div (m, eight) l = Add (sh, low) b = Div (l, eight) c = Div (sh, eight)",
+    );
+    assert_eq!(found, ["int64[1] {floor(max(0, h - 1)/8)}", "int64[1]", "int64[1] {floor(h/8)}"]);
+}
+
+#[test]
+fn what_is_found_among_ones_is_everything() {
+    let found = infer(
+        17,
+        "float[n,m] x",
+        4,
+        "s = Shape (x) f = Shape <start = 0, end = 1> (x)
+         o = ConstantOfShape <value = int64[1] {1}> (f) a = NonZero (o) p = ConstantOfShape <value = float[1] {0.5}> (s) b = NonZero (p)
+         z = ConstantOfShape <value = int64[1] {0}> (f) c = NonZero (z) d = NonZero (x)",
+    );
+    assert_eq!(found, ["int64[1,n]", "int64[2,m*n]", "int64[1,?]", "int64[2,?]"]);
+}

@@ -3,7 +3,7 @@
 use super::fold_index_arithmetic::decided;
 use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
 use lathe_analysis::{DimExpr, Facts};
-use lathe_ir::{Graph, Model, NodeId, ValueId};
+use lathe_ir::{Graph, Model, Node, NodeId, ValueId};
 use std::collections::BTreeMap;
 
 /// See [`INFO`].
@@ -11,12 +11,12 @@ pub struct DropBroadcasts;
 
 static INFO: Info = Info {
     name: "drop-broadcasts",
-    summary: "removes Expand, And, Or and Where that only repeat elements, where readers repeat them anyway",
-    doc: "An Expand, and an And, Or or Where whose condition is certain (see fold-index-arithmetic), hands on one of its \
+    summary: "removes Expand, Tile, And, Or and Where that only repeat elements, where readers repeat them anyway",
+    doc: "An Expand, a Tile of single elements, and an And, Or or Where whose condition is certain (see fold-index-arithmetic), hands on one of its \
           inputs with elements repeated to a larger shape. Arithmetic, comparisons and Where repeat elements by themselves, \
           so the input can take its place where every value that is computed from it ends in the shape it had: the \
           mask of padding [batch, 1, 1, keys] in the place of [batch, 1, queries, keys]. Also where an index of Gather, the \
-          first operand of another Expand, or a product over one element repeats them. Declines where a value of \
+          first operand of another Expand, or a product over one element repeats them. Casts, negations and Unsqueezes may lie between. Declines where a value of \
           another shape would reach anything else, and names what that is.",
     options: &[],
     kind: Kind::Identical,
@@ -63,7 +63,8 @@ impl Pass for DropBroadcasts {
 
 fn drop_in(editor: &mut Editor) -> Result<(), Error> {
     let Editor { graph, opsets, functions, context: cx, outcome } = editor;
-    let wanted = |graph: &Graph, id: NodeId| ["Expand", "And", "Or", "Where"].iter().any(|op| graph.node(id).is(op));
+    let wanted =
+        |graph: &Graph, id: NodeId| ["Expand", "Tile", "And", "Or", "Where"].iter().any(|op| graph.node(id).is(op));
     // Before version 7 operands are aligned by attributes.
     if lathe_ir::imported(opsets, "").unwrap_or(0) < 7 || !graph.all_nodes().iter().any(|&id| wanted(graph, id)) {
         return Ok(());
@@ -102,7 +103,10 @@ type Narrowed = Vec<(NodeId, ValueId)>;
 fn narrower(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Option<(ValueId, Narrowed)>, String> {
     let node = graph.node(id);
     let Some(output) = node.output(0) else { return Ok(None) };
-    let kept = if node.is("Expand") { node.input(0) } else { decided(graph, facts, node) };
+    let kept = match node.op_type.as_str() {
+        "Expand" | "Tile" => node.input(0),
+        _ => decided(graph, facts, node),
+    };
     let Some(kept) = kept else { return Ok(None) };
     let (Some(small), Some(large)) = (facts.shape(kept), facts.shape(output)) else {
         return Err("the shape of the elements or of the result is unknown".to_owned());
@@ -111,8 +115,14 @@ fn narrower(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Option<(ValueId,
     if small == large {
         return Ok(None);
     }
+    let one = |size: &DimExpr| size.as_known() == Some(1);
+    if node.is("Tile") && small.iter().zip(large).any(|(a, b)| a != b && !one(a)) {
+        return Err("the Tile repeats more than single elements".to_owned());
+    }
     let output_of = |value: ValueId, id: NodeId| match graph.is_output(value) {
-        true => Err(format!("an output would lose its repeated elements, from {}", graph.describe(id))),
+        true => {
+            Err(format!("an output of the graph would lose its repeated elements, from {}", a(&graph.node(id).op_type)))
+        }
         false => Ok(()),
     };
     output_of(output, id)?;
@@ -124,7 +134,7 @@ fn narrower(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Option<(ValueId,
         if !node.inputs().iter().flatten().any(|v| shapes.contains_key(v)) {
             continue;
         }
-        let stopped = || format!("{} needs the repeated elements", graph.describe(reader));
+        let stopped = || format!("the repeated elements are needed by {}", a(&node.op_type));
         let result = node.output(0).filter(|_| node.is_standard()).ok_or_else(stopped)?;
         let shape = repeated(graph, facts, reader, &shapes).ok_or_else(stopped)?;
         if facts.shape(result) != Some(shape.as_slice()) {
@@ -134,6 +144,12 @@ fn narrower(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Option<(ValueId,
         }
     }
     Ok(Some((kept, narrowed)))
+}
+
+/// `an Add`, `a Concat`.
+fn a(operator: &str) -> String {
+    let vowel = operator.starts_with(['A', 'E', 'I', 'O', 'U']) && !operator.starts_with("Uni");
+    format!("{} {operator}", if vowel { "an" } else { "a" })
 }
 
 /// The shape that a reader gives when some of its inputs have the shapes in `shapes`.
@@ -156,6 +172,7 @@ fn repeated(
             all.try_fold(first, |a, b| broadcast(&a, b?))
         }
         op if UNARY.contains(&op) => shape(0).map(<[DimExpr]>::to_vec),
+        "Unsqueeze" => unsqueezed(graph, facts, node, shape(0)?),
         "Expand" if !narrow(1) => {
             let target = facts.contents(node.input(1)?)?.elements().iter().cloned().collect::<Option<Vec<_>>>()?;
             broadcast(shape(0)?, target.iter().all(DimExpr::is_nonnegative).then_some(&target)?)
@@ -179,6 +196,25 @@ fn repeated(
         }
         _ => None,
     }
+}
+
+/// The shape with the axes of size 1 that an Unsqueeze adds.
+fn unsqueezed(graph: &Graph, facts: &Facts, node: &Node, shape: &[DimExpr]) -> Option<Vec<DimExpr>> {
+    let axes = match (node.ints("axes"), node.input(1)) {
+        (Some(axes), _) => axes.to_vec(),
+        (None, Some(axes)) => match graph.constant(axes) {
+            Some(tensor) => tensor.to_i64s()?,
+            None => facts.contents(axes)?.known()?,
+        },
+        (None, None) => return None,
+    };
+    let ndim = shape.len() + axes.len();
+    let added: Vec<usize> = axes
+        .iter()
+        .map(|&axis| usize::try_from(if axis < 0 { axis + ndim as i64 } else { axis }).ok())
+        .collect::<Option<_>>()?;
+    let mut rest = shape.iter().cloned();
+    (0..ndim).map(|axis| if added.contains(&axis) { Some(1.into()) } else { rest.next() }).collect()
 }
 
 fn broadcast(a: &[DimExpr], b: &[DimExpr]) -> Option<Vec<DimExpr>> {
@@ -228,10 +264,10 @@ mod tests {
     #[test]
     fn says_what_needs_the_repeated_elements() {
         let softmax = MASK.replace("y = Add (s, w)", "w2 = Softmax (w) y = Add (s, w2)");
-        check_refuses(&DropBroadcasts, &softmax, "node `w2` (Softmax) needs the repeated elements");
+        check_refuses(&DropBroadcasts, &softmax, "the repeated elements are needed by a Softmax");
         let output =
             MASK.replace("y = Add (s, w)", "y = Add (s, w) z = Not (k)").replace("=> (", "=> (bool[B,1,S,S] z, ");
-        check_refuses(&DropBroadcasts, &output, "an output would lose its repeated elements, from node `z` (Not)");
+        check_refuses(&DropBroadcasts, &output, "an output of the graph would lose its repeated elements, from a Not");
         check_untouched(&DropBroadcasts, &MASK.replace("k = And (ge, m)", "k = And (m, m)"));
     }
 
@@ -239,7 +275,7 @@ mod tests {
     fn two_narrow_values_do_not_widen_one_another() {
         let graph =
             MASK.replace("y = Add (s, w)", "w2 = Where (k, low, none) w3 = Mul (w, w2) y = Concat <axis = 1> (s, w3)");
-        check_refuses(&DropBroadcasts, &graph, "node `y` (Concat) needs the repeated elements");
+        check_refuses(&DropBroadcasts, &graph, "the repeated elements are needed by a Concat");
     }
 
     #[test]
@@ -265,6 +301,29 @@ mod tests {
     }
 
     #[test]
+    fn a_tile_of_single_rows_goes_and_one_of_more_stays() {
+        let graph = "<ir_version: 9, opset_import: [\"\" : 17]>
+            g (float[B,S,2] x, float[1,S,2] p) => (float[B,S,2] y) <int64[2] ones = {1, 1}> {
+                b = Shape <start = 0, end = 1> (x)
+                times = Concat <axis = 0> (b, ones)
+                n = Neg (p)
+                t = Tile (n, times)
+                y = Mul (x, t)
+            }";
+        assert_snapshot!(check(&DropBroadcasts, graph), @r#"
+        g (float[B,S,2] x, float[1,S,2] p) => (float[B,S,2] y) <
+            int64[2] ones = {1, 1}
+        > {
+            n = Neg (p)
+            y = Mul (x, n)  # float[B,S,2]
+        }
+        "#);
+        let more = graph.replace("float[1,S,2] p", "float[1,S,1] p").replace("ones = {1, 1}", "ones = {2, 2}");
+        let more = more.replace("float[B,S,2] x", "float[B,T,2] x");
+        check_refuses(&DropBroadcasts, &more, "the Tile repeats more than single elements");
+    }
+
+    #[test]
     fn frequencies_are_multiplied_once_per_position() {
         let graph = "<ir_version: 9, opset_import: [\"\" : 17]>
             g (float[B,1,S] p) => (float[B,4,S] y) <float[1,4,1] f = {1, 0.1, 0.01, 0.001}, int64[3] t = {1, 4, 1}> {
@@ -284,7 +343,34 @@ mod tests {
         ");
         let two = graph.replace("float[1,4,1] f = {1, 0.1, 0.01, 0.001}", "float[1,2,2] f = {1, 0.1, 0.01, 0.001}");
         let two = two.replace("[4, 1]", "[2, 2]").replace("[B,1,S]", "[B,2,S]").replace("[B,4,S]", "[B,2,S]");
-        check_refuses(&DropBroadcasts, &two, "node `y` (MatMul) needs the repeated elements");
+        check_refuses(&DropBroadcasts, &two, "the repeated elements are needed by a MatMul");
+    }
+
+    #[test]
+    fn axes_may_be_added_between() {
+        let graph = "<ir_version: 9, opset_import: [\"\" : 17]>
+            g (float[B,4,S] x, int64[1,S] p) => (float[B,4,S] y) <int64[1] mid = {1}, int64[2] two = {0, -1}, int64[1] front = {0}> {
+                s = Shape (x)
+                b = Shape <start = 0, end = 1> (x)
+                n = Shape <start = 2> (x)
+                to = Concat <axis = 0> (b, n)
+                e = Expand (p, to)
+                f = Cast <to = 1> (e)
+                u = Unsqueeze (f, mid)
+                y = Mul (x, u)
+            }";
+        assert_snapshot!(check(&DropBroadcasts, graph), @r#"
+        g (float[B,4,S] x, int64[1,S] p) => (float[B,4,S] y) <
+            int64[1] mid = {1},
+            int64[2] two = {0, -1},
+            int64[1] front = {0}
+        > {
+            s = Shape (x)
+            f = Cast <to = 1> (p)
+            u = Unsqueeze (f, mid)
+            y = Mul (x, u)  # float[B,4,S]
+        }
+        "#);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Removes logic whose answer follows from the positions it compares.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity, Rule, pat, rewrite, rule};
-use lathe_analysis::{Affines, Facts};
-use lathe_ir::{Graph, Model, Node, ValueId};
+use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use lathe_analysis::{Affines, DimExpr, Facts};
+use lathe_ir::{Graph, Model, Node, Patch, Pattern, ValueId};
 use std::sync::LazyLock;
 
 /// See [`INFO`].
@@ -10,10 +10,11 @@ pub struct FoldIndexArithmetic;
 
 static INFO: Info = Info {
     name: "fold-index-arithmetic",
-    summary: "removes And, Or and Where whose condition follows from index arithmetic",
+    summary: "removes And, Or and Where whose condition follows from index arithmetic, and rounding of sizes",
     doc: "Exported attention masks compare positions and sequence numbers that Range, Expand, GatherND and CumSum build. \
           Where the elements of such a tensor are provably `offset + slope · index`, a comparison of two of them may be \
-          true everywhere: an And with it is its other operand, a Where by it is one branch. Declines where the \
+          true everywhere: an And with it is its other operand, a Where by it is one branch. A division of sizes that rounds down, as \
+          Python's does, is the Div. Declines where the \
           certainty cannot be proven for every size of the open dimensions, and leaves to drop-broadcasts what would \
           change the shape of the result.",
     options: &[],
@@ -56,14 +57,31 @@ pub(super) fn decided(graph: &Graph, facts: &Facts, node: &Node) -> Option<Value
 static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
-    vec![rule("decide", pat!(node: And|Or|Where(..)), |m, _| {
-        let output = m.value("output");
-        let kept = decided(m.graph(), m.facts(), m.node("node")).ok_or(UNCERTAIN)?;
-        // What is repeated to a larger shape is for drop-broadcasts.
-        m.only_if(m.facts().same_shape(kept, output))?;
-        m.require_free(output, kept)?;
-        Ok(kept)
-    })]
+    let either = |op: &str, a: &str, b: &str| format!("({op}({a}, {b}) | {op}({b}, {a}))");
+    let less = either("And", &format!("Not({})", either("Equal", "Sign(a)", "1")), "Cast(Mod(a, b))");
+    let floor = format!("Sub(quotient: Div(a, b), Cast({less}))");
+    vec![
+        rule("decide", pat!(node: And|Or|Where(..)), |m, _| {
+            let output = m.value("output");
+            let kept = decided(m.graph(), m.facts(), m.node("node")).ok_or(UNCERTAIN)?;
+            // What is repeated to a larger shape is for drop-broadcasts.
+            m.only_if(m.facts().same_shape(kept, output))?;
+            m.require_free(output, kept)?;
+            Ok(kept)
+        }),
+        rule("round-down", Pattern::parse(&floor), round_down).sharing(),
+    ]
+}
+
+/// `a // b` of Python: one less where `a` has another sign than `b` and there is a remainder, which is nowhere. For 0, whose
+/// sign is 0, there is no remainder.
+fn round_down(m: &Match, _: &mut Patch) -> Result<ValueId, Refusal> {
+    let not_negative = |number: &Option<DimExpr>| number.as_ref().is_some_and(|n| m.facts().is_size(n));
+    let all = |name: &str| m.facts().contents(m.value(name)).is_some_and(|c| c.elements().iter().all(not_negative));
+    m.require(all("a") && all("b"), "a division that rounds down may have negative operands")?;
+    let (quotient, output) = (m.node("quotient").output(0).ok_or_else(Refusal::no_match)?, m.value("output"));
+    m.require_free(output, quotient)?;
+    Ok(quotient)
 }
 
 #[cfg(test)]
@@ -117,6 +135,45 @@ mod tests {
             }>  # float[S]
         }
         "#);
+    }
+
+    fn rounding(a: &str, sign: &str) -> String {
+        format!(
+            "<ir_version: 8, opset_import: [\"\" : 18]>
+            g (float[n] x, int64 k) => (int64 y) <int64 b = {{20}}, int64 one = {{{sign}}}> {{
+                s = Shape (x)
+                n = Squeeze (s)
+                sign = Sign ({a})
+                same = Equal (sign, one)
+                other = Not (same)
+                r = Mod ({a}, b)
+                left = Cast <to = 9> (r)
+                less = And (other, left)
+                c = Cast <to = 7> (less)
+                q = Div ({a}, b)
+                y = Sub (q, c)
+            }}"
+        )
+    }
+
+    #[test]
+    fn sizes_are_rounded_down_by_a_division() {
+        assert_snapshot!(check(&FoldIndexArithmetic, &rounding("n", "1")), @r#"
+        g (float[n] x, int64 k) => (int64 y) <
+            int64 b = {20},
+            int64 one = {1}
+        > {
+            s = Shape (x)
+            n = Squeeze (s)
+            y = Div (n, b)  # int64
+        }
+        "#);
+        check_refuses(
+            &FoldIndexArithmetic,
+            &rounding("k", "1"),
+            "a division that rounds down may have negative operands",
+        );
+        check_untouched(&FoldIndexArithmetic, &rounding("n", "-1"));
     }
 
     #[test]

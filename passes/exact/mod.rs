@@ -31,6 +31,7 @@ mod hoist_constants;
 mod hoist_invariants;
 mod inline_functions;
 mod inline_if;
+mod inline_sequences;
 mod linear;
 mod merge_duplicates;
 mod merge_linears;
@@ -79,6 +80,7 @@ pub(crate) use hoist_constants::constant_of;
 pub use hoist_invariants::HoistInvariants;
 pub use inline_functions::InlineFunctions;
 pub use inline_if::InlineIf;
+pub use inline_sequences::InlineSequences;
 pub use merge_duplicates::MergeDuplicates;
 pub use merge_linears::MergeLinears;
 pub use merge_scalars::MergeScalars;
@@ -113,6 +115,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &DropBroadcasts,
     &InlineIf,
     &UnrollLoop,
+    &InlineSequences,
     &HoistInvariants,
     &SimplifyGathers,
     &SimplifyReshapes,

@@ -3,7 +3,7 @@
 use crate::{
     Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, operands::with_axes, pat, rewrite, rule,
 };
-use lathe_analysis::{Affine, Affines, DimExpr};
+use lathe_analysis::{Affine, Affines, DimExpr, product};
 use lathe_ir::{Model, Node, Patch, ValueId};
 use std::sync::LazyLock;
 
@@ -12,10 +12,11 @@ pub struct SimplifyGathers;
 
 static INFO: Info = Info {
     name: "simplify-gathers",
-    summary: "replaces a GatherND over a grid of positions by Gather along an axis, or by nothing",
-    doc: "Exported masks look up `mask[batch, key]` at a grid of indices that Range, Expand and Concat build. Where every \
-          part of the grid counts from 0 along one axis of its own, the GatherND only moves the axes of its data: it \
-          becomes an Unsqueeze. An axis that is provably as long as the grid is left alone, another one becomes a \
+    summary: "replaces look-ups over a grid of positions by a Gather along an axis, or by nothing",
+    doc: "Exported masks look up `mask[batch, key]` at a grid of indices that Range, Expand and Concat build, or by one \
+          Gather from all its elements in a row. Where every \
+          part of the grid counts from 0 along one axis of its own, the node only moves the axes of its data: it \
+          becomes an Unsqueeze. A GatherND over one axis is a Gather. An axis that is provably as long as the grid is left alone, another one becomes a \
           Gather with the Range that the grid is made of. Declines where the parts do not count (in this order), and \
           where the grid has axes that repeat elements.",
     options: &[],
@@ -42,13 +43,20 @@ static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 fn rules() -> Vec<Rule> {
     vec![
         rule("count-out", pat!(node: GatherND(data, grid)), count_out).sharing(),
+        rule("count-out-flat", pat!(node: Gather(flat: Reshape|Flatten(x, ..), indices)), count_out_flat).sharing(),
+        rule("gather-rows", pat!(node: GatherND(data, column: Unsqueeze(x, ..))), |m, g| {
+            let column = m.node("column").output(0).and_then(|v| m.facts().shape(v)).ok_or_else(Refusal::no_match)?;
+            m.only_if(m.node("node").int("batch_dims").unwrap_or(0) == 0 && column.last().is_some_and(is_one))?;
+            // The indices are the column's where the axis that was added is its last.
+            m.only_if(m.facts().shape(m.value("x")) == column.split_last().map(|(_, rows)| rows))?;
+            Ok(g.node(Node::new("Gather").with("axis", 0), &[m.value("data"), m.value("x")]))
+        })
+        .sharing(),
         rule("gather-all", pat!(node: Gather(data, indices)), |m, _| {
             let (data, indices) = (m.shape("data").map_err(silent)?, m.shape("indices").map_err(silent)?);
             let axis = m.axis(m.node("node").int("axis").unwrap_or(0), data.len())?;
             let counting = Affines::new(m.graph(), m.facts()).of(m.value("indices"));
-            m.only_if(
-                indices == [data[axis].clone()] && counting == Some(Affine { offset: 0.into(), slopes: vec![1] }),
-            )?;
+            m.only_if(indices == [data[axis].clone()] && counting == Some(Affine::counting()))?;
             m.require_replaceable("output", "data")?;
             Ok(m.value("data"))
         })
@@ -98,8 +106,8 @@ fn count_out(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     for (affine, _) in &indices {
         // An axis of size 1 is counted along by 0 alone.
         let after = axes.last().map_or(0, |&last| last + 1);
-        let counts =
-            |axis: &usize| (0..outer.len()).all(|a| affine.slopes[a] == i64::from(a == *axis) || is_one(&outer[a]));
+        let along = |axis: usize, a: usize| affine.slopes[a].as_known() == Some(i64::from(a == axis));
+        let counts = |axis: &usize| (0..outer.len()).all(|a| along(*axis, a) || is_one(&outer[a]));
         let place = (after..outer.len()).filter(|_| affine.offset.as_known() == Some(0)).find(counts);
         axes.push(
             place.ok_or(
@@ -133,6 +141,40 @@ fn count_out(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     Ok(with_axes(m, g, Node::new("Unsqueeze"), 13, taken, &others))
 }
 
+/// Rows of a tensor whose leading axes were made one, taken at `i₀ · stride₀ + i₁ · stride₁ + …` where each index counts
+/// along one of those axes.
+fn count_out_flat(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
+    let grouped = m.node("flat").output(0).and_then(|v| m.facts().shape(v)).ok_or_else(Refusal::no_match)?;
+    let (from, outer) = (m.shape("x").map_err(silent)?, m.shape("indices").map_err(silent)?);
+    m.only_if(m.axis(m.node("node").int("axis").unwrap_or(0), grouped.len())? == 0)?;
+    let (first, rest) = grouped.split_first().ok_or_else(Refusal::no_match)?;
+    // How many axes became the first one. Flatten adds an axis of size 1 where none is left.
+    let kept = |count: usize| from[count..] == *rest || count == from.len() && rest.iter().all(is_one);
+    let merged = (2..=from.len()).find(|&count| product(&from[..count]).as_ref() == Some(first) && kept(count));
+    let merged = merged.ok_or_else(Refusal::no_match)?;
+    let affine = Affines::new(m.graph(), m.facts()).of(m.value("indices")).ok_or_else(Refusal::no_match)?;
+    m.only_if(affine.offset.as_known() == Some(0))?;
+    let mut axes: Vec<usize> = Vec::with_capacity(merged);
+    for axis in 0..merged {
+        let stride = product(&from[axis + 1..merged]).ok_or_else(Refusal::no_match)?;
+        let counts = |&at: &usize| outer[at] == from[axis] && (affine.slopes[at] == stride || is_one(&outer[at]));
+        let place = (axes.last().map_or(0, |&last| last + 1)..outer.len()).find(counts);
+        axes.push(place.ok_or("the indices do not count along the axes that were made one")?);
+    }
+    let others: Vec<usize> = (0..outer.len()).filter(|axis| !axes.contains(axis)).collect();
+    m.require(
+        others.iter().all(|&axis| is_one(&outer[axis])),
+        "the indices have an axis along which they repeat rows",
+    )?;
+    let added = if merged == from.len() { outer.len()..outer.len() + rest.len() } else { 0..0 };
+    let places: Vec<usize> = others.into_iter().chain(added).collect();
+    if places.is_empty() {
+        m.require_free(m.value("output"), m.value("x"))?;
+        return Ok(m.value("x"));
+    }
+    Ok(with_axes(m, g, Node::new("Unsqueeze"), 13, m.value("x"), &places))
+}
+
 fn is_one(size: &DimExpr) -> bool {
     size.as_known() == Some(1)
 }
@@ -142,7 +184,7 @@ fn range_behind(m: &Match, part: ValueId, length: &DimExpr) -> Option<ValueId> {
     let affines = Affines::new(m.graph(), m.facts());
     let mut at = part;
     loop {
-        let counts = || affines.of(at) == Some(Affine { offset: 0.into(), slopes: vec![1] });
+        let counts = || affines.of(at) == Some(Affine::counting());
         if m.facts().shape(at)? == std::slice::from_ref(length) && counts() {
             return Some(at);
         }
@@ -235,6 +277,96 @@ mod tests {
         let shifted =
             grid("B,S", "r5", "k6").replace("k5 = Unsqueeze (k, last)", "k5 = Unsqueeze (k, last) k6 = Mod (k5, one)");
         check_refuses(&SimplifyGathers, &shifted, "the indices do not count along an axis of the grid");
+    }
+
+    /// `mask[batch, key]` as the older exporter writes it: at `batch · S + key` of all elements in a row.
+    fn flat(sizes: &str, index: &str) -> String {
+        format!(
+            "<ir_version: 9, opset_import: [\"\" : 17]>
+            g (int64[{sizes}] ids, bool[B,S] mask) => (bool[B,1,1,S] y) <
+                int64 zero = {{0}}, int64 one = {{1}}, int64[1] front = {{0}}, int64[3] a123 = {{1,2,3}}, int64[3] a012 = {{0,1,2}}, int64[1] last = {{-1}}
+            > {{
+                b1 = Shape <start = 0, end = 1> (ids)
+                b = Squeeze (b1, front)
+                s1 = Shape <start = 1, end = 2> (ids)
+                s = Squeeze (s1, front)
+                rows = Range (zero, b, one)
+                keys = Range (zero, s, one)
+                r4 = Unsqueeze (rows, a123)
+                k4 = Unsqueeze (keys, a012)
+                r = Mul (r4, s1)
+                at = Add ({index})
+                m = Not (mask)
+                all = Flatten <axis = 2> (m)
+                g = Gather (all, at)
+                y = Squeeze (g, last)
+            }}"
+        )
+    }
+
+    #[test]
+    fn a_mask_read_in_a_row_is_only_given_axes() {
+        assert_snapshot!(check(&SimplifyGathers, &flat("B,S", "r, k4")), @r#"
+        g (int64[B,S] ids, bool[B,S] mask) => (bool[B,1,1,S] y) <
+            int64 zero = {0},
+            int64 one = {1},
+            int64[1] front = {0},
+            int64[3] a123 = {1, 2, 3},
+            int64[3] a012 = {0, 1, 2},
+            int64[1] last = {-1},
+            int64[3] g_axes = {1, 2, 4}
+        > {
+            m = Not (mask)
+            g = Unsqueeze (m, g_axes)
+            y = Squeeze (g, last)  # bool[B,1,1,S]
+        }
+        "#);
+    }
+
+    #[test]
+    fn refuses_other_strides() {
+        let refused = "the indices do not count along the axes that were made one";
+        check_refuses(&SimplifyGathers, &flat("B,S", "r4, k4"), refused);
+        // The rows of another tensor may be fewer.
+        check_refuses(&SimplifyGathers, &flat("C,S", "r, k4").replace("bool[B,1", "bool[C,1"), refused);
+        let repeated =
+            flat("B,S", "r, k4").replace("at = Add (r, k4)", "two = Concat <axis = 1> (k4, k4) at = Add (r, two)");
+        let refused = "the indices have an axis along which they repeat rows";
+        check_refuses(&SimplifyGathers, &repeated.replace("bool[B,1,1,S] y", "bool[B,2,1,S] y"), refused);
+    }
+
+    #[test]
+    fn one_index_gathers_rows() {
+        let graph = "<ir_version: 9, opset_import: [\"\" : 17]>
+            g (int64[B,S] ids, int64[1,S] one) => (float[B,S,2] y, float[1,S,2] z, float[1,1,S] w) <
+                float[3,2] table = {1,2,3,4,5,6}, int64[1] last = {-1}, int64[1] zero = {0}, int64 three = {3}, float[3] row = {1,2,3}
+            > {
+                i = Mod (ids, three)
+                j = Unsqueeze (i, last)
+                y = GatherND (table, j)
+                k = Mod (one, three)
+                l = Unsqueeze (k, last)
+                z = GatherND (table, l)
+                m = Unsqueeze (l, zero)
+                w = GatherND (row, m)
+            }";
+        assert_snapshot!(check(&SimplifyGathers, graph), @r#"
+        g (int64[B,S] ids, int64[1,S] one) => (float[B,S,2] y, float[1,S,2] z, float[1,1,S] w) <
+            float[3,2] table = {1, 2, 3, 4, 5, 6},
+            int64[1] last = {-1},
+            int64[1] zero = {0},
+            int64 three = {3},
+            float[3] row = {1, 2, 3}
+        > {
+            i = Mod (ids, three)
+            k = Mod (one, three)
+            l = Unsqueeze (k, last)
+            m = Unsqueeze (l, zero)
+            w = GatherND (row, m)  # float[1,1,S]
+            y = Gather <axis = 0> (table, i)  # float[B,S,2]
+            z = Gather <axis = 0> (table, k)  # float[1,S,2]
+        }
+        "#);
     }
 
     #[test]

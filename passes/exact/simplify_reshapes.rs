@@ -6,7 +6,7 @@ use crate::{
     pat, rewrite, rule,
 };
 use lathe_analysis::DimExpr;
-use lathe_ir::{Model, Node, Patch, ValueId};
+use lathe_ir::{Model, Node, Patch, Use, ValueId};
 use std::sync::LazyLock;
 
 /// See [`INFO`].
@@ -40,7 +40,14 @@ static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
     vec![
-        rule("compose-unsqueezes", pat!(outer: Unsqueeze(inner: Unsqueeze(x, ..), ..)), compose_unsqueezes),
+        rule("compose-unsqueezes", pat!(outer: Unsqueeze(inner: Unsqueeze(x, ..), ..)), |m, g| {
+            // Where all that reads the inner one is composed with it, it goes.
+            let inner = m.node("inner").output(0).ok_or_else(Refusal::no_match)?;
+            let composed = |u: &Use| matches!(u, Use::Node(id, 0) if m.graph().node(*id).is("Unsqueeze"));
+            m.require(m.graph().value(inner).uses().iter().all(composed), "the inner Unsqueeze has other readers")?;
+            compose_unsqueezes(m, g)
+        })
+        .sharing(),
         rule("compose-squeezes", pat!(outer: Squeeze(inner: Squeeze(x, ..), ..)), compose_squeezes),
         rule(
             "compose-reshapes",
@@ -248,6 +255,30 @@ mod tests {
             y = Unsqueeze (x, y_axes)  # float[1,a,1,b,1]
         }
         ");
+    }
+
+    #[test]
+    fn composes_with_every_reader_or_none() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[a] x) => (float[1,1,a,1] y, float[1,a,1,1] z) <int64[1] zero = {0}, int64[2] front = {0, 3}, int64[2] back = {2, 3}> {
+                u = Unsqueeze (x, zero)
+                y = Unsqueeze (u, front)
+                z = Unsqueeze (u, back)
+            }";
+        insta::assert_snapshot!(check(&SimplifyReshapes, graph), @r#"
+        g (float[a] x) => (float[1,1,a,1] y, float[1,a,1,1] z) <
+            int64[1] zero = {0},
+            int64[2] front = {0, 3},
+            int64[2] back = {2, 3},
+            int64[3] y_axes = {0, 1, 3},
+            int64[3] z_axes = {0, 2, 3}
+        > {
+            y = Unsqueeze (x, y_axes)  # float[1,1,a,1]
+            z = Unsqueeze (x, z_axes)  # float[1,a,1,1]
+        }
+        "#);
+        let shared = graph.replace("z = Unsqueeze (u, back)", "w = Neg (u) z = Unsqueeze (w, back)");
+        check_refuses(&SimplifyReshapes, &shared, "the inner Unsqueeze has other readers");
     }
 
     #[test]

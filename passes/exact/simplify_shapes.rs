@@ -14,9 +14,11 @@ pub struct SimplifyShapes;
 static INFO: Info = Info {
     name: "simplify-shapes",
     summary: "rebuilds tensors of sizes from as few nodes as their elements need",
-    doc: "A vector or scalar of int64 whose elements are known numbers or sizes of tensors that it is computed from is \
-          made anew from Shape, Slice or Gather, and Concat where that takes fewer nodes than what computed it and is \
-          used by nothing else. Declines silently where it does not, and where an element is neither.",
+    doc: "A vector or scalar of int64 whose elements are known numbers or sizes of tensors that it is computed from, or of \
+          inputs of the graph, is made anew from Shape, Slice or Gather, and Concat where that takes fewer nodes than \
+          what computed it and is used by nothing else: tensors that are only measured go too. Sizes that an input has \
+          are measured there, so that equal sizes of many tensors become one. Declines silently where nodes would not \
+          become fewer, and where an element is neither.",
     options: &[],
     kind: Kind::Identical,
     lowers: &[Quantity::Nodes],
@@ -39,11 +41,47 @@ const MAX_CONE: usize = 64;
 static RULES: LazyLock<Vec<Rule>> = LazyLock::new(rules);
 
 fn rules() -> Vec<Rule> {
-    vec![rule(
-        "rebuild-sizes",
-        pat!(node: Concat|Where|Reshape|Cast|Slice|Gather|Mul|Add|Sub|Div|Max|Min|Squeeze|Unsqueeze|Expand|Shape|Size|ReduceProd|Identity(..)),
-        rebuild,
-    )]
+    vec![
+        rule(
+            "rebuild-sizes",
+            pat!(node: Concat|Where|Reshape|Cast|Slice|Gather|Mul|Add|Sub|Div|Max|Min|Squeeze|Unsqueeze|Expand|Shape|Size|ReduceProd|Identity(..)),
+            rebuild,
+        ),
+        rule("measure-input", pat!(node: Shape(x)), |m, g| {
+            let (input, axis, length) = input_with(m, "output", "x")?;
+            if Some(length) == m.facts().ndim(input) {
+                return Ok(g.node(Node::new("Shape"), &[input]));
+            }
+            m.only_if(m.opset() >= 15)?;
+            let node = Node::new("Shape").with("start", axis as i64).with("end", (axis + length) as i64);
+            Ok(g.node(node, &[input]))
+        }),
+        rule("measure-input", pat!(node: Gather(shape: Shape(x), _)), |m, g| {
+            m.only_if(m.facts().ndim(m.value("output")) == Some(0))?;
+            let (input, axis, _) = input_with(m, "output", "x")?;
+            // Without another Shape of the input there would be one more.
+            let shape = existing_shape(m, input).ok_or_else(Refusal::no_match)?;
+            let index = g.constant("axis", Tensor::from_i64s(&[], &[axis as i64]));
+            Ok(g.node(Node::new("Gather").with("axis", 0), &[shape, index]))
+        })
+        .sharing(),
+    ]
+}
+
+/// The first input of the graph that has these sizes one after another, from which axis on, and how many they are. No
+/// match where they are read off an input already.
+fn input_with(m: &Match, sizes: &str, measured: &str) -> Result<(ValueId, usize, usize), Refusal> {
+    let inputs = m.graph().main().inputs();
+    m.only_if(!inputs.contains(&m.value(measured)))?;
+    let contents = m.facts().contents(m.value(sizes)).ok_or_else(Refusal::no_match)?;
+    let sizes: Vec<DimExpr> =
+        contents.elements().iter().cloned().collect::<Option<_>>().ok_or_else(Refusal::no_match)?;
+    m.only_if(sizes.iter().any(|size| size.as_known().is_none()))?;
+    let place = |&input: &ValueId| {
+        let axis = m.facts().shape(input)?.windows(sizes.len()).position(|run| run == sizes)?;
+        Some((input, axis, sizes.len()))
+    };
+    inputs.iter().find_map(place).ok_or_else(Refusal::no_match)
 }
 
 /// Consecutive elements that one node or constant provides.
@@ -64,34 +102,54 @@ fn rebuild(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     // What is known altogether is a constant, which is another pass's to fold.
     m.only_if(elements.iter().any(|e| e.as_known().is_none()))?;
     let graph = m.graph();
-    let cone = cone(graph, m.root());
-    let measured: BTreeSet<ValueId> =
-        cone.iter().filter(|&&id| graph.node(id).is("Shape")).filter_map(|&id| graph.node(id).input(0)).collect();
-    let pieces = pieces(m, &elements, &measured).ok_or_else(Refusal::no_match)?;
+    let (cone, data) = cone(graph, m.root());
+    let measured = cone.iter().filter(|&&id| graph.node(id).is("Shape")).filter_map(|&id| graph.node(id).input(0));
+    let measured: BTreeSet<ValueId> = measured.chain(graph.main().inputs().iter().copied()).collect();
+    let producer = |x: ValueId| graph.producer(x);
+    // What is computed only to be measured goes where other tensors have its sizes.
+    let lasting: BTreeSet<ValueId> =
+        measured.iter().copied().filter(|&x| producer(x).is_none_or(|id| !data.contains(&id))).collect();
     let scalar = facts.ndim(output) == Some(0);
-    let (shapes, cost) = cost(m, &pieces, scalar);
-    let kept: BTreeSet<NodeId> = shapes.values().filter_map(|&v| graph.producer(v)).collect();
-    m.only_if(cost < dying(graph, m.root(), &cone, &kept))?;
+    let ways = [&lasting, &measured].into_iter().filter_map(|measured| {
+        let pieces = pieces(m, &elements, measured)?;
+        let (shapes, cost) = cost(m, &pieces, scalar);
+        let tensors = pieces.iter().filter_map(|piece| match piece {
+            Piece::Sizes(x, ..) => Some(*x),
+            Piece::Known(_) => None,
+        });
+        let kept: BTreeSet<NodeId> = shapes.values().copied().chain(tensors).filter_map(producer).collect();
+        let saved = dying(graph, m.root(), &cone, &kept).checked_sub(cost).filter(|&saved| saved > 0)?;
+        Some((saved, pieces, shapes))
+    });
+    // Of equal ones the first.
+    let best = ways.reduce(|best, way| if way.0 > best.0 { way } else { best });
+    let (_, pieces, shapes) = best.ok_or_else(Refusal::no_match)?;
     build(m, g, &pieces, &shapes, scalar)
 }
 
-/// The nodes that `root` is computed by, itself first, as far back as sizes are measured.
-fn cone(graph: &Graph, root: NodeId) -> Vec<NodeId> {
+/// The nodes that `root` is computed by, itself first, as far back as sizes are measured, and what is computed only to be
+/// measured; and which of them those last ones are.
+fn cone(graph: &Graph, root: NodeId) -> (Vec<NodeId>, BTreeSet<NodeId>) {
     let mut found = vec![root];
+    let mut data = BTreeSet::new();
     let mut next = 0;
     while let Some(&id) = found.get(next) {
         next += 1;
         let node = graph.node(id);
-        if node.is("Shape") || node.is("Size") {
-            continue;
-        }
-        for producer in node.inputs().iter().flatten().filter_map(|&v| graph.producer(v)) {
-            if found.len() < MAX_CONE && !found.contains(&producer) {
+        let measures = node.is("Shape") || node.is("Size") || data.contains(&id);
+        for &value in node.inputs().iter().flatten() {
+            let Some(producer) = graph.producer(value) else { continue };
+            let inside = |u: &Use| matches!(u, Use::Node(user, _) if found.contains(user));
+            let only_here = || graph.value(value).uses().iter().all(inside);
+            if found.len() < MAX_CONE && !found.contains(&producer) && (!measures || only_here()) {
                 found.push(producer);
+                if measures {
+                    data.insert(producer);
+                }
             }
         }
     }
-    found
+    (found, data)
 }
 
 /// How many nodes of the cone nothing needs once the root is replaced.
@@ -260,6 +318,78 @@ mod tests {
             y = Expand (cls, w)  # float[batch,1,8]
         }
         ");
+    }
+
+    #[test]
+    fn what_is_only_measured_goes() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 18]>
+            g (int64[B,S] ids, float[1] one) => (float[B,1,S] y) <int64[2] a12 = {1, 2}, int64[2] a01 = {0, 1}, int64 zero = {0}, int64 step = {1}> {
+                sh = Shape (ids)
+                b = Gather (sh, zero)
+                n = Gather (sh, step)
+                rows = Range (zero, b, step)
+                keys = Range (zero, n, step)
+                r = Unsqueeze (rows, a12)
+                k = Unsqueeze (keys, a01)
+                both = Max (r, k)
+                to = Shape (both)
+                y = Expand (one, to)
+            }";
+        insta::assert_snapshot!(check(&SimplifyShapes, graph), @r#"
+        g (int64[B,S] ids, float[1] one) => (float[B,1,S] y) <
+            int64[2] a12 = {1, 2},
+            int64[2] a01 = {0, 1},
+            int64 zero = {0},
+            int64 step = {1},
+            int64[1] to_sizes = {1}
+        > {
+            to_1 = Shape <start = 0, end = 1> (ids)
+            to_2 = Shape <start = 1, end = 2> (ids)
+            to = Concat <axis = 0> (to_1, to_sizes, to_2)
+            y = Expand (one, to)  # float[B,1,S]
+        }
+        "#);
+        // What something else reads stays, and then nothing is won.
+        let read = graph
+            .replace("float[B,1,S] y)", "float[B,1,S] y, int64[B,1,S] z)")
+            .replace("to = Shape", "z = Neg (both) to = Shape");
+        crate::testing::check_untouched(&SimplifyShapes, &read);
+    }
+
+    #[test]
+    fn equal_sizes_are_measured_in_one_place() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 18]>
+            g (float[B,S,8] x, float[1] one, float[8,8] w) => (float[S,B] y, float[B,S,8] z, int64 n, int64[2] r) <int64 i1 = {1}, int64 i2 = {2}> {
+                h = MatMul (x, w)
+                s = Shape <start = 1, end = 2> (h)
+                b = Shape <start = 0, end = 1> (h)
+                to = Concat <axis = 0> (s, b)
+                y = Expand (one, to)
+                all = Shape (h)
+                z = Expand (one, all)
+                t = Transpose (h)
+                whole = Shape (t)
+                n = Gather (whole, i1)
+                r = Shape <start = 0, end = 2> (t)
+            }";
+        insta::assert_snapshot!(check(&SimplifyShapes, graph), @r#"
+        g (float[B,S,8] x, float[1] one, float[8,8] w) => (float[S,B] y, float[B,S,8] z, int64 n, int64[2] r) <
+            int64 i1 = {1},
+            int64 i2 = {2},
+            int64 n_axis = {1},
+            int64[1] r_sizes = {8}
+        > {
+            s = Shape <start = 1, end = 2> (x)
+            b = Shape <start = 0, end = 1> (x)
+            to = Concat <axis = 0> (s, b)
+            y = Expand (one, to)  # float[S,B]
+            all = Shape (x)
+            z = Expand (one, all)  # float[B,S,8]
+            n = Gather <axis = 0> (all, n_axis)  # int64
+            r_1 = Shape <start = 1, end = 2> (x)
+            r = Concat <axis = 0> (r_sizes, r_1)  # int64[2]
+        }
+        "#);
     }
 
     #[test]
