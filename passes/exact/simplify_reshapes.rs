@@ -17,7 +17,8 @@ static INFO: Info = Info {
     summary: "composes Reshape, Flatten, Squeeze and Unsqueeze, and makes their targets constants",
     doc: "A target that is computed from shapes becomes a constant where every size is known, is the size of the same \
           axis of the input (written 0) or is the only one left (written -1, where no other can be 0); the nodes that \
-          computed it go away. Reshape, Flatten, Squeeze and Unsqueeze directly after one another become one node. \
+          computed it go away. Reshape, Flatten, Squeeze and Unsqueeze directly after one another become one node; two around an \
+          elementwise node go where they undo one another. \
           Declines where sizes are not related by the symbolic shapes, where a size would be inferred beside an axis \
           that may be empty, and where the value between two nodes has other uses.",
     options: &[],
@@ -55,6 +56,20 @@ fn rules() -> Vec<Rule> {
             |m, g| {
                 m.require(m.opset() >= 5, "before opset 5 the target of a Reshape is an attribute")?;
                 regrouped(m, g, &["outer", "inner"])
+            },
+        ),
+        rule(
+            "undo-around-elementwise",
+            pat!(outer: Reshape|Flatten|Squeeze|Unsqueeze(
+                between: Cast|Not|Neg|Abs|Sign|Sqrt|Relu|Sigmoid|Tanh|Erf(inner: Reshape|Flatten|Squeeze|Unsqueeze(x, ..)), ..
+            )),
+            |m, g| {
+                // Elements keep their order, so that equal shapes are equal tensors.
+                m.only_if(m.same_shape("x", "output"))?;
+                let between = m.node("between");
+                let mut node = Node::new(&between.op_type);
+                node.attributes = between.attributes.clone();
+                Ok(g.node(node, &[m.value("x")]))
             },
         ),
         rule("reshape-to-constant", pat!(node: Reshape(x, shape)), |m, g| {
@@ -237,6 +252,29 @@ mod tests {
             y = Reshape (x, y_shape)  # float[batch,3,2]
         }
         ");
+    }
+
+    #[test]
+    fn what_is_undone_behind_a_cast_goes() {
+        let graph = |last: &str| {
+            format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]>
+                g (bool[B,S] x) => ({last}) <int64[2] axes = {{1, 2}}> {{
+                    u = Unsqueeze (x, axes)
+                    c = Cast <to = 6> (u)
+                    y = Squeeze (c, axes)
+                }}"
+            )
+        };
+        insta::assert_snapshot!(check(&SimplifyReshapes, &graph("int32[B,S] y")), @r#"
+        g (bool[B,S] x) => (int32[B,S] y) <
+            int64[2] axes = {1, 2}
+        > {
+            y = Cast <to = 6> (x)  # int32[B,S]
+        }
+        "#);
+        let read = graph("int32[B,S] y, int32[B,1,1,S] c");
+        crate::testing::check_untouched(&SimplifyReshapes, &read);
     }
 
     #[test]
