@@ -55,7 +55,9 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
         if let Some(note) = &verify.note {
             out.push_str(&format!("\nnote: {note}\n"));
         }
-        if verify.samples > 0 && !matches!(verify.metric.as_str(), "bits" | "rel-l2") {
+        // A metric of a set has no output of its own that says most.
+        let measured = verify.worst.is_none() && verify.outputs.iter().any(|o| o.uncompared.is_none());
+        if verify.samples > 0 && measured {
             out.push_str(&format!("\nmeasured on {}: {}\n", verify.runtime, validate::describe(verify)));
         } else if verify.samples > 0 {
             let on = match verify.set.as_str() {

@@ -157,6 +157,10 @@ fn kernels_get_a_scale_per_channel() {
     let (predicted, measured) =
         (report["plan"]["objective"].as_f64().unwrap(), report["verify"]["after"].as_f64().unwrap());
     assert!((predicted.sqrt() / measured - 1.0).abs() < 0.1, "{} predicted, {measured} measured", predicted.sqrt());
+    // The summary says so of an error as of any metric.
+    let shown = bench.run(&["--size", "0.35", "--metric", "rel-l2", "--max-drop", "0.02", "--dry-run"]);
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("measured on ") && shown.contains(": rel-l2 0 before, "), "{shown}");
 }
 
 #[test]

@@ -27,7 +27,7 @@ impl Pass for FoldResidualBias {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
-        rewrite(model, cx, &[rule("fold-residual-bias", pat!(Add(Add(branch, bias), normal)), fold)])
+        rewrite(model, cx, &[rule("fold-residual-bias", pat!(Add(inner: Add(branch, bias), normal)), fold)])
     }
 }
 
@@ -117,6 +117,8 @@ fn layer(
     let [Use::Node(next, at)] = graph.value(product).uses().iter().collect::<Vec<_>>()[..] else {
         return Err(other.into());
     };
+    // What it makes would need a bias again, and the old normalization would stay.
+    m.require(*next != m.id("inner"), "the branch is one layer, which reads the normalized value itself")?;
     let adds = graph.node(*next);
     let gelu = adds.domain == "com.microsoft" && adds.op_type == "BiasGelu" && *at == 0;
     m.require((adds.is("Add") || gelu) && *at < 2 && adds.scope() == m.scope(), other)?;
@@ -192,6 +194,8 @@ mod tests {
         refuses(&graph("z = Neg (n)"), "a layer without a bias of its own");
         refuses(&graph("z = Sub (h, n)"), "something else than layers");
         refuses(&graph("p = MatMul (n, w) z = Add (p, h)"), "not a constant of its shape");
+        let own = graph("p = MatMul (n, w) z = Neg (h)").replace("Add (h, bias)", "Add (p, bias)");
+        refuses(&own, "the branch is one layer");
         let large = graph(LAYER).replace("bias = {3, 4}", "bias = {3, 40}");
         refuses(&large, "the bias is large");
         let wide =
