@@ -57,7 +57,7 @@ fn rules() -> Vec<Rule> {
             let width = b.dims()[0];
             m.require(c.dims().iter().rev().skip(1).all(|&dim| dim == 1), "the constant is not one number a column")?;
             m.require(c.len() == width || c.len() == 1, "the constant is not one number a column")?;
-            let ndim = m.facts().ndim(m.value("output"));
+            let ndim = m.facts().ndim(m.value("x"));
             let narrow = c.dims().len() <= 1 || ndim.is_some_and(|n| c.dims().len() <= n);
             m.require(narrow, "the constant may have more axes than the value")?;
             let c = c.to_f64s().ok_or_else(Refusal::no_match)?;
@@ -198,6 +198,15 @@ mod tests {
         let sum = "float[2,2] a = {1, 2, 3, 4}, float[2,2] b = {1, 1, -1, -1}, float[2] c = {1e10, 1e10}";
         let body = "{ t = MatMul (x, a) s = Add (t, c) y = MatMul (s, b) }";
         check_refuses(&FoldMatmulChain, &of("float", sum, body), "the constants cancel");
+    }
+
+    #[test]
+    fn keeps_a_constant_that_adds_axes() {
+        let graph = format!(
+            "{OPSET} g (float[N,2] x) => (float[1,N,2] y) <{WEIGHTS}, float[1,1,1] k = {{1}}> {{
+            t = MatMul (x, a) s = Add (t, k) y = MatMul (s, b) }}"
+        );
+        check_refuses(&FoldMatmulChain, &graph, "the constant may have more axes than the value");
     }
 
     #[test]
