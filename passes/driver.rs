@@ -141,8 +141,9 @@ impl Driver<'_> {
         });
         match result {
             Ok(replacement) => Some(self.carry_out(rule, id, &nodes, patch, replacement)),
-            Err(Refusal(reason)) => {
-                if !reason.is_empty() && self.refused.insert((id, rule.name)) {
+            Err(Refusal::NoMatch) => None,
+            Err(Refusal::Reason(reason)) => {
+                if self.refused.insert((id, rule.name)) {
                     self.outcome.refuse(format!("{}: {reason}", rule.name), self.graph.describe(id));
                 }
                 None
@@ -236,12 +237,90 @@ impl Driver<'_> {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Context, pat, rewrite, rule, testing};
-    use lathe_ir::Node;
+    use super::*;
+    use crate::{pat, rule, testing::model};
+    use lathe_ir::{Node, text};
+
+    fn apply(graph: &str, rules: &[Rule]) -> (Model, Outcome) {
+        let mut model = model(graph);
+        let outcome = rewrite(&mut model, &Context::default(), rules).unwrap();
+        model.check().unwrap();
+        (model, outcome)
+    }
+
+    fn becomes(from: &str, to: &'static str) -> Rule {
+        rule(
+            to,
+            lathe_ir::Pattern::parse(&format!("{from}(x)")),
+            move |m, g| Ok(g.node(Node::new(to), &[m.value("x")])),
+        )
+    }
+
+    #[test]
+    fn stops_rules_that_undo_each_other() {
+        let graph = "g (float[2] x) => (float[2] y) { a = Neg (x) y = Abs (a) }";
+        let (_, outcome) = apply(graph, &[becomes("Neg", "Exp"), becomes("Exp", "Neg")]);
+        assert_eq!(outcome.refusals.len(), 1);
+        assert!(outcome.refusals.contains_key("the rules went on without end and were stopped"));
+        // A budget of eight rewrites a node and 64, of which the last is told.
+        assert_eq!(outcome.changes.len(), 2 * REWRITES_PER_NODE + 65);
+    }
+
+    #[test]
+    fn a_chain_of_rules_that_ends_is_not_stopped() {
+        let graph = "g (float[2] x) => (float[2] y) { y = Neg (x) }";
+        let (model, outcome) = apply(graph, &[becomes("Neg", "Exp"), becomes("Exp", "Log"), becomes("Log", "Abs")]);
+        assert_eq!((outcome.changes.len(), outcome.refusals.len()), (3, 0));
+        assert!(text::print_graph(&model).contains("y = Abs (x)"));
+    }
+
+    #[test]
+    fn keeps_attributes_that_the_caller_decides() {
+        let graph = |attribute: &str| {
+            format!(
+                r#"<ir_version: 10, opset_import: ["": 18, "local": 1]>
+            g (float[2,3] x) => (float[3,2] y) {{ y = local.F <order = [1, 0]> (x) }}
+            <domain: "local", opset_import: ["": 18]>
+            F <order> (a) => (b) {{ t = Transpose <{attribute}> (a) b = Neg (t) }}"#
+            )
+        };
+        let rules = || [rule("neg", pat!(Neg(inner: Transpose(x))), |m, _| Ok(m.value("x")))];
+        let (_, outcome) = apply(&graph("perm: ints = @order"), &rules());
+        assert!(outcome.changes.is_empty());
+        assert!(outcome.refusals.contains_key("neg: an attribute depends on the caller of the function"));
+        let (_, outcome) = apply(&graph("perm = [1, 0]"), &rules());
+        assert_eq!(outcome.changes.len(), 1);
+    }
+
+    #[test]
+    fn keeps_nodes_of_which_another_output_is_used() {
+        let rules = || [rule("take", pat!(Dropout(x)), |m, g| Ok(g.node(Node::new("Neg"), &[m.value("x")])))];
+        let graph = |mask: &str| {
+            format!("g (float[2] x) => (float[2] y, bool[2] m) {{ y, {mask} = Dropout (x) z = Not (t) m = Not (z) }}")
+        };
+        let used = graph("t");
+        let (_, outcome) = apply(&used, &rules());
+        assert!(outcome.changes.is_empty());
+        assert!(outcome.refusals.contains_key("take: another output of the node is used"));
+        let unused = graph("w").replace("(float[2] x)", "(float[2] x, bool[2] t)");
+        assert_eq!(apply(&unused, &rules()).1.changes.len(), 1);
+    }
+
+    #[test]
+    fn counts_a_refusal_once_for_every_place() {
+        let rules = [rule("never", pat!(Neg(x)), |m, _| {
+            m.require(false, "it never does")?;
+            Ok(m.value("x"))
+        })];
+        let graph = "g (float[2] x) => (float[2] y) { a = Neg (x) y = Neg (a) }";
+        let (_, outcome) = apply(graph, &rules);
+        assert_eq!(outcome.refusals["never: it never does"].0, 2);
+        assert_eq!(outcome.refusals["never: it never does"].1, "node `a` (Neg)");
+    }
 
     #[test]
     fn nodes_get_names_that_no_other_node_has() {
-        let mut model = testing::model(
+        let mut model = model(
             "g (float[2] x) => (float[2] y, float[2] z) {
                 [add_0] t = Neg (x)
                 [add] y = Add (t, t)

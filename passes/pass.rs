@@ -113,6 +113,8 @@ pub struct Context<'a> {
     /// Whether initializers that are listed among the inputs are constants of an old exporter: decided once in a run, on
     /// the model as it was read.
     pub lists_constants: OnceCell<bool>,
+    /// Named dimensions that cannot be 0 where the model runs at all: found once in a run, before any Reshape changes.
+    pub nonempty: OnceCell<BTreeSet<String>>,
     /// Bytes by which folding has enlarged the model so far in this run.
     pub grown: Cell<u64>,
     /// Bytes of notes that passes have taken off the file so far in this run, which folding may use as well.

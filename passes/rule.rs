@@ -6,29 +6,22 @@ use lathe_ir::{Bindings, DataType, Function, Graph, Node, NodeId, Patch, Pattern
 
 /// Why a rule does not act on a place that its pattern matched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal(pub String);
-
-impl Refusal {
+pub enum Refusal {
     /// The place is not what the rule looks for; nothing is reported.
-    pub fn no_match() -> Refusal {
-        Refusal(String::new())
-    }
-
-    /// Whether the place only looked like what the rule is for.
-    pub fn is_no_match(&self) -> bool {
-        self.0.is_empty()
-    }
+    NoMatch,
+    /// One true sentence, which is counted and reported.
+    Reason(String),
 }
 
 impl From<&str> for Refusal {
     fn from(reason: &str) -> Refusal {
-        Refusal(reason.to_owned())
+        Refusal::Reason(reason.to_owned())
     }
 }
 
 impl From<String> for Refusal {
     fn from(reason: String) -> Refusal {
-        Refusal(reason)
+        Refusal::Reason(reason)
     }
 }
 
@@ -105,7 +98,7 @@ impl<'a> Match<'a> {
 
     /// Passes over the place without a word unless `holds`: for what the pattern could not say itself.
     pub fn only_if(&self, holds: bool) -> Result<(), Refusal> {
-        if holds { Ok(()) } else { Err(Refusal::no_match()) }
+        if holds { Ok(()) } else { Err(Refusal::NoMatch) }
     }
 
     /// The graph around the place.
@@ -171,6 +164,11 @@ impl<'a> Match<'a> {
         self.bindings.node(label).map(|id| self.graph.node(id))
     }
 
+    /// The first output of the node with this label, which is what a pattern finds a node by.
+    pub fn made(&self, label: &str) -> ValueId {
+        self.node(label).output(0).expect("patterns find nodes by their first output")
+    }
+
     /// The id of the node with this label.
     pub fn id(&self, label: &str) -> NodeId {
         self.bindings.node(label).expect("the rule asks for labels of its own pattern")
@@ -202,13 +200,7 @@ impl<'a> Match<'a> {
     /// The constant behind a name.
     pub fn tensor(&self, name: &str) -> Result<&'a Tensor, Refusal> {
         let value = self.value(name);
-        self.graph.constant(value).ok_or_else(|| Refusal(format!("`{name}` is not a constant")))
-    }
-
-    /// The constant behind a name, as whole numbers: an initializer, or one whose contents follow from shapes.
-    pub fn int64s(&self, name: &str) -> Result<Vec<i64>, Refusal> {
-        let value = self.value(name);
-        self.known_int64s(value).ok_or_else(|| Refusal(format!("`{name}` is not a known integer tensor")))
+        self.graph.constant(value).ok_or_else(|| Refusal::Reason(format!("`{name}` is not a constant")))
     }
 
     /// The whole numbers in a value, if they are known.
@@ -234,17 +226,21 @@ impl<'a> Match<'a> {
 
     /// The shape of a name.
     pub fn shape(&self, name: &str) -> Result<&'a [DimExpr], Refusal> {
-        self.facts.shape(self.value(name)).ok_or_else(|| Refusal(format!("the shape of `{name}` is unknown")))
+        self.facts.shape(self.value(name)).ok_or_else(|| Refusal::Reason(format!("the shape of `{name}` is unknown")))
     }
 
     /// The number of axes of a name.
     pub fn ndim(&self, name: &str) -> Result<usize, Refusal> {
-        self.facts.ndim(self.value(name)).ok_or_else(|| Refusal(format!("the number of axes of `{name}` is unknown")))
+        self.facts
+            .ndim(self.value(name))
+            .ok_or_else(|| Refusal::Reason(format!("the number of axes of `{name}` is unknown")))
     }
 
     /// The element type of a name.
     pub fn elem(&self, name: &str) -> Result<DataType, Refusal> {
-        self.facts.elem(self.value(name)).ok_or_else(|| Refusal(format!("the element type of `{name}` is unknown")))
+        self.facts
+            .elem(self.value(name))
+            .ok_or_else(|| Refusal::Reason(format!("the element type of `{name}` is unknown")))
     }
 
     /// The permutation of the `Transpose` with this label; axes are reversed where none is given.
@@ -253,8 +249,8 @@ impl<'a> Match<'a> {
         match node.ints("perm") {
             Some(perm) => Ok(perm.iter().map(|&axis| axis as usize).collect()),
             None => {
-                let input = node.input(0).ok_or("the Transpose has no input")?;
-                let ndim = self.facts.ndim(input).ok_or("the number of axes is unknown")?;
+                let ndim = node.input(0).and_then(|input| self.facts.ndim(input));
+                let ndim = ndim.ok_or("the number of axes is unknown")?;
                 Ok((0..ndim).rev().collect())
             }
         }
@@ -297,7 +293,7 @@ impl<'a> Match<'a> {
         let from_front = if axis < 0 { axis + ndim as i64 } else { axis };
         match usize::try_from(from_front) {
             Ok(found) if found < ndim => Ok(found),
-            _ => Err(Refusal(format!("axis {axis} is outside {ndim} axes"))),
+            _ => Err(format!("axis {axis} is outside {ndim} axes").into()),
         }
     }
 }

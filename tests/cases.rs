@@ -173,6 +173,14 @@ fn nothing_that_runs_on_empty_axes_stops_running() {
         s = Shape (x) a = Slice (s, i0, i2) h = Slice (s, i2, i3) w = Slice (s, i3, i4) c = Mul (h, w)
         t = Concat <axis = 0> (a, c) y = Reshape (x, t) }";
     sizes(spatial, 17, &|n, m| vec![n, 3, m, m]);
+    // Only where everything is empty, or nothing, does the file itself run.
+    let guarded = "g (float[N,M,4] x) => (float[N,M,2,2] q, float[N,K] y, float[N,1,L] z)
+        <int64[4] s = {0, 0, -1, 2}, int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] i2 = {2}, int64[1] i4 = {4}, int64[1] one = {1}> {
+        q = Reshape (x, s) l = Shape (x) a = Slice (l, i0, i1) b = Slice (l, i1, i2) c = Mul (b, i4)
+        t = Concat <axis = 0> (a, one, c) z = Reshape (x, t) f = Reshape (x, u) y = Flatten <axis = 1> (f) }";
+    let guarded = guarded.replace("<int64[4] s", "<int64[4] u = {0, 0, 2, 2}, int64[4] s");
+    let after = keeps(17, &guarded, &[empty("x", &[1, 1, 4]), empty("x", &[2, 3, 4])], 0.0);
+    assert!(!common::operators(&after).contains_key("Concat"), "{}", text::print(&after));
     let squeezed = "g (float[N,1,M,2] x) => (float[N,M,2] y) <int64[1] i0 = {0}, int64[2] i02 = {0, 2}> {
         u = Unsqueeze (x, i0) y = Squeeze (u, i02) }";
     let after = sizes(squeezed, 17, &|n, m| vec![n, 1, m, 2]);

@@ -419,4 +419,11 @@ mod tests {
             lathe_testkit::equivalent(&model, &after, None, 1).unwrap();
         }
     }
+
+    #[test]
+    fn keeps_elements_of_unknown_shape() {
+        let graph = "<ir_version: 9, opset_import: [\"\" : 17, \"test\" : 1]>
+            g (float[2] x, int64[2] to) => (float[A,B] y) { u = test.Strange (x) e = Expand (u, to) y = Neg (e) }";
+        check_refuses(&DropBroadcasts, graph, "the shape of the elements or of the result is unknown");
+    }
 }

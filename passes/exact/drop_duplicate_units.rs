@@ -55,15 +55,15 @@ struct Maker<'a> {
 impl<'a> Maker<'a> {
     fn of(m: &Match<'a>, h: ValueId) -> Result<Maker<'a>, Refusal> {
         let graph = m.graph();
-        let id = graph.producer(h).ok_or_else(Refusal::no_match)?;
+        let id = graph.producer(h).ok_or(Refusal::NoMatch)?;
         let node = graph.node(id);
         m.only_if(node.scope() == m.scope())?;
         if !node.is("Add") {
             return Ok(Maker { layer: Layer::at(m, id)?, sum: None });
         }
         let constant = node.inputs().iter().position(|v| v.is_some_and(|v| graph.constant(v).is_some()));
-        let index = constant.ok_or_else(Refusal::no_match)?;
-        let product = node.input(1 - index).and_then(|v| graph.producer(v)).ok_or_else(Refusal::no_match)?;
+        let index = constant.ok_or(Refusal::NoMatch)?;
+        let product = node.input(1 - index).and_then(|v| graph.producer(v)).ok_or(Refusal::NoMatch)?;
         m.only_if(graph.node(product).scope() == m.scope() && index < 2)?;
         Ok(Maker { layer: Layer::at(m, product)?, sum: Some((id, index)) })
     }
@@ -80,7 +80,7 @@ fn merge_units(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let maker = Maker::of(m, m.value("h"))?;
     let ungrouped = |layer: &Layer| layer.node.int("group").unwrap_or(1) == 1;
     let (Some(out_axis), Some(in_axis)) = (output_axis(&maker.layer), output_axis(&reader).map(|axis| 1 - axis)) else {
-        return Err(Refusal::no_match());
+        return Err(Refusal::NoMatch);
     };
     let units = maker.layer.outputs;
     let plain = ungrouped(&maker.layer) && ungrouped(&reader) && reader.node.int("transA").unwrap_or(0) == 0;
@@ -88,7 +88,7 @@ fn merge_units(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let bias = match maker.bias() {
         None => None,
         Some((id, index)) => {
-            let tensor = graph.node(id).input(index).and_then(|v| graph.constant(v)).ok_or_else(Refusal::no_match)?;
+            let tensor = graph.node(id).input(index).and_then(|v| graph.constant(v)).ok_or(Refusal::NoMatch)?;
             let gain = match maker.sum {
                 Some(_) => maker.layer.gain(tensor)?,
                 None => Gain::read(tensor, Some(2), 0, units)?,
@@ -117,7 +117,7 @@ fn merge_units(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     inputs[1] = Some(g.constant("weight", weight));
     let bias = match bias {
         Some((id, index, tensor, _)) if tensor.len() > 1 => {
-            let axis = tensor.dims().iter().position(|&dim| dim == units).ok_or_else(Refusal::no_match)?;
+            let axis = tensor.dims().iter().position(|&dim| dim == units).ok_or(Refusal::NoMatch)?;
             Some((id, index, Some(g.constant("bias", combine(tensor, axis, &single)?))))
         }
         Some((id, index, ..)) => Some((id, index, graph.node(id).input(index))),
@@ -176,7 +176,7 @@ fn activation(node: &Node, x: f64) -> Option<f64> {
 
 /// The elements of a tensor for every index of `axis`.
 fn along(tensor: &Tensor, axis: usize) -> Result<Vec<Vec<f64>>, Refusal> {
-    let numbers = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
+    let numbers = tensor.to_f64s().ok_or(Refusal::NoMatch)?;
     let size = tensor.dims()[axis];
     let inner: usize = tensor.dims()[axis + 1..].iter().product();
     let mut found = vec![Vec::new(); size];
@@ -188,7 +188,7 @@ fn along(tensor: &Tensor, axis: usize) -> Result<Vec<Vec<f64>>, Refusal> {
 
 /// A tensor that holds, along `axis`, the sum over each class of old indices.
 fn combine(tensor: &Tensor, axis: usize, classes: &[Vec<usize>]) -> Result<Tensor, Refusal> {
-    let numbers = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
+    let numbers = tensor.to_f64s().ok_or(Refusal::NoMatch)?;
     let size = tensor.dims()[axis];
     let inner: usize = tensor.dims()[axis + 1..].iter().product();
     let mut all = Vec::with_capacity(numbers.len());
@@ -277,5 +277,14 @@ mod tests {
             t = MatMul (x, u) z = MatMul (x, u) r = Relu (t) y = MatMul (r, d) }}"
         );
         check_refuses_in(&DropDuplicateUnits, &graph, "the weight is shared", &enabled());
+    }
+
+    #[test]
+    fn keeps_a_bias_that_others_read() {
+        let graph = format!(
+            "{OPSET} g (float[N,2] x) => (float[N,2] y, float[N,4] z) <{WEIGHTS}> {{
+            t = MatMul (x, u) s = Add (t, b) r = Relu (s) y = MatMul (r, d) z = Neg (b) }}"
+        );
+        check_refuses_in(&DropDuplicateUnits, &graph, "the bias is shared: a copy would enlarge the file", &enabled());
     }
 }

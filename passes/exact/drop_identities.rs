@@ -73,4 +73,20 @@ mod tests {
             }";
         check_refuses(&DropIdentities, graph, "a subgraph would return one value twice");
     }
+
+    #[test]
+    fn keeps_what_may_drop_elements() {
+        let training = "<ir_version: 8, opset_import: [\"\" : 13]>
+            g (float[2] x, bool t) => (float[2] y) { d = Dropout (x, , t) y = Neg (d) }";
+        check_refuses(&DropIdentities, training, "the node may be in training mode");
+        let old =
+            "<ir_version: 3, opset_import: [\"\" : 6]> g (float[2] x) => (float[2] y) { d = Dropout (x) y = Neg (d) }";
+        check_refuses(&DropIdentities, old, "before opset 7 a flag decides between training and inference");
+    }
+
+    #[test]
+    fn keeps_an_identity_that_makes_one_value_two_outputs() {
+        let graph = "g (float[2] x) => (float[2] y, float[2] z) { y = Neg (x) z = Identity (y) }";
+        check_refuses(&DropIdentities, graph, "two outputs would be one value");
+    }
 }

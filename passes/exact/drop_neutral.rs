@@ -59,7 +59,7 @@ fn rules() -> Vec<Rule> {
             pat!(outer: Relu|Abs|Ceil|Floor|Round|Sign(inner: Relu|Abs|Ceil|Floor|Round|Sign(x))),
             |m, _| {
                 m.only_if(m.node("outer").op_type == m.node("inner").op_type)?;
-                let once = m.node("inner").output(0).ok_or("the inner node has no output")?;
+                let once = m.made("inner");
                 m.require_free(m.value("output"), once)?;
                 Ok(once)
             },
@@ -197,7 +197,7 @@ fn compose_clips(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
         (None, None, Number::Real(low), Number::Real(high)) => {
             Ok(g.node(clip.with("min", low as f32).with("max", high as f32), &[m.value("x")]))
         }
-        _ => Err(Refusal::no_match()),
+        _ => Err(Refusal::NoMatch),
     }
 }
 
@@ -359,6 +359,13 @@ mod tests {
             z = Clip <min = 1.0, max = 1.0> (x)  # float[n]
         }
         ");
+    }
+
+    #[test]
+    fn keeps_operands_that_old_versions_do_not_broadcast() {
+        let graph = "<ir_version: 3, opset_import: [\"\" : 7]>
+            g (float[2] a, float[2] b, float[2] c) => (float[2] y) { p = Max (a, b) y = Max (p, c) }";
+        check_refuses(&DropNeutral, graph, "before opset 8 operands are not broadcast");
     }
 
     #[test]

@@ -45,7 +45,7 @@ fn rules() -> Vec<Rule> {
         }),
         rule("compose-casts", pat!(outer: Cast(inner: Cast(x))), |m, g| {
             let (from, to) = (m.elem("x")?, m.elem("output")?);
-            let between = m.node("outer").input(0).and_then(|v| m.facts().elem(v)).ok_or("a type is unknown")?;
+            let between = m.facts().elem(m.made("inner")).ok_or(Refusal::NoMatch)?;
             m.require(holds_all(between, from) && to != DataType::String, "the first cast may lose something")?;
             if from == to {
                 return unchanged(m);
@@ -82,7 +82,7 @@ fn rules() -> Vec<Rule> {
         rule("drop-pad", pat!(node: Pad(x, ..)), |m, _| {
             m.only_if(m.same_shape("x", "output"))?;
             let old = if m.node("node").attribute("paddings").is_some() { "paddings" } else { "pads" };
-            let pads = int64s(m, m.node("node"), old, 1)?.ok_or("the Pad states no pads")?;
+            let pads = int64s(m, m.node("node"), old, 1)?.ok_or(Refusal::NoMatch)?;
             m.require(pads.iter().all(|&pad| pad == 0), "the Pad shifts its input")?;
             unchanged(m)
         }),
@@ -267,6 +267,33 @@ mod tests {
                 y = Neg (b)
             }";
         check_refuses(&DropNoopLayout, graph, "the Pad shifts its input");
+    }
+
+    #[test]
+    fn keeps_what_is_not_known_to_be_idle() {
+        let refuses = |opset: i64, weights: &str, body: &str, reason: &str| {
+            let ir_version = if opset < 10 { 3 } else { 8 };
+            let graph = format!(
+                "<ir_version: {ir_version}, opset_import: [\"\" : {opset}]>
+                g (float[1,2,4,4] x) => (float[1,2,4,4] y) <{weights}> {{ a = Relu (x) {body} y = Neg (b) }}"
+            );
+            check_refuses(&DropNoopLayout, &graph, reason);
+        };
+        let crop = "float[8] roi = {0, 0, 0, 0, 1, 1, 1, 1}, float[0] none = {}, int64[4] to = {1, 2, 4, 4}";
+        let mode = "mode = \"linear\", coordinate_transformation_mode = \"tf_crop_and_resize\"";
+        refuses(13, crop, &format!("b = Resize <{mode}> (a, roi, none, to)"), "the Resize crops");
+        let near = "float[0] roi = {}, float[4] near = {1, 1, 1.01, 1}";
+        refuses(13, near, "b = Resize <mode = \"linear\"> (a, roi, near)", "the scales are not known to be 1");
+        let sizes = "float[0] none = {}, int64[4] to = {1, 2, 4, 4}, float[1,2,4,4] b";
+        let keeping = "b = Resize <mode = \"linear\", keep_aspect_ratio_policy = \"not_larger\"> (a, none, none, to)";
+        refuses(18, sizes, keeping, "the scales are not known to be 1");
+    }
+
+    #[test]
+    fn keeps_casts_from_unknown_types() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17, \"custom\" : 1]>
+            g (float[2] x) => (float[2] y) { a = custom.F (x) b = Cast <to = 11> (a) y = Cast <to = 1> (b) }";
+        check_refuses(&DropNoopLayout, graph, "the element type of `x` is unknown");
     }
 
     #[test]

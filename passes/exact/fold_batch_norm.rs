@@ -137,7 +137,7 @@ impl<'a> Norm<'a> {
         m.require(node.int("spatial").unwrap_or(1) == 1, "the node has statistics for every position")?;
         let tensor = |index: usize| {
             let tensor = node.input(index).and_then(|v| m.graph().constant(v));
-            tensor.ok_or_else(|| Refusal("a parameter of the node is not a constant".into()))
+            tensor.ok_or("a parameter of the node is not a constant")
         };
         let parameters = [tensor(1)?, tensor(2)?, tensor(3)?, tensor(4)?];
         let size = parameters[0].len();
@@ -402,5 +402,90 @@ mod tests {
             z = Conv (x, w) t = Conv (x, w) y = BatchNormalization (t, s, b, m, v) }}"
         );
         check_refuses(&FoldBatchNorm, &graph, "the weight is shared");
+    }
+
+    #[test]
+    fn keeps_norms_that_are_no_affine_map_of_channels() {
+        let refuses = |opset: i64, weights: &str, body: &str, reason: &str| {
+            let ir_version = if opset < 9 { 3 } else { 8 };
+            let graph = format!(
+                "<ir_version: {ir_version}, opset_import: [\"\" : {opset}]> \
+                 g (float[N,2,4,4] x) => (float[N,2,H,W] y) <{NORM}{weights}> {{ {body} }}"
+            );
+            check_refuses(&FoldBatchNorm, &graph, reason);
+        };
+        let w = ", float[2,2,1,1] w = {1, 2, 3, 4}";
+        // drop-dead has taken the outputs that only training has.
+        let body = "t = Conv (x, w) y = BatchNormalization <training_mode = 1> (t, s, b, m, v)";
+        refuses(15, w, body, "the node is in training mode");
+        let body = "t = Conv (x, w) y = BatchNormalization (t, s, b, m, v)";
+        refuses(6, w, body, "the node is in training mode");
+        refuses(5, w, body, "before opset 6 BatchNormalization is another operator");
+        let body = "t = Conv (x, w) y = BatchNormalization <spatial = 0> (t, s, b, m, v)";
+        refuses(7, w, body, "the node has statistics for every position");
+        let body = "z = Exp (v) t = Conv (x, w) y = BatchNormalization (t, s, b, m, z)";
+        refuses(13, w, body, "a parameter of the node is not a constant");
+        let odd = ", float[2,2,1,1] w = {1, 2, 3, 4}, float[1,2] p = {1, 2}, float[2] q = {-1, -1}";
+        refuses(
+            13,
+            odd,
+            "t = Conv (x, w) y = BatchNormalization (t, s, p, m, v)",
+            "the parameters have different shapes",
+        );
+        refuses(
+            13,
+            odd,
+            "t = Conv (x, w) y = BatchNormalization (t, s, b, m, q)",
+            "a constant is infinite or not a number",
+        );
+        let three = ", float[3,2,1,1] w = {1, 2, 3, 4, 5, 6}, float[3] e = {1, 2, 3}";
+        refuses(13, three, "t = Conv (x, w) y = BatchNormalization (t, s, b, m, v)", "another number of channels");
+        refuses(13, three, "t = BatchNormalization (x, e, e, e, e) y = Conv (t, w)", "another number of channels");
+        let norms = "t = BatchNormalization (x, e, e, e, e) y = BatchNormalization (t, s, b, m, v)";
+        refuses(13, three, norms, "the norms have different numbers of channels");
+        let wide = ", float[1,2,1,4] k = {1, 2, 3, 4, 5, 6, 7, 8}";
+        refuses(
+            13,
+            wide,
+            "t = BatchNormalization (x, s, b, m, v) y = Mul (t, k)",
+            "neither one number nor one number a channel",
+        );
+        let widened = "z = ReduceMean <axes = [1]> (x) t = Mul (z, f) y = BatchNormalization (t, s, b, m, v)";
+        refuses(13, ", float[2,1,1] f = {1, 2}", widened, "the constant may give the value more elements");
+        let stacked = "g (float[B,N,2] x) => (float[B,N,2] y) <float[2,2] w = {1, 2, 3, 4}, NORM> {
+            t = MatMul (x, w) y = BatchNormalization (t, s, b, m, v) }";
+        check_refuses(&FoldBatchNorm, &stacked.replace("NORM", NORM), "the channels of MatMul are the last axis");
+        let unknown = "<ir_version: 8, opset_import: [\"\" : 13, \"custom\" : 1]>
+            g (float[N,2] x) => (float[N,2] y) <NORM, float k = {2}> {
+                a = custom.F (x) t = BatchNormalization (a, s, b, m, v) y = Mul (t, k) }";
+        check_refuses(&FoldBatchNorm, &unknown.replace("NORM", NORM), "the number of axes is unknown");
+    }
+
+    #[test]
+    fn keeps_products_that_gemm_cannot_take() {
+        let graph = |opset: i64, elem: &str, attributes: &str| {
+            let (ir_version, norm) = (if opset < 9 { 3 } else { 8 }, NORM.replace("float", elem));
+            let (norm, weight) = match elem {
+                "float" => (norm, "float[2,2] w = {1, 2, 3, 4}"),
+                _ => (
+                    norm.replace("{1,", "{1.0,").replace("-2}", "-2.0}").replace("2}", "2.0}"),
+                    "bfloat16[2,2] w = {1.0, 2.0, 3.0, 4.0}",
+                ),
+            };
+            format!("<ir_version: {ir_version}, opset_import: [\"\" : {opset}]> g ({elem}[N,2] x) => ({elem}[N,2] y) <{norm}, {weight}> {{
+                t = MatMul (x, w) y = BatchNormalization{attributes} (t, s, b, m, v) }}")
+        };
+        let old = graph(6, "float", " <is_test = 1>");
+        check_refuses(&FoldBatchNorm, &old, "before opset 7 Gemm broadcasts only where an attribute says so");
+        check_refuses(&FoldBatchNorm, &graph(9, "bfloat16", ""), "Gemm has no bfloat16 before opset 13");
+    }
+
+    #[test]
+    fn keeps_constants_after_a_value_without_channels() {
+        let graph = format!(
+            "g (float[2] x) => (float[2] y) <{NORM}, float k = {{2}}> {{
+            t = BatchNormalization (x, s, b, m, v) y = Mul (t, k) }}"
+        );
+        check_refuses(&FoldBatchNorm, &graph, "the value has no channel axis");
     }
 }

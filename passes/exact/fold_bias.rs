@@ -47,7 +47,7 @@ fn rules() -> Vec<Rule> {
             before(m, g, x, c, 1.0)
         }),
         rule("subtract-before-layer", pat!(layer: Conv|Gemm(sum: Sub(a, b), _, ..)), |m, g| {
-            let c = m.graph().constant(m.value("b")).ok_or_else(Refusal::no_match)?;
+            let c = m.graph().constant(m.value("b")).ok_or(Refusal::NoMatch)?;
             before(m, g, m.value("a"), c, -1.0)
         }),
         rule("add-before-layer-and-add", pat!(Add(layer: MatMul(sum: Add(a, b), _), c)), before_matmul),
@@ -57,7 +57,7 @@ fn rules() -> Vec<Rule> {
 
 /// A layer whose output is multiplied by `gain` (1 or −1) and to which `sign` times the constant `c` is added.
 fn after(m: &Match, g: &mut Patch, gain: f64, sign: f64) -> Result<ValueId, Refusal> {
-    let c = m.graph().constant(m.value("c")).ok_or_else(Refusal::no_match)?;
+    let c = m.graph().constant(m.value("c")).ok_or(Refusal::NoMatch)?;
     let layer = Layer::at(m, m.id("layer"))?;
     require_private(m)?;
     let shift = layer.gain(c)?.map(|c| c * sign);
@@ -70,7 +70,7 @@ fn after(m: &Match, g: &mut Patch, gain: f64, sign: f64) -> Result<ValueId, Refu
 fn before(m: &Match, g: &mut Patch, x: ValueId, c: &Tensor, sign: f64) -> Result<ValueId, Refusal> {
     let layer = Layer::at(m, m.id("layer"))?;
     require_private(m)?;
-    let sum = m.node("sum").output(0).ok_or_else(Refusal::no_match)?;
+    let sum = m.node("sum").output(0).ok_or(Refusal::NoMatch)?;
     let shift = layer.input_gain(m, x, sum, c)?.map(|c| c * sign);
     let folded = layer.on(g, x, &Gain::ONE, &shift)?;
     require_no_growth(m, g)?;
@@ -80,11 +80,11 @@ fn before(m: &Match, g: &mut Patch, x: ValueId, c: &Tensor, sign: f64) -> Result
 /// `(x + c)·W + d` is `x·W + (c·W + d)`.
 fn before_matmul(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let (x, c) = operands(m, "a", "b")?;
-    let d = m.graph().constant(m.value("c")).ok_or_else(Refusal::no_match)?;
+    let d = m.graph().constant(m.value("c")).ok_or(Refusal::NoMatch)?;
     let layer = Layer::at(m, m.id("layer"))?;
     m.only_if(layer.kind == LayerKind::MatMul && is_weight_type(d.dtype()))?;
     require_private(m)?;
-    let sum = m.node("sum").output(0).ok_or_else(Refusal::no_match)?;
+    let sum = m.node("sum").output(0).ok_or(Refusal::NoMatch)?;
     let shift = layer.input_gain(m, x, sum, c)?;
     let response = layer.response(&shift)?;
     let old = layer.gain(d)?;
@@ -101,7 +101,7 @@ fn before_matmul(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
 /// `(x ± a) ± b` is `x + (±a ± b)`.
 fn merge_sums(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let (x, inner) = operands(m, "a", "b")?;
-    let outer = m.graph().constant(m.value("c")).ok_or_else(Refusal::no_match)?;
+    let outer = m.graph().constant(m.value("c")).ok_or(Refusal::NoMatch)?;
     let signs = [(m.node("inner"), inner), (m.node("outer"), outer)];
     let second =
         |node: &Node, c: &Tensor| node.input(1).and_then(|v| m.graph().constant(v)).is_some_and(|t| t.same_bits(c));
@@ -118,7 +118,7 @@ fn merge_sums(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let read = |index: usize| -> Result<Gain, Refusal> {
         let (node, c) = signs[index];
         let sign = if node.op_type == "Sub" { -1.0 } else { 1.0 };
-        let numbers: Vec<f64> = c.to_f64s().ok_or_else(Refusal::no_match)?.iter().map(|x| x * sign).collect();
+        let numbers: Vec<f64> = c.to_f64s().ok_or(Refusal::NoMatch)?.iter().map(|x| x * sign).collect();
         Ok(if numbers.len() == 1 { Gain::All(numbers[0]) } else { Gain::Each(numbers) })
     };
     let (first, second) = (read(0)?, read(1)?);
@@ -245,5 +245,39 @@ mod tests {
             (float[N,2,3,3] t, float[N,2,3,3] y) <{CONV}, float k = {{2}}> {{ t = Conv (x, w) y = Add (t, k) }}"
         );
         check_refuses(&FoldBias, &graph, "an inner value has other uses");
+    }
+
+    #[test]
+    fn keeps_sums_of_other_shapes() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]> g (float[2,2] x) => (float[2,2] y)
+            <float[2] a = {1, 2}, float[2,1] b = {3, 4}> { s = Add (x, a) y = Add (s, b) }";
+        check_refuses(&FoldBias, graph, "the constants have different shapes");
+    }
+
+    #[test]
+    fn keeps_layers_and_constants_that_cannot_take_a_sum() {
+        let graph = |body: &str| {
+            let many = vec!["1"; 300].join(", ");
+            format!("<ir_version: 8, opset_import: [\"\" : 17]> g (float[N,2] x, float[N,300] u) => (float[N,2] y, float[N,300] z)
+                <float[2,2] w = {{1, 2, 3, 4}}, float[1,2,2] stack = {{1, 2, 3, 4}}, float[2] c = {{1, 2}}, float[2] d = {{3, 4}},
+                 float[2,2,1,1] k = {{1, 2, 3, 4}}, float[300] p = {{{many}}}, float[300] q = {{{many}}}> {{ {body} }}")
+        };
+        let stacked = graph("s = Add (x, c) t = MatMul (s, stack) a = Add (t, d) y = Squeeze (a) z = Neg (u)");
+        check_refuses(&FoldBias, &stacked, "the weight is a stack of matrices");
+        let grouped =
+            graph("s = Reshape (x, i) a = Add (s, c) t = Conv <group = 3> (a, k) y = Flatten (t) z = Neg (u)");
+        let grouped = grouped.replace("float[2] c =", "int64[4] i = {0, 2, 1, 1}, float[2] c =");
+        check_refuses(&FoldBias, &grouped, "the weight does not fit its operator");
+        let shared = graph("y = Neg (x) a = Add (u, p) b = Add (a, q) e = Mul (p, q) z = Mul (b, e)");
+        check_refuses(&FoldBias, &shared, "a constant is shared with other nodes: a copy would enlarge the file");
+        let computed =
+            graph("t = Gemm (x, w, bias) y = Add (t, c) z = Neg (u) bias = ReduceMax <axes = [0], keepdims = 0> (x)");
+        check_refuses(
+            &FoldBias,
+            &computed
+                .replace("t = Gemm", "bias = ReduceMax <axes = [0], keepdims = 0> (x) t = Gemm")
+                .replace(" bias = ReduceMax <axes = [0], keepdims = 0> (x) }", " }"),
+            "the bias is not a constant",
+        );
     }
 }

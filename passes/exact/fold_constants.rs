@@ -190,7 +190,7 @@ fn name_refusals(mut refused: Vec<Refused>, cx: &Context, outcome: &mut Outcome)
     if let Some((first, _)) = refused.get(NAMED) {
         let total: u64 = refused.iter().map(|r| r.1).sum();
         let (more, all) = (refused.len() - NAMED, size(total));
-        let reason = format!("fold {more} more, +{all} in all, allowed with --max-growth {}", allowed(total));
+        let reason = format!("fold {more} more results (+{all} in all), allowed with --max-growth {}", allowed(total));
         outcome.refuse(reason, first);
     }
 }
@@ -322,6 +322,18 @@ mod tests {
     }
 
     #[test]
+    fn sums_up_what_it_does_not_name() {
+        let fill = |(number, w): (usize, &str)| format!("{w} = ConstantOfShape <value = float[1] {{{number}.5}}> (n)");
+        let wide: Vec<String> = ["a", "b", "c", "d", "e"].into_iter().enumerate().map(fill).collect();
+        let graph = format!(
+            "g (float[100000] x) => (float[100000] y) <int64[1] n = {{100000}}> {{ {} y = Sum (x, a, b, c, d, e) }}",
+            wide.join(" ")
+        );
+        check_refuses(&FoldConstants, &graph, "fold `c` (+390.6 KiB), allowed with --max-growth 391KB");
+        check_refuses(&FoldConstants, &graph, " more results (+");
+    }
+
+    #[test]
     fn counts_what_a_result_frees() {
         // The transposed weight takes the place of the weight, unless that is used elsewhere.
         let weight = vec!["1"; 600].join(", ");
@@ -392,5 +404,43 @@ mod tests {
             y = Add (x, e)
         }";
         check_refuses_in(&FoldConstants, graph, "no runtime is there to compute it", &Context::default());
+    }
+
+    #[test]
+    fn says_what_a_runtime_does_not_compute() {
+        let graph = |weights: &str, body: &str| format!("g (float[1] x) => (float[1] y) <{weights}> {{ {body} }}");
+        let far = graph("float[2] a = {1, 2}, int64[1] i = {5}", "g = Gather (a, i) e = Exp (g) y = Add (x, e)");
+        check_refuses(&FoldConstants, &far, " declines to compute it: ");
+        let huge = graph(
+            "int64[1] n = {100000000}",
+            "w = ConstantOfShape (n) m = ReduceMax <keepdims = 0> (w) y = Add (x, m)",
+        );
+        check_refuses(&FoldConstants, &huge, "the result is too large to be computed ahead");
+        let many = vec!["1"; 300_000].join(", ");
+        let large = graph(
+            &format!("float[300000] a = {{{many}}}"),
+            "e = Exp (a) m = ReduceMax <keepdims = 0> (e) y = Add (x, m)",
+        );
+        check_refuses(&FoldConstants, &large, "its constants are too large to be copied");
+    }
+
+    #[test]
+    fn says_that_a_runtime_gives_nothing() {
+        struct Silent;
+        impl lathe_analysis::Evaluate for Silent {
+            fn run(
+                &self,
+                _: &Model,
+                _: &[(String, Tensor)],
+            ) -> Result<Vec<(String, Tensor)>, lathe_analysis::EvaluateError> {
+                Ok(Vec::new())
+            }
+            fn name(&self) -> String {
+                "a silent runtime".to_owned()
+            }
+        }
+        let graph = "g (float[2] x) => (float[2] y) <float[2] a = {1, 2}> { e = Exp (a) y = Add (x, e) }";
+        let cx = Context { evaluator: Some(&Silent), ..Context::default() };
+        check_refuses_in(&FoldConstants, graph, "a silent runtime declines to compute it: an output is missing", &cx);
     }
 }

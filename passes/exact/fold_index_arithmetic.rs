@@ -79,7 +79,7 @@ fn round_down(m: &Match, _: &mut Patch) -> Result<ValueId, Refusal> {
     let not_negative = |number: &Option<DimExpr>| number.as_ref().is_some_and(|n| m.facts().is_size(n));
     let all = |name: &str| m.facts().contents(m.value(name)).is_some_and(|c| c.elements().iter().all(not_negative));
     m.require(all("a") && all("b"), "a division that rounds down may have negative operands")?;
-    let (quotient, output) = (m.node("quotient").output(0).ok_or_else(Refusal::no_match)?, m.value("output"));
+    let (quotient, output) = (m.node("quotient").output(0).ok_or(Refusal::NoMatch)?, m.value("output"));
     m.require_free(output, quotient)?;
     Ok(quotient)
 }

@@ -52,8 +52,8 @@ fn fold_all(editor: &mut Editor) -> Result<(), Error> {
                 carry_out(graph, patch, id, &replaced);
                 facts = None;
             }
-            Err(Refusal(reason)) if reason.is_empty() => {}
-            Err(Refusal(reason)) => outcome.refuse(reason, graph.describe(id)),
+            Err(Refusal::NoMatch) => {}
+            Err(Refusal::Reason(reason)) => outcome.refuse(reason, graph.describe(id)),
         }
     }
     if let Some(facts) = facts {
@@ -80,19 +80,16 @@ fn readers(graph: &Graph, id: NodeId) -> Option<Vec<NodeId>> {
 fn plan(m: &Match, g: &mut Patch, id: NodeId) -> Result<Vec<(NodeId, ValueId)>, Refusal> {
     let graph = m.graph();
     let node = graph.node(id);
-    let wide = node.output(0).ok_or_else(Refusal::no_match)?;
-    let (Some(a), Some(b)) = (node.input(0), node.input(1)) else { return Err(Refusal::no_match()) };
+    let wide = node.output(0).ok_or(Refusal::NoMatch)?;
+    let (Some(a), Some(b)) = (node.input(0), node.input(1)) else { return Err(Refusal::NoMatch) };
     let (x, c) = match (graph.constant(a), graph.constant(b)) {
         (None, Some(c)) => (a, c),
         (Some(c), None) => (b, c),
-        _ => return Err(Refusal::no_match()),
+        _ => return Err(Refusal::NoMatch),
     };
     m.only_if(is_weight_type(c.dtype()))?;
-    let layers: Vec<Layer> = readers(graph, id)
-        .ok_or_else(Refusal::no_match)?
-        .into_iter()
-        .map(|id| Layer::at(m, id))
-        .collect::<Result<_, _>>()?;
+    let layers: Vec<Layer> =
+        readers(graph, id).ok_or(Refusal::NoMatch)?.into_iter().map(|id| Layer::at(m, id)).collect::<Result<_, _>>()?;
     // A weight that is refused is found before the others are computed.
     m.require(!layers.iter().any(Layer::shares_weight), "a weight is shared: a copy would enlarge the file")?;
     let (mut replaced, mut gone) = (Vec::new(), vec![id]);
@@ -121,7 +118,7 @@ fn plan(m: &Match, g: &mut Patch, id: NodeId) -> Result<Vec<(NodeId, ValueId)>, 
 /// The constant sum that follows a MatMul and takes what a bias would.
 fn sum_after<'a>(m: &Match<'a>, layer: &Layer) -> Result<(NodeId, &'a Tensor), Refusal> {
     let graph = m.graph();
-    let product = layer.node.output(0).ok_or_else(Refusal::no_match)?;
+    let product = layer.node.output(0).ok_or(Refusal::NoMatch)?;
     let uses = graph.value(product).uses();
     let sum = match (uses.len(), uses.first()) {
         (1, Some(Use::Node(user, _))) if graph.node(*user).is("Add") => *user,
@@ -245,5 +242,17 @@ mod tests {
         );
         let mut model = crate::testing::model(&graph("t = Mul (x, s) y = MatMul (t, q) z = Relu (t)"));
         assert_eq!(FoldNormAffine.apply(&mut model, &Context::default()).unwrap(), Outcome::default());
+    }
+
+    #[test]
+    fn keeps_a_sum_that_reaches_the_border_of_a_transposed_convolution() {
+        let graph = format!("{OPSET} g (float[N,2,4] x) => (float[N,2,k] y, float[N,2,k] z)
+            <float[2,2,2] w = {{1, 2, 3, 4, 5, 6, 7, 8}}, float[2,2,2] v = {{1, 2, 3, 4, 5, 6, 7, 8}}, float[2,1] c = {{1, 2}}> {{
+            t = Add (x, c) y = ConvTranspose (t, w) z = ConvTranspose (t, v) }}");
+        check_refuses(
+            &FoldNormAffine,
+            &graph,
+            "a shift reaches the border of a ConvTranspose in other ways than its middle",
+        );
     }
 }

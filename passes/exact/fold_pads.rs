@@ -55,7 +55,6 @@ fn rules() -> Vec<Rule> {
 
 fn fold(m: &Match, g: &mut Patch, filler: f64) -> Result<Replacement, Refusal> {
     let (node, pad) = (m.node("node"), m.node("pad"));
-    m.require(pad.output(0) == node.input(0), "the Pad makes another operand")?;
     m.require(pad.string("mode").is_none_or(|mode| mode == "constant"), "the Pad does not fill with a constant")?;
     let automatic = node.string("auto_pad").is_some_and(|mode| mode != "NOTSET");
     m.require(!automatic, "the node chooses its own padding")?;
@@ -70,7 +69,8 @@ fn fold(m: &Match, g: &mut Patch, filler: f64) -> Result<Replacement, Refusal> {
     m.require(value == filler, "the Pad fills with another value than the node does")?;
     let ndim = m.ndim("x")?;
     let added = amounts(m, pad, ndim)?;
-    m.require(ndim > 2 && added.iter().all(|&(low, high)| low >= 0 && high >= 0), "a pad is negative")?;
+    m.only_if(ndim > 2)?;
+    m.require(added.iter().all(|&(low, high)| low >= 0 && high >= 0), "a pad is negative")?;
     m.require(added[..2] == [(0, 0); 2], "a batch or channel axis is padded")?;
     let spatial = ndim - 2;
     let own = node.ints("pads").map_or_else(|| vec![0; 2 * spatial], <[i64]>::to_vec);
@@ -200,5 +200,66 @@ mod tests {
                 y = Conv (p, w)
             }";
         check_refuses(&FoldPads, graph, "a batch or channel axis is padded");
+    }
+
+    /// A graph with a Pad before a node.
+    fn padded(opset: i64, sizes: &str, weights: &str, body: &str) -> String {
+        let ir_version = if opset < 10 { 3 } else { 8 };
+        format!(
+            "<ir_version: {ir_version}, opset_import: [\"\" : {opset}]>
+            g (float[{sizes}] x, int64[6] amounts, float fill) => (float[a,b,c] y)
+               <float[1,1,3] w = {{1, 2, 3}}, int64[6] one = {{0, 0, 1, 0, 0, 1}}, float low = {{-inf}}{weights}> {{ {body} }}"
+        )
+    }
+
+    #[test]
+    fn keeps_pads_of_nodes_that_round_or_choose_their_size() {
+        let refuses = |body: &str, reason: &str| check_refuses(&FoldPads, &padded(17, "1,1,5", "", body), reason);
+        let up = "the pool rounds its size up";
+        refuses("p = Pad (x, one) y = AveragePool <kernel_shape = [2], count_include_pad = 1, ceil_mode = 1> (p)", up);
+        refuses("p = Pad (x, one, low) y = MaxPool <kernel_shape = [2], ceil_mode = 1> (p)", up);
+        refuses("p = Pad (x, one) y = Conv <auto_pad = \"SAME_UPPER\"> (p, w)", "the node chooses its own padding");
+        refuses(
+            "p = Pad (x, one, low) m, i = MaxPool <kernel_shape = [2]> (p) j = Cast <to = 1> (i) y = Add (m, j)",
+            "the indices of the maxima are used",
+        );
+    }
+
+    #[test]
+    fn keeps_pads_by_amounts_that_the_node_cannot_take() {
+        let refuses = |weights: &str, body: &str, reason: &str| {
+            check_refuses(&FoldPads, &padded(18, "1,1,5", weights, body), reason);
+        };
+        let conv = "y = Conv (p, w)";
+        refuses("", &format!("p = Pad (x, one, fill) {conv}"), "the value that fills is not a constant");
+        refuses("", &format!("p = Pad (x, amounts) {conv}"), "the pads of a Pad are computed");
+        refuses("", &format!("p = Pad (x) {conv}"), "the Pad states no pads");
+        refuses("", "p = Pad (x, one, low) y = MaxPool (p)", "the pool has no kernel shape");
+        let negative = ", int64[6] less = {0, 0, -1, 0, 0, 1}";
+        refuses(negative, &format!("p = Pad (x, less) {conv}"), "a pad is negative");
+        let end = ", int64[6] less = {0, 0, 1, 0, 0, -1}";
+        refuses(end, &format!("p = Pad (x, less) {conv}"), "a pad is negative");
+        let far = ", int64[6] far = {0, 0, 9223372036854775807, 0, 0, 0}";
+        refuses(far, "p = Pad (x, far) y = Conv <pads = [1, 1]> (p, w)", "the pads overflow");
+        refuses("", "p = Pad (x, one) y = Conv <pads = [1, 1, 1]> (p, w)", "the node's pads do not fit its input");
+        let pool = "y = MaxPool <kernel_shape = [2]> (p)";
+        let two = ", int64[6] two = {0, 0, 2, 0, 0, 0}, int64[6] after = {0, 0, 0, 0, 0, 2}";
+        refuses(two, &format!("p = Pad (x, two, low) {pool}"), "a window would lie in padding alone");
+        refuses(two, &format!("p = Pad (x, after, low) {pool}"), "a window would lie in padding alone");
+        let axes = ", int64[2] some = {1, 1}, int64[1] first = {0}, int64[2] both = {1, 2}";
+        refuses(axes, &format!("p = Pad (x, some, , both) {conv}"), "the Pad has amounts that do not fit its axes");
+        refuses(
+            axes,
+            &format!("d = Cast <to = 7> (fill) e = Unsqueeze (d, first) p = Pad (x, some, , e) {conv}"),
+            "the axes of the Pad are computed",
+        );
+    }
+
+    #[test]
+    fn gives_a_pool_the_most_that_its_window_reaches() {
+        let body = "p = Pad (x, one, low) y = MaxPool <kernel_shape = [2]> (p)";
+        check(&FoldPads, &padded(17, "1,1,5", "", body));
+        let old = "p = Pad <pads = [0, 0, 1, 0, 0, 1]> (x) y = Conv (p, w)";
+        check(&FoldPads, &padded(10, "1,1,5", "", old));
     }
 }

@@ -42,10 +42,10 @@ fn fold(m: &Match, g: &mut Patch) -> Result<Replacement, Refusal> {
     }
     let norm = graph.producer(normal).map(|id| graph.node(id));
     let norm = norm.filter(|n| n.is("LayerNormalization") && n.scope() == m.scope() && n.output(0) == Some(normal));
-    let norm = norm.ok_or_else(Refusal::no_match)?;
+    let norm = norm.ok_or(Refusal::NoMatch)?;
     m.only_if(graph.constant(bias).is_some() && graph.constant(branch).is_none())?;
-    let width = m.facts().shape(normal).and_then(|s| s.last()?.as_known()).ok_or("the width is unknown")?;
-    let width = usize::try_from(width).map_err(|_| "the width is negative")?;
+    let width = m.facts().shape(normal).and_then(|s| usize::try_from(s.last()?.as_known()?).ok());
+    let width = width.ok_or("the width is unknown")?;
     m.require(m.same_shape("output", "normal"), "the sum may have another shape than what is normalized")?;
     let (scale, shift) = (norm.input(1), norm.input(2));
     let [bias, scale, shift] = [Some(bias), scale, shift].map(|v| vector(m, v?, width));
@@ -203,5 +203,24 @@ mod tests {
         refuses(&wide, "another shape");
         let one = graph(LAYER).replace("float[2] bias = {3, 4}", "float bias = {3}");
         refuses(&one, "not one constant for each feature");
+        refuses(&graph(LAYER).replace("float[B,S,2] x", "float[B,S,N] x"), "the width is unknown");
+        let huge = graph(LAYER).replace("scale = {1, 2}", "scale = {1e38, 1e38}");
+        let huge = huge.replace("shift = {0.5, -1}", "shift = {3e38, 0}").replace("bias = {3, 4}", "bias = {3e38, 0}");
+        refuses(&huge, "a bias would not be finite");
+        let branch = graph(
+            "z = If (c) <then_branch = t () => (float[B,S,2] p) { p = MatMul (n, w) },
+                         else_branch = e () => (float[B,S,2] q) { q = Neg (h) }>",
+        );
+        refuses(
+            &branch.replace("g (float[B,S,2] x", "g (bool c, float[B,S,2] x"),
+            "a subgraph reads the normalized value",
+        );
+        let twice = graph("z, u = com.microsoft.Attention <num_heads = 1> (n, w6, own6)").replace(
+            "float[2] own",
+            "float[2,6] w6 = {1, 2, 1, 2, 1, 2, 3, 4, 3, 4, 3, 4}, float[6] own6 = {5, 7, 5, 7, 5, 7}, float[2] own",
+        );
+        refuses(&twice, "an Attention has a second output");
+        let mean = graph(LAYER).replace("n = Layer", "n, mean = Layer");
+        refuses(&mean, "the mean or deviation is an output too");
     }
 }

@@ -44,7 +44,7 @@ fn rules() -> Vec<Rule> {
             after(m, g, x, c, |c| c)
         }),
         rule("divide-after-layer", pat!(Div(a, b)), |m, g| {
-            let c = m.graph().constant(m.value("b")).ok_or_else(Refusal::no_match)?;
+            let c = m.graph().constant(m.value("b")).ok_or(Refusal::NoMatch)?;
             after(m, g, m.value("a"), c, |c| 1.0 / c)
         }),
         rule("negate-after-layer", pat!(Neg(a)), |m, g| {
@@ -56,7 +56,7 @@ fn rules() -> Vec<Rule> {
             before(m, g, x, c, |c| c)
         }),
         rule("divide-before-layer", pat!(layer: Conv|ConvTranspose|Gemm|MatMul(scale: Div(a, b), _, ..)), |m, g| {
-            let c = m.graph().constant(m.value("b")).ok_or_else(Refusal::no_match)?;
+            let c = m.graph().constant(m.value("b")).ok_or(Refusal::NoMatch)?;
             before(m, g, m.value("a"), c, |c| 1.0 / c)
         }),
         rule("negate-before-layer", pat!(layer: Conv|ConvTranspose|Gemm|MatMul(scale: Neg(a), _, ..)), |m, g| {
@@ -81,7 +81,7 @@ fn after(m: &Match, g: &mut Patch, x: ValueId, c: &Tensor, factor: impl Fn(f64) 
             m.only_if(walk.leads_to_weights(x, m.root(), MAX_DEPTH))?;
             let narrow = c.dims().is_empty() || ndim.is_some_and(|n| c.dims().len() <= n);
             m.require(narrow, "the constant may have more axes than the value")?;
-            let gain = factor(c.scalar_f64().ok_or_else(Refusal::no_match)?);
+            let gain = factor(c.scalar_f64().ok_or(Refusal::NoMatch)?);
             Gain::All(gain).require_finite()?;
             require_moderate(c.dtype(), &[gain])?;
             walk.scale(g, x, m.root(), gain, MAX_DEPTH)?
@@ -154,16 +154,16 @@ impl<'a> Walk<'_, 'a> {
         depth: usize,
     ) -> Result<ValueId, Refusal> {
         let m = self.m;
-        let (id, _) = self.maker(value, user).ok_or_else(Refusal::no_match)?;
+        let (id, _) = self.maker(value, user).ok_or(Refusal::NoMatch)?;
         let node = m.graph().node(id);
         self.nodes.push(id);
         let mut inputs = node.inputs().to_vec();
         match node.op_type.as_str() {
             op @ ("Mul" | "Div" | "Add" | "Sub") => {
-                let (x, constant) = self.computed(node).ok_or_else(Refusal::no_match)?;
-                let old = inputs[constant].and_then(|v| m.graph().constant(v)).ok_or_else(Refusal::no_match)?;
+                let (x, constant) = self.computed(node).ok_or(Refusal::NoMatch)?;
+                let old = inputs[constant].and_then(|v| m.graph().constant(v)).ok_or(Refusal::NoMatch)?;
                 let by = if op == "Div" { 1.0 / gain } else { gain };
-                let numbers: Vec<f64> = old.to_f64s().ok_or_else(Refusal::no_match)?.iter().map(|x| x * by).collect();
+                let numbers: Vec<f64> = old.to_f64s().ok_or(Refusal::NoMatch)?.iter().map(|x| x * by).collect();
                 let is_sum = matches!(op, "Add" | "Sub");
                 let scaled = if is_sum {
                     let all: Vec<Sum> = numbers.iter().map(|&x| Sum::of(x, gain)).collect();
@@ -182,11 +182,11 @@ impl<'a> Walk<'_, 'a> {
             "MatMul" if Layer::at(m, id).is_err() => {
                 let left = inputs[0].filter(|&v| self.leads_to_weights(v, id, depth - 1));
                 let side = usize::from(left.is_none());
-                let x = inputs[side].ok_or_else(Refusal::no_match)?;
+                let x = inputs[side].ok_or(Refusal::NoMatch)?;
                 inputs[side] = Some(self.scale(g, x, id, gain, depth - 1)?);
             }
             op if MOVERS.contains(&op) => {
-                let x = inputs[0].ok_or_else(Refusal::no_match)?;
+                let x = inputs[0].ok_or(Refusal::NoMatch)?;
                 inputs[0] = Some(self.scale(g, x, id, gain, depth - 1)?);
             }
             _ => return Layer::at(m, id)?.then(g, &Gain::All(gain), &Gain::ZERO),
@@ -203,7 +203,7 @@ impl<'a> Walk<'_, 'a> {
         factor: impl Fn(f64) -> f64,
     ) -> Result<ValueId, Refusal> {
         let m = self.m;
-        let (id, node) = self.maker(value, m.root()).ok_or_else(Refusal::no_match)?;
+        let (id, node) = self.maker(value, m.root()).ok_or(Refusal::NoMatch)?;
         self.nodes.push(id);
         if let Ok(layer) = Layer::at(m, id) {
             let gain = layer.gain(c)?.map(factor);
@@ -211,13 +211,13 @@ impl<'a> Walk<'_, 'a> {
             return layer.then(g, &gain, &Gain::ZERO);
         }
         m.only_if(matches!(node.op_type.as_str(), "Add" | "Sub"))?;
-        let (x, constant) = self.computed(node).ok_or_else(Refusal::no_match)?;
-        let (inner, _) = self.maker(x, id).ok_or_else(Refusal::no_match)?;
+        let (x, constant) = self.computed(node).ok_or(Refusal::NoMatch)?;
+        let (inner, _) = self.maker(x, id).ok_or(Refusal::NoMatch)?;
         let layer = Layer::at(m, inner)?;
         self.nodes.push(inner);
         let gain = layer.gain(c)?.map(factor);
         gain.require_finite()?;
-        let old = node.input(constant).and_then(|v| m.graph().constant(v)).ok_or_else(Refusal::no_match)?;
+        let old = node.input(constant).and_then(|v| m.graph().constant(v)).ok_or(Refusal::NoMatch)?;
         let scaled = layer.gain(old)?.zip(&gain, |old, gain| old * gain);
         let mut inputs = node.inputs().to_vec();
         inputs[1 - constant] = Some(layer.then(g, &gain, &Gain::ZERO)?);
@@ -259,7 +259,7 @@ fn before(m: &Match, g: &mut Patch, x: ValueId, c: &Tensor, factor: impl Fn(f64)
     m.only_if(is_weight_type(c.dtype()))?;
     require_private(m)?;
     m.require(!ends_gelu(m, x), "the factor ends a GELU, which runtimes know as a whole")?;
-    let product = m.node("scale").output(0).ok_or_else(Refusal::no_match)?;
+    let product = m.node("scale").output(0).ok_or(Refusal::NoMatch)?;
     let gain = layer.input_gain(m, x, product, c)?.map(factor);
     gain.require_finite()?;
     if let Gain::All(gain) = gain {
@@ -287,11 +287,11 @@ fn ends_gelu(m: &Match, x: ValueId) -> bool {
 /// `(x·k + c)·W` is `(x + c/k)·kW`.
 fn before_shift(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let (x, k) = operands(m, "a", "b")?;
-    let c = m.graph().constant(m.value("c")).ok_or_else(Refusal::no_match)?;
+    let c = m.graph().constant(m.value("c")).ok_or(Refusal::NoMatch)?;
     m.only_if(is_weight_type(c.dtype()) && is_weight_type(k.dtype()))?;
     let layer = Layer::at(m, m.id("layer"))?;
     require_private(m)?;
-    let sum = m.node("sum").output(0).ok_or_else(Refusal::no_match)?;
+    let sum = m.node("sum").output(0).ok_or(Refusal::NoMatch)?;
     let gain = layer.input_gain(m, x, sum, k)?;
     if let Gain::All(gain) = gain {
         require_moderate(k.dtype(), &[gain])?;
@@ -468,6 +468,44 @@ mod tests {
             <float16[2,2] w = {0.5, -0.25, 0.125, 0.75}, float16[2] b = {0.00005, 0.5}, float16 s = {0.125}> {
                 t = MatMul (x, w) u = Add (t, b) a = MatMul (u, k) d = Mul (a, s) y = Softmax (d) }";
         assert!(!check(&FoldScale, graph).contains(" Mul ("));
+    }
+
+    #[test]
+    fn keeps_factors_that_add_axes_and_zeros_before_sums() {
+        let axes = "<ir_version: 8, opset_import: [\"\" : 17]> g (float[N,2] x) => (float[1,N,2] y)
+            <float[2,2] w = {1, 2, 3, 4}, float[1,1,1] k = {2}> { t = MatMul (x, w) y = Mul (t, k) }";
+        check_refuses(&FoldScale, axes, "the constant may have more axes than the value");
+        let zero = "<ir_version: 8, opset_import: [\"\" : 17]> g (float[N,2] x) => (float[N,2] y)
+            <float[2,2] w = {1, 2, 3, 4}, float[2] k = {0, 1}, float[2] c = {1, 2}> {
+                t = Mul (x, k) s = Add (t, c) y = MatMul (s, w) }";
+        check_refuses(&FoldScale, zero, "the factor is zero");
+    }
+
+    #[test]
+    fn keeps_layers_that_cannot_take_a_factor() {
+        let graph = |sizes: &str, weights: &str, body: &str| {
+            format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]> g (float[{sizes}] x) => (float[a,b] y) <{weights}> {{ {body} }}"
+            )
+        };
+        let turned = graph(
+            "2,N",
+            "float[2,2] w = {1, 2, 3, 4}, float[2,1] k = {2, 3}",
+            "t = Mul (x, k) y = Gemm <transA = 1> (t, w)",
+        );
+        check_refuses(&FoldScale, &turned, "the constant is neither one number nor one number a channel");
+        let turned = graph(
+            "2,2",
+            "float[2,2] w = {1, 2, 3, 4}, float[2] k = {2, 3}",
+            "t = Mul (x, k) y = Gemm <transA = 1> (t, w)",
+        );
+        check_refuses(&FoldScale, &turned, "the Gemm transposes its input");
+        let infinite =
+            graph("N,2", "float[2,2] w = {1, 2, 3, 4}, float[2] k = {2, inf}", "t = MatMul (x, w) y = Mul (t, k)");
+        check_refuses(&FoldScale, &infinite, "a constant is infinite or not a number");
+        let widened =
+            graph("N,1", "float[2,2] w = {1, 2, 3, 4}, float[2] k = {2, 3}", "t = Mul (x, k) y = MatMul (t, w)");
+        check_refuses(&FoldScale, &widened, "the constant may give the value more elements");
     }
 
     #[test]

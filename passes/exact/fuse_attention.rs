@@ -69,11 +69,11 @@ impl Pass for FuseAttention {
 fn fuse(m: &Match, g: &mut Patch) -> Result<Replacement, Refusal> {
     let node = m.graph().node(m.root());
     // The most frequent product by far is that of a layer with its weight.
-    let sum = Product::of(m, node).ok_or_else(Refusal::no_match)?;
+    let sum = Product::of(m, node).ok_or(Refusal::NoMatch)?;
     let (sum, spelled) = match (scores::read(m, &sum.left), sum) {
         (Ok(spelled), sum) => (sum, spelled),
-        (Err(refusal), sum) if refusal.is_no_match() => {
-            let sum = sum.reversed().ok_or_else(Refusal::no_match)?;
+        (Err(Refusal::NoMatch), sum) => {
+            let sum = sum.reversed().ok_or(Refusal::NoMatch)?;
             let spelled = scores::read(m, &sum.left)?;
             (sum, spelled)
         }
@@ -118,7 +118,7 @@ impl Attention {
             // Batch and heads may have become one axis for the product.
             leads.splice(..0, heads::split_lead(m, &spelled.product.left));
         }
-        let mut heads = Err(Refusal::from("the scores have no axes"));
+        let mut heads = Err(Refusal::NoMatch);
         for lead in leads {
             heads = Attention::heads(m, &spelled, &sum, queries, &lead).map(|heads| (heads, lead));
             if heads.is_ok() {
@@ -166,7 +166,7 @@ impl Attention {
         // Where nothing broadcasts the scores along the keys, the product with the values takes as many.
         let same_length = k.length == v.length || k.length == spelled.keys;
         m.require(same_length && q.size == k.size, "queries, keys and values do not fit")?;
-        m.require(q.count()? % k.count()? == 0, "the heads of queries are no multiple of those of keys")?;
+        m.only_if(q.count()? % k.count()? == 0)?;
         Ok([q, k, v])
     }
 

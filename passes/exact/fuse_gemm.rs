@@ -184,4 +184,11 @@ mod tests {
         let mut model = crate::testing::model(&graph);
         assert_eq!(FuseGemm.apply(&mut model, &Context::default()).unwrap(), Outcome::default());
     }
+
+    #[test]
+    fn keeps_products_of_types_that_gemm_has_not_yet() {
+        let graph = "<ir_version: 7, opset_import: [\"\" : 12]> g (float[N,2] x) => (float[N,3] y) <float[2,3] w = {1, 2, 3, 4, 5, 6}, float[3] c = {1, 2, 3}> {
+            h = Cast <to = 16> (x) v = Cast <to = 16> (w) d = Cast <to = 16> (c) t = MatMul (h, v) s = Add (t, d) y = Cast <to = 1> (s) }";
+        check_refuses(&FuseGemm, graph, "Gemm has no bfloat16 before opset 13");
+    }
 }

@@ -64,11 +64,11 @@ fn rules() -> Vec<Rule> {
         }),
         rule("hard-sigmoid-of-product", pat!(clip: Clip(Add(Mul(x, y), b), ..)), |m, g| {
             let (x, slope) = operands(m, "x", "y")?;
-            let offset = m.graph().constant(m.value("b")).ok_or_else(Refusal::no_match)?;
+            let offset = m.graph().constant(m.value("b")).ok_or(Refusal::NoMatch)?;
             clipped(m, g, x, one_number(m, x, slope)?, one_number(m, x, offset)?, 1.0)
         }),
         rule("hard-sigmoid-of-quotient", pat!(clip: Clip(Add(Div(x, a), b), ..)), |m, g| {
-            let constant = |name| m.graph().constant(m.value(name)).ok_or_else(Refusal::no_match);
+            let constant = |name| m.graph().constant(m.value(name)).ok_or(Refusal::NoMatch);
             let x = m.value("x");
             let (slope, offset) = (1.0 / one_number(m, x, constant("a")?)?, one_number(m, x, constant("b")?)?);
             clipped(m, g, x, slope, offset, 1.0)
@@ -109,27 +109,27 @@ fn clipped(m: &Match, g: &mut Patch, x: ValueId, slope: f64, offset: f64, top: f
 fn bounds(m: &Match) -> Result<(f64, f64), Refusal> {
     let clip = m.node("clip");
     if m.opset() < 11 {
-        let bound = |name: &str| clip.float(name).map(f64::from).ok_or_else(Refusal::no_match);
+        let bound = |name: &str| clip.float(name).map(f64::from).ok_or(Refusal::NoMatch);
         return Ok((bound("min")?, bound("max")?));
     }
     let bound = |index: usize| {
         let tensor = clip.input(index).and_then(|v| m.graph().constant(v));
-        tensor.and_then(|t| t.scalar_f64()).ok_or_else(Refusal::no_match)
+        tensor.and_then(|t| t.scalar_f64()).ok_or(Refusal::NoMatch)
     };
     Ok((bound(1)?, bound(2)?))
 }
 
 /// The one number behind a name, which must not give the output more axes than the Clip has.
 fn number(m: &Match, name: &str) -> Result<f64, Refusal> {
-    let tensor = m.graph().constant(m.value(name)).ok_or_else(Refusal::no_match)?;
-    let clip = m.node("clip").input(0).ok_or_else(Refusal::no_match)?;
+    let tensor = m.graph().constant(m.value(name)).ok_or(Refusal::NoMatch)?;
+    let clip = m.node("clip").input(0).ok_or(Refusal::NoMatch)?;
     one_number(m, clip, tensor)
 }
 
 /// The number in a constant of one element that must not give `x` more axes.
 fn one_number(m: &Match, x: ValueId, tensor: &Tensor) -> Result<f64, Refusal> {
     m.only_if(tensor.len() == 1 && is_weight_type(tensor.dtype()))?;
-    let number = tensor.scalar_f64().filter(|x| x.is_finite()).ok_or_else(Refusal::no_match)?;
+    let number = tensor.scalar_f64().filter(|x| x.is_finite()).ok_or(Refusal::NoMatch)?;
     let ndim = m.facts().ndim(x);
     let narrow = tensor.dims().is_empty() || ndim.is_some_and(|n| tensor.dims().len() <= n);
     m.require(narrow, "a constant may have more axes than the value")?;
@@ -241,5 +241,12 @@ mod tests {
         let body = "t = Add (x, three) c = Clip (t, zero, six) y = Div (c, six)";
         let graph = graph(13, body).replace("(float[N,3] y)", "(float[N,3] y, float[N,3] c)");
         check_refuses(&FuseHardSwish, &graph, "an inner value has other uses");
+    }
+
+    #[test]
+    fn keeps_products_of_types_that_hard_swish_has_not_yet() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 14]> g (bfloat16[N] x) => (bfloat16[N] y) {
+            g = HardSigmoid <alpha = 0.16666667, beta = 0.5> (x) y = Mul (x, g) }";
+        check_refuses(&FuseHardSwish, graph, "HardSwish has no bfloat16 here");
     }
 }

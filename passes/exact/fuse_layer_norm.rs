@@ -316,7 +316,7 @@ mod tests {
         check_refuses(
             &FuseLayerNorm,
             &plain.replace("float eps = {1e-5}", "float[4] eps = {1, 2, 3, 4}"),
-            "not one number",
+            "epsilon is not one number",
         );
         check_refuses(&FuseLayerNorm, &plain.replace("Add (var, eps)", "Add (var, x)"), "`epsilon` is not a constant");
         check_refuses(&FuseLayerNorm, &plain.replace("float", "double"), "not float, float16 or bfloat16");

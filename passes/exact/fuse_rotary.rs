@@ -56,13 +56,13 @@ fn fuse(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let (x, cos) = match (is_half(m, high, a, true), is_half(m, high, b, true)) {
         (true, _) => (a, b),
         (_, true) => (b, a),
-        _ => return Err(Refusal::no_match()),
+        _ => return Err(Refusal::NoMatch),
     };
     m.only_if(is_half(m, low, x, false))?;
-    let [batch, _, positions, size] = m.facts().shape(x).ok_or("the shape of the heads is unknown")? else {
+    let [batch, _, positions, size] = m.facts().shape(x).ok_or(Refusal::NoMatch)? else {
         return Err("the heads do not have four axes".into());
     };
-    let size = size.as_known().ok_or("the size of a head is unknown")?;
+    let size = size.as_known().ok_or(Refusal::NoMatch)?;
     let axis = m.axis(m.node("turned").int("axis").unwrap_or(0), 4)?;
     m.only_if(axis == 3)?;
     let standard = m.has_operator("RotaryEmbedding");

@@ -49,8 +49,8 @@ fn fuse_graph(editor: &mut Editor) -> Result<(), Error> {
     let mut facts = cx.facts.take(graph, opsets, functions);
     let before = outcome.changes.len();
     for norm in norms {
-        let Some(add) = residual(graph, norm) else { continue };
-        match plan(graph, &facts, norm, add).and_then(|plan| pays(cx, plan)) {
+        let Some((add, operands)) = residual(graph, norm) else { continue };
+        match plan(graph, &facts, norm, add, operands).and_then(|plan| pays(cx, plan)) {
             Ok(plan) => {
                 let place = graph.describe(norm);
                 let made = carry_out(graph, &mut facts, norm, add, plan);
@@ -76,12 +76,13 @@ fn fused_op(norm: &Node) -> Option<&'static str> {
     }
 }
 
-/// The addition in the same scope that the normalization reads.
-fn residual(graph: &Graph, norm: NodeId) -> Option<NodeId> {
+/// The addition in the same scope that the normalization reads, and its operands.
+fn residual(graph: &Graph, norm: NodeId) -> Option<(NodeId, [ValueId; 2])> {
     let node = graph.node(norm);
     let add = graph.producer(node.input(0)?)?;
     let found = graph.node(add);
-    (found.is("Add") && found.scope() == node.scope() && found.inputs().len() == 2).then_some(add)
+    let [Some(a), Some(b)] = *found.inputs() else { return None };
+    (found.is("Add") && found.scope() == node.scope()).then_some((add, [a, b]))
 }
 
 /// Passes a plan on whose operator is not slower than the two nodes.
@@ -98,11 +99,11 @@ struct Plan {
     inputs: Vec<Option<ValueId>>,
 }
 
-fn plan(graph: &Graph, facts: &Facts, norm: NodeId, add: NodeId) -> Result<Plan, &'static str> {
+fn plan(graph: &Graph, facts: &Facts, norm: NodeId, add: NodeId, [a, b]: [ValueId; 2]) -> Result<Plan, &'static str> {
     let node = graph.node(norm);
     let op = fused_op(node).expect("only normalizations are planned");
     let has_shift = op == "SkipLayerNormalization";
-    let x = node.input(0).ok_or("the normalization has no input")?;
+    let x = graph.node(add).output(0).expect("the normalization reads the sum");
     let elem = facts.elem(x).ok_or("the element type is unknown")?;
     let floats = [DataType::Float, DataType::Float16, DataType::Bfloat16];
     require(floats.contains(&elem), "the elements are not float, float16 or bfloat16")?;
@@ -121,8 +122,6 @@ fn plan(graph: &Graph, facts: &Facts, norm: NodeId, add: NodeId) -> Result<Plan,
             && facts.elem(v) == Some(elem)
     };
     require(vector(scale) && shift.is_none_or(vector), "the scale or shift is not a constant over the last axis")?;
-    let (a, b) = (graph.node(add).input(0), graph.node(add).input(1));
-    let (Some(a), Some(b)) = (a, b) else { return Err("the addition lacks an operand") };
     require(facts.same_shape(a, b), "the operands of the addition may have different shapes")?;
     let mut bias = None;
     let mut operands = [a, b];
@@ -259,7 +258,22 @@ mod tests {
             )
         };
         check_refuses_in(&FuseSkipNorm, &graph("1,S,4", "fixed"), "may have different shapes", &ort());
-        check_refuses_in(&FuseSkipNorm, &graph("N,S,4", "free"), "not a constant", &ort());
+        check_refuses_in(
+            &FuseSkipNorm,
+            &graph("N,S,4", "free"),
+            "the scale or shift is not a constant over the last axis",
+            &ort(),
+        );
+        let plain = graph("N,S,4", "fixed");
+        let refuses = |graph: &str, reason: &str| check_refuses_in(&FuseSkipNorm, graph, reason, &ort());
+        refuses(&plain.replace("<epsilon = 1e-5>", "<stash_type = 11>"), "the statistics are not computed in float32");
+        refuses(&plain.replace("float[", "double["), "the elements are not float, float16 or bfloat16");
+        refuses(&plain.replace("y = Layer", "y, mean = Layer"), "the mean or deviation is an output too");
+        refuses(&plain.replace("[N,S,4]", "[]"), "the shape is unknown");
+        refuses(&plain.replace("[N,S,4]", "[N,S,2,4]"), "the operator takes two or three axes");
+        refuses(&plain.replace("[N,S,4]", "[4]"), "the operator takes two or three axes");
+        refuses(&plain.replace("<epsilon = 1e-5>", "<axis = 1>"), "the normalization is not over the last axis");
+        refuses(&plain.replace("(sum, fixed)", "(sum)"), "the normalization has no scale");
         let slow = Context { slow_kernels: ["SkipLayerNormalization".to_owned()].into(), ..ort() };
         check_refuses_in(&FuseSkipNorm, &graph("N,S,4", "fixed"), "slower than the two nodes", &slow);
     }

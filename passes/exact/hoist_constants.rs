@@ -53,7 +53,7 @@ pub(super) fn hoist(graph: &mut Graph, outcome: &mut Outcome) {
 
 fn hoist_one(graph: &mut Graph, id: NodeId) -> Result<(), &'static str> {
     let node = graph.node(id);
-    let value = node.output(0).ok_or("the constant is not asked for")?;
+    let value = node.output(0).expect("a Constant has an output");
     let tensor = constant_of(node)?;
     if graph.value(value).uses().iter().any(|u| matches!(u, Use::Output(..))) {
         return Err("the constant is an output, which only a node can produce");
@@ -85,10 +85,10 @@ pub(crate) fn constant_of(node: &Node) -> Result<Tensor, &'static str> {
         ("value_int", AttributeValue::Int(x)) => Ok(Tensor::from_i64s(&[], &[*x])),
         ("value_ints", AttributeValue::Ints(all)) => Ok(Tensor::int64s(all)),
         ("value_string", AttributeValue::String(text)) => {
-            Tensor::strings(Vec::new(), vec![text.clone()]).map_err(|_| "the constant is malformed")
+            Ok(Tensor::strings(Vec::new(), vec![text.clone()]).expect("no axes hold one string"))
         }
         ("value_strings", AttributeValue::Strings(all)) => {
-            Tensor::strings(vec![all.len()], all.clone()).map_err(|_| "the constant is malformed")
+            Ok(Tensor::strings(vec![all.len()], all.clone()).expect("one axis holds all strings"))
         }
         (_, AttributeValue::Reference { .. }) => Err("the constant refers to an attribute of the calling node"),
         ("sparse_value", _) => Err("the constant is sparse"),
@@ -148,5 +148,22 @@ mod tests {
     fn keeps_a_constant_that_is_an_output() {
         let graph = "g (float[2] x) => (float[2] y, int64 k) { y = Neg (x) k = Constant <value_int = 7> () }";
         check_refuses(&HoistConstants, graph, "is an output");
+    }
+
+    #[test]
+    fn keeps_constants_that_it_cannot_read() {
+        let graph = |constant: &str| format!("g (float[2] x) => (float[2] y) {{ {constant} y = Add (x, c) }}");
+        let refuses = |constant: &str, reason: &str| check_refuses(&HoistConstants, &graph(constant), reason);
+        refuses("c = Constant <value_float = 1.0, value_int = 1> ()", "the constant has not exactly one attribute");
+        refuses("c = Constant <value_thing = 1.0> ()", "the constant's attribute is of no known form");
+        refuses(
+            "c = Constant <sparse_value = sparse_tensor(float[2]) {float[1] {1}, int64[1] {0}}> ()",
+            "the constant is sparse",
+        );
+        let function = r#"<ir_version: 10, opset_import: ["": 18, "local": 1]>
+            g (float[2] x) => (float[2] y) { y = local.F <k = 2.0> (x) }
+            <domain: "local", opset_import: ["": 18]>
+            F <k> (a) => (b) { c = Constant <value_float: float = @k> () b = Add (a, c) }"#;
+        check_refuses(&HoistConstants, function, "the constant refers to an attribute of the calling node");
     }
 }

@@ -169,4 +169,27 @@ mod tests {
         let graph = looped("three", "r = RandomNormalLike <seed = 1.0> (w) t = Add (s, r)");
         check_refuses(&HoistInvariants, &graph, "not one that may run in front of the loop");
     }
+
+    #[test]
+    fn keeps_what_the_body_returns_and_divisions_that_may_fail() {
+        let returned = "g (float[2] x, float[2] w) => (float[2] y) <int64 three = {3}, bool go = {1}> {
+            y = Loop (three, go, x) <body = b (int64 i, bool c, float[2] s) => (bool d, float[2] t) {
+                d = Identity (c)
+                t = Exp (w)
+            }>
+        }";
+        check_refuses(&HoistInvariants, returned, "the body returns the value");
+        // Whole numbers cannot be divided by 0.
+        let divided = "g (int64[2] x, int64[2] w, int64 n) => (int64[2] y) <bool go = {1}> {
+            y = Loop (n, go, x) <body = b (int64 i, bool c, int64[2] s) => (bool d, int64[2] t) {
+                d = Identity (c)
+                q = Div (w, w)
+                t = Add (s, q)
+            }>
+        }";
+        check_refuses(&HoistInvariants, divided, "the loop may never run");
+        for op in ["Div", "Mod", "Add", "Gather"] {
+            assert!(!Trait::Total.of(&lathe_ir::Node::new(op)), "{op} may fail");
+        }
+    }
 }

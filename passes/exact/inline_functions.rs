@@ -188,7 +188,7 @@ fn arguments(given: &[Attribute], function: &Function) -> Result<Vec<Attribute>,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check, check_refuses};
+    use crate::testing::{check, check_refuses, check_refuses_in};
     use insta::assert_snapshot;
 
     #[test]
@@ -288,5 +288,41 @@ mod tests {
         m.check().unwrap();
         let ops: Vec<String> = m.graph.all_nodes().iter().map(|&id| m.graph.node(id).op_type.clone()).collect();
         assert_eq!(ops, ["Exp", "If", "Odd", "Neg", "Odd"]);
+    }
+
+    #[test]
+    fn keeps_calls_that_do_not_fit_their_function() {
+        let graph = |call: &str, body: &str| {
+            format!(
+                r#"<ir_version: 10, opset_import: ["": 18, "local": 1]>
+                g (float[2] x, bool c) => (float[2] y) {{ {call} }}
+                <domain: "local", opset_import: ["": 18]>
+                F <k> (a, b) => (r, s) {{ {body} }}"#
+            )
+        };
+        let body = "r = Add (a, b) s = Neg (r)";
+        let refuses =
+            |call: &str, body: &str, reason: &str| check_refuses(&InlineFunctions, &graph(call, body), reason);
+        refuses("y = local.F (x, x, x)", body, "the call has more inputs than the function");
+        refuses("y, z, w = local.F (x, x) v = Add (z, w)", body, "the function does not return what the call asks for");
+        refuses(
+            "y = local.F <k = t () => (float[2] p) { p = Neg (x) }> (x, x)",
+            body,
+            "attribute `k` of the call is a graph",
+        );
+        let inner =
+            "n = Size (a) c = Cast <to = 9> (n) r = If (c) <then_branch = t () => (float[2] p) { p = Identity (a) },
+                     else_branch = e () => (b) {}> s = Neg (a)";
+        refuses("y = local.F (x)", inner, "a subgraph of the body returns an input that the call leaves out");
+        let small = Context {
+            settings: [("inline-functions.max-nodes".to_owned(), "1".to_owned())].into(),
+            ..Context::default()
+        };
+        check_refuses_in(
+            &InlineFunctions,
+            &graph("y = local.F (x, x)", body),
+            "the graph would grow beyond `max-nodes`",
+            &small,
+        );
     }
 }

@@ -74,11 +74,11 @@ fn elements(m: &Match, sequence: ValueId) -> Result<Vec<ValueId>, Refusal> {
             "Identity" => {}
             _ => return Err("the sequence is not made of elements one by one".into()),
         }
-        at = node.input(0).ok_or_else(Refusal::no_match)?;
+        at = node.input(0).ok_or(Refusal::NoMatch)?;
     };
     for edit in edits.into_iter().rev() {
         if edit.is("SequenceInsert") {
-            let element = edit.input(1).ok_or_else(Refusal::no_match)?;
+            let element = edit.input(1).ok_or(Refusal::NoMatch)?;
             // One place more than there are elements: behind the last.
             let place = edit.input(2).map_or(Ok(found.len()), |v| place(m, v, found.len()))?;
             m.require(place <= found.len(), OUTSIDE)?;
@@ -217,6 +217,11 @@ mod tests {
         check_refuses(&InlineSequences, &graph(split), "the sequence is not made of elements one by one");
         let empty = "e = SequenceEmpty () f = ConcatFromSequence <axis = 0> (e) y = Add (a, f)";
         check_refuses(&InlineSequences, &graph(empty), "there are no elements to join");
+        let joined = "s = SequenceConstruct (a, b) f = ConcatFromSequence (s) y = Add (a, f)";
+        check_refuses(&InlineSequences, &graph(joined), "the ConcatFromSequence states no axis");
+        let stacked = joined.replace("ConcatFromSequence", "ConcatFromSequence <axis = 0, new_axis = 1>");
+        let shapeless = graph(&stacked).replace("float[2,n] x", "float[] x");
+        check_refuses(&InlineSequences, &shapeless, "the number of axes of an element is unknown");
     }
 
     #[test]

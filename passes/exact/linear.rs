@@ -68,17 +68,17 @@ impl Gain {
             return Err("the constant may have more axes than the value".into());
         }
         if !is_weight_type(tensor.dtype()) {
-            return Err(Refusal::no_match());
+            return Err(Refusal::NoMatch);
         }
         let gain = if tensor.len() == 1 {
-            Gain::All(tensor.scalar_f64().ok_or_else(Refusal::no_match)?)
+            Gain::All(tensor.scalar_f64().ok_or(Refusal::NoMatch)?)
         } else {
             let along =
                 |(index, &dim): (usize, &usize)| dim == 1 || (index + 1 + from_end == dims.len() && dim == size);
             if !dims.iter().enumerate().all(along) || tensor.len() != size {
                 return Err("the constant is neither one number nor one number a channel".into());
             }
-            Gain::Each(tensor.to_f64s().ok_or_else(Refusal::no_match)?)
+            Gain::Each(tensor.to_f64s().ok_or(Refusal::NoMatch)?)
         };
         gain.require_finite()?;
         Ok(gain)
@@ -151,22 +151,22 @@ impl<'a> Layer<'a> {
             "ConvTranspose" => LayerKind::ConvTranspose,
             "Gemm" => LayerKind::Gemm,
             "MatMul" => LayerKind::MatMul,
-            _ => return Err(Refusal::no_match()),
+            _ => return Err(Refusal::NoMatch),
         };
         if !node.is_standard() {
-            return Err(Refusal::no_match());
+            return Err(Refusal::NoMatch);
         }
-        let (Some(data), Some(weight)) = (node.input(0), node.input(1)) else { return Err(Refusal::no_match()) };
-        let weight = graph.constant(weight).ok_or_else(Refusal::no_match)?;
+        let (Some(data), Some(weight)) = (node.input(0), node.input(1)) else { return Err(Refusal::NoMatch) };
+        let weight = graph.constant(weight).ok_or(Refusal::NoMatch)?;
         if !is_weight_type(weight.dtype()) || weight.is_empty() || graph.constant(data).is_some() {
-            return Err(Refusal::no_match());
+            return Err(Refusal::NoMatch);
         }
         let dims = weight.dims();
         let groups = match kind {
             LayerKind::Conv | LayerKind::ConvTranspose => usize::try_from(node.int("group").unwrap_or(1)).unwrap_or(0),
             _ => 1,
         };
-        let malformed = || Refusal("the weight does not fit its operator".to_owned());
+        let malformed = || Refusal::from("the weight does not fit its operator");
         let split = |dim: usize| (groups > 0 && dim.is_multiple_of(groups)).then_some(dim).ok_or_else(malformed);
         let over_groups = |dim: usize| dim.checked_mul(groups).ok_or_else(malformed);
         let (inputs, outputs, ndim) = match (kind, dims) {
@@ -176,7 +176,7 @@ impl<'a> Layer<'a> {
             (LayerKind::Gemm, [a, b]) => (*a, *b, Some(2)),
             (LayerKind::MatMul, [.., a, b]) => (*a, *b, node.output(0).and_then(|y| m.facts().ndim(y))),
             // A vector has no output channel.
-            (LayerKind::MatMul, _) => return Err(Refusal::no_match()),
+            (LayerKind::MatMul, _) => return Err(Refusal::NoMatch),
             _ => return Err(malformed()),
         };
         if kind == LayerKind::Gemm && m.opset() < 7 {
@@ -302,7 +302,7 @@ impl<'a> Layer<'a> {
                 add_all(block, &mut values.as_chunks::<4>().0.iter().map(|&v| f64::from(f32::from_le_bytes(v))));
             }
         } else {
-            let numbers = self.weight.to_f64s().ok_or_else(Refusal::no_match)?;
+            let numbers = self.weight.to_f64s().ok_or(Refusal::NoMatch)?;
             for (block, values) in numbers.chunks(inner).enumerate() {
                 add_all(block, &mut values.iter().copied());
             }
@@ -355,9 +355,12 @@ impl<'a> Layer<'a> {
         let bias = match old {
             _ if self.kind == LayerKind::MatMul && shift.is_nothing() => None,
             _ if self.kind == LayerKind::MatMul => {
-                let flat = self.ndim == Some(2) && self.weight.dims().len() == 2 && self.opset >= 7;
-                if !flat {
-                    return Err("MatMul has no bias, and Gemm takes two axes only".into());
+                // Gemm takes two axes only.
+                if self.ndim != Some(2) || self.weight.dims().len() != 2 {
+                    return Err(Refusal::NoMatch);
+                }
+                if self.opset < 7 {
+                    return Err("before opset 7 Gemm broadcasts only where an attribute says so".into());
                 }
                 if self.weight.dtype() == DataType::Bfloat16 && self.opset < 13 {
                     return Err("Gemm has no bfloat16 before opset 13".into());
@@ -411,7 +414,7 @@ impl<'a> Layer<'a> {
                 let spread = matches!((outputs, &shift.total), (Gain::All(_), Gain::All(_)));
                 let along = |b: f64, channel: usize| shift.at(channel).plus(b * beta * outputs.at(channel));
                 Some(if spread {
-                    let numbers = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
+                    let numbers = tensor.to_f64s().ok_or(Refusal::NoMatch)?;
                     let all: Vec<Sum> = numbers.into_iter().map(|b| along(b, 0)).collect();
                     g.constant("bias", sums(tensor.dtype(), tensor.dims(), &all)?)
                 } else {
@@ -498,6 +501,6 @@ pub(super) fn operands<'a>(m: &Match<'a>, a: &str, b: &str) -> Result<(ValueId, 
     match (m.graph().constant(a), m.graph().constant(b)) {
         (None, Some(tensor)) => Ok((a, tensor)),
         (Some(tensor), None) => Ok((b, tensor)),
-        _ => Err(Refusal::no_match()),
+        _ => Err(Refusal::NoMatch),
     }
 }

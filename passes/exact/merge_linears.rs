@@ -58,8 +58,10 @@ fn merge_all(editor: &mut Editor) -> Result<(), Error> {
                 outcome.change("merge-siblings", graph.describe(layers[0]));
                 carry_out(graph, patch, layers[0], &replaced);
             }
-            Err(Refusal(reason)) => {
-                outcome.refuse(reason, graph.describe(layers[0]));
+            Err(refusal) => {
+                if let Refusal::Reason(reason) = refusal {
+                    outcome.refuse(reason, graph.describe(layers[0]));
+                }
                 cx.facts.keep(graph, facts);
             }
         }
@@ -97,12 +99,12 @@ fn plan(m: &Match, g: &mut Patch, layers: &[NodeId]) -> Result<Vec<(NodeId, Valu
     let first = graph.node(layers[0]);
     let mut weights = Vec::new();
     for &id in layers {
-        let value = graph.node(id).input(1).ok_or_else(Refusal::no_match)?;
+        let value = graph.node(id).input(1).ok_or(Refusal::NoMatch)?;
         let own = graph.value(value).uses().len() == 1;
         m.require(own, "a weight is shared: a copy would enlarge the file")?;
-        weights.push(graph.constant(value).ok_or_else(Refusal::no_match)?);
+        weights.push(graph.constant(value).ok_or(Refusal::NoMatch)?);
     }
-    let axis = width_axis(first, weights[0]).ok_or_else(Refusal::no_match)?;
+    let axis = width_axis(first, weights[0]).ok_or(Refusal::NoMatch)?;
     let widths: Vec<usize> = weights.iter().map(|w| w.dims()[axis]).collect();
     let sums: Vec<Option<(NodeId, &Tensor)>> = layers.iter().map(|&id| sum_after(graph, id)).collect();
     let with_sums = first.is("MatMul") && sums.iter().all(Option::is_some);
@@ -169,7 +171,7 @@ fn side_by_side(biases: &[&Tensor], widths: &[usize]) -> Result<Tensor, Refusal>
 fn concat(tensors: &[&Tensor], axis: usize) -> Result<Tensor, Refusal> {
     let dtype = tensors[0].dtype();
     if tensors.iter().any(|t| t.dtype() != dtype) {
-        return Err("the biases have different types".into());
+        return Err(Refusal::NoMatch);
     }
     let outer: usize = tensors[0].dims()[..axis].iter().product();
     let mut bytes = Vec::with_capacity(tensors.iter().map(|t| t.byte_len()).sum());
@@ -182,7 +184,7 @@ fn concat(tensors: &[&Tensor], axis: usize) -> Result<Tensor, Refusal> {
     tensors.iter().for_each(|t| t.release());
     let mut dims = tensors[0].dims().to_vec();
     dims[axis] = tensors.iter().map(|t| t.dims()[axis]).sum();
-    Tensor::new(dtype, dims, bytes).map_err(|e| Refusal(e.to_string()))
+    Tensor::new(dtype, dims, bytes).map_err(|e| Refusal::from(e.to_string()))
 }
 
 fn carry_out(graph: &mut Graph, patch: Patch, first: NodeId, replaced: &[(NodeId, ValueId)]) {
@@ -269,5 +271,25 @@ mod tests {
         check_refuses_in(&MergeLinears, &graph, "some of the layers have no constant bias", &enabled());
         let mut model = crate::testing::model(&graph);
         assert_eq!(MergeLinears.apply(&mut model, &Context::default()).unwrap(), Outcome::default());
+    }
+
+    #[test]
+    fn keeps_layers_whose_biases_do_not_stand_side_by_side() {
+        let graph = |weights: &str, body: &str| {
+            format!(
+                "<ir_version: 8, opset_import: [\"\" : 13]> g (float[N,2] x) => (float[N,2] y, float[N,3] z)
+                <float[2,2] a = {{1, 2, 3, 4}}, float[2,3] b = {{1, 2, 3, 4, 5, 6}}, {weights}> {{ {body} }}"
+            )
+        };
+        let gemms = "y = Gemm (x, a, c) z = Gemm (x, b, d)";
+        let refuses = |weights: &str, body: &str, reason: &str| {
+            check_refuses_in(&MergeLinears, &graph(weights, body), reason, &enabled())
+        };
+        refuses("float[1] c = {1}, float[3] d = {1, 2, 3}", gemms, "a bias is not one number a channel");
+        let unknown =
+            "<ir_version: 8, opset_import: [\"\" : 9, \"custom\" : 1]> g (float[N,2] w) => (float[N,2] y, float[N,3] z)
+            <float[2,2] a = {1, 2, 3, 4}, float[2,3] b = {1, 2, 3, 4, 5, 6}> {
+            x = custom.F (w) s = MatMul (x, a) t = MatMul (x, b) y = custom.G (s) z = custom.G (t) }";
+        check_refuses_in(&MergeLinears, unknown, "the number of axes is unknown", &enabled());
     }
 }

@@ -47,7 +47,7 @@ fn rules() -> Vec<Rule> {
             if filled(m, b, 0.0) { neutral(m, a, b, 0.0) } else { neutral(m, b, a, 0.0) }
         }),
         rule("relu-of-nonnegative", pat!(Relu(inner: Sigmoid|Softmax|Exp|Sqrt|Abs(x, ..))), |m, _| {
-            let inner = m.node("inner").output(0).ok_or("the inner node has no output")?;
+            let inner = m.made("inner");
             m.require_free(m.value("output"), inner)?;
             Ok(inner)
         })
@@ -86,7 +86,7 @@ fn scalars(m: &Match) -> Option<(ValueId, Scalar, Scalar)> {
 }
 
 fn merge_factors(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
-    let (x, inner, outer) = scalars(m).ok_or_else(Refusal::no_match)?;
+    let (x, inner, outer) = scalars(m).ok_or(Refusal::NoMatch)?;
     let factor = |node: &Node, (number, right): (f64, bool)| match (node.is("Div"), right) {
         (false, _) => Some(number),
         (true, true) => Some(number.recip()),
@@ -103,7 +103,7 @@ fn merge_factors(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
 }
 
 fn merge_terms(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
-    let (x, (inner, inner_right), (outer, outer_right)) = scalars(m).ok_or_else(Refusal::no_match)?;
+    let (x, (inner, inner_right), (outer, outer_right)) = scalars(m).ok_or(Refusal::NoMatch)?;
     let subtracts = |label| m.node(label).is("Sub");
     let from_constant = (subtracts("inner") && !inner_right) || (subtracts("outer") && !outer_right);
     m.require(!from_constant, "the value is subtracted from a constant")?;
@@ -218,5 +218,12 @@ mod tests {
             s = Neg (f)  # float[n,4]
         }
         ");
+    }
+
+    #[test]
+    fn keeps_a_constant_that_a_value_is_subtracted_from() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[n] x) => (float[n] y) <float two = {2}, float one = {1}> { a = Sub (two, x) y = Add (a, one) }";
+        check_refuses(&MergeScalars, graph, "the value is subtracted from a constant");
     }
 }

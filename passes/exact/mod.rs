@@ -39,6 +39,7 @@ mod merge_scalars;
 mod merge_slices;
 mod norm_parts;
 mod normalise_model;
+mod reshape_target;
 mod rounding;
 mod share_initializers;
 mod simplify_gathers;

@@ -27,6 +27,11 @@ pub(super) fn import_contrib(model: &mut Model) {
 /// Requires that operators of ONNX Runtime may be used on elements of this type.
 pub(super) fn require_ort(m: &Match, elem: DataType, otherwise: &str) -> Result<(), Refusal> {
     m.require(m.context().target == Target::Ort, otherwise)?;
+    require_ort_type(m, elem)
+}
+
+/// Requires that operators of ONNX Runtime take elements of this type.
+pub(super) fn require_ort_type(m: &Match, elem: DataType) -> Result<(), Refusal> {
     let supported = matches!(elem, DataType::Float | DataType::Float16);
     m.require(supported, "ONNX Runtime has the operator for float and float16 only")
 }
@@ -35,7 +40,7 @@ pub(super) fn require_ort(m: &Match, elem: DataType, otherwise: &str) -> Result<
 /// last axes of `x` without a gap, which are kept.
 pub(super) fn averaged_axes(m: &Match, x: ValueId) -> Result<i64, Refusal> {
     let mut axes = m.labelled("mean").into_iter().map(|mean| negative_axes(m, mean, x));
-    let first = axes.next().ok_or_else(Refusal::no_match)??;
+    let first = axes.next().ok_or(Refusal::NoMatch)??;
     for others in axes {
         m.require(others? == first, "the means are over different axes")?;
     }
@@ -110,7 +115,7 @@ pub(super) fn spanning(m: &Match, g: &mut Patch, name: &str, x: &Normalized, axi
         let dims = constant.dims()[further..].to_vec();
         return Ok(g.constant(name, constant.reshaped(dims).expect("axes of size one hold no elements")));
     }
-    let number = constant.scalar_f64().ok_or("a scale or shift is not a number")?;
+    let number = constant.scalar_f64().ok_or(Refusal::NoMatch)?;
     filled(m, g, name, x, axis, number)
 }
 
@@ -137,7 +142,7 @@ pub(super) fn filled(
     let sizes: Option<Vec<usize>> = sizes.map(|d| usize::try_from(d.as_known()?).ok()).collect();
     let sizes = sizes.ok_or("the sizes of the normalized axes are unknown")?;
     let elements = lathe_ir::element_count(&sizes).filter(|&n| n <= MOST_FILLED).ok_or("the scale would be large")?;
-    let tensor = Tensor::from_f64s(x.elem, &sizes, &vec![number; elements]).ok_or("the element type has no ones")?;
+    let tensor = Tensor::from_f64s(x.elem, &sizes, &vec![number; elements]).ok_or(Refusal::NoMatch)?;
     Ok(g.constant(name, tensor))
 }
 
@@ -173,6 +178,8 @@ mod tests {
         check_refuses(&FuseLayerNorm, &large, "the scale would be large");
         let deep = normalization("float[2,4] x", "z = Neg (x)").replace("[-1]", "[-3, -2, -1]");
         check_refuses(&FuseLayerNorm, &deep, "the value has fewer axes than are normalized");
+        let shapeless = normalization("float[] x", "z = Neg (x)");
+        check_refuses(&FuseLayerNorm, &shapeless, "the shape of the normalized value is unknown");
         let strange = normalization("float[2,4] u", "z = Neg (x)").replace("mean = ", "x = test.Strange (u) mean = ");
         check_refuses(&FuseLayerNorm, &strange, "the element type is unknown");
         check_refuses(&FuseLayerNorm, &strange.replace("[-1]", "[1]"), "the number of axes is unknown");

@@ -44,7 +44,7 @@ impl Format {
             DataType::Double => (53, f64::MIN_POSITIVE, 24, 1e12),
             DataType::Float16 => (11, 2f64.powi(-14), 3, 1e3),
             DataType::Bfloat16 => (8, single, 3, 1e12),
-            _ => return Err("the weights are no floats of 16 bits or more".into()),
+            _ => return Err(Refusal::NoMatch),
         };
         let flushes = dtype != DataType::Float16;
         Ok(Format { roundoff: 2f64.powi(-digits), least, headroom: 2f64.powi(lost), moderate, flushes })
@@ -127,7 +127,7 @@ pub(super) fn scaled(
 ) -> Result<Tensor, Refusal> {
     let inner = grid.inner.max(1);
     let products = || -> Result<Vec<f64>, Refusal> {
-        let mut numbers = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
+        let mut numbers = tensor.to_f64s().ok_or(Refusal::NoMatch)?;
         for (block, values) in numbers.chunks_mut(inner).enumerate() {
             let by = factor(block);
             values.iter_mut().for_each(|x| *x *= by);
@@ -209,7 +209,7 @@ pub(super) fn sums(dtype: DataType, dims: &[usize], all: &[Sum]) -> Result<Tenso
     require_no_cancellation(dtype, all)?;
     let most = all.iter().map(Sum::size).fold(0.0, f64::max);
     let negligible = format.roundoff * format.roundoff * most;
-    let kept = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
+    let kept = tensor.to_f64s().ok_or(Refusal::NoMatch)?;
     let precise = |(sum, &kept): (&Sum, &f64)| {
         sum.size() <= negligible || format.lost(sum.total, kept).abs() <= format.roundoff * sum.size()
     };
@@ -236,7 +236,7 @@ fn rounded_pairs(
     tensor: &Tensor,
     exact: impl Iterator<Item = (usize, f64)>,
 ) -> Result<impl Iterator<Item = (usize, f64, f64)>, Refusal> {
-    let kept = tensor.to_f64s().ok_or_else(Refusal::no_match)?;
+    let kept = tensor.to_f64s().ok_or(Refusal::NoMatch)?;
     Ok(exact.zip(kept).map(|((slice, exact), kept)| (slice, exact, kept)))
 }
 

@@ -45,7 +45,7 @@ fn rules() -> Vec<Rule> {
         rule("count-out", pat!(node: GatherND(data, grid)), count_out).sharing(),
         rule("count-out-flat", pat!(node: Gather(flat: Reshape|Flatten(x, ..), indices)), count_out_flat).sharing(),
         rule("gather-rows", pat!(node: GatherND(data, column: Unsqueeze(x, ..))), |m, g| {
-            let column = m.node("column").output(0).and_then(|v| m.facts().shape(v)).ok_or_else(Refusal::no_match)?;
+            let column = m.node("column").output(0).and_then(|v| m.facts().shape(v)).ok_or(Refusal::NoMatch)?;
             m.only_if(m.node("node").int("batch_dims").unwrap_or(0) == 0 && column.last().is_some_and(is_one))?;
             // The indices are the column's where the axis that was added is its last.
             m.only_if(m.facts().shape(m.value("x")) == column.split_last().map(|(_, rows)| rows))?;
@@ -65,7 +65,7 @@ fn rules() -> Vec<Rule> {
 }
 
 fn silent(_: Refusal) -> Refusal {
-    Refusal::no_match()
+    Refusal::NoMatch
 }
 
 /// One index of a grid: how it counts, and the value that holds it if it is computed.
@@ -99,7 +99,7 @@ fn indices(m: &Match, grid: ValueId, outer: usize) -> Result<Vec<Index>, Refusal
 fn count_out(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     m.only_if(m.node("node").int("batch_dims").unwrap_or(0) == 0)?;
     let data = m.shape("data")?;
-    let [outer @ .., _] = m.shape("grid")? else { return Err(Refusal::no_match()) };
+    let [outer @ .., _] = m.shape("grid")? else { return Err(Refusal::NoMatch) };
     let indices = indices(m, m.value("grid"), outer.len())?;
     m.require(indices.len() <= data.len(), "there are more indices than axes")?;
     let mut axes: Vec<usize> = Vec::with_capacity(indices.len());
@@ -127,7 +127,7 @@ fn count_out(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
             (Some(part), None) => {
                 range_behind(m, *part, &outer[axis]).ok_or("the indices are not made of one Range")?
             }
-            (None, None) => return Err("a constant grid has no open size".into()),
+            (None, None) => return Err(Refusal::NoMatch),
         };
         taken = g.node(Node::new("Gather").with("axis", along as i64), &[taken, range]);
     }
@@ -144,19 +144,19 @@ fn count_out(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
 /// Rows of a tensor whose leading axes were made one, taken at `i₀ · stride₀ + i₁ · stride₁ + …` where each index counts
 /// along one of those axes.
 fn count_out_flat(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
-    let grouped = m.node("flat").output(0).and_then(|v| m.facts().shape(v)).ok_or_else(Refusal::no_match)?;
+    let grouped = m.node("flat").output(0).and_then(|v| m.facts().shape(v)).ok_or(Refusal::NoMatch)?;
     let (from, outer) = (m.shape("x").map_err(silent)?, m.shape("indices").map_err(silent)?);
     m.only_if(m.axis(m.node("node").int("axis").unwrap_or(0), grouped.len())? == 0)?;
-    let (first, rest) = grouped.split_first().ok_or_else(Refusal::no_match)?;
+    let (first, rest) = grouped.split_first().ok_or(Refusal::NoMatch)?;
     // How many axes became the first one. Flatten adds an axis of size 1 where none is left.
     let kept = |count: usize| from[count..] == *rest || count == from.len() && rest.iter().all(is_one);
     let merged = (2..=from.len()).find(|&count| product(&from[..count]).as_ref() == Some(first) && kept(count));
-    let merged = merged.ok_or_else(Refusal::no_match)?;
-    let affine = Affines::new(m.graph(), m.facts()).of(m.value("indices")).ok_or_else(Refusal::no_match)?;
+    let merged = merged.ok_or(Refusal::NoMatch)?;
+    let affine = Affines::new(m.graph(), m.facts()).of(m.value("indices")).ok_or(Refusal::NoMatch)?;
     m.only_if(affine.offset.as_known() == Some(0))?;
     let mut axes: Vec<usize> = Vec::with_capacity(merged);
     for axis in 0..merged {
-        let stride = product(&from[axis + 1..merged]).ok_or_else(Refusal::no_match)?;
+        let stride = product(&from[axis + 1..merged]).ok_or(Refusal::NoMatch)?;
         let counts = |&at: &usize| outer[at] == from[axis] && (affine.slopes[at] == stride || is_one(&outer[at]));
         let place = (axes.last().map_or(0, |&last| last + 1)..outer.len()).find(counts);
         axes.push(place.ok_or("the indices do not count along the axes that were made one")?);
@@ -425,5 +425,20 @@ mod tests {
         ");
         let part = graph.replace("(float[B,S,4] x)", "(float[B,S,4] x, float[B,T,4] z)").replace("Neg (x)", "Neg (z)");
         crate::testing::check_untouched(&SimplifyGathers, &part);
+    }
+
+    #[test]
+    fn refuses_grids_of_unknown_parts() {
+        let refuses = |graph: &str, reason: &str| check_refuses(&SimplifyGathers, graph, reason);
+        let given = grid("B,S", "r5", "k5").replace("mask) =>", "mask, int64[B,1,1,S,2] given) =>");
+        refuses(
+            &given.replace("GatherND (m, grid)", "GatherND (m, given)"),
+            "the indices are neither joined nor constant",
+        );
+        let joined = grid("B,S", "r5", "k5").replace("Concat <axis = -1> (r5, k5)", "Concat <axis = 0> (r5, k5)");
+        refuses(&joined, "the indices are not joined along their last axis");
+        refuses(&grid("S", "r5", "k5"), "there are more indices than axes");
+        let moved = grid("B,M", "r5", "k5").replace("k = Expand (k4, to)", "k6 = Add (k4, zero) k = Expand (k6, to)");
+        refuses(&moved, "the indices are not made of one Range");
     }
 }

@@ -1,5 +1,6 @@
 //! Composes nodes that only regroup axes, and makes their targets constants.
 
+use super::reshape_target::{full_axes, nonempty, target};
 use crate::{
     Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule,
     operands::{int64s, sorted_axes, with_axes},
@@ -33,6 +34,7 @@ impl Pass for SimplifyReshapes {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+        cx.nonempty.get_or_init(|| nonempty(model, cx));
         rewrite(model, cx, &RULES)
     }
 }
@@ -43,7 +45,7 @@ fn rules() -> Vec<Rule> {
     vec![
         rule("compose-unsqueezes", pat!(outer: Unsqueeze(inner: Unsqueeze(x, ..), ..)), |m, g| {
             // Where all that reads the inner one is composed with it, it goes.
-            let inner = m.node("inner").output(0).ok_or_else(Refusal::no_match)?;
+            let inner = m.node("inner").output(0).ok_or(Refusal::NoMatch)?;
             let composed = |u: &Use| matches!(u, Use::Node(id, 0) if m.graph().node(*id).is("Unsqueeze"));
             m.require(m.graph().value(inner).uses().iter().all(composed), "the inner Unsqueeze has other readers")?;
             compose_unsqueezes(m, g)
@@ -88,47 +90,11 @@ fn rules() -> Vec<Rule> {
 /// `x` in the shape of the output, by one node that does so for every size that the nodes labelled `old` bear.
 fn regrouped(m: &Match, g: &mut Patch, old: &[&str]) -> Result<ValueId, Refusal> {
     let (x, result) = (m.value("x"), m.value("output"));
-    let full: Vec<DimExpr> = old.iter().flat_map(|label| full_axes(m, m.node(label))).collect();
+    let full: Vec<DimExpr> = old.iter().flat_map(|label| full_axes(m.facts(), m.node(label))).collect();
     match target(m, x, result, &full) {
         Ok(sizes) => Ok(g.reshape(x, &sizes)),
         Err(reason) => flattened(m, g, x, result).or_else(|| with_ones(m, g, x, result)).ok_or(reason),
     }
-}
-
-/// The sizes that cannot be 0 where a Reshape runs at all: those beside the one it infers.
-fn full_axes(m: &Match, node: &Node) -> Vec<DimExpr> {
-    let inferred = || {
-        let sizes = m.facts().contents(node.input(1).filter(|_| node.is("Reshape"))?)?;
-        sizes.elements().iter().position(|size| size.as_ref().and_then(DimExpr::as_known) == Some(-1))
-    };
-    let shape = node.output(0).and_then(|v| m.facts().shape(v));
-    let (Some(inferred), Some(mut shape)) = (inferred(), shape.map(<[DimExpr]>::to_vec)) else { return Vec::new() };
-    shape.remove(inferred);
-    shape
-}
-
-/// The target that reshapes `x` into the shape of `result`: a known size, 0 for the size of the same axis of `x`, and
-/// -1 for at most one more. Beside -1, runtimes refuse a size of 0: the others must certainly not be 0, or be among `full`.
-pub(super) fn target(m: &Match, x: ValueId, result: ValueId, full: &[DimExpr]) -> Result<Vec<i64>, Refusal> {
-    let from = m.facts().shape(x);
-    let Some(to) = m.facts().shape(result) else {
-        return Err("the number of axes of the result is unknown".into());
-    };
-    let mut sizes = Vec::with_capacity(to.len());
-    for (axis, size) in to.iter().enumerate() {
-        let same = from.and_then(|from| from.get(axis)) == Some(size);
-        sizes.push(match size.as_known() {
-            Some(0) if !same => return Err("a size is 0, which would copy one of the input".into()),
-            Some(known) => known,
-            None if same => 0,
-            None => -1,
-        });
-    }
-    let free = sizes.iter().filter(|&&size| size == -1).count();
-    m.require(free <= 1, "more than one size is neither known nor the same as before")?;
-    let empty = |(size, &written): (&DimExpr, &i64)| written != -1 && !size.is_positive() && !full.contains(size);
-    m.require(free == 0 || !to.iter().zip(&sizes).any(empty), "a size is inferred beside one that may be 0")?;
-    Ok(sizes)
 }
 
 /// `x` as a matrix in the shape of `result`, where that takes its first axes as rows and the others as columns.
@@ -173,8 +139,8 @@ fn expansion(m: &Match) -> Result<Vec<i64>, Refusal> {
 }
 
 fn compose_unsqueezes(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
-    let inner = int64s(m, m.node("inner"), "axes", 1)?.ok_or("an Unsqueeze has no axes")?;
-    let outer = int64s(m, m.node("outer"), "axes", 1)?.ok_or("an Unsqueeze has no axes")?;
+    let inner = int64s(m, m.node("inner"), "axes", 1)?.ok_or(Refusal::NoMatch)?;
+    let outer = int64s(m, m.node("outer"), "axes", 1)?.ok_or(Refusal::NoMatch)?;
     let given = m.facts().ndim(m.value("x"));
     let from_front = inner.iter().chain(&outer).all(|&axis| axis >= 0);
     // Only axes counted from the end need the number of axes; otherwise any number that is large enough will do.
@@ -182,7 +148,7 @@ fn compose_unsqueezes(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let ndim = match given {
         Some(ndim) => ndim,
         None if from_front => bound(),
-        None => return Err("the number of axes of `x` is unknown".into()),
+        None => m.ndim("x")?,
     };
     let inner = sorted_axes(m, &inner, ndim + inner.len())?;
     let outer = sorted_axes(m, &outer, ndim + inner.len() + outer.len())?;
@@ -376,6 +342,38 @@ mod tests {
     }
 
     #[test]
+    fn infers_sizes_beside_axes_that_another_reshape_keeps_from_being_empty() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[b,s,8] x, float[b,4,s,m] z) => (float[b,s,4,2] q, float[b,4,k] y)
+               <int64[4] heads = {0, 0, -1, 2}, int64[1] i0 = {0}, int64[1] i2 = {2}, int64[1] i3 = {3}, int64[1] i4 = {4}> {
+                h = Reshape (x, heads)
+                q = Neg (h)
+                l = Shape (z)
+                a = Slice (l, i0, i2)
+                c = Slice (l, i2, i3)
+                d = Slice (l, i3, i4)
+                e = Mul (c, d)
+                to = Concat <axis = 0> (a, e)
+                y = Reshape (z, to)
+            }";
+        assert!(check(&SimplifyReshapes, graph).contains("y_shape = {0, 4, -1}"));
+        // A Reshape that nothing needs does not run.
+        let dead = graph
+            .replace("q = Neg (h)", "q = Reshape (x, known)")
+            .replace("i0 =", "known = {0, 0, 4, 2}, int64[1] i0 =");
+        let dead = dead.replace("int64[1] known", "int64[4] known");
+        check_refuses(&SimplifyReshapes, &dead, "a size is inferred beside one that may be 0");
+        // Neither does one in a branch that is not taken.
+        let branch = graph.replace("float[b,s,8] x", "bool t, float[b,s,8] x").replace(
+            "h = Reshape (x, heads)",
+            "h = If (t) <then_branch = p () => (float[b,s,4,2] u) { u = Reshape (x, heads) },
+                        else_branch = e () => (float[b,s,4,2] v) { v = Reshape (x, known) }>",
+        );
+        let branch = branch.replace("int64[1] i0 =", "int64[4] known = {0, 0, 4, 2}, int64[1] i0 =");
+        check_refuses(&SimplifyReshapes, &branch, "a size is inferred beside one that may be 0");
+    }
+
+    #[test]
     fn flattens_and_adds_ones_where_a_target_would_infer() {
         let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
             g (float[n,m,4] x) => (float[n,k] y, float[1,n,m,4] z)
@@ -449,5 +447,32 @@ mod tests {
             }>  # float[batch,2,3]
         }
         ");
+    }
+
+    #[test]
+    fn keeps_targets_that_it_cannot_write() {
+        let old = "<ir_version: 3, opset_import: [\"\" : 4]>
+            g (float[2,6] x) => (float[12] y) { a = Reshape <shape = [3, 4]> (x) y = Reshape <shape = [12]> (a) }";
+        check_refuses(&SimplifyReshapes, old, "before opset 5 the target of a Reshape is an attribute");
+        let refuses = |graph: &str, reason: &str| {
+            let graph = format!(
+                "<ir_version: 8, opset_import: [\"\" : 17, \"custom\" : 1]> g (float[2,0] x, int64[k] to, float[n] v, int64[2] two) {graph}"
+            );
+            check_refuses(&SimplifyReshapes, &graph, reason);
+        };
+        refuses("=> (float[] y) { y = Reshape (v, to) }", "the number of axes of the result is unknown");
+        let empty = "=> (float[0,3] y) <int64[3] three = {1, 2, 0}, int64[2] t = {0, 3}> { u = Reshape <allowzero = 1> (x, three) y = Reshape <allowzero = 1> (u, t) }";
+        refuses(empty, "a size is 0, which would copy one of the input");
+        refuses("=> (float[a,b] y) { y = Expand (v, two) }", "a size that is not known is expanded to");
+        let axes = "<int64[1] last = {-1}, int64[1] first = {0}>";
+        refuses(
+            &format!("=> (float[] y) {axes} {{ c = custom.F (v) u = Unsqueeze (c, last) y = Unsqueeze (u, first) }}"),
+            "the number of axes of `x` is unknown",
+        );
+        refuses(
+            "=> (float[] y) { c = custom.F (v) u = Squeeze (c) y = Squeeze (u) }",
+            "the number of axes of `x` is unknown",
+        );
+        refuses("=> (float[] y) { u = Squeeze (v) y = Squeeze (u) }", "a Squeeze states no axes");
     }
 }

@@ -60,7 +60,7 @@ fn rules() -> Vec<Rule> {
             m.only_if(m.facts().ndim(m.value("output")) == Some(0))?;
             let (input, axis, _) = input_with(m, "output", "x")?;
             // Without another Shape of the input there would be one more.
-            let shape = existing_shape(m, input).ok_or_else(Refusal::no_match)?;
+            let shape = existing_shape(m, input).ok_or(Refusal::NoMatch)?;
             let index = g.constant("axis", Tensor::from_i64s(&[], &[axis as i64]));
             Ok(g.node(Node::new("Gather").with("axis", 0), &[shape, index]))
         })
@@ -73,15 +73,14 @@ fn rules() -> Vec<Rule> {
 fn input_with(m: &Match, sizes: &str, measured: &str) -> Result<(ValueId, usize, usize), Refusal> {
     let inputs = m.graph().main().inputs();
     m.only_if(!inputs.contains(&m.value(measured)))?;
-    let contents = m.facts().contents(m.value(sizes)).ok_or_else(Refusal::no_match)?;
-    let sizes: Vec<DimExpr> =
-        contents.elements().iter().cloned().collect::<Option<_>>().ok_or_else(Refusal::no_match)?;
+    let contents = m.facts().contents(m.value(sizes)).ok_or(Refusal::NoMatch)?;
+    let sizes: Vec<DimExpr> = contents.elements().iter().cloned().collect::<Option<_>>().ok_or(Refusal::NoMatch)?;
     m.only_if(sizes.iter().any(|size| size.as_known().is_none()))?;
     let place = |&input: &ValueId| {
         let axis = m.facts().shape(input)?.windows(sizes.len()).position(|run| run == sizes)?;
         Some((input, axis, sizes.len()))
     };
-    inputs.iter().find_map(place).ok_or_else(Refusal::no_match)
+    inputs.iter().find_map(place).ok_or(Refusal::NoMatch)
 }
 
 /// Consecutive elements that one node or constant provides.
@@ -98,7 +97,7 @@ fn rebuild(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     m.only_if(facts.elem(output) == Some(DataType::Int64) && facts.ndim(output).is_some_and(|n| n <= 1))?;
     let elements: Option<Vec<DimExpr>> =
         facts.contents(output).and_then(|contents| contents.elements().iter().cloned().collect());
-    let elements = elements.ok_or_else(Refusal::no_match)?;
+    let elements = elements.ok_or(Refusal::NoMatch)?;
     // What is known altogether is a constant, which is another pass's to fold.
     m.only_if(elements.iter().any(|e| e.as_known().is_none()))?;
     let graph = m.graph();
@@ -123,7 +122,7 @@ fn rebuild(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     });
     // Of equal ones the first.
     let best = ways.reduce(|best, way| if way.0 > best.0 { way } else { best });
-    let (_, pieces, shapes) = best.ok_or_else(Refusal::no_match)?;
+    let (_, pieces, shapes) = best.ok_or(Refusal::NoMatch)?;
     build(m, g, &pieces, &shapes, scalar)
 }
 
@@ -271,7 +270,7 @@ fn build(
         });
     }
     match parts.as_slice() {
-        [] => Err(Refusal::no_match()),
+        [] => Err(Refusal::NoMatch),
         [only] => {
             if !g.makes(*only) {
                 m.require_free(m.value("output"), *only)?;

@@ -127,8 +127,7 @@ fn elements(range: Range, size: i64) -> Option<(i64, i64, i64)> {
 
 /// A `Slice` over one axis that takes exactly one part of a `Concat` over that axis, or several in a row.
 fn slice_of_concat(m: &Match, _: &mut Patch) -> Result<ValueId, Refusal> {
-    let output = m.node("parts").output(0).ok_or("the Concat has no output")?;
-    let shape = m.facts().shape(output).ok_or("the number of axes is unknown")?;
+    let shape = m.facts().shape(m.made("parts")).ok_or("the number of axes is unknown")?;
     let axis = m.axis(m.node("parts").int("axis").unwrap_or(1), shape.len())?;
     let ranges = slice_ranges(m.graph(), m.facts(), m.node("node"), shape.len())?;
     m.only_if(ranges.len() == 1 && ranges[0].axis == axis && ranges[0].step == 1)?;
@@ -154,13 +153,13 @@ fn slice_of_concat(m: &Match, _: &mut Patch) -> Result<ValueId, Refusal> {
         }
         at = next;
     }
-    Err(Refusal::no_match())
+    Err(Refusal::NoMatch)
 }
 
 /// Takes the parts of inner `Concat`s that nothing else uses.
 fn compose_concats(m: &Match, g: &mut Patch) -> Result<Replacement, Refusal> {
     let (graph, node) = (m.graph(), m.node("node"));
-    let ndim = m.ndim("output").map_err(|_| Refusal::no_match())?;
+    let ndim = m.ndim("output").map_err(|_| Refusal::NoMatch)?;
     let axis = m.axis(node.int("axis").unwrap_or(1), ndim)?;
     let inner = |v: ValueId| {
         let producer = graph.node(graph.producer(v)?);
@@ -189,10 +188,10 @@ fn compose_concats(m: &Match, g: &mut Patch) -> Result<Replacement, Refusal> {
 /// A `Concat` of every part of a `Split` in order, over the axis that was split.
 fn concat_of_split(m: &Match, _: &mut Patch) -> Result<ValueId, Refusal> {
     let (graph, node) = (m.graph(), m.node("node"));
-    let first = node.input(0).and_then(|v| graph.producer(v)).ok_or_else(Refusal::no_match)?;
+    let first = node.input(0).and_then(|v| graph.producer(v)).ok_or(Refusal::NoMatch)?;
     let split = graph.node(first);
     m.only_if(split.is("Split") && split.outputs() == node.inputs())?;
-    let whole = split.input(0).ok_or("the Split has no input")?;
+    let whole = split.input(0).ok_or(Refusal::NoMatch)?;
     let ndim = m.facts().ndim(whole).ok_or("the number of axes is unknown")?;
     let (a, b) = (m.axis(split.int("axis").unwrap_or(0), ndim)?, m.axis(node.int("axis").unwrap_or(1), ndim)?);
     m.require(a == b, "the parts are joined over another axis than they were split")?;
@@ -228,7 +227,7 @@ fn reduce_then_squeeze(m: &Match, g: &mut Patch) -> Result<Replacement, Refusal>
 fn reduce_then_unsqueeze(m: &Match, g: &mut Patch) -> Result<Replacement, Refusal> {
     let (mut node, axes) = reduction(m)?;
     m.only_if(node.int("keepdims").unwrap_or(1) == 0)?;
-    let added = int64s(m, m.node("outer"), "axes", 1)?.ok_or("the Unsqueeze has no axes")?;
+    let added = int64s(m, m.node("outer"), "axes", 1)?.ok_or(Refusal::NoMatch)?;
     m.only_if(added.len() == axes.len() && sorted_axes(m, &added, m.ndim("x")?)? == axes)?;
     node.set_attribute("keepdims", 1);
     Ok(g.node_with(node, m.node("inner").inputs(), 1).into())
@@ -410,5 +409,68 @@ mod tests {
                 y = Slice (s, one, four, zero)
             }";
         check_refuses(&SimplifySlices, graph, "an inner value is a graph output");
+    }
+
+    #[test]
+    fn keeps_ranges_and_axes_that_are_not_known() {
+        let refuses = |graph: &str, reason: &str| {
+            let graph = format!(
+                "<ir_version: 8, opset_import: [\"\" : 16, \"custom\" : 1]> g (float[n,3] x, float[m,3] z, int64[1] to) {graph}"
+            );
+            check_refuses(&SimplifySlices, &graph, reason);
+        };
+        let ends = "<int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] last = {-1}, int64[1] far = {9223372036854775807}>";
+        let joined = "a = Neg (x) b = Neg (z) c = Concat <axis = 0> (a, b)";
+        refuses(
+            &format!("=> (float[p,3] y) {ends} {{ {joined} y = Slice (c, last, far, i0) }}"),
+            "the range counts from an unknown end",
+        );
+        refuses(
+            &format!("=> (float[p,3] y) {ends} {{ {joined} y = Slice (c, i0, to, i0) }}"),
+            "the ends of a Slice are computed",
+        );
+        let parts = "f = custom.F (x) a = Concat <axis = 0> (f, x)";
+        refuses(
+            &format!("=> (float[p,3] y) {ends} {{ {parts} y = Slice (a, i0, i1, i0) }}"),
+            "the size of a part is unknown",
+        );
+        let unknown = "f = custom.F (x) a = Concat <axis = 0> (f, f)";
+        refuses(
+            &format!("=> (float[p,3] y) {ends} {{ {unknown} y = Slice (a, i0, i1, i0) }}"),
+            "the number of axes is unknown",
+        );
+        let split = "f = custom.F (x) a, b = Split <axis = 0> (f) y = Concat <axis = 0> (a, b)";
+        refuses(&format!("=> (float[p,3] y) {{ {split} }}"), "the number of axes is unknown");
+        let far = "a, b = Split <axis = 5> (x) y = Concat <axis = 0> (a, b)";
+        refuses(&format!("=> (float[p,3] y) {{ {far} }}"), "axis 5 is outside 2 axes");
+        let idle = "<int64[0] none = {}, int64[1] i0 = {0}> { r = ReduceSum <noop_with_empty_axes = 1> (x, none) y = Squeeze (r, i0) }";
+        refuses(&format!("=> (float[p,3] y) {idle}"), "nothing is reduced");
+        refuses("=> (float y) { r = ReduceMax (x) y = Squeeze (r) }", "the Squeeze states no axes");
+        let twice = "<int64[2] i00 = {0, 0}, int64[1] i0 = {0}> { r = ReduceSum (x, i00) y = Squeeze (r, i0) }";
+        refuses(&format!("=> (float[p] y) {twice}"), "an axis is given twice");
+    }
+
+    #[test]
+    fn keeps_slices_whose_operands_do_not_fit() {
+        let refuses = |weights: &str, second: &str, reason: &str| {
+            let graph = format!("<ir_version: 8, opset_import: [\"\" : 16]> g (float[4,4] x) => (float[a,b] y)
+                <int64[1] i0 = {{0}}, int64[1] i1 = {{1}}, int64[1] i2 = {{2}}, {weights}> {{ s = Slice (x, i0, i2, i0) {second} }}");
+            check_refuses(&SimplifySlices, &graph, reason);
+        };
+        refuses("int64[2] two = {0, 1}", "y = Slice (s, two, i2, i1)", "a Slice has operands that do not fit together");
+        refuses(
+            "int64[1] step = {0}",
+            "y = Slice (s, i0, i2, i1, step)",
+            "a Slice has operands that do not fit together",
+        );
+        refuses("int64[1] five = {5}", "y = Slice (s, i0, i2, five)", "a Slice has an axis out of range");
+        let old = "<ir_version: 3, opset_import: [\"\" : 9]> g (float[4,4] x) => (float[a,b] y) { s = Slice <starts = [0], ends = [2]> (x) y = Slice <ends = [1]> (s) }";
+        check_refuses(&SimplifySlices, old, "a Slice has no starts");
+        let old = old.replace("ends = [1]", "starts = [1]");
+        check_refuses(&SimplifySlices, &old, "a Slice has no ends");
+        let typed = old.replace("<starts = [1]>", "<starts = 1.5, ends = [1]>");
+        check_refuses(&SimplifySlices, &typed, "the starts of a Slice are of an unexpected type");
+        let stepped = old.replace("<starts = [1]>", "<starts = [0], ends = [2], axes = [1], steps = [2]>");
+        check_refuses(&SimplifySlices, &stepped, "before opset 10 a Slice has no steps");
     }
 }

@@ -1,5 +1,6 @@
 //! Composes Transposes, and moves them past other nodes where that cancels some.
 
+use super::reshape_target::{nonempty, target};
 use crate::{
     Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, operands::int64s, pat,
     rewrite, rule,
@@ -31,6 +32,7 @@ impl Pass for SimplifyTransposes {
     }
 
     fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+        cx.nonempty.get_or_init(|| nonempty(model, cx));
         rewrite(model, cx, &RULES)
     }
 }
@@ -41,7 +43,7 @@ fn rules() -> Vec<Rule> {
     vec![
         rule("compose-transposes", pat!(outer: Transpose(inner: Transpose(x))), |m, g| {
             let (inner, outer) = (m.perm("inner")?, m.perm("outer")?);
-            m.require(inner.len() == outer.len(), "the permutations have different lengths")?;
+            m.only_if(inner.len() == outer.len())?;
             let both: Vec<usize> = outer.iter().map(|&axis| inner[axis]).collect();
             if is_identity(&both) && m.require_replaceable("output", "x").is_ok() {
                 return Ok(m.value("x"));
@@ -49,10 +51,10 @@ fn rules() -> Vec<Rule> {
             Ok(g.transpose(m.value("x"), &both))
         }),
         rule("transpose-to-reshape", pat!(node: Transpose(x)), |m, g| {
-            let (perm, shape) = (m.perm("node")?, m.facts().shape(m.value("x")).ok_or_else(Refusal::no_match)?);
+            let (perm, shape) = (m.perm("node")?, m.facts().shape(m.value("x")).ok_or(Refusal::NoMatch)?);
             let long: Vec<usize> = perm.iter().copied().filter(|&axis| shape[axis].as_known() != Some(1)).collect();
             m.only_if(!is_identity(&perm) && long.is_sorted() && m.opset() >= 5)?;
-            let to = super::simplify_reshapes::target(m, m.value("x"), m.value("output"), &[])?;
+            let to = target(m, m.value("x"), m.value("output"), &[])?;
             Ok(g.reshape(m.value("x"), &to))
         }),
         rule(
@@ -60,10 +62,10 @@ fn rules() -> Vec<Rule> {
             "transpose-without-grouping",
             pat!(outer: Reshape(middle: Transpose(inner: Reshape(x, _)), _)),
             |m, g| {
-                let grouped = m.node("inner").output(0).ok_or_else(Refusal::no_match)?;
-                let shape = |value: ValueId| m.facts().shape(value).ok_or_else(Refusal::no_match);
+                let grouped = m.node("inner").output(0).ok_or(Refusal::NoMatch)?;
+                let shape = |value: ValueId| m.facts().shape(value).ok_or(Refusal::NoMatch);
                 let (from, to) = (shape(m.value("x"))?, m.shape("output")?);
-                let [batch @ .., rows, columns] = from else { return Err(Refusal::no_match()) };
+                let [batch @ .., rows, columns] = from else { return Err(Refusal::NoMatch) };
                 m.only_if(m.perm("middle")? == [0, 2, 1] && from.len() != 3)?;
                 m.only_if(matches!(shape(grouped)?, [_, r, c] if r == rows && c == columns))?;
                 m.only_if(matches!(to, [b @ .., c, r] if b == batch && r == rows && c == columns))?;
@@ -179,7 +181,7 @@ fn passes(m: &Match, node: &Node, value: ValueId) -> bool {
 /// Moves a Transpose behind a node where further on another one undoes it, or joins it before a node with two operands.
 fn sink(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     let (graph, perm) = (m.graph(), m.perm("inner")?);
-    let before = m.node("inner").output(0).ok_or("the Transpose has no output")?;
+    let before = m.made("inner");
     m.only_if(passes(m, m.node("middle"), before))?;
     let same = |node: &Node| node.ints("perm").is_some_and(|p| p.iter().zip(&perm).all(|(&a, &b)| a == b as i64));
     let undone = |node: &Node| {
@@ -201,7 +203,7 @@ fn sink(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
         if worthwhile || node.scope() != m.scope() || !passes(m, node, at) {
             break;
         }
-        at = node.output(0).ok_or("a node has no output")?;
+        at = node.output(0).ok_or(Refusal::NoMatch)?;
     }
     m.only_if(worthwhile)?;
     let (mut node, mut inputs) = copy(m, "middle");
@@ -225,10 +227,10 @@ fn transpose_after_concat(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> 
     let mut parts = Vec::with_capacity(node.inputs().len());
     m.only_if(node.inputs().len() > 1)?;
     for &part in node.inputs().iter().flatten() {
-        let producer = graph.producer(part).map(|id| graph.node(id)).ok_or_else(Refusal::no_match)?;
+        let producer = graph.producer(part).map(|id| graph.node(id)).ok_or(Refusal::NoMatch)?;
         let private = graph.value(part).uses().iter().all(|u| matches!(u, Use::Node(id, _) if *id == m.root()));
         m.only_if(producer.is("Transpose") && private && producer.scope() == node.scope())?;
-        let own = producer.ints("perm").ok_or_else(Refusal::no_match)?;
+        let own = producer.ints("perm").ok_or(Refusal::NoMatch)?;
         m.only_if(perm.is_none_or(|perm| perm == own))?;
         perm = Some(own);
         parts.push(producer.input(0));
@@ -358,5 +360,22 @@ mod tests {
                 y = Transpose <perm = [2, 1, 0]> (t)
             }";
         check_refuses(&SimplifyTransposes, graph, "an inner value is a graph output");
+    }
+
+    #[test]
+    fn keeps_transposes_of_other_shapes_and_forms() {
+        let refuses = |graph: &str, reason: &str| {
+            let graph = format!("<ir_version: 8, opset_import: [\"\" : 18]> g (float[n,3] x, float[m,3] z) {graph}");
+            check_refuses(&SimplifyTransposes, &graph, reason);
+        };
+        let pair =
+            "=> (float[3,n] y) { a = Transpose <perm = [1, 0]> (x) b = Transpose <perm = [1, 0]> (z) y = Add (a, b) }";
+        refuses(pair, "the operands are not provably of one shape");
+        let all = "=> (float[n,3] y) { a = Transpose <perm = [1, 0]> (x) r = ReduceMax <noop_with_empty_axes = 1> (a) y = Transpose <perm = [1, 0]> (r) }";
+        refuses(all, "the Reduce states no axes");
+        let empty = "<ir_version: 8, opset_import: [\"\" : 17]> g (float[1,n,m] x) => (float[n,1,m] y) { y = Transpose <perm = [1, 0, 2]> (x) }";
+        check_refuses(&SimplifyTransposes, empty, "a size is inferred beside one that may be 0");
+        let unknown = "<ir_version: 8, opset_import: [\"\" : 17, \"custom\" : 1]> g (float[2] x) => (float[2] y) { a = custom.F (x) b = Transpose (a) y = Transpose (b) }";
+        check_refuses(&SimplifyTransposes, unknown, "the number of axes is unknown");
     }
 }

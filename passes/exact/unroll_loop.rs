@@ -95,13 +95,10 @@ fn plan(
     let node = graph.node(id);
     let body = node.subgraph("body").ok_or("the loop has no body")?;
     let (inputs, outputs) = (graph.scope(body).inputs(), graph.scope(body).outputs());
-    let carried = inputs.len().checked_sub(2).ok_or("the body lacks the trip number and the condition")?;
-    let whole = outputs.len() > carried
-        && node.inputs().len() <= carried + 2
-        && node.outputs().len() < outputs.len()
-        && (0..carried).all(|i| node.input(i + 2).is_some());
-    if !whole {
-        return Err("the body has another number of values than the loop");
+    // Every body has the trip number and the condition too.
+    let carried = inputs.len() - 2;
+    if !(0..carried).all(|i| node.input(i + 2).is_some()) {
+        return Err("the loop begins without one of the values that it hands on");
     }
     let trips = node.input(0).and_then(|count| known_count(graph, facts, count));
     let mut trips = trips.ok_or("the number of trips is not known")?.max(0);
@@ -238,7 +235,7 @@ fn carry_out(graph: &mut Graph, opset: i64, id: NodeId, plan: &Plan) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check, check_refuses};
+    use crate::testing::{check, check_refuses, check_refuses_in};
     use insta::assert_snapshot;
 
     /// A loop of `trips` over `s`, whose body is `body` and which ends by `end`.
@@ -358,5 +355,50 @@ mod tests {
                 }>
             }";
         check_refuses(&UnrollLoop, graph, "random or unknown operator");
+    }
+
+    #[test]
+    fn keeps_loops_that_are_not_known_or_would_grow() {
+        let graph = |head: &str, inputs: &str, body: &str| {
+            format!(
+                "g (float[2] x, bool go, int64 n) => (float[2] y) <int64 three = {{3}}, bool yes = {{1}}> {{
+                y = Loop ({head}) <body = b ({inputs}) => (bool d, float[2] t) {{ {body} }}> }}"
+            )
+        };
+        let usual = "int64 i, bool c, float[2] s";
+        let body = "d = Identity (c) t = Exp (s)";
+        check_refuses(&UnrollLoop, &graph("three, go, x", usual, body), "whether the loop begins is not known");
+        let two = graph("three, yes, , x", "int64 i, bool c, float[2] r, float[2] s", body);
+        let two =
+            two.replace("(bool d, float[2] t)", "(bool d, float[2] t, float[2] t)").replace("y = Loop", "y, z = Loop");
+        check_refuses(&UnrollLoop, &two, "the loop begins without one of the values that it hands on");
+        let small =
+            Context { settings: [("unroll-loop.max-nodes".to_owned(), "5".to_owned())].into(), ..Context::default() };
+        check_refuses_in(
+            &UnrollLoop,
+            &graph("three, yes, x", usual, body),
+            "the copies would be more than `max-nodes`",
+            &small,
+        );
+        let many = vec!["1"; 300].join(", ");
+        let held = format!(
+            "d = Identity (c) k = Constant <value = float[300] {{{many}}}> () m = ReduceMax <keepdims = 0> (k) t = Add (s, m)"
+        );
+        check_refuses(
+            &UnrollLoop,
+            &graph("three, yes, x", usual, &held),
+            "the body's nodes hold constants that would be repeated",
+        );
+    }
+
+    #[test]
+    fn keeps_a_loop_whose_body_the_caller_gives() {
+        let graph = r#"<ir_version: 10, opset_import: ["": 18, "local": 1]>
+            g (float[2] x) => (float[2] y) {
+                y = local.F <k = b (int64 i, bool c, float[2] s) => (bool d, float[2] t) { d = Identity (c) t = Exp (s) }> (x)
+            }
+            <domain: "local", opset_import: ["": 18]>
+            F <k> (a) => (r) { n = Constant <value_int = 3> () r = Loop <body: graph = @k> (n, , a) }"#;
+        check_refuses(&UnrollLoop, graph, "the loop has no body");
     }
 }

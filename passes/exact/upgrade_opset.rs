@@ -436,8 +436,79 @@ mod tests {
                     f = Neg (e)
                 }, num_scan_inputs = 1> (, x, xs)
             }",
-            "Scan cannot be converted to version 9",
+            "Scan cannot be converted to version 9: there is no conversion",
         );
+    }
+
+    #[test]
+    fn refuses_nodes_that_lack_what_moves() {
+        let one = |body: &str| format!("g (float[2,3] x) => (float[a,b] y) {{ {body} }}");
+        refuses(9, 10, &one("y = Slice <ends = [1]> (x)"), "it lacks `starts`");
+        refuses(9, 10, &one("y = Slice <starts = [1]> (x)"), "it lacks `ends`");
+        refuses(9, 10, &one("y, i = TopK (x)"), "it lacks `k`");
+        refuses(8, 9, &one("y = Upsample (x)"), "it lacks `scales`");
+        refuses(10, 11, &one("y = Resize (x)"), "it lacks `scales`");
+        refuses(10, 11, &one("y = Pad (x)"), "it lacks `pads`");
+        refuses(11, 13, &one("y = Softmax <axis = 0> ()"), "it lacks an input");
+        refuses(21, 22, &one("y = MaxPool <ceil_mode = 1> (x)"), "it lacks `kernel_shape`");
+        refuses(17, 18, &one("y = ReduceMean <axes: ints = []> (x)"), "its list of axes is empty");
+        let group = |sizes: &str, node: &str| {
+            format!("g (float[{sizes}] x, float[2] s) => (float[{sizes}] y) {{ y = GroupNormalization {node} }}")
+        };
+        refuses(18, 21, &group("2,6,4", "<num_groups = 2> ()"), "it lacks an input");
+        refuses(18, 21, &group("2,c,4", "<num_groups = 2> (x, s, s)"), "its channels are unknown");
+        refuses(18, 21, &group("2,6,4", "(x, s, s)"), "it lacks `num_groups`");
+        refuses(
+            18,
+            21,
+            &group("2,6,4", "<num_groups = 4> (x, s, s)"),
+            "its channels do not fall into `num_groups` groups",
+        );
+        refuses(
+            18,
+            21,
+            &group("2,6,4", "<num_groups = 0> (x, s, s)"),
+            "its channels do not fall into `num_groups` groups",
+        );
+        refuses(18, 21, &group("2,6,4", "<num_groups = 2> (x, s)"), "it lacks scale or bias");
+    }
+
+    #[test]
+    fn refuses_nodes_whose_meaning_changed() {
+        let pool = |attributes: &str| {
+            format!(
+                "g (float[1,1,7] x) => (float[1,1,a] y) {{ y = AveragePool <kernel_shape = [3], ceil_mode = 1{attributes}> (x) }}"
+            )
+        };
+        refuses(18, 19, &pool(", count_include_pad = 1"), "`ceil_mode` counts padding differently");
+        refuses(
+            18,
+            19,
+            &pool(", strides = [4]"),
+            "`ceil_mode` may add windows that begin in the padding, which are ignored now",
+        );
+        let norm = "g (float[2,3] x, float[3] s) => (float[2,3] y, float[3] m) {
+            y, m, v, p, q = BatchNormalization (x, s, s, s, s) }";
+        refuses(9, 14, norm, "it hands out the statistics of training");
+        let turned = "g (float[1,1,4] x, float[1,1,2] w) => (float[1,1,a] y) { y = ConvTranspose <auto_pad = \"SAME_UPPER\"> (x, w) }";
+        refuses(10, 11, turned, "`auto_pad` was not defined precisely before");
+        refuses(
+            6,
+            11,
+            "g (float[2] x) => (float[2] y) { y = Neg (x) }",
+            "version 6 of the operator set is older than 7",
+        );
+        let unknown = |body: &str| {
+            let graph = format!(
+                "<ir_version: 5, opset_import: [\"\": 10, \"custom\": 1]> g (float[2] x, string[2] t) => (float[2] y, string[2] u) {{ {body} }}"
+            );
+            move |reason: &str| check_refuses_in(&UpgradeOpset, &graph, reason, &to(11))
+        };
+        unknown("f = custom.F (x) y = Clip <min = 0.5> (f) u = Identity (t)")(
+            "the element type of its input is unknown",
+        );
+        unknown("y = Neg (x) u = Clip <min = 0.5> (t)")("its type is no number");
+        unknown("y = Neg (x) u = Pad <pads = [1, 1], value = 0.5> (t)")("its type is no number");
     }
 
     #[test]

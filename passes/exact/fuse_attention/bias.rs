@@ -153,11 +153,11 @@ fn align(
 ) -> Result<Bias, Refusal> {
     let one = || DimExpr::from(1);
     let stored = shape.len();
-    let missing = term.at.len().checked_sub(stored).ok_or("a mask has more axes than the scores")?;
+    let missing = term.at.len().checked_sub(stored).ok_or(Refusal::NoMatch)?;
     let mut dims: Vec<DimExpr> = vec![one(); missing];
     dims.extend(shape);
     let ([front @ .., queries, keys], [lead @ .., _, _]) = (dims.as_slice(), term.at.as_slice()) else {
-        return Err("the scores have less than two axes".into());
+        return Err(Refusal::NoMatch);
     };
     let ours = attention.lead.as_slice();
     // Whether the last leading axis is that of the heads, or there is none for them.
@@ -237,7 +237,7 @@ fn complete(m: &Match, g: &mut Patch, attention: &Attention, bias: Bias) -> Resu
     let near = [attention.q.value, attention.k.value];
     let wide = |done: bool, size: &DimExpr| if done { one.clone() } else { size.clone() };
     let to = [one.clone(), one.clone(), wide(rows, &attention.q.length), wide(columns, &attention.k.length)];
-    let to = sizes(m, g, &to, &near).ok_or("a size by which the mask is repeated cannot be read off an input")?;
+    let to = sizes(m, g, &to, &near).ok_or(Refusal::NoMatch)?;
     let value = g.node(Node::new("Expand"), &[bias.value, to]);
     let dims = [batch.clone(), heads.clone(), attention.q.length.clone(), attention.k.length.clone()];
     Ok(Bias { value, dims })

@@ -87,14 +87,15 @@ pub(super) fn write(m: &Match, g: &mut Patch, attention: &Attention) -> Result<V
 
 /// The last position of each sequence, and the common length: all sequences are as long as the queries.
 fn lengths(g: &mut Patch, attention: &Attention) -> Result<[ValueId; 2], Refusal> {
-    let size = |size: Option<i64>| size.ok_or("the sizes of batch and queries are unknown");
+    let size = |size: Option<i64>| size.ok_or(Refusal::NoMatch);
     let (batch, length) = (size(attention.q.batch()?.as_known())?, size(attention.q.length.as_known())?);
-    let batch = usize::try_from(batch).map_err(|_| "the batch has a negative size")?;
-    let int32 = |dims: &[usize], value: f64| {
-        let all = vec![value; dims.iter().product()];
-        Tensor::from_f64s(DataType::Int32, dims, &all).ok_or("a length is no int32")
+    let fits = |size: i64| i32::try_from(size).map_err(|_| "the batch or the length is no int32");
+    let (batch, length) = (fits(batch)?, fits(length)?);
+    let int32 = |dims: &[usize], value: i32| {
+        let all = vec![f64::from(value); dims.iter().product()];
+        Tensor::from_f64s(DataType::Int32, dims, &all).ok_or(Refusal::NoMatch)
     };
-    let last = int32(&[batch], (length - 1) as f64)?;
-    let total = int32(&[], length as f64)?;
+    let last = int32(&[usize::try_from(batch).map_err(|_| Refusal::NoMatch)?], length - 1)?;
+    let total = int32(&[], length)?;
     Ok([g.constant("last", last), g.constant("total", total)])
 }

@@ -76,7 +76,7 @@ impl Heads {
             } else if !node.is("Identity") {
                 break;
             }
-            at = node.input(0).ok_or("a node of the heads lacks its input")?;
+            at = node.input(0).ok_or(Refusal::NoMatch)?;
         }
         let shape = m.facts().shape(at).ok_or("the shape of queries, keys or values is unknown")?;
         let sizes: Vec<DimExpr> = perm.iter().map(|&axis| shape[axis].clone()).collect();

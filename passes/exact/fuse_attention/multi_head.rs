@@ -10,14 +10,14 @@ use super::{
 };
 use crate::{
     Match, Refusal, Replacement,
-    exact::norm_parts::{CONTRIB, require_ort},
+    exact::norm_parts::{CONTRIB, require_ort_type},
 };
 use lathe_analysis::DimExpr;
 use lathe_ir::{Node, Patch, ValueId};
 
 /// Writes `MultiHeadAttention`, or what is better than it.
 pub(super) fn fuse(m: &Match, g: &mut Patch, attention: &Attention) -> Result<Replacement, Refusal> {
-    require_ort(m, attention.elem, "the attention of ONNX Runtime is for its target")?;
+    require_ort_type(m, attention.elem)?;
     let slow = "MultiHeadAttention is slower than its steps on this execution provider";
     let made = if group_query::is_for(m, attention)? && pays(m, "GroupQueryAttention") {
         Made { joined: group_query::write(m, g, attention)?, present: Vec::new() }
@@ -139,20 +139,20 @@ fn with_sink(
     rows: Option<&DimExpr>,
 ) -> Result<ValueId, Refusal> {
     let near = [attention.q.value, attention.k.value];
-    let sink = attention.sink.ok_or("there is no sink")?;
-    let shape = m.facts().shape(sink).ok_or("the shape of a sink is unknown")?;
+    let sink = attention.sink.ok_or(Refusal::NoMatch)?;
+    let shape = m.facts().shape(sink).ok_or(Refusal::NoMatch)?;
     let batch = attention.q.batch()?;
     let whole = [batch.clone(), attention.count()?.into(), attention.q.length.clone(), 1.into()];
     m.require(*shape == whole, "a sink is not one score for each query of each head")?;
-    let unknown = "a size by which a sink is repeated cannot be read off an input";
     let column = match rows {
         Some(rows) => {
-            let to = sizes(m, g, &[batch.clone(), heads.into(), rows.clone(), 1.into()], &near).ok_or(unknown)?;
+            let to =
+                sizes(m, g, &[batch.clone(), heads.into(), rows.clone(), 1.into()], &near).ok_or(Refusal::NoMatch)?;
             g.node(Node::new("Reshape").with("allowzero", 1), &[sink, to])
         }
         None => sink,
     };
-    let to = sizes(m, g, &[batch, heads.into(), 1.into(), 1.into()], &near).ok_or(unknown)?;
+    let to = sizes(m, g, &[batch, heads.into(), 1.into(), 1.into()], &near).ok_or(Refusal::NoMatch)?;
     let full = g.node(Node::new("Expand"), &[bias, to]);
     Ok(g.node(Node::new("Concat").with("axis", 3), &[full, column]))
 }
@@ -222,14 +222,18 @@ fn stacked(m: &Match, g: &mut Patch, attention: &Attention) -> Result<Made, Refu
     Ok(Made { joined: g.reshape(turned, &[0, 0, attention.count()? * v.size]), ..made })
 }
 
+/// How often a bias is repeated for heads that share keys.
+const MOST_COPIES: usize = 1024;
+
 /// A bias whose rows follow one another as the queries of a group do, `[1 or batch, 1 or keys, groups · queries, keys]`.
 fn stacked_bias(m: &Match, g: &mut Patch, a: &Attention, bias: bias::Bias, rows: &DimExpr) -> Result<ValueId, Refusal> {
     let [batch, heads, _, columns] = bias.dims;
     if heads.as_known() == Some(1) {
-        let copies = usize::try_from(a.groups()?).map_err(|_| "too many heads share keys")?;
+        let copies = usize::try_from(a.groups()?).ok().filter(|&copies| copies <= MOST_COPIES);
+        let copies = copies.ok_or("too many heads share keys")?;
         return Ok(g.node(Node::new("Concat").with("axis", 2), &vec![bias.value; copies]));
     }
     let to = [batch, a.k.count()?.into(), rows.clone(), columns];
-    let to = sizes(m, g, &to, &[a.q.value, a.k.value]).ok_or("the sizes of a mask cannot be read off an input")?;
+    let to = sizes(m, g, &to, &[a.q.value, a.k.value]).ok_or(Refusal::NoMatch)?;
     Ok(g.node(Node::new("Reshape").with("allowzero", 1), &[bias.value, to]))
 }

@@ -74,13 +74,13 @@ pub(super) enum TermKind {
 
 /// Reads the attention whose weights are `weights`. Passes over values that no softmax makes.
 pub(super) fn read(m: &Match, weights: &Operand) -> Result<Spelled, Refusal> {
-    let (weights, turn) = weights.upright(m).ok_or_else(Refusal::no_match)?;
-    let keys = m.facts().shape(weights).and_then(<[_]>::last).ok_or_else(Refusal::no_match)?.clone();
+    let (weights, turn) = weights.upright(m).ok_or(Refusal::NoMatch)?;
+    let keys = m.facts().shape(weights).and_then(<[_]>::last).ok_or(Refusal::NoMatch)?.clone();
     let mut path = Path::default();
     path.nodes.extend(turn.into_iter().chain([m.root()]));
     let Weights { softmax, zeroes_nan, regrouped, drops_last } = softmax_of(m, weights, &mut path)?;
     let node = m.graph().node(softmax);
-    let mut scores = node.input(0).ok_or("the softmax has no input")?;
+    let mut scores = node.input(0).ok_or(Refusal::NoMatch)?;
     let ndim = m.facts().ndim(scores).ok_or("the number of axes of the scores is unknown")?;
     let default = if m.opset() >= 13 { -1 } else { 1 };
     let axis = m.axis(node.int("axis").unwrap_or(default), ndim)?;
@@ -223,7 +223,7 @@ struct Weights {
 fn softmax_of(m: &Match, weights: ValueId, path: &mut Path) -> Result<Weights, Refusal> {
     let (mut at, mut zeroes_nan, mut regrouped, mut dropped) = (weights, false, false, false);
     for _ in 0..DEPTH {
-        let (id, node) = producer(m, at).ok_or_else(Refusal::no_match)?;
+        let (id, node) = producer(m, at).ok_or(Refusal::NoMatch)?;
         path.pass(m, at);
         if node.is("Softmax") {
             return Ok(Weights { softmax: id, zeroes_nan, regrouped, drops_last: dropped });
@@ -234,17 +234,17 @@ fn softmax_of(m: &Match, weights: ValueId, path: &mut Path) -> Result<Weights, R
             path.nodes.extend(node.input(0).and_then(|condition| m.graph().producer(condition)));
             kept
         } else if is_layout(node) || node.is("Identity") || is_float_cast(m, node) {
-            node.input(0).ok_or_else(Refusal::no_match)?
+            node.input(0).ok_or(Refusal::NoMatch)?
         } else if !dropped && !regrouped && drops_last(m, node) {
             dropped = true;
-            node.input(0).ok_or_else(Refusal::no_match)?
+            node.input(0).ok_or(Refusal::NoMatch)?
         } else if follows_softmax(m, node, &mut SEARCH.clone()) {
             return Err(format!("`{}` lies between the softmax and the product with the values", node.op_type).into());
         } else {
-            return Err(Refusal::no_match());
+            return Err(Refusal::NoMatch);
         };
     }
-    Err(Refusal::no_match())
+    Err(Refusal::NoMatch)
 }
 
 /// Whether a node only changes the precision of floats.
@@ -323,7 +323,7 @@ impl Reader<'_, '_> {
                 return Ok((product, at));
             }
             let (_, node) = producer(self.m, at).ok_or("the scores are not computed by a product")?;
-            let input = |index: usize| node.input(index).ok_or("a node of the scores lacks an input");
+            let input = |index: usize| node.input(index).ok_or(Refusal::NoMatch);
             at = match node.op_type.as_str() {
                 "Identity" => input(0)?,
                 _ if is_float_cast(self.m, node) => input(0)?,
@@ -360,8 +360,8 @@ impl Reader<'_, '_> {
     /// Passes an elementwise node with two operands of which one leads on. Returns that one.
     fn step(&mut self, node: &Node) -> Result<ValueId, Refusal> {
         let m = self.m;
-        let output = node.output(0).ok_or("a node of the scores has no output")?;
-        let operand = |index: usize| node.input(index).ok_or("a node of the scores lacks an input");
+        let output = node.output(0).ok_or(Refusal::NoMatch)?;
+        let operand = |index: usize| node.input(index).ok_or(Refusal::NoMatch);
         let candidates: &[usize] = match node.op_type.as_str() {
             "Where" => &[1, 2],
             "Sub" | "Div" => &[0],
@@ -377,15 +377,18 @@ impl Reader<'_, '_> {
             .filter_map(|&index| Some((distance(m, node.input(index)?, DEPTH)?, index)))
             .min();
         let (_, main) = main.ok_or_else(|| {
-            Refusal(format!("no operand of a `{}` before the softmax is provably a product of its shape", node.op_type))
+            Refusal::from(format!(
+                "no operand of a `{}` before the softmax is provably a product of its shape",
+                node.op_type
+            ))
         })?;
-        let at = m.facts().shape(operand(main)?).ok_or("the shape of the scores is unknown")?.to_vec();
+        let at = m.facts().shape(operand(main)?).ok_or(Refusal::NoMatch)?.to_vec();
         match node.op_type.as_str() {
             "Where" => {
                 let (condition, fill) = (operand(0)?, operand(3 - main)?);
                 let fill =
                     uniform(m, fill).ok_or("what hidden scores become is not one constant number")? * self.factor;
-                let elem = m.facts().elem(output).ok_or("the type of the scores is unknown")?;
+                let elem = m.facts().elem(output).ok_or(Refusal::NoMatch)?;
                 m.require(hides(fill, elem), "what hidden scores become does not hide them in every sum")?;
                 self.term(condition, TermKind::Hidden { seen: main == 1, fill }, 1.0, at)?;
             }
@@ -395,7 +398,7 @@ impl Reader<'_, '_> {
             }
             _ => self.multiply(operand(1 - main)?, node.is("Div"), at)?,
         }
-        Ok(operand(main)?)
+        operand(main)
     }
 
     /// Whether the scores go through `value`: the node that makes `output` from it and `others` broadcasts it along no

@@ -624,19 +624,284 @@ fn refuses() {
         plain(17).replace("float[B,T,8] c", "float[B,U,8] c").replace("float[B,1,S,T] mask", "float[B,1,S,W] mask");
     check_refuses_in(&FuseAttention, &other, "queries, keys and values do not fit", &ort());
     let between = plain(17).replace("context = MatMul (weights", "less = Mul (weights, root) context = MatMul (less");
-    check_refuses_in(&FuseAttention, &between, "`Mul` lies between the softmax and the product", &ort());
+    check_refuses_in(
+        &FuseAttention,
+        &between,
+        "`Mul` lies between the softmax and the product with the values",
+        &ort(),
+    );
     let abs = plain(17).replace("Softmax <axis = -1> (masked)", "Softmax <axis = -1> (abs)");
     let abs = abs.replace("weights = ", "abs = Abs (masked) weights = ");
-    check_refuses_in(&FuseAttention, &abs, "`Abs` lies between the product", &ort());
+    check_refuses_in(
+        &FuseAttention,
+        &abs,
+        "`Abs` lies between the product of queries and keys and the softmax",
+        &ort(),
+    );
     let axis = plain(17).replace("Softmax <axis = -1>", "Softmax <axis = 2>");
     check_refuses_in(&FuseAttention, &axis, "the softmax is not over the keys", &ort());
     let weak = plain(17)
         .replace("float[B,1,S,T] mask", "bool[B,1,S,T] mask")
         .replace("float root", "float low = {-1e4}, float root");
     let weak = weak.replace("Add (scaled, mask)", "Where (mask, scaled, low)");
-    check_refuses_in(&FuseAttention, &weak, "does not hide them", &ort());
+    check_refuses_in(&FuseAttention, &weak, "what hidden scores become does not hide them in every sum", &ort());
     let rows = plain(17).replace("float[B,1,S,T] mask", "float[C,1,S,T] mask");
-    check_refuses_in(&FuseAttention, &rows, "no operand of a `Add` before the softmax is provably", &ort());
+    check_refuses_in(
+        &FuseAttention,
+        &rows,
+        "no operand of a `Add` before the softmax is provably a product of its shape",
+        &ort(),
+    );
     let zero = plain(17).replace("float root = {2}", "float root = {inf}");
     check_refuses_in(&FuseAttention, &zero, "the scale is 0 or not finite", &ort());
+}
+
+/// The scores of `bare` without a mask, and the weights of `scores`.
+fn scored(inputs: &str, inits: &str, body: &str) -> String {
+    bare(inputs, inits, &format!("{TURN} s = MatMul (q, kt) {body}"))
+}
+
+fn refuses_ort(graph: &str, reason: &str) {
+    check_refuses_in(&FuseAttention, graph, reason, &ort());
+}
+
+/// A graph with one operator set more, for operators that nothing is known of.
+fn strange(graph: &str) -> String {
+    let (opset, rest) = graph.split_once(']').unwrap();
+    format!(r#"{opset}, "test" : 1]{rest}"#)
+}
+
+const SOFTMAX: &str = "weights = Softmax <axis = -1>";
+
+#[test]
+fn refuses_masks_that_are_not_known_to_fit() {
+    let masked = format!("a = Add (s, m) {SOFTMAX} (a)");
+    let sized = |graph: String| graph.replace("[B,2,S,8]", "[2,2,3,8]").replace("[B,2,T,8]", "[2,2,5,8]");
+    let stated = sized(scored("", ", float[2,2,3,5] a", &format!("m = test.Strange (q) {masked}")));
+    refuses_ort(&strange(&stated), "the shape of a mask is unknown");
+    let numbers = scored(", float[B,1,1,T] seen", "", &format!("a = Where (seen, s, low) {SOFTMAX} (a)"));
+    refuses_ort(&numbers, "the condition of a mask is not boolean");
+    let wide = scored(
+        ", float[B,1,S,T] m",
+        "",
+        "w = Cast <to = 1> (s) a = Add (w, m) p = Softmax <axis = -1> (a) weights = Cast <to = 10> (p)",
+    );
+    let wide = wide.replace("float[B,2", "float16[B,2");
+    refuses_ort(&wide, "a mask has another type than the values");
+    let fixed = |mask: &str| sized(scored(mask, "", &masked));
+    refuses_ort(&fixed(", float[C,1,3,5] m"), "the sizes of the mask are not provably 1 or those of batch and heads");
+    refuses_ort(&fixed(", float[1,H,3,5] m"), "the sizes of the mask are not provably 1 or those of batch and heads");
+    refuses_ort(&fixed(", float[1,1,R,5] m"), "the mask has another number of queries");
+    let two = fixed(", float[1,1,R,5] m, float[1,1,W,5] n")
+        .replace("(a)", "(b)")
+        .replace("weights =", "b = Add (a, n) weights =");
+    refuses_ort(&two, "two masks are not provably of sizes that fit");
+}
+
+#[test]
+fn refuses_masks_where_axes_are_regrouped() {
+    let graph = |wide: &str, step: &str| {
+        format!(
+            r#"<opset_import: ["" : 17]>
+            g (float[6,4,8] q, float[6,5,8] k, float[6,5,8] v, float[3,1,4,5] m, float[2,1,1] r) => (float[6,4,8] y)
+            <int64[4] wide = {{{wide}}}, int64[3] narrow = {{6, 4, 5}}> {{
+                kt = Transpose <perm = [0, 2, 1]> (k)
+                s = MatMul (q, kt)
+                s4 = Reshape (s, wide)
+                a = {step}
+                s3 = Reshape (a, narrow)
+                p = Softmax <axis = -1> (s3)
+                y = MatMul (p, v)
+            }}"#
+        )
+    };
+    refuses_ort(&graph("3, 2, 4, 5", "Add (s4, m)"), "the axes of the scores are regrouped before a mask is added");
+    refuses_ort(&graph("3, 2, 4, 5", "Mul (s4, r)"), "the axes of the scores are regrouped before they are multiplied");
+}
+
+#[test]
+fn repeats_nothing_before_there_is_expand() {
+    let row = plain(7).replace("float[B,1,S,T] mask", "float[B,1,1,T] mask").replace("axis = -1", "axis = 3");
+    refuses_ort(&row, "a mask of one row is repeated with Expand of opset 8");
+    let windows = r#"<opset_import: ["" : 7]>
+        g (float[3,2,4,8] q, float[3,2,4,8] k, float[3,2,4,8] v, float[1,3,1,4,4] m) => (float[3,2,4,8] y)
+        <int64[5] wide = {1, 3, 2, 4, 4}, int64[4] narrow = {3, 2, 4, 4}> {
+            kt = Transpose <perm = [0, 1, 3, 2]> (k)
+            s = MatMul (q, kt)
+            s5 = Reshape (s, wide)
+            sm = Add (s5, m)
+            s4 = Reshape (sm, narrow)
+            p = Softmax <axis = 3> (s4)
+            y = MatMul (p, v)
+        }"#;
+    refuses_ort(windows, "a mask is repeated with Expand of opset 8");
+}
+
+#[test]
+fn refuses_heads_that_are_not_known_to_fit() {
+    let plain = scored("", "", &format!("{SOFTMAX} (s)"));
+    let sized = |q: &str, k: &str, v: &str| {
+        let graph = plain
+            .replace("float[B,2,S,8] q", &format!("float[{q}] q"))
+            .replace("float[B,2,T,8] k", &format!("float[{k}] k"));
+        graph.replace("float[B,2,T,8] v", &format!("float[{v}] v")).replace("float[B,2,S,8] y", "float[] y")
+    };
+    let vector = r#"<opset_import: ["" : 17]> g (float[S,8] q, float[8,T] k, float[T] v) => (float[S] y) {
+        s = MatMul (q, k) p = Softmax <axis = -1> (s) y = MatMul (p, v) }"#;
+    refuses_ort(vector, "queries, keys or values have less than two axes");
+    let query = r#"<opset_import: ["" : 17]> g (float[8] q, float[8,T] k, float[T,6] v) => (float[6] y) {
+        s = MatMul (q, k) p = Softmax <axis = -1> (s) y = MatMul (p, v) }"#;
+    refuses_ort(query, "the scores have less than two axes");
+    let stated =
+        strange(&plain).replace("(float[B,2,S,8] y)", "(float[B,2,S,8] y, float[B,2,8,T] kt)").replace("(k)", "(u)");
+    let stated = stated.replace("kt = ", "u = test.Strange (k) kt = ");
+    refuses_ort(&stated, "the shape of queries, keys or values is unknown");
+    refuses_ort(&sized("B,2,S,D", "B,2,T,D", "B,2,T,8"), "the size of a head is unknown");
+    refuses_ort(&sized("B,N,S,8", "B,N,T,8", "B,N,T,8"), "the number of heads is unknown");
+    refuses_ort(&sized("1,2,S,8", "B,2,T,8", "B,2,T,8"), "the queries are not provably as many as the scores");
+    refuses_ort(&sized("B,2,S,8", "B,2,T,8", "B,1,T,8"), "keys and values have different heads");
+    refuses_ort(&sized("B,2,S,8", "1,2,T,8", "1,2,T,8"), "the keys are broadcast along the batch");
+    refuses_ort(
+        &sized("A,B,2,S,8", "A,B,1,T,8", "A,B,1,T,8").replace("[0, 1, 3, 2]", "[0, 1, 2, 4, 3]"),
+        "heads share keys, and there are several batch axes",
+    );
+    refuses_ort(
+        &sized("B,2,S,8", "B,1,T,8", "B,1,T,8").replace(": 18", ": 13"),
+        "heads that share keys need a Reshape of opset 14",
+    );
+    let many = sized("B,2048,3,8", "B,1,T,8", "B,1,T,8").replace("q, float", "q, float[B,1,3,T] m, float");
+    refuses_ort(
+        &many.replace("weights = Softmax <axis = -1> (s)", "a = Add (s, m) weights = Softmax <axis = -1> (a)"),
+        "too many heads share keys",
+    );
+    let open = sized("B,200,S,8", "B,1,T,8", "B,1,T,8");
+    refuses_ort(&open, "the sizes of batch and queries cannot be read off an input");
+    let huge = i64::MAX / 2 + 1;
+    refuses_ort(
+        &sized(&format!("2,{huge},3,8"), &format!("2,{huge},5,8"), &format!("2,{huge},5,8")),
+        "the heads are too wide",
+    );
+    refuses_ort(&sized(&format!("2,4,{huge},8"), "2,1,5,8", "2,1,5,8"), "the sizes of the queries overflow");
+    let wide = format!("{huge},4,2,3,8");
+    refuses_ort(
+        &sized(&wide, &wide, &wide).replace("[0, 1, 3, 2]", "[0, 1, 2, 4, 3]"),
+        "the size of the batch overflows",
+    );
+    let batches = sized("A,B,2,S,8", "A,B,2,T,8", "A,B,2,T,8").replace("[0, 1, 3, 2]", "[0, 1, 2, 4, 3]");
+    refuses_ort(&batches.replace(": 18", ": 13"), "several sizes that may be 0 need a Reshape of opset 14");
+    refuses_ort(&batches, "a size cannot be read off an input of the graph");
+    let long =
+        grouped_fixed("causal").replace("[2,3,", "[2,3000000000,").replace("[2,1,3,3]", "[2,1,3000000000,3000000000]");
+    refuses_ort(&long, "the batch or the length is no int32");
+    let narrowed = plain
+        .replace("MatMul (weights, v)", "MatMul (half_weights, v)")
+        .replace("y = ", "half_weights = Cast <to = 10> (weights) y = ");
+    refuses_ort(
+        &narrowed.replace("float[B,2,T,8] v", "float16[B,2,T,8] v"),
+        "queries, keys and values have different types",
+    );
+}
+
+#[test]
+fn refuses_sinks_that_are_not_one_score_for_each_query() {
+    let sink = |shape: &str, mask: &str, step: &str| {
+        let inits = ", int64[1] last = {-1}, int64[1] first = {0}, int64[1] three = {3}";
+        let body = format!("{step} p = Softmax <axis = 3> (e) weights = Slice (p, first, last, three)");
+        scored(&format!("{mask}, float[{shape}] sink"), inits, &body)
+    };
+    let joined = "a = Add (s, m) e = Concat <axis = 3> (a, sink)";
+    let mask = ", float[1,1,S,T] m";
+    let fits = sink("B,2,S,1", mask, joined);
+    refuses_ort(&sink("C,2,S,1", mask, joined), "a sink is not one score for each query of each head");
+    refuses_ort(&sink("B,2,S,1", "", "e = Concat <axis = 3> (s, sink)"), "a sink without a mask");
+    refuses_ort(&fits.replace(": 18", ": 10"), "a key is added with the Pad of opset 11");
+    let sized = fits
+        .replace("[B,2,S,", "[2,2,3,")
+        .replace("[B,2,T,", "[2,2,5,")
+        .replace("[1,1,S,T]", "[1,1,3,5]")
+        .replace(": 18", ": 23");
+    check_refuses(&FuseAttention, &sized, "Attention has no sink");
+    let short = sink("B,2,S,1", "", "e = Identity (s)")
+        .replace("[B,2,T,8] k", "[B,2,6,8] k")
+        .replace("[B,2,T,8] v", "[B,2,5,8] v");
+    refuses_ort(&short, "the last weight is dropped, and its score is not one beside the others");
+}
+
+#[test]
+fn refuses_scores_that_are_not_read() {
+    let given = bare(", float[B,2,S,T] given", "", &format!("{SOFTMAX} (given)"));
+    refuses_ort(&given, "the scores are not computed by a product");
+    let stated = bare("", "", &format!("s = test.Strange (q) {SOFTMAX} (s)"))
+        .replace("(float[B,2,S,8] y)", "(float[B,2,S,8] y, float[B,2,S,T] weights)");
+    refuses_ort(&strange(&stated), "the number of axes of the scores is unknown");
+    let einsum = bare(
+        "",
+        ", float[B,2,S,T] a",
+        &format!(
+            "u = test.Strange (q) s = Einsum <equation = \"bhid,bhjd->bhij\"> (u, k) a = Identity (s) {SOFTMAX} (a)"
+        ),
+    );
+    refuses_ort(&strange(&einsum), "the sizes of the scores are unknown");
+    let chain: String = (0..40).map(|i| format!("i{} = Identity (i{i}) ", i + 1)).collect();
+    let chain = scored("", "", &format!("i0 = Identity (s) {chain} {SOFTMAX} (i40)"));
+    refuses_ort(&chain, "too many nodes lie between the product of queries and keys and the softmax");
+    let where_to =
+        scored(", float[B,1,S,T] m, bool[B,1,S,T] seen", "", &format!("a = Where (seen, s, m) {SOFTMAX} (a)"));
+    refuses_ort(&where_to, "what hidden scores become is not one constant number");
+}
+
+#[test]
+fn refuses_other_orders_of_steps() {
+    let refuses = |body: &str, reason: &str| {
+        refuses_ort(&scored(", float[B,1,S,T] m, float[2,1,1] r", "", &format!("{body} {SOFTMAX} (z)")), reason);
+    };
+    refuses("a = Tanh (s) z = Tanh (a)", "the scores are capped twice");
+    refuses("a = Tanh (s) z = Mul (a, r)", "capped scores are multiplied by a computed factor");
+    refuses("a = Add (s, m) z = Tanh (a)", "something is added before the scores are capped");
+    refuses("a = Add (s, m) z = Mul (a, r)", "something is added before the scores meet a computed factor");
+    refuses("a = Add (s, m) z = Mul (a, inf)", "an addend is multiplied by what is not finite");
+    let factor = scored("", ", float[2,2,3,5] z", &format!("r = test.Strange (q) z = Mul (s, r) {SOFTMAX} (z)"));
+    let factor = factor.replace("[B,2,S,8]", "[2,2,3,8]").replace("[B,2,T,8]", "[2,2,5,8]");
+    refuses_ort(&strange(&factor), "the shape of a factor of the scores is unknown");
+}
+
+#[test]
+fn the_standard_attention_needs_batch_and_heads() {
+    let three = r#"<opset_import: ["" : 23]> g (float[2,3,8] q, float[2,8,5] k, float[2,5,8] v) => (float[2,3,8] y) {
+        s = MatMul (q, k) p = Softmax (s) y = MatMul (p, v) }"#;
+    check_refuses(&FuseAttention, three, "batch and heads are one axis");
+    let turned = r#"<opset_import: ["" : 23]> g (float[2,4,3,8] q, float[2,4,8,5] k, float[2,4,5,8] v) => (float[2,3,4,8] y) {
+        s = MatMul (q, k) p = Softmax (s) y = Einsum <equation = "bhij,bhjd->bihd"> (p, v) }"#;
+    check_refuses(&FuseAttention, turned, "batch and heads are regrouped before the product with the values");
+}
+
+#[test]
+fn only_one_operator_caps_scores() {
+    let body = format!("a = Tanh (s) {SOFTMAX} (a)");
+    let known = scored("", "", &body).replace("[B,2,S,", "[2,2,3,").replace("[B,2,T,", "[2,2,3,");
+    check_refuses(&FuseAttention, &known.replace(": 18", ": 23"), "ONNX Runtime caps the scores after the mask");
+    let slow = Context { slow_kernels: ["GroupQueryAttention".to_owned()].into(), ..ort() };
+    check_refuses_in(&FuseAttention, &known, "MultiHeadAttention has no soft cap", &slow);
+    let shared = known.replace("float[2,2,3,8] k", "float[2,1,3,8] k").replace("float[2,2,3,8] v", "float[2,1,3,8] v");
+    check_refuses_in(&FuseAttention, &shared, "MultiHeadAttention has no soft cap", &slow);
+}
+
+#[test]
+fn reads_no_size_off_what_comes_later() {
+    // The nodes stand in another order than they are computed in.
+    let graph = r#"<opset_import: ["" : 17]>
+        g (float[A,B,3,2,4,8] q, float[A,B,3,2,4,8] k, float[A,B,3,2,4,8] v, float[1,3,1,4,4] m) => (float[] y)
+        <int64[5] wide = {-1, 3, 2, 4, 4}, int64[1] zero = {0}, int64[1] two = {2}, int64[4] rest = {3, 2, 4, 4}> {
+            y = MatMul (p, v)
+            kt = Transpose <perm = [0, 1, 2, 3, 5, 4]> (k)
+            s = MatMul (q, kt)
+            s5 = Reshape (s, wide)
+            sm = Add (s5, m)
+            l = Shape (q)
+            front = Slice (l, zero, two)
+            to = Concat <axis = 0> (front, rest)
+            s6 = Reshape (sm, to)
+            p = Softmax <axis = -1> (s6)
+        }"#;
+    refuses_ort(graph, "a size by which a mask is repeated cannot be read off an input");
 }

@@ -43,5 +43,5 @@ pub(super) fn hides(fill: f64, elem: DataType) -> bool {
 
 /// The tensor of one number of type `elem`.
 pub(super) fn number(elem: DataType, value: f64) -> Result<Tensor, Refusal> {
-    Tensor::from_f64s(elem, &[], &[value]).ok_or_else(|| "the element type has no such number".into())
+    Tensor::from_f64s(elem, &[], &[value]).ok_or(Refusal::NoMatch)
 }

@@ -143,15 +143,79 @@ fn refuses() {
             .replace("(f, f)", "(f, u)")
             .replace("0.1}", "0.1}, float[3] other = {1, 2, 3}")
             .replace("f = Mul (u, frequencies)", "f = Mul (u, other)"),
-        "not joined from one value",
+        "the angles of the two halves are not joined from one value",
     );
     check_refuses(
         &FuseRotary,
         &SLICED.replace("(float[B,2,S,4] y)", "(float[B,2,S,4] y, float[B,2,S,4] b)"),
         "graph output",
     );
-    check_refuses(&FuseRotary, &SLICED.replace("sines = Sin (both)", "sines = Tanh (both)"), "not those of angles");
+    check_refuses(
+        &FuseRotary,
+        &SLICED.replace("sines = Sin (both)", "sines = Tanh (both)"),
+        "the cosines or sines are not those of angles that are computed here",
+    );
     check_refuses(&FuseRotary, &SLICED.replace("float", "double"), "not float or float16");
     check_untouched(&FuseRotary, &SLICED.replace("Concat <axis = -1> (minus, low)", "Concat <axis = -1> (low, minus)"));
     check_untouched(&FuseRotary, &SLICED.replace("(x, two, all, end)", "(x, zero, two, end)"));
+}
+
+#[test]
+fn refuses_heads_and_angles_of_other_shapes() {
+    let refuses = |graph: &str, reason: &str| check_refuses(&FuseRotary, graph, reason);
+    let sliced = SLICED.replace(r#"["" : 23]"#, r#"["" : 23, "test" : 1]"#);
+    let cos = "cos = Unsqueeze (cosines, one)";
+    let strange = sliced.replace(cos, "cos = test.Strange (cosines)");
+    refuses(&strange, "the shape of the cosines or sines is unknown");
+    let by_head = sliced.replace("float[B,S] p", "float[B,2,S] p").replace(cos, "cos = Identity (cosines)");
+    let by_head = by_head.replace("sin = Unsqueeze (sines, one)", "sin = Identity (sines)");
+    refuses(&by_head, "the cosines or sines are not the same for all heads");
+    let narrow = sliced.replace("cosines = Cos (both)", "cosines = Cos (u)");
+    refuses(&narrow, "the cosines or sines have another size than the heads");
+    let rounded = sliced
+        .replace(cos, "rough = Cast <to = 16> (cosines) back = Cast <to = 1> (rough) cos = Unsqueeze (back, one)");
+    refuses(&rounded, "the cosines or sines are rounded");
+    let three = sliced.replace("float[B,2,S,4]", "float[2,S,4]").replace("float[B,S] p", "float[S] p");
+    let three = three
+        .replace(cos, "cos = Identity (cosines)")
+        .replace("sin = Unsqueeze (sines, one)", "sin = Identity (sines)");
+    refuses(&three, "the heads do not have four axes");
+    refuses(&sliced.replace("float[B,S] p", "float[B,1] p"), "the angles are for another number of positions");
+    refuses(&sliced.replace("float[B,2,S,4] x", "float[1,2,S,4] x"), "the angles are for another batch");
+    let moved = sliced.replace("[B,2,S,4]", "[1,2,6,4]").replace("float[B,S] p", "float[2,3] p");
+    let moved = moved
+        .replace(cos, "cos = Reshape (cosines, to)")
+        .replace("sin = Unsqueeze (sines, one)", "sin = Reshape (sines, to)");
+    let moved = moved.replace("int64[1] one", "int64[4] to = {1, 1, 6, 4}, int64[1] one");
+    refuses(&moved, "the angles have other axes than batch, positions and size");
+    let apart = sliced
+        .replace("Concat <axis = -1> (f, f)", "Concat <axis = -1> (f4, f4)")
+        .replace("both = ", "f4 = Unsqueeze (f, one) both = ");
+    let apart = apart
+        .replace(cos, "cos = Identity (cosines)")
+        .replace("sin = Unsqueeze (sines, one)", "sin = Identity (sines)");
+    refuses(&apart, "neither the batch nor the positions of the angles are known");
+}
+
+#[test]
+fn refuses_angles_of_which_little_is_known() {
+    let refuses = |graph: &str, reason: &str| check_refuses(&FuseRotary, graph, reason);
+    let shown = SLICED.replace(r#"["" : 23]"#, r#"["" : 23, "test" : 1]"#);
+    let shown =
+        shown.replace("=> (float[B,2,S,4] y)", "=> (float[B,2,S,4] y, float[B,S,4] cosines, float[B,S,4] sines)");
+    let strange = shown.replace("f = Mul (u, frequencies)", "f = test.Strange (u)");
+    refuses(&strange, "the number of axes of the angles is unknown");
+    // A Cast that does not say to what.
+    let typeless = shown.replace("f = Mul (u, frequencies)", "f0 = Mul (u, frequencies) f = Cast (f0)");
+    refuses(&typeless, "the element type of the angles is unknown");
+}
+
+#[test]
+fn counts_positions_where_the_operator_set_can() {
+    let old = SLICED
+        .replace(": 23", ": 10")
+        .replace("(p, end)", "<axes = [2]> (p)")
+        .replace("(cosines, one)", "<axes = [1]> (cosines)");
+    let old = old.replace("(sines, one)", "<axes = [1]> (sines)");
+    check_refuses_in(&FuseRotary, &old, "positions are counted with operators of opset 11", &ort());
 }

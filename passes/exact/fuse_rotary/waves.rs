@@ -66,7 +66,7 @@ impl Waves {
         let twice = first == second && axis + 1 == ndim && last(m, first) == Some(size / 2) && size % 2 == 0;
         m.require(twice, "the angles of the two halves are not joined from one value")?;
         // Where nothing but these axes is longer than one, a Reshape gives them back.
-        let shape = m.facts().shape(first).ok_or("the shape of the angles is unknown")?;
+        let shape = m.facts().shape(first).ok_or(Refusal::NoMatch)?;
         let long = |shape: &[DimExpr]| shape.iter().filter(|d| **d != DimExpr::from(1)).cloned().collect::<Vec<_>>();
         let wanted = [batch.clone(), positions.clone(), DimExpr::from(size / 2)];
         m.require(long(shape) == long(&wanted), "the angles have other axes than batch, positions and size")?;
@@ -77,8 +77,8 @@ impl Waves {
     /// unless `standard`.
     pub(super) fn halved(&self, m: &Match, g: &mut Patch, elem: DataType, standard: bool) -> Result<ValueId, Refusal> {
         let from = m.facts().elem(self.angles).ok_or("the element type of the angles is unknown")?;
-        let shape = m.facts().shape(self.angles).ok_or("the shape of the angles is unknown")?;
-        let half = shape.last().and_then(DimExpr::as_known).ok_or("the size of the angles is unknown")?;
+        let shape = m.facts().shape(self.angles).ok_or(Refusal::NoMatch)?;
+        let half = shape.last().and_then(DimExpr::as_known).ok_or(Refusal::NoMatch)?;
         let mut angles = self.angles;
         if !standard {
             if shape.len() != 2 {
@@ -94,8 +94,7 @@ impl Waves {
         }
         let mut waves = g.node(Node::new(self.op), &[angles]);
         if self.factor != 1.0 {
-            let factor =
-                Tensor::from_f64s(from, &[], &[self.factor]).ok_or("the factor of the waves is no constant")?;
+            let factor = Tensor::from_f64s(from, &[], &[self.factor]).ok_or(Refusal::NoMatch)?;
             let factor = g.constant("factor", factor);
             waves = g.node(Node::new("Mul"), &[waves, factor]);
         }

@@ -255,7 +255,7 @@ impl Site<'_> {
         let copies = |sizes: &[DimExpr]| sizes.iter().skip(1).any(|size| !size.is_positive());
         let copies = self.facts.shape(data).is_none_or(copies);
         self.require(!copies || self.to >= 14, "one of its axes may be empty, which needs version 14")?;
-        let output = self.node().output(0).ok_or("it lacks an output")?;
+        let Some(output) = self.node().output(0) else { return Ok(()) };
         let scope = self.node().scope();
         let name = self.graph.value(output).name.clone();
         let shape = self.graph.append(scope, Node::new("Shape"), &[data], &format!("{name}_shape"));
@@ -265,7 +265,7 @@ impl Site<'_> {
         let reshape = if copies { Node::new("Reshape").with("allowzero", 1) } else { Node::new("Reshape") };
         let back = self.graph.append(scope, reshape, &[output], &name);
         self.graph.replace_uses(output, back);
-        let node = self.graph.producer(back).ok_or("the copy has no producer")?;
+        let node = self.graph.producer(back).expect("the node was just appended");
         // Everything else reads the reshaped output; only the Reshape reads the rows.
         self.graph.set_inputs(node, vec![Some(output), Some(shape)]);
         self.facts.inherit(back, output);
