@@ -22,7 +22,8 @@ static INFO: Info = Info {
           the target ort. Needs heads as [batch, heads, positions, size], and cosines and sines of angles whose two \
           halves are the same value. The standard operator gets a copy of the angles for each batch, made for all heads \
           and layers at once where an input of the model has the same batch. Declines where inner values have other \
-          uses, and under the target ort where an attention that may take the embedding in is still spelled out.",
+          uses, and under the target ort where an attention of fixed sizes, which may take the embedding in, is still \
+          spelled out.",
     options: &[],
     // The products are the same; a kernel may add them without rounding in between.
     kind: Kind::Equivalent { rtol: 1e-5 },
@@ -67,7 +68,9 @@ fn fuse(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     m.only_if(axis == 3)?;
     let standard = m.has_operator("RotaryEmbedding");
     m.require(standard || m.context().target == Target::Ort, "RotaryEmbedding needs opset 23")?;
-    let waits = m.context().target == Target::Ort && feeds_attention(m);
+    // GroupQueryAttention rotates by itself where its sizes are known.
+    let known = [batch, positions].iter().all(|size| size.as_known().is_some());
+    let waits = m.context().target == Target::Ort && known && feeds_attention(m);
     m.require(!waits, "the attention that reads it is still spelled out")?;
     m.require_no_new_axes(x, &[])?;
     let elem = m.facts().elem(x).ok_or("the element type is unknown")?;
@@ -98,7 +101,7 @@ fn fuse(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
 /// operator may rotate by itself.
 fn feeds_attention(m: &Match) -> bool {
     const TO_PRODUCT: &[&str] =
-        &["Cast", "Concat", "Div", "Expand", "Identity", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze"];
+        &["Cast", "Div", "Expand", "Identity", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze"];
     const TO_SOFTMAX: &[&str] = &["Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Sub", "Tanh", "Where"];
     let mut seen = BTreeSet::new();
     let mut next = vec![(m.value("output"), false)];
