@@ -247,7 +247,14 @@ impl<'a> Match<'a> {
     pub fn perm(&self, label: &str) -> Result<Vec<usize>, Refusal> {
         let node = self.node(label);
         match node.ints("perm") {
-            Some(perm) => Ok(perm.iter().map(|&axis| axis as usize).collect()),
+            Some(perm) => {
+                let axes: Vec<usize> = perm.iter().filter_map(|&axis| usize::try_from(axis).ok()).collect();
+                let mut sorted = axes.clone();
+                sorted.sort_unstable();
+                let ndim = node.input(0).and_then(|input| self.facts.ndim(input)).unwrap_or(perm.len());
+                self.require(sorted.into_iter().eq(0..ndim), "the permutation is not one of the axes")?;
+                Ok(axes)
+            }
             None => {
                 let ndim = node.input(0).and_then(|input| self.facts.ndim(input));
                 let ndim = ndim.ok_or("the number of axes is unknown")?;

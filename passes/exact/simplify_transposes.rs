@@ -378,4 +378,18 @@ mod tests {
         let unknown = "<ir_version: 8, opset_import: [\"\" : 17, \"custom\" : 1]> g (float[2] x) => (float[2] y) { a = custom.F (x) b = Transpose (a) y = Transpose (b) }";
         check_refuses(&SimplifyTransposes, unknown, "the number of axes is unknown");
     }
+
+    #[test]
+    fn leaves_permutations_that_are_none() {
+        for perm in ["[0, -1, 1]", "[0, 0, 1]", "[0, 1]"] {
+            let graph = format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]>
+                g (float[2,3,4] x) => (float[a,b,c] y) {{
+                    t = Transpose <perm = {perm}> (x)
+                    y = Transpose <perm = {perm}> (t)
+                }}"
+            );
+            crate::testing::check_untouched(&SimplifyTransposes, &graph);
+        }
+    }
 }
