@@ -85,7 +85,14 @@ fn fuse(m: &Match, g: &mut Patch) -> Result<ValueId, Refusal> {
     }
     let tables = [cos.halved(m, g, elem, standard)?, sin.halved(m, g, elem, standard)?];
     if !standard {
-        let ids = if cos.batch == one { g.int64s("position", &[0]) } else { counted(m, g, x, batch, positions)? };
+        let (ids, tables) = if cos.batch == one {
+            (g.int64s("position", &[0]), tables)
+        } else {
+            let (ids, sizes) = counted(m, g, x, batch, positions)?;
+            let tables =
+                if batch.as_known().is_some() { tables } else { lengthened(g, tables, sizes, elem, size / 2)? };
+            (ids, tables)
+        };
         let node = Node::new("RotaryEmbedding").in_domain(CONTRIB);
         return Ok(g.node(node, &[x, ids, tables[0], tables[1]]));
     }
@@ -129,9 +136,15 @@ fn feeds_attention(m: &Match) -> bool {
     false
 }
 
-/// Positions `[batch, positions]` that count on from batch to batch.
-fn counted(m: &Match, g: &mut Patch, x: ValueId, batch: &DimExpr, positions: &DimExpr) -> Result<ValueId, Refusal> {
-    m.require(m.opset() >= 11, "positions are counted with operators of opset 11")?;
+/// Positions `[batch, positions]` that count on from batch to batch, and their shape.
+fn counted(
+    m: &Match,
+    g: &mut Patch,
+    x: ValueId,
+    batch: &DimExpr,
+    positions: &DimExpr,
+) -> Result<(ValueId, ValueId), Refusal> {
+    m.require(m.opset() >= 14, "positions are counted with operators of opset 14")?;
     // An input of the model serves all layers at once.
     let alike =
         |v: &ValueId| matches!(m.facts().shape(*v), Some([first, second, ..]) if first == batch && second == positions);
@@ -142,7 +155,24 @@ fn counted(m: &Match, g: &mut Patch, x: ValueId, batch: &DimExpr, positions: &Di
     let count = g.node(Node::new("ReduceProd").with("keepdims", 0), &[sizes]);
     let [zero, one] = [0, 1].map(|number| g.constant("number", Tensor::from_i64s(&[], &[number])));
     let range = g.node(Node::new("Range"), &[zero, count, one]);
-    Ok(g.node(Node::new("Reshape"), &[range, sizes]))
+    // A batch of none or no position is an empty grid.
+    Ok((g.node(Node::new("Reshape").with("allowzero", 1), &[range, sizes]), sizes))
+}
+
+/// Tables with a row more for each position: ONNX Runtime asks for so many even where the batch is empty.
+fn lengthened(
+    g: &mut Patch,
+    tables: [ValueId; 2],
+    sizes: ValueId,
+    elem: DataType,
+    half: i64,
+) -> Result<[ValueId; 2], Refusal> {
+    let zero = Tensor::from_f64s(elem, &[1], &[0.0]).ok_or("the element type has no zero")?;
+    let (second, half) = (g.int64s("second", &[1]), g.int64s("half", &[half]));
+    let positions = g.node(Node::new("Gather").with("axis", 0), &[sizes, second]);
+    let shape = g.node(Node::new("Concat").with("axis", 0), &[positions, half]);
+    let rows = g.node(Node::new("ConstantOfShape").with("value", zero), &[shape]);
+    Ok(tables.map(|table| g.node(Node::new("Concat").with("axis", 0), &[table, rows])))
 }
 
 /// The shape `[batch, 1, 1]`.
