@@ -6,6 +6,7 @@ use crate::{
     frames::{self, Answer, InputHeads, Request},
     statistics::{Gathered, Job},
     trials,
+    verify::{AT_EDGE, RESULT_AT_EDGE},
 };
 use bytes::Bytes;
 use lathe_analysis::{Evaluate, EvaluateError};
@@ -140,11 +141,27 @@ impl Child {
             }
         };
         let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
-        let request = Request::Verify { reference, candidate, inputs, claim, options: options.clone() };
+        let options = options.clone();
+        let mut request = Request::Verify { reference, candidate, inputs, claim, options, left_out: Vec::new() };
         let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
-        match self.ask(&request, &payload)? {
-            (Answer::Verdict(verdict), _) => Ok(verdict),
-            (other, _) => Err(unexpected(&other)),
+        loop {
+            let ended = match self.ask(&request, &payload) {
+                Ok((Answer::Verdict(verdict), _)) => return Ok(verdict),
+                Ok((other, _)) => return Err(unexpected(&other)),
+                Err(error) => error,
+            };
+            let RuntimeError::Ended { stage, message } = &ended else { return Err(ended) };
+            if let Some(sizes) = stage.strip_prefix(RESULT_AT_EDGE) {
+                let (message, sizes) = (message.clone(), sizes.to_owned());
+                return Ok(Verdict::CandidateRefused { message, sizes });
+            }
+            // An engine that the original crashes on some inputs refuses them; the others are still to run.
+            match (stage.strip_prefix(AT_EDGE), &mut request) {
+                (Some(at), Request::Verify { left_out, .. }) if !left_out.iter().any(|(known, _)| known == at) => {
+                    left_out.push((at.to_owned(), message.clone()));
+                }
+                _ => return Err(ended),
+            }
         }
     }
 
@@ -228,7 +245,7 @@ impl Child {
         let _ = frames::write(&mut worker.requests, request, payload);
         let answer = match worker.wait(self.limits, &self.listener) {
             Err(_) if self.listener.is_stopped() => return Err(RuntimeError::Stopped),
-            answer => answer.map_err(RuntimeError::Child)?,
+            answer => answer?,
         };
         *slot = Some(worker);
         match answer {
@@ -292,7 +309,7 @@ impl Evaluate for Child {
 }
 
 impl Worker {
-    fn wait(&mut self, limits: Limits, listener: &Listener) -> Result<(Answer, Bytes), String> {
+    fn wait(&mut self, limits: Limits, listener: &Listener) -> Result<(Answer, Bytes), RuntimeError> {
         let mut start = Instant::now();
         let mut stage = "starting".to_owned();
         loop {
@@ -307,23 +324,28 @@ impl Worker {
                     listener.hear(&progress);
                 }
                 Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => return Err(self.obituary(&stage)),
+                Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => {
+                    let message = self.obituary(&stage);
+                    return Err(RuntimeError::Ended { stage, message });
+                }
                 Err(RecvTimeoutError::Timeout) => {}
             }
             if listener.is_stopped() {
                 self.stop();
-                return Err("the runtime was stopped".to_owned());
+                return Err(RuntimeError::Stopped);
             }
             if let Some(limit) = limits.timeout.filter(|&limit| start.elapsed() > limit) {
                 self.stop();
-                return Err(format!("the runtime was stopped: {stage} took longer than {} s", limit.as_secs_f32()));
+                let message = format!("the runtime was stopped: {stage} took longer than {} s", limit.as_secs_f32());
+                return Err(RuntimeError::Ended { stage, message });
             }
             if let (Some(limit), Some(used)) = (limits.memory, resident(self.process.id()))
                 && used > limit
             {
                 self.stop();
                 let (used, limit) = (used >> 20, limit >> 20);
-                return Err(format!("the runtime was stopped: {stage} took {used} MiB, and {limit} MiB are allowed"));
+                let message = format!("the runtime was stopped: {stage} took {used} MiB, and {limit} MiB are allowed");
+                return Err(RuntimeError::Ended { stage, message });
             }
         }
     }
@@ -419,6 +441,42 @@ mod tests {
         );
         // The next request starts another worker.
         assert_eq!(child.hello().unwrap_err().to_string(), error);
+    }
+
+    /// Compares by way of a worker that says what is in `first`, ends, and is started again to say what is in `second`.
+    fn verified(first: &[Answer], second: &[Answer]) -> Result<Verdict, RuntimeError> {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, answers) in [("first", first), ("second", second)] {
+            let mut wire = Vec::new();
+            answers.iter().for_each(|answer| frames::write(&mut wire, answer, &[]).unwrap());
+            std::fs::write(folder.path().join(name), wire).unwrap();
+        }
+        let at = folder.path().display();
+        let script = format!("if [ -e {at}/once ]; then cat {at}/second; else touch {at}/once; cat {at}/first; fi");
+        let inputs = Inputs::Random(crate::InputSpec::default());
+        let claim = Claim::Equivalent { rtol: None };
+        let child = shell(&script, Limits::default());
+        child.verify(Path::new("a"), Path::new("b"), &inputs, claim, &LoadOptions::default())
+    }
+
+    #[test]
+    fn an_edge_that_crashes_the_original_is_left_out() {
+        let at = |prefix: &str| Answer::Stage(format!("{prefix}n = 0"));
+        let verdict = Verdict::Compared(crate::verify::Report::default());
+        let found = verified(&[at(AT_EDGE)], &[Answer::Verdict(verdict.clone())]).unwrap();
+        assert_eq!(found, verdict);
+        // The second time it is left out, so that something else is wrong.
+        let error = verified(&[at(AT_EDGE)], &[at(AT_EDGE)]).unwrap_err().to_string();
+        assert!(error.contains("running the original at the edge: n = 0"), "{error}");
+        let error = verified(&[Answer::Stage("loading the original".to_owned())], &[]).unwrap_err().to_string();
+        assert!(error.contains("loading the original"), "{error}");
+    }
+
+    #[test]
+    fn an_edge_that_crashes_the_result_is_a_fault() {
+        let stage = Answer::Stage(format!("{RESULT_AT_EDGE}n = 0"));
+        let Verdict::CandidateRefused { sizes, .. } = verified(&[stage], &[]).unwrap() else { panic!() };
+        assert_eq!(sizes, "n = 0");
     }
 
     #[test]

@@ -111,9 +111,17 @@ pub enum RuntimeError {
         /// Why.
         message: String,
     },
-    /// The child process ended, took too long or used too much memory.
+    /// The child process cannot be talked to.
     #[error("{0}")]
     Child(String),
+    /// The child process ended, took too long or used too much memory.
+    #[error("{message}")]
+    Ended {
+        /// What it was doing, in its own words.
+        stage: String,
+        /// How it ended.
+        message: String,
+    },
 }
 
 /// The places where something was found that cannot be used; all of them if there was nothing anywhere.

@@ -5,6 +5,7 @@ use crate::{
     Sample, SetSpec, Verdict,
     statistics::{Gathered, Job},
     trials,
+    verify::LeftOut,
 };
 use bytes::Bytes;
 use lathe_ir::{DataType, Tensor};
@@ -29,8 +30,15 @@ pub(crate) enum Request {
     Evaluate { model: u64, inputs: Vec<Head>, options: LoadOptions },
     /// Run a model on disk on several sets of inputs, whose data is the payload.
     Run { model: PathBuf, inputs: Vec<Vec<Head>>, options: LoadOptions },
-    /// Compare two models on disk.
-    Verify { reference: PathBuf, candidate: PathBuf, inputs: InputHeads, claim: Claim, options: LoadOptions },
+    /// Compare two models on disk, but not on the inputs that `left_out` names.
+    Verify {
+        reference: PathBuf,
+        candidate: PathBuf,
+        inputs: InputHeads,
+        claim: Claim,
+        options: LoadOptions,
+        left_out: Vec<LeftOut>,
+    },
     /// Choose some samples of a set.
     Select { model: PathBuf, set: SetSpec, count: usize, seed: u64, options: LoadOptions },
     /// Run a model that computes statistics over a set.

@@ -1,6 +1,14 @@
 //! Seeded random inputs that a model accepts: of the stated types and shapes, with one size per dimension name, indices
 //! inside the tables they index, and masks that look like masks.
 
+mod sizes;
+mod work;
+
+pub(crate) use sizes::edge_sizes;
+pub use sizes::{Sizes, Style, sizes_to_try};
+pub(crate) use work::{Estimate, Work};
+
+use self::sizes::is_image;
 use crate::{
     Random,
     roles::{self, Role},
@@ -8,7 +16,6 @@ use crate::{
 use bytes::Bytes;
 use lathe_ir::{DataType, Dim, Graph, Model, Shape, Tensor, TypeKind, ValueId, element_count};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// No input is made larger than this many elements: past it a size was guessed wrong.
 const LARGEST: usize = 1 << 28;
@@ -17,7 +24,7 @@ const LARGEST: usize = 1 << 28;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InputError {
     /// The input is not a tensor.
-    #[error("input `{input}` is {found}, and only tensors can be made up; give data for it")]
+    #[error("input `{input}` is {found}, and only tensors can be made up; give data for it (--calib)")]
     NotATensor {
         /// The input.
         input: String,
@@ -25,7 +32,7 @@ pub enum InputError {
         found: &'static str,
     },
     /// Values of this type cannot be made.
-    #[error("input `{input}` has elements of type {dtype}, which cannot be made up; give data for it")]
+    #[error("input `{input}` has elements of type {dtype}, which cannot be made up; give data for it (--calib)")]
     Type {
         /// The input.
         input: String,
@@ -33,7 +40,9 @@ pub enum InputError {
         dtype: DataType,
     },
     /// The input would not fit in memory.
-    #[error("input `{input}` of shape {dims:?} is too large to be made up; give its shape or data for it")]
+    #[error(
+        "input `{input}` of shape {dims:?} is too large to be made up; give its shape (--input-shape) or data for it (--calib)"
+    )]
     TooLarge {
         /// The input.
         input: String,
@@ -69,52 +78,6 @@ pub struct InputSpec {
     pub shapes: Vec<(String, Vec<usize>)>,
 }
 
-/// Which values floats and whole numbers take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Style {
-    /// Floats around zero, whole numbers of both signs.
-    Usual,
-    /// Floats between 0.1 and 1, whole numbers 0 and 1: for models that take logarithms or hide an index.
-    Tame,
-    /// As [`Style::Usual`], with negative zeros, infinities, NaN, denormals and very large floats among them.
-    Special,
-}
-
-/// A size for every symbolic dimension.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sizes {
-    named: BTreeMap<String, usize>,
-    /// Sizes of dimensions that have no name: the first axis, and the others.
-    first: usize,
-    rest: usize,
-    style: Style,
-}
-
-impl Sizes {
-    /// The same sizes with values of another style.
-    pub fn with_style(&self, style: Style) -> Sizes {
-        Sizes { style, ..self.clone() }
-    }
-
-    /// The style of the values.
-    pub fn style(&self) -> Style {
-        self.style
-    }
-
-    /// For messages: `batch = 1, sequence = 8`; empty when the model leaves nothing open.
-    pub fn describe(&self) -> String {
-        let named = self.named.iter().map(|(name, size)| match name.strip_prefix('?') {
-            Some(at) => format!("axis {} = {size}", at.replace('/', " of ")),
-            None => format!("{name} = {size}"),
-        });
-        named.collect::<Vec<_>>().join(", ")
-    }
-
-    fn of(&self, key: &str) -> Option<usize> {
-        self.named.get(key).copied()
-    }
-}
-
 /// The inputs that must be given: those without a default.
 pub fn required_inputs(graph: &Graph) -> impl Iterator<Item = ValueId> + '_ {
     graph.main().inputs().iter().copied().filter(|&v| graph.value(v).initializer().is_none())
@@ -128,142 +91,6 @@ fn key(dim: &Dim, axis: usize, ndim: usize) -> Option<String> {
         (_, Some(name)) if !name.is_empty() && name != "?" => Some(name.to_owned()),
         _ => Some(format!("?{axis}/{ndim}")),
     }
-}
-
-/// What a dimension stands for, guessed from its name and place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Batch,
-    Sequence,
-    Past,
-    Image,
-    Other,
-}
-
-fn kind(name: &str, axis: usize, image: bool) -> Kind {
-    let lower = name.to_ascii_lowercase();
-    let has = |words: &[&str]| words.iter().any(|w| lower.contains(w));
-    if has(&["batch"]) || ["n", "b", "bs"].contains(&lower.as_str()) {
-        Kind::Batch
-    } else if has(&["past", "cache"]) {
-        Kind::Past
-    } else if has(&["height", "width"]) || ["h", "w"].contains(&lower.as_str()) {
-        Kind::Image
-    } else if has(&["seq", "len", "time", "token", "frame"]) {
-        Kind::Sequence
-    } else if axis == 0 {
-        Kind::Batch
-    } else if image {
-        Kind::Image
-    } else {
-        Kind::Other
-    }
-}
-
-/// Sizes to run a model with, in the order in which they should be tried.
-///
-/// The first two differ in every symbolic dimension, one of them with batch 1. The others give all open dimensions the
-/// same size, for models whose dimensions are related in ways their names do not say.
-pub fn sizes_to_try(model: &Model, spec: &InputSpec) -> Vec<Sizes> {
-    let graph = &model.graph;
-    let mut open: BTreeMap<String, Kind> = BTreeMap::new();
-    let mut fixed: BTreeMap<String, usize> = BTreeMap::new();
-    for value in required_inputs(graph) {
-        let value = graph.value(value);
-        let Some(shape) = value.ty.as_ref().and_then(|t| t.shape()) else { continue };
-        let given = spec.shapes.iter().find(|(name, _)| *name == value.name).map(|(_, dims)| dims);
-        for (axis, dim) in shape.dims.iter().enumerate() {
-            let Some(key) = key(dim, axis, shape.dims.len()) else { continue };
-            if let Some(&size) = given.and_then(|dims| dims.get(axis)) {
-                fixed.insert(key.clone(), size);
-            }
-            let kind = kind(&key, axis, is_image(shape) && axis >= 1);
-            let known = open.entry(key).or_insert(kind);
-            if *known == Kind::Other {
-                *known = kind;
-            }
-        }
-    }
-    let assign = |size: &dyn Fn(Kind) -> usize, first: usize, rest: usize, style: Style| {
-        let mut named: BTreeMap<String, usize> = open.iter().map(|(k, &kind)| (k.clone(), size(kind))).collect();
-        named.extend(fixed.clone());
-        settle_sums(&mut named, &fixed);
-        Sizes { named, first, rest, style }
-    };
-    let usual = |which: usize| {
-        move |kind: Kind| match kind {
-            Kind::Batch => [1, 3][which],
-            Kind::Sequence => [8, 5][which],
-            Kind::Past => [4, 7][which],
-            Kind::Image => [64, 96][which],
-            Kind::Other => [4, 6][which],
-        }
-    };
-    let mut all = vec![assign(&usual(0), 1, 4, Style::Usual), assign(&usual(1), 3, 6, Style::Usual)];
-    let closed = open.keys().all(|k| fixed.contains_key(k)) && !has_unranked(graph);
-    for size in [1, 2, 8, 16, 32, 64, 128, 224, 256, 384, 512, 640, 1024] {
-        let one_batch = move |kind: Kind| if kind == Kind::Batch { 1 } else { size };
-        all.push(assign(&one_batch, 1, size, Style::Usual));
-        if size <= 32 {
-            all.push(assign(&|_| size, size, size, Style::Usual));
-        }
-    }
-    // One long dimension and all others 1: audio beside a state, for instance.
-    for long in open.keys().filter(|k| !fixed.contains_key(*k)).take(6) {
-        for size in [64, 256, 512] {
-            let mut sizes = assign(&|_| 1, 1, 1, Style::Usual);
-            sizes.named.insert(long.clone(), size);
-            all.push(sizes);
-        }
-    }
-    // A model that leaves no size open needs no further sizes, only other values.
-    all.truncate(if closed { 1 } else { all.len() });
-    all.push(assign(&usual(0), 1, 4, Style::Tame));
-    all.push(assign(&usual(1), 3, 6, Style::Tame));
-    let mut distinct: Vec<Sizes> = Vec::new();
-    for mut sizes in all {
-        if closed {
-            (sizes.first, sizes.rest) = (1, 1);
-        }
-        if !distinct.contains(&sizes) {
-            distinct.push(sizes);
-        }
-    }
-    distinct
-}
-
-fn has_unranked(graph: &Graph) -> bool {
-    required_inputs(graph).any(|v| graph.value(v).ty.as_ref().is_none_or(|t| t.shape().is_none()))
-}
-
-/// Gives dimensions that are named as sums (`past_sequence_length + sequence_length`), and totals beside a past, the
-/// size that their names promise.
-fn settle_sums(named: &mut BTreeMap<String, usize>, fixed: &BTreeMap<String, usize>) {
-    let keys: Vec<String> = named.keys().filter(|k| !fixed.contains_key(*k)).cloned().collect();
-    let past = |name: &str| name.to_ascii_lowercase().contains("past");
-    let total = |name: &str| name.to_ascii_lowercase().contains("total");
-    for key in keys {
-        let terms: Vec<&str> = key.split('+').map(str::trim).collect();
-        let sum = if terms.len() > 1 {
-            terms.iter().map(|t| t.parse().ok().or_else(|| named.get(*t).copied())).sum::<Option<usize>>()
-        } else if total(&key) {
-            let sequence =
-                named.iter().find(|(k, _)| kind(k, 1, false) == Kind::Sequence && !total(k) && !k.contains('+'));
-            let before = named.iter().find(|(k, _)| past(k) && !k.contains('+'));
-            before.zip(sequence).map(|(a, b)| a.1 + b.1)
-        } else {
-            None
-        };
-        if let Some(sum) = sum {
-            named.insert(key, sum);
-        }
-    }
-}
-
-/// Whether a shape looks like images: four axes, one of them holding 1, 3 or 4 channels.
-fn is_image(shape: &Shape) -> bool {
-    let channels = |axis: usize| matches!(shape.dims.get(axis).and_then(Dim::known), Some(1 | 3 | 4));
-    shape.dims.len() == 4 && (channels(1) || channels(3))
 }
 
 /// One set of inputs for a model.
@@ -334,9 +161,18 @@ fn make(graph: &Graph, id: ValueId, spec: &InputSpec, sizes: &Sizes) -> Result<T
     let name = input.to_ascii_lowercase();
     let row = dims.last().copied().unwrap_or(1).max(1);
     let image = shape.is_some_and(is_image) || name.contains("image") || name.contains("pixel");
-    let longest = sizes.named.iter().filter(|(k, _)| kind(k, 1, false) == Kind::Sequence).map(|(_, &s)| s).max();
     let mut values: Vec<f64> = Vec::with_capacity(count);
-    let recipe = Recipe { role, style: sizes.style, image, row, longest, float: dtype.is_float() };
+    let recipe = Recipe {
+        role,
+        style: sizes.style,
+        image,
+        mask: is_mask(graph, id, sizes.masked),
+        masked: sizes.masked,
+        ends: (sizes.style == Style::Ends && roles::stays_whole(graph, id)).then(|| random.index(4)),
+        row,
+        longest: sizes.longest(),
+        float: dtype.is_float(),
+    };
     while values.len() < count {
         recipe.fill_row(&name, dtype, &mut random, &mut values);
     }
@@ -344,11 +180,40 @@ fn make(graph: &Graph, id: ValueId, spec: &InputSpec, sizes: &Sizes) -> Result<T
     Tensor::from_f64s(dtype, &dims, &values).ok_or(InputError::Type { input, dtype })
 }
 
+/// Whether an input says by ones and zeros what is to be looked at: by its name, or because attention reads it so. Whole
+/// numbers that attention reads may be something else; `any` takes them for masks too.
+fn is_mask(graph: &Graph, id: ValueId, any: bool) -> bool {
+    let value = graph.value(id);
+    let Some(elem) = value.ty.as_ref().and_then(|ty| ty.elem()) else { return false };
+    let whole = elem.is_integer();
+    (whole || elem == DataType::Bool)
+        && (value.name.to_ascii_lowercase().contains("mask") || ((any || !whole) && roles::masks_scores(graph, id)))
+}
+
+/// Whether any input may be a mask.
+pub(crate) fn has_mask(model: &Model) -> bool {
+    required_inputs(&model.graph).any(|id| is_mask(&model.graph, id, true))
+}
+
+/// Whether whole numbers of any input are never rounded.
+pub(crate) fn has_whole(model: &Model) -> bool {
+    let graph = &model.graph;
+    required_inputs(graph).any(|id| {
+        let elem = graph.value(id).ty.as_ref().and_then(|ty| ty.elem());
+        elem.is_some_and(DataType::is_integer) && !is_mask(graph, id, false) && roles::stays_whole(graph, id)
+    })
+}
+
 /// How the values of one input are chosen.
 struct Recipe {
     role: Role,
     style: Style,
     image: bool,
+    mask: bool,
+    /// Whether the first row of a mask is masked throughout.
+    masked: bool,
+    /// Where the ends of the type are among whole numbers: in which of four turns.
+    ends: Option<usize>,
     row: usize,
     longest: Option<usize>,
     float: bool,
@@ -358,9 +223,10 @@ impl Recipe {
     /// Appends the values of one row along the last axis.
     fn fill_row(&self, name: &str, dtype: DataType, random: &mut Random, out: &mut Vec<f64>) {
         let has = |words: &[&str]| words.iter().any(|w| name.contains(w));
-        if has(&["mask"]) && (dtype.is_integer() || dtype == DataType::Bool) {
-            // Padding on the right, and never all of the row.
+        if self.mask {
+            // Padding on the right, and all of a row only where that is asked for, in the first.
             let kept = self.row - random.index(self.row.div_ceil(2));
+            let kept = if self.masked && out.is_empty() { 0 } else { kept };
             out.extend((0..self.row).map(|i| f64::from(u8::from(i < kept))));
             return;
         }
@@ -379,7 +245,13 @@ impl Recipe {
             return;
         }
         for _ in 0..self.row {
-            out.push(if self.float { self.float_value(random) } else { self.whole(name, dtype, random) });
+            let turn = self.ends.map(|first| (first + out.len()) % 4);
+            out.push(match turn {
+                Some(0) => ends(dtype).0,
+                Some(1) => ends(dtype).1,
+                _ if self.float => self.float_value(dtype, random),
+                _ => self.whole(name, dtype, random),
+            });
         }
     }
 
@@ -394,39 +266,72 @@ impl Recipe {
             Role::Size => random.between(1, if self.style == Style::Tame { 1 } else { 3 }) as f64,
             Role::Divisor => random.between(1, 9) as f64,
             Role::Plain if self.style == Style::Tame => random.below(2) as f64,
+            Role::Plain if self.style == Style::Special && random.one_in(4) => {
+                let (least, most) = ends(dtype);
+                [least, most, 0.0, if signed { -1.0 } else { 1.0 }][random.index(4)]
+            }
             Role::Plain if matches!(dtype, DataType::Uint8) && self.image => random.below(256) as f64,
             Role::Plain => random.between(if signed { -9 } else { 0 }, 9) as f64,
         }
     }
 
-    fn float_value(&self, random: &mut Random) -> f64 {
-        const SPECIAL: &[f64] = &[
-            // Thrice, because so many rewrites lose it.
-            -0.0,
-            -0.0,
-            -0.0,
-            0.0,
-            f64::INFINITY,
-            f64::NEG_INFINITY,
-            f64::NAN,
-            1e-40,
-            -1e-42,
-            6e-8,
-            3e38,
-            -65504.0,
-            1.0,
-            -1.0,
-        ];
+    fn float_value(&self, dtype: DataType, random: &mut Random) -> f64 {
         match self.role {
             Role::Index { bound } => random.index(bound) as f64,
             Role::Size | Role::Divisor => random.between(1, 3) as f64,
             Role::Plain => match self.style {
-                Style::Special if random.one_in(2) => SPECIAL[random.index(SPECIAL.len())],
+                Style::Special if random.one_in(2) => {
+                    let all = special(dtype);
+                    all[random.index(all.len())]
+                }
                 Style::Tame => 0.1 + 0.9 * random.uniform(),
                 _ if self.image => random.uniform(),
                 _ => random.normal(),
             },
         }
+    }
+}
+
+/// Floats that rewrites lose: both zeros, infinities, NaN, the smallest and the largest numbers of the type.
+fn special(dtype: DataType) -> [f64; 16] {
+    let (denormal, normal, largest): (f64, f64, f64) = match dtype {
+        DataType::Double => (f64::from_bits(1), f64::MIN_POSITIVE, f64::MAX),
+        DataType::Float16 => {
+            (half::f16::MIN_POSITIVE_SUBNORMAL.into(), half::f16::MIN_POSITIVE.into(), half::f16::MAX.into())
+        }
+        DataType::Bfloat16 => {
+            (half::bf16::MIN_POSITIVE_SUBNORMAL.into(), half::bf16::MIN_POSITIVE.into(), half::bf16::MAX.into())
+        }
+        _ => (f32::from_bits(1).into(), f32::MIN_POSITIVE.into(), f32::MAX.into()),
+    };
+    [
+        // Thrice, because so many rewrites lose it.
+        -0.0,
+        -0.0,
+        -0.0,
+        0.0,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::NAN,
+        denormal,
+        -3.0 * denormal,
+        normal,
+        -normal / 2.0,
+        largest,
+        -largest,
+        largest / 2.0,
+        1.0,
+        -1.0,
+    ]
+}
+
+/// The smallest and the largest whole number of a type. What lies beyond its range becomes its end: 2⁶³ is what float64 has
+/// for the largest int64.
+fn ends(dtype: DataType) -> (f64, f64) {
+    let bits = dtype.bits() as i32;
+    match dtype {
+        DataType::Uint8 | DataType::Uint16 | DataType::Uint32 | DataType::Uint64 => (0.0, 2f64.powi(bits) - 1.0),
+        _ => (-(2f64.powi(bits - 1)), 2f64.powi(bits - 1) - 1.0),
     }
 }
 
@@ -586,5 +491,76 @@ mod tests {
         let model = build.output(y, Type::unshaped(DataType::Float)).model();
         let styles: Vec<Style> = sizes_to_try(&model, &InputSpec::default()).iter().map(Sizes::style).collect();
         assert_eq!(styles, [Style::Usual, Style::Tame]);
+    }
+
+    #[test]
+    fn a_row_is_masked_throughout_where_that_is_asked_for() {
+        let model = ids_model();
+        let spec = InputSpec::default();
+        let sizes = sizes_to_try(&model, &spec)[1].with_masked_row();
+        let mask = generate(&model, &spec, &sizes).unwrap()[1].1.to_i64s().unwrap();
+        let rows: Vec<bool> = mask.chunks(12).map(|row| row.contains(&1)).collect();
+        assert_eq!(rows, [false, true, true]);
+        assert!(has_mask(&model));
+    }
+
+    #[test]
+    fn a_bool_that_reaches_scores_is_a_mask() {
+        let mut build = Build::new();
+        let keep = build.input("keep", DataType::Bool, &["n", "8"]);
+        let flag = build.input("flag", DataType::Bool, &["n", "8"]);
+        let x = build.input("x", DataType::Float, &["n", "8"]);
+        let low = build.constant("low", Tensor::from_f32s(&[], &[-1e9]));
+        let scores = build.node(Node::new("Where"), &[keep, x, low], "scores");
+        let y = build.node(Node::new("Softmax"), &[scores], "p");
+        let z = build.node(Node::new("Where"), &[flag, y, x], "z");
+        let model = build.output(z, Type::unshaped(DataType::Float)).model();
+        assert_eq!([keep, flag, x].map(|input| is_mask(&model.graph, input, false)), [true, false, false]);
+    }
+
+    #[test]
+    fn ends_are_given_to_whole_numbers_that_nothing_rounds() {
+        let mut build = Build::new();
+        let exact = build.input("exact", DataType::Int64, &["2", "2"]);
+        let rounded = build.input("rounded", DataType::Int64, &["2", "2"]);
+        let divided = build.input("divided", DataType::Int8, &["2", "2"]);
+        let bytes = build.input("bytes", DataType::Uint8, &["2", "2"]);
+        let y = build.node(Node::new("Clip"), &[exact], "y");
+        let cast = build.node(Node::new("Cast").with("to", DataType::Float), &[rounded], "cast");
+        build.node(Node::new("Div"), &[divided, divided], "quotient");
+        build.node(Node::new("Cast").with("to", DataType::Int32), &[bytes], "longer");
+        let model =
+            build.output(y, Type::unshaped(DataType::Int64)).output(cast, Type::unshaped(DataType::Float)).model();
+        let spec = InputSpec::default();
+        let sizes = sizes_to_try(&model, &spec)[0].with_style(Style::Ends);
+        let made: Vec<Vec<i64>> =
+            generate(&model, &spec, &sizes).unwrap().iter().map(|(_, t)| t.to_i64s().unwrap()).collect();
+        assert!(made[0].contains(&i64::MAX) && made[0].contains(&i64::MIN), "{made:?}");
+        assert!(made[1..3].iter().flatten().all(|x| (-9..=9).contains(x)), "{made:?}");
+        assert!(made[3].contains(&0) && made[3].contains(&255), "{made:?}");
+        assert!(has_whole(&model));
+    }
+
+    #[test]
+    fn special_values_are_those_of_the_type() {
+        let input = |dtype: DataType| {
+            let mut build = Build::new();
+            let x = build.input("x", dtype, &["512"]);
+            let y = build.node(Node::new("Identity"), &[x], "y");
+            let model = build.output(y, Type::unshaped(dtype)).model();
+            let spec = InputSpec::default();
+            let sizes = sizes_to_try(&model, &spec)[0].with_style(Style::Special);
+            generate(&model, &spec, &sizes).unwrap().remove(0).1
+        };
+        let i64s = input(DataType::Int64).to_i64s().unwrap();
+        assert!([i64::MIN, i64::MAX, 0, -1].iter().all(|edge| i64s.contains(edge)));
+        let u8s = input(DataType::Uint8).to_i64s().unwrap();
+        assert!([0, 1, 255].iter().all(|edge| u8s.contains(edge)) && u8s.iter().all(|x| (0..256).contains(x)));
+        let halves = input(DataType::Float16).to_f64s().unwrap();
+        let has = |x: f64| halves.iter().any(|h| h.to_bits() == x.to_bits());
+        assert!([-0.0, 0.0, f64::INFINITY, 65504.0, -65504.0, 2f64.powi(-24), 2f64.powi(-14)].iter().all(|&x| has(x)));
+        assert!(halves.iter().any(|h| h.is_nan()));
+        let doubles = input(DataType::Double).to_f64s().unwrap();
+        assert!([f64::MAX, f64::MIN_POSITIVE, f64::from_bits(1)].iter().all(|x| doubles.contains(x)));
     }
 }

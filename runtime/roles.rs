@@ -136,6 +136,63 @@ fn passes_on(node: &Node, index: usize) -> Option<bool> {
     }
 }
 
+/// Whether an input reaches scores of attention as a mask: through comparisons, logic, layout and choices to a `Softmax`,
+/// or as the mask of an attention operator.
+pub(crate) fn masks_scores(graph: &Graph, input: ValueId) -> bool {
+    let mut seen = BTreeSet::from([input]);
+    let mut pending = vec![input];
+    while let Some(value) = pending.pop() {
+        for place in graph.value(value).uses() {
+            let Use::Node(id, index) = *place else { continue };
+            let node = graph.node(id);
+            let passes = match (node.op_type.as_str(), index) {
+                ("Softmax", 0) | ("Attention", 3) | ("MultiHeadAttention", 4 | 5) => return true,
+                ("Not" | "And" | "Or" | "Where" | "Cast" | "Sub" | "Mul" | "Add" | "Equal", _)
+                | ("Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual", _)
+                | ("Unsqueeze" | "Squeeze" | "Reshape" | "Expand" | "Transpose" | "Slice" | "Identity" | "Concat", 0) => {
+                    true
+                }
+                _ => false,
+            };
+            if passes {
+                pending.extend(node.outputs().iter().flatten().copied().filter(|&o| seen.insert(o)));
+            }
+        }
+    }
+    false
+}
+
+/// Whether all that is computed from an input is computed in whole numbers, so that nothing is ever rounded. Divisions are
+/// left out: the smallest number of a type over −1 stops the process.
+pub(crate) fn stays_whole(graph: &Graph, input: ValueId) -> bool {
+    let mut seen = BTreeSet::from([input]);
+    let mut pending = vec![input];
+    while let Some(value) = pending.pop() {
+        for place in graph.value(value).uses() {
+            let Use::Node(id, index) = *place else { continue };
+            let node = graph.node(id);
+            let exact = match (node.op_type.as_str(), index) {
+                ("Cast", _) => {
+                    let to = node.int("to").and_then(|code| DataType::from_code(i32::try_from(code).ok()?));
+                    to.is_some_and(|to| to.is_integer() || to == DataType::Bool)
+                }
+                ("Clip" | "Min" | "Max" | "Add" | "Sub" | "Mul" | "Sum" | "Neg" | "Abs" | "Sign" | "Where", _)
+                | ("Equal" | "Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual" | "Concat", _)
+                | ("Not" | "And" | "Or" | "Xor" | "BitwiseAnd" | "BitwiseOr" | "BitwiseXor" | "BitwiseNot", _)
+                | ("Identity" | "Reshape" | "Unsqueeze" | "Squeeze" | "Flatten" | "Transpose" | "Expand" | "Tile", 0)
+                | ("Slice" | "Split" | "Gather" | "GatherElements" | "GatherND" | "Pad", 0)
+                | ("ReduceMax" | "ReduceMin" | "ReduceSum" | "ArgMax" | "ArgMin", 0) => true,
+                _ => false,
+            };
+            if !exact {
+                return false;
+            }
+            pending.extend(node.outputs().iter().flatten().copied().filter(|&o| seen.insert(o)));
+        }
+    }
+    true
+}
+
 /// The size that axis `axis` of an input must have because of a constant it meets at once, or the rank it must have.
 pub(crate) struct Pinned {
     /// How many axes.

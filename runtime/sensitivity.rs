@@ -132,7 +132,10 @@ impl Task<'_> {
             match batched::disturbed(self, &samples, rows) {
                 // An operator may refuse operands of one and of several samples.
                 Err(StatisticsError::Runtime(
-                    RuntimeError::Load { .. } | RuntimeError::Run { .. } | RuntimeError::Child(_),
+                    RuntimeError::Load { .. }
+                    | RuntimeError::Run { .. }
+                    | RuntimeError::Child(_)
+                    | RuntimeError::Ended { .. },
                 )) => {}
                 other => return other,
             }

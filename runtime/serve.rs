@@ -3,7 +3,8 @@
 use crate::{
     Engine, Inputs, Progress, RuntimeError, Source, Talk, bench,
     frames::{self, Answer, InputHeads, Request},
-    measure, select, statistics, trials, verify,
+    measure, select, statistics, trials,
+    verify::{Edges, verify_at},
 };
 use bytes::Bytes;
 use lathe_ir::Model;
@@ -86,7 +87,7 @@ fn answer(
             let (heads, parts) = frames::pack_all(&outputs);
             Ok((Answer::Ran(heads), parts))
         }
-        Request::Verify { reference, candidate, inputs, claim, options } => {
+        Request::Verify { reference, candidate, inputs, claim, options, left_out } => {
             let inputs = match inputs {
                 InputHeads::Random(spec) => Inputs::Random(spec),
                 InputHeads::Set(spec) => Inputs::Set(spec),
@@ -95,7 +96,8 @@ fn answer(
             talk.stage("reading the original");
             let model = Model::read(&reference).map_err(|e| e.to_string())?.model;
             let (a, b) = (Source::Path(&reference), Source::Path(&candidate));
-            let verdict = verify(engine, &model, a, b, &inputs, claim, &options, &mut talk);
+            let verdict =
+                verify_at(Edges::AllBut(&left_out), engine, &model, a, b, &inputs, claim, &options, &mut talk);
             Ok((Answer::Verdict(verdict.map_err(|e| e.to_string())?), Vec::new()))
         }
         Request::Select { model, set, count, seed, options } => {

@@ -1,14 +1,14 @@
 //! Whether a candidate still computes what its reference does: both are run on the same inputs and compared.
 
 mod judge;
+mod search;
+
+pub(crate) use self::search::{AT_EDGE, Edges, LeftOut, RESULT_AT_EDGE};
 
 use self::judge::Judge;
 use crate::{
     Claim, Comparison, Datum, Engine, InputError, LoadOptions, RuntimeError, SampleSet, Session, SetError, SetSpec,
-    Source, Talk,
-    inputs::{InputSpec, Sizes, Style, generate, sizes_to_try},
-    rounding::ModelCopy,
-    seeding,
+    Source, Talk, inputs::InputSpec, rounding::ModelCopy, seeding,
 };
 use bytes::Bytes;
 use lathe_ir::{Model, Tensor};
@@ -20,7 +20,9 @@ pub type Sample = Vec<(String, Tensor)>;
 /// What to run both models on.
 #[derive(Debug, Clone)]
 pub enum Inputs {
-    /// Random inputs, made for the reference.
+    /// Random inputs, made for the reference: at two sizes of every open dimension, as large as an estimate of the work
+    /// allows; then, where the reference runs on that, with sizes 1 and 0, with a row masked throughout, and with whole
+    /// numbers at the ends of their types.
     Random(InputSpec),
     /// The samples of a set, read batch by batch.
     Set(SetSpec),
@@ -61,8 +63,10 @@ pub struct Report {
     pub comparison: Comparison,
     /// How many sets of inputs were run.
     pub samples: usize,
-    /// The sizes of symbolic dimensions in each run, where there are any.
+    /// The sizes of symbolic dimensions in each run, where there are any, and what is unusual about its values.
     pub sizes: Vec<String>,
+    /// Edges of sizes and types that were not compared, and why: most often the reference does not run there.
+    pub left_out: Vec<String>,
     /// Who ran the models.
     pub engine: String,
 }
@@ -80,16 +84,22 @@ impl Verdict {
                 format!("equal within the claim on {} samples", report.samples)
             }
             Verdict::Compared(report) => {
-                let sizes: Vec<&str> = report.sizes.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
-                let at = if sizes.is_empty() { String::new() } else { format!(" (run at {})", sizes.join("; ")) };
+                let last = report.sizes.last().filter(|sizes| !sizes.is_empty());
+                let at = last.map_or(String::new(), |sizes| format!(" (run at {sizes})"));
                 format!("the outputs differ: {}{at}", report.comparison.describe_faults())
             }
             Verdict::Nondeterministic { failures } => {
                 format!("the model disagrees with itself from run to run: {}", failures.join("; "))
             }
             Verdict::ReferenceRefused { message, tried } => {
+                const SHOWN: usize = 4;
                 let tried: Vec<&str> = tried.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
-                let at = if tried.is_empty() { String::new() } else { format!(" (tried {})", tried.join("; ")) };
+                let shown = tried[..tried.len().min(SHOWN)].join("; ");
+                let at = match tried.len() {
+                    0 => String::new(),
+                    count if count > SHOWN => format!(" (tried {shown}; and {} more)", count - SHOWN),
+                    _ => format!(" (tried {shown})"),
+                };
                 format!("the original cannot be run: {message}{at}")
             }
             Verdict::CandidateRefused { message, sizes } => {
@@ -119,6 +129,8 @@ struct Ran {
     inputs: Sample,
     outputs: Vec<(String, Datum)>,
     sizes: String,
+    /// Whether the inputs are at the edge of what a model takes, where an engine may crash.
+    edge: bool,
 }
 
 /// The two models of a comparison and how they are run.
@@ -129,6 +141,7 @@ struct Pair<'a> {
     candidate: Source<'a>,
     options: LoadOptions,
     claim: Claim,
+    edges: Edges<'a>,
     /// Copies of both whose random operators draw the same numbers; `None` where nothing is random.
     seeded: Option<Seeded>,
 }
@@ -139,12 +152,14 @@ struct Seeded {
     candidate: ModelCopy,
 }
 
-/// Runs `reference` (twice) and `candidate` on the same inputs, with the engine's optimizations off, and compares.
+/// Runs `reference` (twice, but for edges) and `candidate` on the same inputs, with the engine's optimizations off, and compares.
 ///
 /// `model` is the reference as read; random inputs are made from it. Under [`Claim::Identical`] random inputs include
-/// special floats. Random operators are seeded alike in copies of both models; of an output that still differs between
+/// floats at the edges of their types too. The first run in which the two differ is the last. Random operators are seeded alike in copies of both models; of an output that still differs between
 /// two runs of the reference only type and shape are compared. An output beyond its bound passes where rounding in the
 /// reference, which is measured then, accounts for it ([`crate::Excuse`]). `talk` hears about what is to happen next.
+///
+/// Engines may crash where a size is 0, and this process with them: only [`crate::Child::verify`] runs there.
 #[allow(clippy::too_many_arguments)] // Two models, what to run them on, what to hold them to, and how.
 pub fn verify(
     engine: &dyn Engine,
@@ -156,8 +171,24 @@ pub fn verify(
     options: &LoadOptions,
     talk: &mut dyn Talk,
 ) -> Result<Verdict, VerifyError> {
+    verify_at(Edges::Safe, engine, model, reference, candidate, inputs, claim, options, talk)
+}
+
+/// [`verify`] with these runs at edges.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn verify_at(
+    edges: Edges<'_>,
+    engine: &dyn Engine,
+    model: &Model,
+    reference: Source<'_>,
+    candidate: Source<'_>,
+    inputs: &Inputs,
+    claim: Claim,
+    options: &LoadOptions,
+    talk: &mut dyn Talk,
+) -> Result<Verdict, VerifyError> {
     let options = LoadOptions { optimize: false, ..options.clone() };
-    let mut pair = Pair { engine, model, reference, candidate, options, claim, seeded: None };
+    let mut pair = Pair { engine, model, reference, candidate, options, claim, edges, seeded: None };
     let mut judge = Judge::new(&pair);
     pair.seed(&mut judge);
     let outcome = match inputs {
@@ -234,8 +265,16 @@ impl<'a> Pair<'a> {
         };
         talk.stage("running the original");
         let runs = match inputs {
-            Inputs::Random(spec) => run_random(session.as_mut(), self.model, spec, self.claim)?,
-            Inputs::Given(samples) => run_given(session.as_mut(), samples),
+            Inputs::Random(spec) => {
+                let found = search::run_random(session.as_mut(), self.model, spec, self.claim, self.edges, talk)?;
+                found.map(|found| {
+                    judge.report.left_out =
+                        found.left_out.into_iter().map(|(at, why)| format!("{at}: {why}")).collect();
+                    found.runs
+                })
+            }
+            Inputs::Given(samples) => run_given(session.as_mut(), samples)
+                .map_err(|error| Verdict::ReferenceRefused { message: error.to_string(), tried: Vec::new() }),
             Inputs::Set(_) => unreachable!("sets are read batch by batch"),
         };
         let mut runs = match runs {
@@ -259,13 +298,13 @@ impl<'a> Pair<'a> {
             Ok(session) => session,
             Err(verdict) => return Ok(Err(verdict)),
         };
-        for ran in &runs {
+        for ran in runs.iter().filter(|ran| !ran.edge) {
             match session.run(&ran.inputs) {
                 Ok(again) => judge.repeated(&ran.outputs, &again),
                 Err(error) => return Ok(Err(reference_refused(&error, &ran.sizes))),
             }
         }
-        if let (Some(_), Some(ran)) = (&self.seeded, runs.last())
+        if let (Some(_), Some(ran)) = (&self.seeded, runs.iter().rfind(|ran| !ran.edge))
             && let Ok(further) = session.run(&ran.inputs)
         {
             judge.redrawn(&ran.outputs, &further);
@@ -276,9 +315,13 @@ impl<'a> Pair<'a> {
             Ok(session) => session,
             Err(verdict) => return Ok(Err(verdict)),
         };
-        talk.stage("running the result");
         let mut last = None;
         for ran in runs {
+            talk.stage(&if ran.edge {
+                format!("{RESULT_AT_EDGE}{}", ran.sizes)
+            } else {
+                "running the result".to_owned()
+            });
             let outputs = match session.run(&ran.inputs) {
                 Ok(outputs) => outputs,
                 Err(error) => {
@@ -288,7 +331,12 @@ impl<'a> Pair<'a> {
             judge.compare(&ran.inputs, &ran.outputs, &outputs, talk);
             judge.report.samples += 1;
             judge.report.sizes.push(ran.sizes);
-            last = Some((ran.inputs, outputs));
+            if !judge.report.comparison.holds() {
+                return Ok(Ok(()));
+            }
+            if !ran.edge {
+                last = Some((ran.inputs, outputs));
+            }
         }
         if let Some((inputs, outputs)) = last {
             judge.still_random(session.as_mut(), &inputs, &outputs);
@@ -367,69 +415,12 @@ fn reference_refused(error: &RuntimeError, at: &str) -> Verdict {
     Verdict::ReferenceRefused { message: error.to_string(), tried: vec![at.to_owned()] }
 }
 
-fn run_given(session: &mut dyn Session, samples: &[Sample]) -> Result<Vec<Ran>, Verdict> {
-    let mut runs = Vec::with_capacity(samples.len());
-    for sample in samples {
-        match session.run(sample) {
-            Ok(outputs) => runs.push(Ran { inputs: sample.clone(), outputs, sizes: String::new() }),
-            Err(error) => return Err(Verdict::ReferenceRefused { message: error.to_string(), tried: Vec::new() }),
-        }
-    }
-    Ok(runs)
-}
-
-/// Finds sizes the reference accepts and runs it on two of them, with special values besides if `claim` asks for it.
-fn run_random(
-    session: &mut dyn Session,
-    model: &Model,
-    spec: &InputSpec,
-    claim: Claim,
-) -> Result<Result<Vec<Ran>, Verdict>, InputError> {
-    /// Two sizes show a dimension that was baked in; more only take longer.
-    const WANTED: usize = 2;
-    let mut runs: Vec<Ran> = Vec::new();
-    let mut accepted: Option<Sizes> = None;
-    let mut tried = Vec::new();
-    let mut first_error = None;
-    for sizes in sizes_to_try(model, spec) {
-        if runs.len() >= WANTED {
-            break;
-        }
-        let inputs = match generate(model, spec, &sizes) {
-            Ok(inputs) => inputs,
-            // Other sizes may be small enough.
-            Err(InputError::TooLarge { .. }) if !runs.is_empty() => continue,
-            Err(error) => return Err(error),
-        };
-        tried.push(sizes.describe());
-        match session.run(&inputs) {
-            Ok(outputs) => {
-                runs.push(Ran { inputs, outputs, sizes: sizes.describe() });
-                accepted = Some(sizes);
-            }
-            Err(error) => _ = first_error.get_or_insert(error.to_string()),
-        }
-    }
-    let Some(sizes) = accepted else {
-        tried.dedup();
-        let message = first_error.unwrap_or_else(|| "no inputs could be made for it".to_owned());
-        return Ok(Err(Verdict::ReferenceRefused { message, tried }));
+fn run_given(session: &mut dyn Session, samples: &[Sample]) -> Result<Vec<Ran>, RuntimeError> {
+    let run = |sample: &Sample| {
+        let outputs = session.run(sample)?;
+        Ok(Ran { inputs: sample.clone(), outputs, sizes: String::new(), edge: false })
     };
-    if claim == Claim::Identical {
-        let floats = runs.iter().flat_map(|r| &r.inputs).filter(|(_, t)| t.dtype().is_float());
-        let elements: usize = floats.map(|(_, t)| t.len()).sum();
-        // Small inputs hold few elements, so more of them are needed to meet every special value.
-        let more = 256usize.checked_div(elements).map_or(0, |rounds| rounds.clamp(1, 8) as u64);
-        for round in 0..more {
-            let spec = InputSpec { seed: spec.seed.wrapping_add(round), ..spec.clone() };
-            let inputs = generate(model, &spec, &sizes.with_style(Style::Special))?;
-            // A model need not accept infinities; what it accepts, it must keep.
-            if let Ok(outputs) = session.run(&inputs) {
-                runs.push(Ran { inputs, outputs, sizes: sizes.describe() });
-            }
-        }
-    }
-    Ok(Ok(runs))
+    samples.iter().map(run).collect()
 }
 
 #[cfg(test)]
@@ -458,7 +449,8 @@ mod tests {
     fn a_model_is_itself() {
         let Verdict::Compared(report) = check(&plus(1.0), &plus(1.0), Claim::Identical) else { panic!() };
         assert_eq!((report.samples, report.comparison.faults.len()), (10, 0));
-        assert_eq!(report.sizes[..3], ["n = 1", "n = 3", "n = 3"]);
+        assert_eq!(report.sizes[..3], ["n = 1", "n = 3", "n = 3, values at the edges of their types"]);
+        assert!(report.left_out[0].starts_with("n = 0: an engine may crash"), "{:?}", report.left_out);
     }
 
     #[test]

@@ -37,6 +37,10 @@ enum Command {
     /// What a model is: inputs, nodes, parameters, FLOPs, operators.
     Inspect(commands::inspect::InspectArgs),
     /// Compare two models on the same inputs.
+    ///
+    /// Without a set these are random: at two sizes of every open dimension, at sizes 1 and 0, with a row of every attention
+    /// mask masked throughout, and with whole numbers at the ends of their types. What A does not run on is not compared and is
+    /// named with --json (left_out). Sizes follow from an estimate of the work, so that a comparison takes seconds.
     Verify(Box<commands::verify::VerifyArgs>),
     /// Collect calibration statistics of tensors inside a model.
     Stats(Box<commands::stats::StatsArgs>),

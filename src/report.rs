@@ -141,8 +141,11 @@ pub struct Verify {
     pub detail: Option<String>,
     /// Who ran the models.
     pub runtime: String,
-    /// The sizes of open dimensions in each run.
+    /// The sizes of open dimensions in each run, and what is unusual about its values.
     pub sizes: Vec<String>,
+    /// Edges of sizes and types that were not compared, and why: most often the original does not run there.
+    #[serde(default)]
+    pub left_out: Vec<String>,
     /// What could not be compared and what passes beyond its bound, with the numbers that were measured; or `null`.
     pub note: Option<String>,
     /// Every output.

@@ -52,6 +52,9 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
         out.push_str(&format!("\n{}\n", tried(auto)));
     }
     if let Some(verify) = &report.verify {
+        for left_out in verify.left_out.iter().filter(|_| verbose) {
+            out.push_str(&format!("\nnot compared: {left_out}"));
+        }
         if let Some(note) = &verify.note {
             out.push_str(&format!("\nnote: {note}\n"));
         }

@@ -53,6 +53,7 @@ fn verify(measured: Measured, bound: &Bound) -> Verify {
         detail: measured.detail,
         runtime: measured.engine,
         sizes: Vec::new(),
+        left_out: Vec::new(),
         note: (!notes.is_empty()).then(|| notes.join("; ")),
         outputs: measured.outputs.iter().map(line).collect(),
     }

@@ -1,4 +1,5 @@
-//! What a comparison notices and what it lets pass: outputs of every size, random outputs, half precision.
+//! What a comparison notices and what it lets pass: outputs of every size, random outputs, half precision, edges of sizes
+//! and types; and how much work it takes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -6,7 +7,12 @@ mod common;
 
 use lathe_ir::{Model, text};
 use serde_json::Value;
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    time::{Duration, Instant},
+};
 use tempfile::TempDir;
 
 struct Bench {
@@ -280,4 +286,184 @@ fn the_limit_is_the_one_of_the_worst_output() {
     let ran = bench.run(&["model.onnx", "-o", "out.onnx"]);
     assert_eq!(ran.code, Some(0), "{}{}", ran.out, ran.err);
     assert!(ran.out.contains("in `y` (limit 2e-3)"), "{}", ran.out);
+}
+
+// Edges of sizes and types.
+
+#[test]
+fn the_result_runs_at_every_size_at_which_the_original_runs() {
+    let same = "g (float[N,4] x) => (float[N,4] y) { y = Identity (x) }";
+    // A size is inferred beside 0, which no runtime does.
+    let inferred = "g (float[N,4] x) => (float[N,4] y) <int64[2] to = {0, -1}> { y = Reshape (x, to) }";
+    differs(same, inferred, "the original runs but the result does not");
+    differs(same, inferred, "(at N = 0)");
+    // The other way round the original does not run there, so that nothing is asked of the result; that is told.
+    let found = equal(inferred, same);
+    let left_out = found["left_out"][0].as_str().unwrap();
+    assert!(left_out.starts_with("N = 0: ") && left_out.contains("Reshape"), "{found}");
+    assert_eq!(equal(same, same)["left_out"], Value::Array(Vec::new()));
+}
+
+#[test]
+fn shapes_are_the_same_at_size_zero() {
+    let model = |body: &str, constants: &str| format!("g (float[N,4] x) => (int64 y) {constants} {{ {body} }}");
+    let counted = model("y = Size (x)", "");
+    let at_least_one = model("s = Size (x) y = Max (s, four)", "<int64 four = {4}>");
+    differs(&counted, &at_least_one, "output `y`: 1 of 1 elements differ, by at most 4 (run at N = 0)");
+}
+
+#[test]
+fn shapes_are_the_same_at_size_one() {
+    let named = "g (float[1,seq,4] x) => (float[seq,4] y) <int64[1] axes = {0}> { y = Squeeze (x, axes) }";
+    let every = "g (float[1,seq,4] x) => (float[seq,4] y) { y = Squeeze (x) }";
+    differs(named, every, "output `y`: expected float[1, 4], found float[4] (run at seq = 1)");
+    // One step of a batch of several, which is not a batch of one.
+    let named = "g (float[batch,seq,4] x) => (float[batch,seq,4] y) { y = Identity (x) }";
+    let once = "g (float[batch,seq,4] x) => (float[batch,seq,4] y) <int64[1] axes = {1}, int64 one = {1}> {
+        s = Shape <start = 1, end = 2> (x) b = Shape <start = 0, end = 1> (x) i = Equal (s, one) j = Greater (b, one)
+        a = And (i, j) f = Cast <to = 1> (a) y = Add (x, f) }";
+    differs(named, once, "(run at batch = 3, seq = 1)");
+}
+
+#[test]
+fn rows_that_are_masked_throughout_are_compared() {
+    let attention = |mask: &str, keep: &str, low: &str| {
+        format!(
+            "g (float[N,S] x, {mask}[N,S] {keep}) => (float[N,S] y) <float low = {{{low}}}> {{
+                k = Cast <to = 9> ({keep}) s = Where (k, x, low) y = Softmax (s) }}"
+        )
+    };
+    let message = "elements are NaN or infinite in only one of the two";
+    for (mask, keep) in [("bool", "attention_mask"), ("int64", "attention_mask"), ("bool", "keep"), ("int64", "keep")] {
+        let [nothing, finite] = ["-inf", "-1e9"].map(|low| attention(mask, keep, low));
+        // Where anything is kept they agree; a row without anything has no sum to divide by.
+        let ran = verify(&nothing, &finite, &[]);
+        assert_eq!((ran.code, ran.err.contains(message)), (Some(3), true), "{mask} {keep}: {}{}", ran.out, ran.err);
+        assert!(ran.err.contains(", a row masked throughout)"), "{}", ran.err);
+        equal(&finite, &finite);
+        equal(&nothing, &nothing);
+    }
+}
+
+#[test]
+fn whole_numbers_are_compared_at_the_ends_of_their_types() {
+    let model = |body: &str| format!("g (int64[N,4] x) => (int64[N,4] y) {{ {body} }}");
+    let (same, through) = (model("y = Identity (x)"), model("d = Cast <to = 11> (x) y = Cast <to = 7> (d)"));
+    differs(&same, &through, "N = 3, whole numbers at the ends of their types");
+    let clip = |most: &str| {
+        format!(
+            "g (int64[N,4] x) => (int64[N,4] y) <int64 most = {{{most}}}> {{ z = Constant <value_int = -9> () y = Clip (x, z, most) }}"
+        )
+    };
+    differs(&clip("9007199254740993"), &clip("9007199254740992"), "elements differ, by at most 1 ");
+    equal(&clip("9007199254740993"), &clip("9007199254740993"));
+    // Where numbers are rounded, large ones are all noise.
+    let wave = |body: &str| {
+        format!(
+            "g (int64[N,4] t) => (float[N,4] y) <float k = {{0.1}}, float l = {{10}}> {{ f = Cast <to = 1> (t) {body} y = Sin (p) }}"
+        )
+    };
+    let found = equal(&wave("p = Mul (f, k)"), &wave("p = Div (f, l)"));
+    assert!(!found["sizes"].to_string().contains("whole numbers"), "{found}");
+    assert!(equal(&same, &same)["sizes"].to_string().contains("whole numbers"));
+}
+
+#[test]
+fn bits_are_compared_at_the_edges_of_types() {
+    let model = |body: &str, constants: &str| format!("g (float[N,4] x) => (float[N,4] y) {constants} {{ {body} }}");
+    let (same, squared) = (model("y = Identity (x)", ""), model("s = Mul (x, k) y = Div (s, k)", "<float k = {2}>"));
+    assert_eq!(verify(&same, &same, &["--bits"]).code, Some(0));
+    // Twice the largest number is infinite.
+    let ran = verify(&same, &squared, &["--bits"]);
+    assert_eq!(
+        (ran.code, ran.err.contains("values at the edges of their types")),
+        (Some(3), true),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+    equal(&same, &squared);
+}
+
+#[test]
+fn a_run_tells_with_v_where_the_original_does_not_run() {
+    let bench = Bench::new();
+    bench.write(
+        "model.onnx",
+        "g (float[N,4] x) => (float[N,4] y) <int64[2] to = {0, -1}> { r = Reshape (x, to) n = Neg (r) y = Neg (n) }",
+    );
+    let run = |options: &[&str]| bench.run(&[&["model.onnx", "-o", "out.onnx", "--overwrite"], options].concat());
+    let (loud, usual) = (run(&["-v"]), run(&[]));
+    assert_eq!((loud.code, usual.code), (Some(0), Some(0)), "{}{}", loud.out, loud.err);
+    assert!(loud.out.contains("not compared: N = 0: ") && !usual.out.contains("not compared"), "{}", loud.out);
+}
+
+#[test]
+fn rotary_embeddings_of_onnx_runtime_take_an_empty_batch() {
+    let bench = Bench::new();
+    bench.write(
+        "model.onnx",
+        "g (float[B,2,S,4] x, float[B,S] p) => (float[B,2,S,4] y)
+        <float[2] rates = {1, 0.1}, int64[1] one = {1}, int64[1] end = {-1}, int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4}> {
+            u = Unsqueeze (p, end) f = Mul (u, rates) both = Concat <axis = -1> (f, f)
+            c = Cos (both) s = Sin (both) cos = Unsqueeze (c, one) sin = Unsqueeze (s, one)
+            low = Slice (x, zero, two, end) high = Slice (x, two, four, end) minus = Neg (high)
+            turned = Concat <axis = -1> (minus, low) a = Mul (x, cos) b = Mul (turned, sin) y = Add (a, b) }",
+    );
+    let ran = bench.run(&["model.onnx", "-o", "out.onnx", "--target", "ort", "--report", "report.json"]);
+    assert_eq!((ran.code, ran.err.contains("left out")), (Some(0), false), "{}{}", ran.out, ran.err);
+    let report: Value = serde_json::from_slice(&fs::read(bench.path("report.json")).unwrap()).unwrap();
+    let sizes = report["verify"]["sizes"].to_string();
+    assert!(sizes.contains("B = 0, ") && sizes.contains("S = 0"), "{sizes}");
+    let model = Model::read(&bench.path("out.onnx")).unwrap().model;
+    assert!(text::print(&model).contains("RotaryEmbedding"), "{}", text::print(&model));
+}
+
+// Work.
+
+#[test]
+fn a_search_that_finds_no_sizes_says_how_to_state_them() {
+    // No size divides both ways.
+    let never = "g (float[a,b,c,d,e,f,g] x) => (float[h,i] y) <int64[2] to = {977, 991}> { y = Reshape (x, to) }";
+    let start = Instant::now();
+    let ran = verify(never, never, &[]);
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+    assert_eq!((ran.code, ran.err.contains("; --input-shape states its sizes")), (Some(1), true), "{}", ran.err);
+    assert!(ran.err.contains("(tried a = ") && ran.err.contains(" more)"), "{}", ran.err);
+}
+
+#[test]
+fn sizes_keep_to_a_budget_of_work() {
+    // 0.7 MFLOP a voxel: 12 GFLOP for 4 slices of 64², 116 for three times 6 slices of 96².
+    let model = "g (float[N,32,D,H,W] x) => (float[N,32,D,H,W] y) <int64[5] shape = {32, 32, 7, 7, 7}> {
+        w = ConstantOfShape (shape) c = Conv <pads = [3, 3, 3, 3, 3, 3]> (x, w) y = Add (c, x) }";
+    let found = equal(model, model);
+    let sizes: Vec<&str> = found["sizes"].as_array().unwrap().iter().map(|s| s.as_str().unwrap()).collect();
+    assert_eq!(sizes[..2], ["D = 4, H = 64, N = 1, W = 64", "D = 3, H = 32, N = 2, W = 32"]);
+}
+
+/// A model that would take a minute if a branch were taken that never is.
+fn heavy(dims: &str) -> String {
+    format!(
+        "g (float[{dims}] x) => (float[{dims}] y) <int64[2] square = {{8192, 8192}}, float never = {{1e30}}> {{
+            m = ReduceMax <keepdims = 0> (x) c = Greater (m, never)
+            y = If (c) <
+                then_branch = t () => (float[{dims}] z) {{
+                    a = ConstantOfShape (square) b = MatMul (a, a) d = ReduceMax <keepdims = 0> (b) z = Add (x, d) }},
+                else_branch = e () => (float[{dims}] r) {{ r = Relu (x) }}
+            > }}"
+    )
+}
+
+#[test]
+fn a_model_that_takes_long_is_run_on_one_set_of_inputs() {
+    let sizes = |model: &str| equal(model, model)["sizes"].as_array().unwrap().len();
+    let light = "g (float[2,4] x) => (float[2,4] y) { y = Relu (x) }";
+    assert_eq!([light, &heavy("2,4")].map(sizes), [2, 1]);
+    // Edges do not fit either, which is told.
+    let found = equal(&heavy("N,4"), &heavy("N,4"));
+    assert_eq!(found["sizes"], serde_json::json!(["N = 1"]));
+    assert_eq!(found["left_out"], serde_json::json!(["N = 0: that would take too long"]));
+    // What is wrong is found all the same.
+    differs(&heavy("N,4"), &heavy("N,4").replace("Relu (x)", "Neg (x)"), "output `y`: the relative L2 error is");
 }

@@ -90,9 +90,9 @@ fn widen_attribute(attribute: &mut Attribute) -> bool {
             half
         }
         AttributeValue::Tensor(tensor) => widen_tensor(tensor),
-        AttributeValue::Tensors(tensors) => tensors.iter_mut().fold(false, |any, tensor| widen_tensor(tensor) | any),
+        AttributeValue::Tensors(tensors) => tensors.iter_mut().map(widen_tensor).filter(|&widened| widened).count() > 0,
         AttributeValue::Type(ty) => widen_type(ty),
-        AttributeValue::Types(types) => types.iter_mut().fold(false, |any, ty| widen_type(ty) | any),
+        AttributeValue::Types(types) => types.iter_mut().map(widen_type).filter(|&widened| widened).count() > 0,
         _ => false,
     }
 }

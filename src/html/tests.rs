@@ -59,6 +59,7 @@ fn report() -> Report {
             detail: None,
             runtime: "ONNX Runtime 1.2.3".to_owned(),
             sizes: Vec::new(),
+            left_out: Vec::new(),
             note: None,
             outputs: vec![output],
         }),

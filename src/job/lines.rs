@@ -82,6 +82,7 @@ pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str) -> 
         detail: None,
         runtime: report.engine.clone(),
         sizes: report.sizes.clone(),
+        left_out: report.left_out.clone(),
         note: note(&report.comparison),
         outputs: outputs.collect(),
     }

@@ -62,6 +62,7 @@ pub(super) fn check(job: &Job, sampler: &Sampler, path: &Path) -> Result<Checked
         samples,
         engine: evaluator.name(),
         sizes: vec![format!("latent {:?}", expected.sample.dims())],
+        left_out: Vec::new(),
     };
     Ok(Checked::Holds(Box::new(job::verify(report, claim, "random"))))
 }
