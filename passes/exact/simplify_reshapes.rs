@@ -92,6 +92,8 @@ fn regrouped(m: &Match, g: &mut Patch, old: &[&str]) -> Result<ValueId, Refusal>
     let (x, result) = (m.value("x"), m.value("output"));
     let full: Vec<DimExpr> = old.iter().flat_map(|label| full_axes(m.facts(), m.node(label))).collect();
     match target(m, x, result, &full) {
+        // An Unsqueeze or Squeeze has nothing to infer.
+        Ok(sizes) if sizes.contains(&-1) => Ok(with_ones(m, g, x, result).unwrap_or_else(|| g.reshape(x, &sizes))),
         Ok(sizes) => Ok(g.reshape(x, &sizes)),
         Err(reason) => flattened(m, g, x, result).or_else(|| with_ones(m, g, x, result)).ok_or(reason),
     }
