@@ -40,10 +40,12 @@ fn is_positive(size: &DimExpr, nonempty: Option<&BTreeSet<String>>) -> bool {
     size.is_positive() || size.substitute(&more).is_some_and(|size| size.is_positive())
 }
 
-/// The sizes that cannot be 0 where a Reshape runs at all: those beside the one it infers.
+/// The sizes that cannot be 0 where a Reshape runs at all: those beside the one it infers. With `allowzero` ONNX Runtime
+/// infers a size beside 0 too.
 pub(super) fn full_axes(facts: &Facts, node: &Node) -> Vec<DimExpr> {
+    let refuses = node.is("Reshape") && node.int("allowzero").unwrap_or(0) == 0;
     let inferred = || {
-        let sizes = facts.contents(node.input(1).filter(|_| node.is("Reshape"))?)?;
+        let sizes = facts.contents(node.input(1).filter(|_| refuses)?)?;
         sizes.elements().iter().position(|size| size.as_ref().and_then(DimExpr::as_known) == Some(-1))
     };
     let shape = node.output(0).and_then(|v| facts.shape(v));
