@@ -331,4 +331,24 @@ mod tests {
                 && !holds_all(Bool, Int8)
         );
     }
+
+    #[test]
+    fn keeps_what_changes_its_input() {
+        let keeps = |weights: &str, body: &str| {
+            let graph = format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]> g (float[1,2,4,4] x, float[0,3] e) => (float[] y)
+                <int64[1] two = {{2}}{weights}> {{ a = Relu (x) {body} y = Neg (b) }}"
+            );
+            crate::testing::check_untouched(&DropNoopLayout, &graph);
+        };
+        keeps(", int64[2] to = {8, 4}", "b = Reshape (a, to)");
+        keeps(", int64[2] to = {8, 4}, int64[1] flat = {32}", "c = Reshape (a, to) b = Reshape (c, flat)");
+        keeps("", "b = Transpose <perm = [0, 1, 3, 2]> (a)");
+        keeps(", int64[1] zero = {0}", "b = Slice (a, zero, two, two)");
+        keeps(", float[0] none = {}, int64[4] to = {1, 2, 8, 8}", "b = Resize <mode = \"linear\"> (a, none, none, to)");
+        // The other half is there though nothing reads it.
+        keeps("", "b, c = Split <axis = 1> (a)");
+        keeps("", "d = Relu (e) b = Concat <axis = 0> (d, d)");
+        keeps("", "b = Concat <axis = 1> (a, a)");
+    }
 }

@@ -221,6 +221,8 @@ mod tests {
         };
         let rows = of("2,2", "float[2,1] k = {1, 2}", "2,2");
         check_refuses(&FoldMatmulChain, &rows, "the constant is not one number a column");
+        let column = of("3,2", "float[3,1] k = {1, 2, 3}", "3,2");
+        check_refuses(&FoldMatmulChain, &column, "the constant is not one number a column");
         let wide = of("N,1", "float[2] k = {1, 2}", "N,2");
         let wide = wide
             .replace("float[2,3] a = {1, 2, 3, 4, 5, 6}", "float[1,1] a = {1}")

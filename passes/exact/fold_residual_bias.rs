@@ -192,6 +192,8 @@ mod tests {
         let refuses = |graph: &str, reason: &str| check_refuses(&FoldResidualBias, graph, reason);
         refuses(&graph("z = MatMul (n, w)"), "a layer without a bias of its own");
         refuses(&graph("z = Neg (n)"), "a layer without a bias of its own");
+        refuses(&graph("p = Add (n, w) z = Add (own, p)"), "a layer without a bias of its own");
+        refuses(&graph("p = MatMul (n, w) z = Sub (p, own)"), "a layer without a bias of its own");
         refuses(&graph("z = Sub (h, n)"), "something else than layers");
         refuses(&graph("p = MatMul (n, w) z = Add (p, h)"), "not a constant of its shape");
         let own = graph("p = MatMul (n, w) z = Neg (h)").replace("Add (h, bias)", "Add (p, bias)");

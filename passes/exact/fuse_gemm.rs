@@ -191,4 +191,23 @@ mod tests {
             h = Cast <to = 16> (x) v = Cast <to = 16> (w) d = Cast <to = 16> (c) t = MatMul (h, v) s = Add (t, d) y = Cast <to = 1> (s) }";
         check_refuses(&FuseGemm, graph, "Gemm has no bfloat16 before opset 13");
     }
+
+    #[test]
+    fn keeps_products_that_gemm_does_not_have() {
+        let keeps = |graph: &str| {
+            let graph = format!("<ir_version: 8, opset_import: [\"\" : 13]> g {graph}");
+            crate::testing::check_untouched(&FuseGemm, &graph);
+        };
+        keeps("(float[4,2] a, float[5,4,3] b) => (float[] y) { t = Transpose <perm = [1, 0]> (a) y = MatMul (t, b) }");
+        keeps("(float[5,2,4] a, float[3,4] b) => (float[] y) { t = Transpose <perm = [1, 0]> (b) y = MatMul (a, t) }");
+        keeps("(float[2,4] a, float[4,3] b) => (float[] y) { t = Transpose <perm = [0, 1]> (a) y = MatMul (t, b) }");
+        keeps("(float[2,4] a, float[4,3] b) => (float[] y) { t = Transpose <perm = [0, 1]> (b) y = MatMul (a, t) }");
+        keeps("(float[2,4] a, float[4,3] b) => (float[] y) { t = Transpose <perm = [0, 1]> (a) y = Gemm (t, b) }");
+        keeps(
+            "(int32[2,4] a, int32[4,3] b) => (int32[] y) { t = Transpose <perm = [1, 0]> (a) u = Neg (t) v = Transpose <perm = [1, 0]> (u) y = MatMul (v, b) }",
+        );
+        let deep = "<ir_version: 8, opset_import: [\"\" : 13]> g (float[2,3] a, float[3,4] b, float[1,2,4] c) => (float[1,2,4] y) {
+            t = MatMul (a, b) y = Add (t, c) }";
+        check_refuses(&FuseGemm, deep, "what is added may be larger than the product");
+    }
 }

@@ -249,4 +249,13 @@ mod tests {
             g = HardSigmoid <alpha = 0.16666667, beta = 0.5> (x) y = Mul (x, g) }";
         check_refuses(&FuseHardSwish, graph, "HardSwish has no bfloat16 here");
     }
+
+    #[test]
+    fn keeps_clips_that_begin_elsewhere() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 14]>
+            g (float[n] x) => (float[n] y) <float three = {3}, float one = {1}, float six = {6}> {
+                a = Add (x, three) c = Clip (a, one, six) y = Div (c, six)
+            }";
+        check_untouched(&FuseHardSwish, graph);
+    }
 }

@@ -213,6 +213,10 @@ mod tests {
         check_refuses(&InlineSequences, &graph(inserted), "a position is computed");
         let outside = "s = SequenceConstruct (a, b) f = SequenceAt (s, five) y = Neg (f)";
         check_refuses(&InlineSequences, &graph(outside), OUTSIDE);
+        for edit in ["SequenceInsert (s, a, five)", "SequenceErase (s, five)"] {
+            let edited = format!("s = SequenceConstruct (a, b) t = {edit} f = SequenceAt (t, zero) y = Neg (f)");
+            check_refuses(&InlineSequences, &graph(&edited), OUTSIDE);
+        }
         let split = "s = SplitToSequence <axis = 0> (a, one) f = SequenceAt (s, zero) y = Concat <axis = 0> (f, f)";
         check_refuses(&InlineSequences, &graph(split), "the sequence is not made of elements one by one");
         let empty = "e = SequenceEmpty () f = ConcatFromSequence <axis = 0> (e) y = Add (a, f)";

@@ -226,4 +226,11 @@ mod tests {
             g (float[n] x) => (float[n] y) <float two = {2}, float one = {1}> { a = Sub (two, x) y = Add (a, one) }";
         check_refuses(&MergeScalars, graph, "the value is subtracted from a constant");
     }
+
+    #[test]
+    fn keeps_scalars_that_add_axes() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[n] x) => (float[1,n] y) <float[1,1] two = {2}> { a = Mul (x, two) y = Mul (a, two) }";
+        check_untouched(&MergeScalars, graph);
+    }
 }

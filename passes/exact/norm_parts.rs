@@ -206,6 +206,15 @@ mod tests {
     }
 
     #[test]
+    fn only_a_widening_cast_belongs_to_a_normalization() {
+        let narrowed = normalization("double[2,4] u", "z = Neg (s)")
+            .replace("mean = ", "x = Cast <to = 1> (u) mean = ")
+            .replace("y = Div (d, s)", "n = Div (d, s) y = Cast <to = 11> (n)")
+            .replace("float[A,B] y", "double[A,B] y");
+        check_refuses(&FuseLayerNorm, &narrowed, "the result has another type than what is normalized");
+    }
+
+    #[test]
     fn onnx_runtime_has_its_operators_for_two_types() {
         let graph = r#"<opset_import: ["" : 17]> g (double[N] x) => (double[N] y) { s = Sigmoid (x) y = Mul (x, s) }"#;
         let ort = Context { target: Target::Ort, ..Context::default() };

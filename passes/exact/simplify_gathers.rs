@@ -441,4 +441,22 @@ mod tests {
         let moved = grid("B,M", "r5", "k5").replace("k = Expand (k4, to)", "k6 = Add (k4, zero) k = Expand (k6, to)");
         refuses(&moved, "the indices are not made of one Range");
     }
+
+    #[test]
+    fn keeps_gathers_in_batches_and_along_other_axes() {
+        let keeps = |graph: &str| {
+            let graph = format!("<ir_version: 9, opset_import: [\"\" : 17]> g {graph}");
+            crate::testing::check_untouched(&SimplifyGathers, &graph);
+        };
+        keeps(
+            "(float[2,3] x, int64[2] i) => (float[2] y) <int64[1] one = {1}> { u = Unsqueeze (i, one) y = GatherND <batch_dims = 1> (x, u) }",
+        );
+        keeps(
+            "(float[2,4] x) => (float[2] y) <int64[2,1] grid = {0, 1}> { n = Neg (x) y = GatherND <batch_dims = 1> (n, grid) }",
+        );
+        keeps(
+            "(float[2,3,6] x) => (float[6,2,3] y) <int64[2] to = {6, 6}, int64[2,3] all = {0, 1, 2, 3, 4, 5}> {
+            f = Reshape (x, to) y = Gather <axis = 1> (f, all) }",
+        );
+    }
 }

@@ -477,4 +477,13 @@ mod tests {
         );
         refuses("=> (float[] y) { u = Squeeze (v) y = Squeeze (u) }", "a Squeeze states no axes");
     }
+
+    #[test]
+    fn keeps_targets_that_are_constant_or_other_shapes() {
+        let graph = "<ir_version: 8, opset_import: [\"\" : 17]>
+            g (float[2,6] x) => (float[12] y) <int64[2] to = {3, 4}, int64[1] flat = {12}> {
+                a = Reshape (x, to) b = Relu (a) y = Reshape (b, flat)
+            }";
+        crate::testing::check_untouched(&SimplifyReshapes, graph);
+    }
 }

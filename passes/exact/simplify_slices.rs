@@ -473,4 +473,24 @@ mod tests {
         let stepped = old.replace("<starts = [1]>", "<starts = [0], ends = [2], axes = [1], steps = [2]>");
         check_refuses(&SimplifySlices, &stepped, "before opset 10 a Slice has no steps");
     }
+
+    #[test]
+    fn keeps_parts_and_reductions_of_other_axes() {
+        let keeps = |inputs: &str, body: &str| {
+            let graph = format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]> g ({inputs}) => (float[] y)
+                <int64[1] i0 = {{0}}, int64[1] i1 = {{1}}, int64[1] i2 = {{2}}, int64[1] i3 = {{3}}> {{ {body} }}"
+            );
+            crate::testing::check_untouched(&SimplifySlices, &graph);
+        };
+        let parts = "a = Neg (x) b = Abs (x) c = Concat <axis = 0> (a, b)";
+        keeps("float[2,3] x", &format!("{parts} y = Slice (c, i0, i2, i1)"));
+        keeps("float[2,3] x", &format!("{parts} y = Slice (c, i0, i2, i0, i2)"));
+        keeps("float[2,3] x", &format!("{parts} y = Slice (c, i0, i3, i0)"));
+        keeps("float[2,3] x", &format!("{parts} y = Slice (c, i1, i3, i0)"));
+        keeps("float[1,3,1] x", "r = ReduceSum <keepdims = 0> (x, i1) y = Squeeze (r, i1)");
+        keeps("float[1,3,2] x", "r = ReduceSum (x, i1) y = Squeeze (r, i0)");
+        keeps("float[2,3] x", "r = ReduceSum (x, i1) y = Unsqueeze (r, i1)");
+        keeps("float[2,3] x", "r = ReduceSum <keepdims = 0> (x, i1) y = Unsqueeze (r, i0)");
+    }
 }

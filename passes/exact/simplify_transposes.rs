@@ -392,4 +392,22 @@ mod tests {
             crate::testing::check_untouched(&SimplifyTransposes, &graph);
         }
     }
+
+    #[test]
+    fn keeps_transposes_that_nothing_undoes() {
+        let keeps = |body: &str| {
+            let graph = format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]> g (float[2,2,2] x, float[2,2,2] z) => (float[] y) {{ {body} }}"
+            );
+            crate::testing::check_untouched(&SimplifyTransposes, &graph);
+        };
+        let two = "a = Transpose <perm = [1, 0, 2]> (x) b = Transpose <perm = [0, 2, 1]> (z)";
+        keeps(&format!("{two} y = Add (a, b)"));
+        keeps(&format!("{two} y = Concat <axis = 0> (a, b)"));
+        keeps("a = Transpose <perm = [1, 0, 2]> (x) b = Neg (z) y = Concat <axis = 0> (a, b)");
+        keeps(
+            "a = Transpose <perm = [1, 2, 0]> (x) r = ReduceMax <axes = [0]> (a) y = Transpose <perm = [2, 1, 0]> (r)",
+        );
+        keeps("a = Transpose <perm = [1, 2, 0]> (x) b = Neg (a) y = Abs (b)");
+    }
 }

@@ -905,3 +905,67 @@ fn reads_no_size_off_what_comes_later() {
         }"#;
     refuses_ort(graph, "a size by which a mask is repeated cannot be read off an input");
 }
+
+#[test]
+fn only_what_zeroes_missing_weights_is_looked_through() {
+    let refuses = |inputs: &str, step: &str| {
+        let body = format!("p = Softmax <axis = -1> (s) {step}");
+        let graph = scored(inputs, "", &body).replace("float[B,2,S,8] y)", "float[B,2,S,8] y, bool[B,2,S,T] other)");
+        refuses_ort(&graph, "`Where` lies between the softmax and the product with the values");
+    };
+    let end = "other = Not (also)";
+    refuses(", bool[B,2,S,T] also", &format!("missing = IsNaN (p) weights = Where (missing, half, p) {end}"));
+    refuses(
+        ", bool[B,2,S,T] also, float[B,2,S,T] r",
+        &format!("missing = IsNaN (r) weights = Where (missing, zero, p) {end}"),
+    );
+    refuses("", "missing = IsNaN (p) weights = Where (missing, zero, p) other = Not (missing)");
+}
+
+#[test]
+fn only_the_last_weight_may_be_dropped() {
+    let refuses = |slice: &str| {
+        let inits = ", int64[1] zero1 = {0}, int64[1] one = {1}, int64[1] far = {9999}, int64[1] less = {-2}, int64[1] three = {3}";
+        let graph = scored("", inits, &format!("p = Softmax <axis = -1> (s) weights = Slice {slice}"));
+        let graph =
+            graph.replace("float[B,2,T,8] k", "float[B,2,6,8] k").replace("float[B,2,T,8] v", "float[B,2,U,8] v");
+        refuses_ort(&graph, "`Slice` lies between the softmax and the product with the values");
+    };
+    refuses("(p, one, far, three)");
+    refuses("(p, zero1, less, three)");
+}
+
+#[test]
+fn a_shift_along_the_queries_is_seen() {
+    let body = format!("most = ReduceMax (s, two) a = Sub (s, most) {SOFTMAX} (a)");
+    refuses_ort(&scored("", ", int64[1] two = {2}", &body), "the scores or weights have other uses");
+}
+
+#[test]
+fn scores_that_are_repeated_are_not_followed() {
+    let graph = scored(", float[1,1,S,T] m", "", &format!("a = Add (s, m) {SOFTMAX} (a)"));
+    let graph = graph.replace("float[B,2,S,8] q", "float[B,2,1,8] q");
+    refuses_ort(&graph, "no operand of a `Add` before the softmax is provably a product of its shape");
+}
+
+#[test]
+fn scales_that_vanish_together_are_refused() {
+    let body = format!("{TURN} qs = Mul (q, tiny) s = MatMul (qs, kt) a = Mul (s, tiny) {SOFTMAX} (a)");
+    refuses_ort(&bare("", ", float tiny = {1e-30}", &body), "the scale is 0 or not finite");
+}
+
+#[test]
+fn what_favours_later_keys_is_no_causal_mask() {
+    let body = format!("a = Sub (s, causal) {SOFTMAX} (a)");
+    let inits = ", float[3,3] causal = {0, -1e38, -1e38, 0, 0, -1e38, 0, 0, 0}";
+    let graph = scored("", inits, &body).replace(",S,", ",3,").replace(",T,", ",3,");
+    assert!(!line(&fused(&graph), "MultiHeadAttention").contains("unidirectional"));
+}
+
+#[test]
+fn a_mask_that_favours_keys_is_no_padding() {
+    let graph = plain(17).replace("float[B,1,S,T] mask", "bool[B,1,1,T] seen");
+    let graph = graph.replace("float root", "float zero = {0}, float more = {0.5}, float root");
+    let graph = graph.replace("masked = ", "mask = Where (seen, zero, more) masked = ");
+    assert!(!line(&fused(&graph), "MultiHeadAttention").contains("mask_filter_value"));
+}

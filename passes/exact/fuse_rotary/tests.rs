@@ -164,6 +164,7 @@ fn refuses() {
     check_refuses(&FuseRotary, &SLICED.replace("float", "double"), "not float or float16");
     check_untouched(&FuseRotary, &SLICED.replace("Concat <axis = -1> (minus, low)", "Concat <axis = -1> (low, minus)"));
     check_untouched(&FuseRotary, &SLICED.replace("(x, two, all, end)", "(x, zero, two, end)"));
+    check_untouched(&FuseRotary, &SLICED.replace("low = Slice (x, zero, two, end)", "low = Slice (x, two, all, end)"));
 }
 
 #[test]
