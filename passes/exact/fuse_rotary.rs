@@ -167,7 +167,7 @@ fn lengthened(
     elem: DataType,
     half: i64,
 ) -> Result<[ValueId; 2], Refusal> {
-    let zero = Tensor::from_f64s(elem, &[1], &[0.0]).ok_or("the element type has no zero")?;
+    let zero = Tensor::from_f64s(elem, &[1], &[0.0]).ok_or(Refusal::NoMatch)?;
     let (second, half) = (g.int64s("second", &[1]), g.int64s("half", &[half]));
     let positions = g.node(Node::new("Gather").with("axis", 0), &[sizes, second]);
     let shape = g.node(Node::new("Concat").with("axis", 0), &[positions, half]);
