@@ -428,8 +428,8 @@ mod tests {
         keeps("p = Max (a, b) y = Sum (p, a) k = Neg (i)");
         // ONNX Runtime may turn -0 into +0 on its way through a Where.
         keeps("p = Not (c) y = Where (p, a, b) k = Neg (i)");
-        keeps("y = Where (yes, a, b) k = Neg (i)");
-        keeps("y = Neg (a) k = Where (mixed, i, j)");
-        keeps("y = Neg (a) k = Where (c, i, j)");
+        keeps("p = Sin (a) q = Where (yes, p, b) y = Neg (q) k = Neg (i)");
+        keeps("y = Neg (a) p = Abs (i) q = Abs (j) r = Where (mixed, p, q) k = Neg (r)");
+        keeps("y = Neg (a) p = Abs (i) q = Abs (j) r = Where (c, p, q) k = Neg (r)");
     }
 }
