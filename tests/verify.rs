@@ -90,6 +90,25 @@ fn a_nan_is_named_and_refused() {
     assert!(err.contains("output `y` has -inf in sample 0 where the original has 0"), "{err}");
 }
 
+/// One rule for both: what is held to a limit where none is stated.
+#[test]
+fn values_are_compared_on_a_set_as_on_random_inputs() {
+    let (set, labelled) = (set("good.npz"), set("labelled.npz"));
+    let nearly = "h = Constant <value_float = 1.01> () y = Mul (x, h)";
+    for options in [&[][..], &["--validate", &set], &["--calib", &set]] {
+        let (code, out, err) = verify(RISING, nearly, options);
+        assert_eq!(code, Some(3), "{options:?}: {err}");
+        assert!(err.contains("output `y`: the relative L2 error is 1.000e-2, the limit 1.0e-4"), "{options:?}: {err}");
+        assert!(out.contains("rel L2 1.00e-2 (limit 1e-4)"), "{options:?}: {out}");
+        assert_eq!(verify(RISING, RISING, options).0, Some(0), "{options:?}");
+    }
+    // A metric that is named, by itself or by labels, is measured, and only a limit that is stated holds it.
+    for options in [&["--validate", &set, "--metric", "rel-l2"][..], &["--validate", &labelled, "--labels", "labels"]] {
+        let (code, out, err) = verify(RISING, nearly, options);
+        assert!(code == Some(0) && out.contains("no limit is set (--max-drop)"), "{options:?}: {out}{err}");
+    }
+}
+
 #[test]
 fn bits_are_compared_on_sets_too() {
     let set = set("good.npz");

@@ -256,15 +256,15 @@ def verify(
     timeout: int | None = None,
     progress: Progress = None,
 ) -> Comparison:
-    """Whether two models compute the same on random inputs, or how much the second loses on a set.
+    """Whether two models compute the same on random inputs or a set, or how much of a metric the second loses there.
 
     Args:
         a: The reference.
         b: The candidate.
         rtol: The largest relative L2 error of an output.
         bits: Expect equal bits.
-        metric: What to measure on a set.
-        max_drop: The largest drop of the metric that passes.
+        metric: What to measure on a set instead of comparing values.
+        max_drop: The largest drop of the metric that passes; without it a metric is only measured.
         seeds: Compare two samplers on so many seeds.
         features: A network that gives features of images, for samplers.
 

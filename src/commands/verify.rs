@@ -1,5 +1,5 @@
 //! `optimize verify A B`: whether two models compute the same, or how much the second loses on a set or, of samplers, on
-//! seeds.
+//! seeds. Without --metric, --max-drop and --labels the values of outputs are compared, on a set as on random inputs.
 
 use super::{Answer, input_spec, runner_options, sets::SetArgs};
 use crate::{
@@ -35,10 +35,12 @@ pub(crate) struct VerifyArgs {
     /// Expect equal bits.
     #[arg(long, conflicts_with_all = ["rtol", "metric", "max_drop"])]
     bits: bool,
-    /// What to measure on a set; `auto` without this. In brackets: how the drop is counted, positive where B is worse.
+    /// Measure this on a set, instead of comparing values. `auto` fits the model, and is what --max-drop and --labels
+    /// mean without this. In brackets: how the drop is counted, positive where B is worse.
     #[arg(long, value_name = "METRIC", value_parser = metric_names())]
     metric: Option<String>,
-    /// The largest drop of the metric that passes; a larger one ends with exit code 3.
+    /// The largest drop of the metric that passes; a larger one ends with exit code 3. Without this a metric is only
+    /// measured.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     max_drop: Option<f64>,
     /// Compare two samplers on so many seeds, by distances of pairs (values from −1 to 1): --max-drop bounds --metric,
@@ -83,7 +85,8 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
     super::read(&args.b)?;
     let options = runner_options(&args.run, progress)?;
     let runner = Runner::new(options.clone())?;
-    let exact = args.bits || args.rtol.is_some();
+    // Values are compared, on a set as on random inputs, unless something is to be measured.
+    let measured = args.metric.is_some() || args.max_drop.is_some() || args.sets.labels.is_some();
     let set = sets.check(&model)?;
     let fed = match &set {
         Some((set, _)) => BenchInputs::Set(set.clone()),
@@ -92,7 +95,7 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
     let placed = Measurement { options: &options, models: &[&args.b], inputs: &fed, seconds: 0.0 };
     let notes = placed.left_behind()?;
     let (inputs, set_name) = match set {
-        Some((set, set_name)) if !exact => {
+        Some((set, set_name)) if measured => {
             let metric = args.metric.clone().unwrap_or_else(|| "auto".to_owned());
             return measure(args, &runner, notes, &Bound { set, set_name, metric, max_drop: args.max_drop });
         }
@@ -169,7 +172,8 @@ fn sets(args: &VerifyArgs, inputs: &InputSpec) -> Result<Sets, Failure> {
 fn measure(args: &VerifyArgs, runner: &Runner, notes: Vec<String>, bound: &Bound) -> Result<Answer, Failure> {
     let found = validate::validate(runner, &args.a, &args.b, bound)?;
     let sentence = validate::describe(&found);
-    let answer = Answer::new(&found, text(&found, &sentence), notes);
+    let limit = if found.limit.is_finite() { "" } else { ", and no limit is set (--max-drop)" };
+    let answer = Answer::new(&found, text(&found, &format!("{sentence}{limit}")), notes);
     let why = match &found.note {
         Some(note) => format!("{sentence}; {note}"),
         None => sentence,
