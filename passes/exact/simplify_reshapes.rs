@@ -19,7 +19,7 @@ static INFO: Info = Info {
     doc: "A target that is computed from shapes becomes a constant where every size is known, is the size of the same \
           axis of the input (written 0) or is the only one left (written -1, where no other can be 0); the nodes that \
           computed it go away. Reshape, Flatten, Squeeze and Unsqueeze directly after one another become one node; two around an \
-          elementwise node go where they undo one another. \
+          elementwise node go where they undo one another, and a Transpose behind one where it only moves an axis of size 1. \
           Declines where sizes are not related by the symbolic shapes, where a size would be inferred beside an axis \
           that may be empty, and where the value between two nodes has other uses.",
     options: &[],
@@ -74,6 +74,13 @@ fn rules() -> Vec<Rule> {
                 Ok(g.node(node, &[m.value("x")]))
             },
         ),
+        rule("compose-transpose", pat!(outer: Transpose(Reshape|Flatten|Squeeze|Unsqueeze(x, ..))), |m, g| {
+            let perm = m.perm("outer")?;
+            let moved = m.node("outer").input(0).and_then(|v| m.facts().shape(v)).ok_or(Refusal::NoMatch)?;
+            // Only axes of one element change their place, so that elements keep their order.
+            m.only_if(perm.iter().filter(|&&axis| moved[axis].as_known() != Some(1)).is_sorted())?;
+            with_ones(m, g, m.value("x"), m.value("output")).ok_or(Refusal::NoMatch)
+        }),
         rule("reshape-to-constant", pat!(node: Reshape(x, shape)), |m, g| {
             m.only_if(m.graph().constant(m.value("shape")).is_none())?;
             regrouped(m, g, &["node"])
@@ -243,6 +250,29 @@ mod tests {
         "#);
         let read = graph("int32[B,S] y, int32[B,1,1,S] c");
         crate::testing::check_untouched(&SimplifyReshapes, &read);
+    }
+
+    #[test]
+    fn an_axis_of_one_element_goes_where_a_transpose_moves_it() {
+        let graph = |heads: i64| {
+            format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]>
+                g (float[B,S,{}] x) => (float[B,{heads},S,8] y) <int64[4] to = {{0, 0, {heads}, 8}}> {{
+                    r = Reshape (x, to)
+                    y = Transpose <perm = [0, 2, 1, 3]> (r)
+                }}",
+                8 * heads
+            )
+        };
+        insta::assert_snapshot!(check(&SimplifyReshapes, &graph(1)), @r#"
+        g (float[B,S,8] x) => (float[B,1,S,8] y) <
+            int64[4] to = {0, 0, 1, 8},
+            int64[1] y_axes = {1}
+        > {
+            y = Unsqueeze (x, y_axes)  # float[B,1,S,8]
+        }
+        "#);
+        crate::testing::check_untouched(&SimplifyReshapes, &graph(2));
     }
 
     #[test]
