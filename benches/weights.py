@@ -76,7 +76,7 @@ def order(args, models, out):
                 continue
             verify, plan = found["verify"], found["plan"]
             print(f"{percent} %  {name}: perplexity {verify['before']:.3f} -> {verify['after']:.3f}, "
-                  f"{plan['used']['parameters']} numbers, predicted {plan['objective']:.4f}, {seconds:.0f} s", flush=True)
+                  f"{plan['sites']['parameters']} numbers, predicted {plan['objective']:.4f}, {seconds:.0f} s", flush=True)
 
 
 def size(args, models, out):
@@ -92,7 +92,7 @@ def size(args, models, out):
         before, after = found["verify"]["before"], found["verify"]["after"]
         print(f"| {' '.join([share, *more])} | {file / 2**20:.1f} | {file / original:.4f} | {before:.3f} | {after:.3f} "
               f"| {after / before:.4f} | {counted(found['plan'])} | {seconds:.0f} | {peak:.0f} |")
-        used, stored = found["plan"]["used"]["bytes"], found["output"]["weight_bytes"]
+        used, stored = found["plan"]["sites"]["bytes"], found["output"]["weight_bytes"]
         print(f"bytes: plan {used}, constants {stored}, file {file} ({file / used - 1:+.2%})", flush=True)
 
 

@@ -1,5 +1,9 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
+mod plan;
+
+pub use plan::{BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
+
 use crate::{AutoReport, Latency, html, layers::LayerLine};
 use lathe_runtime::{ChosenSamples, Excuse};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -171,7 +175,7 @@ pub struct Report {
     /// Every pass that ran, in order.
     pub passes: Vec<PassLine>,
     /// The allocator's plan; `null` without a budget.
-    pub plan: Option<serde_json::Value>,
+    pub plan: Option<Plan>,
     /// What `--auto` tried; not there without it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub auto: Option<AutoReport>,

@@ -50,9 +50,15 @@ fn a_size_is_met_and_every_byte_was_reckoned() {
     assert_eq!(report["output"]["file_bytes"], size);
     assert_eq!(report["plan"]["status"], "optimal");
     // What the constants take in the file is what the plan says, but for names and attributes.
-    let used = report["plan"]["used"]["bytes"].as_f64().unwrap();
+    let used = report["plan"]["sites"]["bytes"].as_f64().unwrap();
     let weights = report["output"]["weight_bytes"].as_f64().unwrap();
     assert!((used - weights).abs() < 0.03 * weights, "{used} reckoned, {weights} stored");
+    // What the budget says is what was written.
+    let row = |report: &Value, key: &str, part: &str| report["plan"]["budget"][key][part].as_f64().unwrap();
+    assert_eq!(row(&report, "size", "used"), size as f64);
+    assert_eq!(report["plan"]["used"]["size"].as_f64(), Some(size as f64));
+    assert!((row(&report, "size", "allowed") - 0.4 * original as f64).abs() < 1e-6);
+    assert_eq!(row(&report, "size", "share"), size as f64 / original as f64);
     // The tied table is stored once, for its look-up and its product.
     assert_eq!(choices(&report).iter().filter(|(site, _)| *site == "table").count(), 1);
     assert!(choices(&report).iter().any(|(_, option)| option.starts_with("int")));
@@ -85,7 +91,7 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
     let output = bench.run(&["--size", "0.05"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
-    assert!(message.contains("of the original is asked for, and 0.147 is the least"), "{message}");
+    assert!(message.contains("of the original's size is asked for, and 0.147 is the least"), "{message}");
     let output = bench.run(&["--size", "0.2", "--metric", "rel-l2", "--max-drop", "1e-9"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
@@ -245,10 +251,17 @@ fn methods_that_nothing_is_taken_of_are_told() {
 
 #[test]
 fn several_budgets_are_kept_together() {
-    let report = bench().report(&["--size", "0.5", "--params", "0.9"]);
+    let report = bench().report(&["--size", "0.5", "--params", "0.9", "--flops", "0.95"]);
     assert_eq!(report["plan"]["solver"], "ilp");
-    for (key, share) in [("file_bytes", 0.5), ("parameters", 0.9)] {
-        assert!(report["output"][key].as_f64().unwrap() <= share * report["input"][key].as_f64().unwrap(), "{key}");
+    let figure = |value: &Value| value.as_f64().unwrap();
+    for (key, name, limit) in [("file_bytes", "size", 0.5), ("parameters", "parameters", 0.9), ("flops", "flops", 0.95)]
+    {
+        let (used, original) = (figure(&report["output"][key]), figure(&report["input"][key]));
+        assert!(used <= limit * original, "{key}");
+        let row = ["limit", "allowed", "used", "share"].map(|part| figure(&report["plan"]["budget"][name][part]));
+        assert_eq!((row[0], row[2], row[3]), (limit, used, used / original), "{name}");
+        assert!((row[1] - limit * original).abs() < 1e-6 * original, "{name}");
+        assert_eq!(figure(&report["plan"]["used"][name]), used, "{name}");
     }
 }
 
@@ -258,7 +271,7 @@ fn a_latency_that_is_not_reached_is_refused_with_what_is() {
     let output = bench.run(&["--latency", "0.02"]);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{message}");
-    assert!(message.contains("a latency of 0.020 of the original is asked for"), "{message}");
+    assert!(message.contains("0.020 of the original's latency is asked for"), "{message}");
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! The plan as a strip of the model: its residual units in order, and what each got.
 
+use crate::report::PlanUnit;
 use lathe_analysis::{Bindings, Cost, Facts, UnitKind, Units};
 use lathe_ir::{Model, NodeId};
-use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
 /// What was done to some nodes.
@@ -14,7 +14,7 @@ pub(super) struct Done<'a> {
 
 /// One entry for every unit that holds no other, in order, with its share of the model's operations; empty where there
 /// are no units. The last entry is everything outside of units.
-pub(super) fn strip(model: &Model, done: &[Done<'_>]) -> Vec<Value> {
+pub(super) fn strip(model: &Model, done: &[Done<'_>]) -> Vec<PlanUnit> {
     let facts = Facts::infer(model);
     let units = Units::find(model, &facts);
     if units.is_empty() {
@@ -48,6 +48,6 @@ fn got(nodes: &BTreeSet<NodeId>, done: &[Done<'_>]) -> Vec<String> {
     options
 }
 
-fn entry(unit: Option<&str>, kind: &str, share: f64, got: Vec<String>) -> Value {
-    json!({ "unit": unit, "kind": kind, "flops_share": share, "got": got })
+fn entry(unit: Option<&str>, kind: &str, share: f64, got: Vec<String>) -> PlanUnit {
+    PlanUnit { unit: unit.map(str::to_owned), kind: kind.to_owned(), flops_share: share, got }
 }

@@ -5,7 +5,10 @@ use super::{
     strip::{Done, strip},
     unhandled::{Unhandled, WORTH_TELLING},
 };
-use crate::{Failure, PassRecord};
+use crate::{
+    Failure, PassRecord,
+    report::{self, PlanChoice, PlanCost, PlanUnit, SitesTake},
+};
 use anyhow::anyhow;
 use lathe_analysis::{Facts, Units};
 use lathe_ir::{Model, NodeId, ValueId};
@@ -18,7 +21,6 @@ use lathe_passes::{
     },
 };
 use lathe_runtime::Distance;
-use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Instant,
@@ -87,7 +89,7 @@ pub(super) struct Place {
 /// A model within the budget as far as the allocator can tell.
 pub(crate) struct Compressed {
     pub model: Model,
-    pub plan: Value,
+    pub plan: report::Plan,
     pub records: Vec<PassRecord>,
 }
 
@@ -539,9 +541,8 @@ impl Table<'_> {
             let (offer, own) = chosen.place.choices().nth(chosen.choice?)?;
             Some(Done { nodes: &offer.site.nodes, option: &offer.site.choices[own].name })
         });
-        let mut json = plan_json(plan, choices);
-        json["units"] = strip(model, &done.collect::<Vec<_>>()).into();
-        Ok(Compressed { model: result, plan: json, records: records.into_values().collect() })
+        let plan = reported(plan, choices, strip(model, &done.collect::<Vec<_>>()));
+        Ok(Compressed { model: result, plan, records: records.into_values().collect() })
     }
 }
 
@@ -575,41 +576,44 @@ fn stages<'p>(model: &Model, mut edits: Vec<Chosen<'p>>) -> Vec<Vec<Chosen<'p>>>
 }
 
 /// A choice as the report tells it; `None` for a place of several constants that stays as it is.
-fn told(chosen: &Chosen<'_>) -> Option<Value> {
+fn told(chosen: &Chosen<'_>) -> Option<PlanChoice> {
     let place = chosen.place;
     let (option, method) = match chosen.choice {
         None if place.covers().len() > 1 => return None,
         None => ("as it is", None),
         Some(index) => {
             let (offer, own) = place.choices().nth(index).expect("plans choose among what was offered");
-            (offer.site.choices[own].name.as_str(), Some(offer.method.info().name))
+            (offer.site.choices[own].name.as_str(), Some(offer.method.info().name.to_owned()))
         }
     };
     let takes = chosen.takes();
-    let mut cost = json!({ "bytes": takes.bytes, "parameters": takes.parameters, "flops": takes.flops });
-    if let Some(ns) = takes.latency_ns {
-        cost["latency_ms"] = json!(ns as f64 * 1e-6);
-    }
-    Some(json!({ "site": place.site().name, "option": option, "method": method, "cost": cost, "error": takes.error }))
+    let cost = PlanCost {
+        bytes: takes.bytes,
+        parameters: takes.parameters,
+        flops: takes.flops,
+        latency_ms: takes.latency_ns.map(|ns| ns as f64 * 1e-6),
+    };
+    Some(PlanChoice { site: place.site().name.clone(), option: option.to_owned(), method, cost, error: takes.error })
 }
 
-fn plan_json(plan: &Plan, choices: Vec<Value>) -> Value {
+/// The plan as far as it is known before it was carried out.
+fn reported(plan: &Plan, choices: Vec<PlanChoice>, units: Vec<PlanUnit>) -> report::Plan {
     let (status, gap) = match plan.status {
         Status::Optimal => ("optimal", 0.0),
         Status::Gap(gap) => ("gap", gap),
         Status::TimeLimit(gap) => ("time limit", gap),
     };
-    let names = ["bytes", "flops", "parameters", "latency_ns"];
-    let used: serde_json::Map<String, Value> =
-        names.iter().zip(plan.used).map(|(name, figure)| ((*name).to_owned(), json!(figure))).collect();
-    json!({
-        "status": status,
-        "gap": gap,
-        "objective": plan.objective,
-        "bound": plan.bound,
-        "used": used,
-        "choices": choices,
-    })
+    let [bytes, flops, parameters, latency_ns] = plan.used;
+    report::Plan {
+        status: status.to_owned(),
+        gap,
+        objective: plan.objective,
+        bound: plan.bound,
+        sites: SitesTake { bytes, parameters, flops, latency_ns },
+        choices,
+        units,
+        ..report::Plan::default()
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
     latency::{Latency, LatencySide},
-    report::{Refusal, Side},
+    report::{BudgetRow, Plan, PlanChoice, PlanCost, Refusal, Side},
 };
 use scraper::{Html, Selector};
 
@@ -133,27 +133,29 @@ fn sections_without_data_are_absent() {
 
 #[test]
 fn a_plan_is_a_table_of_choices() {
-    let plan = serde_json::json!({
-        "solver": "pareto", "status": "optimal", "objective": 0.0125, "bound": 0.01,
-        "budget": {"size": 0.5}, "used": {"size": 0.45},
-        "choices": [
-            {"site": "layer.0<x>", "option": "int8", "cost": {"bytes": 2048, "flops": 4000}, "error": 0.001},
-            {"site": "layer.1", "option": "rank 16", "cost": {"bytes": 1024, "flops": 2000}, "error": 0.004},
-        ]
-    });
+    let choice = |site: &str, option: &str, bytes: u64, error: f64| PlanChoice {
+        site: site.to_owned(),
+        option: option.to_owned(),
+        method: None,
+        cost: PlanCost { bytes, parameters: 1500, flops: 2 * bytes, latency_ms: None },
+        error,
+    };
+    let row = |limit: f64, allowed: f64, used: f64, share: f64| BudgetRow { limit, allowed, used, share };
+    let plan = Plan {
+        budget: [("size", row(0.5, 4096.0, 2048.0, 0.25)), ("latency", row(0.7, 1.4, 1.5, 0.75))]
+            .map(|(key, row)| (key.to_owned(), row))
+            .into(),
+        choices: vec![choice("layer.0<x>", "int8", 2048, 0.001), choice("layer.1", "rank 16", 1024, 0.004)],
+        ..Plan::default()
+    };
     let page = parsed(&Report { plan: Some(plan), ..report() });
     let cells = texts(&page, "#plan td");
-    assert_eq!(cells[..8], ["layer.0<x>", "int8", "2.0 KiB", "", "4.00 k", "", "1.00e-3", ""]);
-    assert_eq!(texts(&page, "#budget td")[..3], ["size", "0.5000", "0.4500"]);
-}
-
-#[test]
-fn any_plan_is_shown() {
-    for plan in
-        [serde_json::json!({}), serde_json::json!([1]), serde_json::json!({"choices": [3, {"cost": 1}], "budget": 2})]
-    {
-        parsed(&Report { plan: Some(plan), ..report() });
-    }
+    assert_eq!(cells[..10], ["layer.0<x>", "int8", "2.0 KiB", "", "1,500", "", "4.10 k", "", "1.00e-3", ""]);
+    let budget = texts(&page, "#budget td");
+    assert_eq!(budget[..5], ["latency, ms", "1.400", "70.0 %", "1.500", "75.0 %"]);
+    assert_eq!(budget[6..11], ["size", "4.0 KiB", "50.0 %", "2.0 KiB", "25.0 %"]);
+    // What is beyond its limit is seen.
+    assert_eq!(page.select(&Selector::parse("#budget .bad").unwrap()).count(), 1);
 }
 
 #[test]

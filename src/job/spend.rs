@@ -5,7 +5,7 @@ use crate::{
     Failure, PassRecord,
     compress::{Compressor, Table},
     latency::{Latency, Measurement},
-    report::{Side, Verify},
+    report::{BudgetRow, Plan, Side, Verify},
     validate::{self, Bound, validate},
 };
 use anyhow::{Context as _, anyhow};
@@ -19,7 +19,6 @@ use lathe_passes::{
     },
 };
 use lathe_runtime::{BenchInputs, Distance, InputSpec, SetSpec};
-use serde_json::json;
 use std::path::Path;
 
 /// Allocations that are tried until the result is as small and as fast as it must be.
@@ -47,7 +46,7 @@ pub(super) struct Spent {
     pub(super) model: Model,
     pub(super) staged: Staged,
     pub(super) verify: Option<Verify>,
-    pub(super) plan: serde_json::Value,
+    pub(super) plan: Plan,
     pub(super) records: Vec<PassRecord>,
     pub(super) latency: Option<Latency>,
 }
@@ -55,7 +54,7 @@ pub(super) struct Spent {
 impl Spent {
     /// The loss of the plan, as it was reckoned.
     fn predicted(&self) -> f64 {
-        self.plan["objective"].as_f64().unwrap_or(0.0)
+        self.plan.objective
     }
 }
 
@@ -97,6 +96,21 @@ impl Limit {
         }
     }
 
+    fn key(&self) -> &'static str {
+        key(self.measure)
+    }
+
+    /// What is allowed beside what a result takes, of which that is the given share of the original.
+    fn row(&self, share: f64) -> BudgetRow {
+        // Latency is told in milliseconds.
+        let unit = if self.measure == Measure::Latency { 1e-6 } else { 1.0 };
+        let original = self.original * unit;
+        let used = share * original;
+        // Everything but time is counted.
+        let used = if self.measure == Measure::Latency { used } else { used.round() };
+        BudgetRow { limit: self.share, allowed: self.share * original, used, share }
+    }
+
     fn option(&self) -> &'static str {
         match self.measure {
             Measure::Bytes => "--size",
@@ -106,13 +120,17 @@ impl Limit {
         }
     }
 
+    /// What is asked for, as the start of a sentence.
+    fn asked(&self) -> String {
+        let verb = if matches!(self.measure, Measure::Parameters | Measure::Flops) { "are" } else { "is" };
+        format!("{:.3} of the original's {} {verb} asked for", self.share, self.name())
+    }
+
     /// That even the smallest share is larger than what is allowed.
     fn unreachable(&self, least: f64, table: &Table<'_>) -> Failure {
-        let (name, share) = (self.name(), self.share);
+        let asked = self.asked();
         let (others, why) = (table.unhandled(self.measure), table.declined(self.measure));
-        Failure::Refused(format!(
-            "a {name} of {share:.3} of the original is asked for, and {least:.3} is the least{others}{why}"
-        ))
+        Failure::Refused(format!("{asked}, and {least:.3} is the least{others}{why}"))
     }
 }
 
@@ -130,7 +148,7 @@ struct Attempt<'a> {
 struct Candidate {
     model: Model,
     staged: Staged,
-    plan: serde_json::Value,
+    plan: Plan,
     records: Vec<PassRecord>,
     latency: Option<Latency>,
 }
@@ -391,7 +409,14 @@ impl Job<'_> {
             }
             if !over {
                 let mut plan = found.plan;
-                plan["seconds"] = json!(seconds);
+                plan.seconds = seconds;
+                plan.budget =
+                    limits.iter().zip(&reached).map(|(l, &share)| (l.key().to_owned(), l.row(share))).collect();
+                plan.used = [Measure::Bytes, Measure::Parameters, Measure::Flops]
+                    .map(|measure| (key(measure).to_owned(), taken(measure, &model, &staged)))
+                    .into_iter()
+                    .chain(latency.iter().filter_map(|l| Some((key(Measure::Latency).to_owned(), l.after_ms?))))
+                    .collect();
                 within = Some(Candidate { model, staged, plan, records: found.records, latency });
             }
             if within.is_some() {
@@ -408,18 +433,11 @@ impl Job<'_> {
                 Solver::Auto => Solver::Ilp,
                 solver => solver,
             };
-            plan["solver"] = json!(solver.name());
-            plan["budget"] = limits
-                .iter()
-                .map(|l| (l.name().to_lowercase(), json!(l.share)))
-                .collect::<serde_json::Map<_, _>>()
-                .into();
+            plan.solver = solver.name().to_owned();
             return Ok(Spent { model, staged, verify, plan, records, latency });
         }
         let told = limits.iter().zip(&reached).filter(|(l, r)| **r > l.share);
-        let told = told.map(|(l, r)| {
-            format!("a {} of {:.3} of the original is asked for, and {r:.3} was measured", l.name(), l.share)
-        });
+        let told = told.map(|(l, r)| format!("{}, and {r:.3} was measured", l.asked()));
         Err(Failure::Refused(told.collect::<Vec<_>>().join("; ")))
     }
 
@@ -453,6 +471,17 @@ fn relaxed(limits: &[Limit], part: f64) -> Vec<Limit> {
     limits.iter().map(|l| Limit { share: l.share + part * (whole(l) - l.share), ..*l }).collect()
 }
 
+/// The name of a quantity in the report.
+fn key(measure: Measure) -> &'static str {
+    match measure {
+        Measure::Bytes => "size",
+        Measure::Parameters => "parameters",
+        Measure::Flops => "flops",
+        Measure::Latency => "latency",
+    }
+}
+
+/// What a side of the report takes.
 fn of_side(measure: Measure, side: &Side) -> f64 {
     match measure {
         Measure::Bytes => side.file_bytes as f64,
