@@ -2,13 +2,17 @@
 //!
 //! One multiply-add is 2 FLOP. Element-wise operators, reductions and pooling count one operation per element they
 //! read, normalizations and softmax five; moving data and whole-number arithmetic on shapes count nothing. Operators
-//! that are not known, or whose shapes are not, add nothing and are listed: the total is then a lower bound.
+//! that are not known, or whose shapes are not, add nothing and are listed: the total is then a lower bound. Nodes that only
+//! read constants count nothing, since runtimes compute them once: what is stored behind them belongs to the layer that reads
+//! them.
 
 mod bindings;
 mod flops;
+mod folded;
 
 pub use bindings::Bindings;
 
+use self::folded::{constants, folded};
 use crate::{liveness::Liveness, shapes::Facts};
 use lathe_ir::{AttributeValue, DataType, Graph, Initializer, Model, NodeId, ScopeId, Tensor, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +26,7 @@ pub struct OperatorCost {
     pub count: usize,
     /// What they compute.
     pub flops: u64,
-    /// Bytes of the constants that they are the first to read.
+    /// Bytes of the constants that they are the first to read, also behind nodes that only read constants.
     pub weight_bytes: u64,
 }
 
@@ -33,7 +37,7 @@ pub struct NodeCost {
     pub flops: u64,
     /// Elements of the constants that it is the first to read, as [`Cost::parameters`] counts them.
     pub parameters: u64,
-    /// Bytes of the constants that it is the first to read.
+    /// Bytes of the constants that it is the first to read, also behind nodes that only read constants.
     pub weight_bytes: u64,
 }
 
@@ -73,9 +77,9 @@ impl Cost {
             cost.nodes_total += graph.all_nodes().len();
             sums.weights(graph, &mut cost);
         }
-        let main = sums.scope(&model.graph, facts, ScopeId::MAIN, 1, 0);
-        cost.flops = main;
-        (cost.activation_peak_bytes, cost.unsized_values) = peak(&model.graph, facts, bindings, ScopeId::MAIN, 0);
+        let main = Body { graph: &model.graph, facts, folded: &folded(&model.graph) };
+        cost.flops = sums.scope(main, ScopeId::MAIN, 1, 0);
+        (cost.activation_peak_bytes, cost.unsized_values) = peak(main, bindings, ScopeId::MAIN, 0);
         cost.uncounted = sums.uncounted.into_iter().collect();
         cost.by_node = sums.by_node;
         cost.operators = sums.operators.into_values().collect();
@@ -89,6 +93,14 @@ impl Cost {
 
 /// How deeply subgraphs and functions are followed.
 const MAX_DEPTH: usize = 16;
+
+/// A graph with what is known about it.
+#[derive(Clone, Copy)]
+struct Body<'b> {
+    graph: &'b Graph,
+    facts: &'b Facts,
+    folded: &'b BTreeSet<NodeId>,
+}
 
 struct Sums<'a> {
     model: &'a Model,
@@ -115,13 +127,15 @@ impl Sums<'_> {
     }
 
     fn weights(&mut self, graph: &Graph, cost: &mut Cost) {
-        let mut counted = BTreeSet::new();
+        let (folded, mut counted) = (folded(graph), BTreeSet::new());
         for id in graph.all_nodes() {
             let node = graph.node(id);
             let (mut bytes, parameters) = (0, cost.parameters);
-            for value in node.inputs().iter().flatten() {
-                if graph.value(*value).initializer().is_some() && counted.insert(*value) {
-                    bytes += initializer_bytes(graph, *value, cost);
+            // What is stored behind folded nodes belongs to the layer that reads them.
+            let inputs = node.inputs().iter().flatten().filter(|_| !folded.contains(&id));
+            for value in inputs.flat_map(|&value| constants(graph, &folded, value)) {
+                if counted.insert(value) {
+                    bytes += initializer_bytes(graph, value, cost);
                 }
             }
             for attribute in &node.attributes {
@@ -148,22 +162,24 @@ impl Sums<'_> {
     }
 
     /// The FLOPs of a scope that runs `times` times; they are also entered into the table.
-    fn scope(&mut self, graph: &Graph, facts: &Facts, scope: ScopeId, times: u64, depth: usize) -> u64 {
+    fn scope(&mut self, body: Body<'_>, scope: ScopeId, times: u64, depth: usize) -> u64 {
         let mut total = 0u64;
         if depth > MAX_DEPTH {
             return 0;
         }
-        for id in graph.nodes(scope) {
-            total = total.saturating_add(self.node(graph, facts, id, times, depth));
+        for id in body.graph.nodes(scope).filter(|id| !body.folded.contains(id)) {
+            total = total.saturating_add(self.node(body, id, times, depth));
         }
         total
     }
 
-    fn node(&mut self, graph: &Graph, facts: &Facts, id: NodeId, times: u64, depth: usize) -> u64 {
+    fn node(&mut self, body: Body<'_>, id: NodeId, times: u64, depth: usize) -> u64 {
+        let Body { graph, facts, .. } = body;
         let node = graph.node(id);
         let name = operator_name(graph, id);
-        if let Some((body, inner)) = facts.of_call(graph, &self.model.functions, id, depth) {
-            let flops = self.scope(body, &inner, ScopeId::MAIN, times, depth + 1);
+        if let Some((called, inner)) = facts.of_call(graph, &self.model.functions, id, depth) {
+            let called = Body { graph: called, facts: &inner, folded: &folded(called) };
+            let flops = self.scope(called, ScopeId::MAIN, times, depth + 1);
             if let Some(of_node) = self.of_main(graph, id) {
                 of_node.flops = of_node.flops.saturating_add(flops);
             }
@@ -177,7 +193,7 @@ impl Sums<'_> {
             }
             let each: Vec<u64> = scopes
                 .into_iter()
-                .map(|inner| self.scope(graph, facts, inner, times.saturating_mul(rounds), depth + 1))
+                .map(|inner| self.scope(body, inner, times.saturating_mul(rounds), depth + 1))
                 .collect();
             // One branch runs; the dearer one counts.
             let all = if node.op_type == "If" {
@@ -222,7 +238,8 @@ fn initializer_bytes(graph: &Graph, value: ValueId, cost: &mut Cost) -> u64 {
 }
 
 /// The most bytes alive at once in a scope, and how many values had no known size.
-fn peak(graph: &Graph, facts: &Facts, bindings: &Bindings, scope: ScopeId, depth: usize) -> (u64, usize) {
+fn peak(body: Body<'_>, bindings: &Bindings, scope: ScopeId, depth: usize) -> (u64, usize) {
+    let Body { graph, facts, folded } = body;
     let Some(live) = Liveness::of(graph, scope).filter(|_| depth <= MAX_DEPTH) else { return (0, 0) };
     let mut unsized_values = 0;
     let mut bytes = |value: ValueId| {
@@ -251,13 +268,13 @@ fn peak(graph: &Graph, facts: &Facts, bindings: &Bindings, scope: ScopeId, depth
     for (at, &id) in live.order().iter().enumerate() {
         let node = graph.node(id);
         for &value in node.outputs().iter().flatten() {
-            held[value.index()] = if node.is("Constant") { 0 } else { bytes(value) };
+            held[value.index()] = if folded.contains(&id) { 0 } else { bytes(value) };
             now = now.saturating_add(held[value.index()]);
             ending[live.last_use(value).unwrap_or(at)].push(value);
         }
         let mut inside = 0;
         for inner in node.subgraphs() {
-            let (bytes, missing) = peak(graph, facts, bindings, inner, depth + 1);
+            let (bytes, missing) = peak(body, bindings, inner, depth + 1);
             inside = inside.max(bytes);
             inner_unsized += missing;
         }

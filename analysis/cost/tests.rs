@@ -133,3 +133,34 @@ fn sizes_of_a_run_are_those_of_its_inputs() {
     assert_eq!(Cost::of(&model, &Facts::infer(&model), &bindings).flops, 128 * 7 * 8 + 4 * 128);
     assert_eq!(bindings.batch, 5);
 }
+
+#[test]
+fn what_a_runtime_folds_at_load_counts_nothing() {
+    let zeros = ["1"; 32].join(", ");
+    let cost = cost(&format!(
+        "<opset_import: [\"\" : 21]>
+        g (float[batch,8] x, bool k) => (float[batch,4] y, float[4] r) <
+            int8[8,4] q = {{{zeros}}}, float s = {{0.1}}, float16[4] b = {{1, 2, 3, 4}}
+        > {{
+            w = DequantizeLinear (q, s)
+            t = Identity (w)
+            h = MatMul (x, t)
+            bias = Cast <to = 1> (b)
+            y = Add (h, bias)
+            one = If (k) <then_branch = f () => (float[4] o) {{ o = Neg (bias) }}, else_branch = g () => (float[4] p) {{ p = Abs (bias) }}>
+            noise = RandomNormal <shape = [4]> ()
+            r = Add (one, noise)
+        }}"
+    ));
+    // The product and the two sums. The branches only read constants, and nothing is drawn ahead.
+    assert_eq!(
+        cost.flops,
+        2 * 8 * 4 + 4 + 4 + cost.operators.iter().find(|o| o.op_type == "RandomNormal").unwrap().flops
+    );
+    assert_eq!((cost.weight_bytes, cost.parameters), (32 + 4 + 8, 32 + 1 + 4));
+    let of = |name: &str| cost.operators.iter().find(|o| o.op_type == name).unwrap();
+    assert_eq!((of("DequantizeLinear").weight_bytes, of("DequantizeLinear").flops), (0, 0));
+    assert_eq!((of("MatMul").weight_bytes, of("Add").weight_bytes), (36, 8));
+    // x, h and y with k beside them; the unpacked weight is held by nobody.
+    assert!(cost.activation_peak_bytes < 100, "{}", cost.activation_peak_bytes);
+}
