@@ -178,6 +178,20 @@ mod tests {
     }
 
     #[test]
+    fn all_layers_that_read_it_or_none() {
+        let graph = |layers: &str, outputs: &str| {
+            format!(
+                "{OPSET} g (float[N,2] x) => ({outputs}) <{WEIGHTS}, float[2,2] l = {{4, 3, 2, 1}}> {{ r = Relu (x) t = Mul (s, r) {layers} }}"
+            )
+        };
+        let three =
+            graph("y = MatMul (t, q) z = MatMul (t, k) w = MatMul (t, l)", "float[N,3] y, float[N,2] z, float[N,2] w");
+        assert!(!check(&FoldNormAffine, &three).contains("Mul (s, r)"));
+        // One layer alone is for fold-scale.
+        crate::testing::check_untouched(&FoldNormAffine, &graph("y = MatMul (t, q)", "float[N,3] y"));
+    }
+
+    #[test]
     fn folds_factor_and_sum() {
         let graph = format!(
             "{OPSET} g (float[N,2] x) => (float[N,3] y, float[N,2] z) <{WEIGHTS}> {{

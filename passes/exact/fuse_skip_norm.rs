@@ -224,6 +224,21 @@ mod tests {
     }
 
     #[test]
+    fn the_last_axis_may_be_counted_from_the_front() {
+        let graph = |axis: i64| {
+            format!(
+                r#"<opset_import: ["" : 17]>
+                g (float[N,S,4] a, float[N,S,4] b) => (float[N,S,4] y) <float[4] scale = {{1, 2, 3, 4}}> {{
+                    sum = Add (a, b)
+                    y = LayerNormalization <axis = {axis}> (sum, scale)
+                }}"#
+            )
+        };
+        assert!(check_in(&FuseSkipNorm, &graph(2), &ort()).contains("com.microsoft.SkipLayerNormalization"));
+        check_refuses_in(&FuseSkipNorm, &graph(1), "the normalization is not over the last axis", &ort());
+    }
+
+    #[test]
     fn takes_a_bias_in_and_drops_an_unused_sum() {
         assert_snapshot!(check_in(&FuseSkipNorm, r#"<opset_import: ["" : 18]>
             g (bool c, float[N,S,4] a, float[N,S,4] b) => (float[N,S,4] y) <float[4] scale = {1, 2, 3, 4}, float[4] bias = {0, 1, 0, -1}> {

@@ -262,6 +262,26 @@ mod tests {
     }
 
     #[test]
+    fn attributes_of_every_kind_are_compared() {
+        let graph = |first: &str, second: &str| {
+            format!(
+                "<ir_version: 7, opset_import: [\"\" : 8]>
+                g (float[1,1,2,2] x) => (float[1,1,a,b] y, float[1,1,c,d] z) {{
+                    p = Upsample <{first}> (x)
+                    q = Upsample <{second}> (x)
+                    y = Neg (p)
+                    z = Abs (q)
+                }}"
+            )
+        };
+        let (two, three) =
+            ("mode = \"nearest\", scales = [1.0, 1.0, 2.0, 2.0]", "mode = \"nearest\", scales = [1.0, 1.0, 2.0, 3.0]");
+        assert_eq!(check(&MergeDuplicates, &graph(two, two)).matches("Upsample").count(), 1);
+        check_untouched(&MergeDuplicates, &graph(two, three));
+        check_untouched(&MergeDuplicates, &graph(two, &two.replace("nearest", "linear")));
+    }
+
+    #[test]
     fn merges_into_the_graph_around_and_keeps_output_names() {
         let graph = "g (bool c, float[2] x) => (float[2] y, float[2] z) {
             a = Exp (x)
