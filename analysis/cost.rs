@@ -69,9 +69,19 @@ pub struct Cost {
 impl Cost {
     /// Computes the cost of a model whose facts are known, at these sizes; see also [`Bindings::for_inputs`].
     pub fn of(model: &Model, facts: &Facts, bindings: &Bindings) -> Cost {
+        Cost::with(model, facts, bindings, folded)
+    }
+
+    /// As [`Cost::of`] for a runtime that folds nothing, as where its optimizations are off.
+    pub fn unfolded(model: &Model, facts: &Facts, bindings: &Bindings) -> Cost {
+        Cost::with(model, facts, bindings, |_| BTreeSet::new())
+    }
+
+    fn with(model: &Model, facts: &Facts, bindings: &Bindings, folded: fn(&Graph) -> BTreeSet<NodeId>) -> Cost {
         let bindings = &bindings.clone().for_inputs(&model.graph, facts);
         let by_node = vec![NodeCost::default(); model.graph.node_bound()];
-        let mut sums = Sums { model, bindings, operators: BTreeMap::new(), uncounted: BTreeMap::new(), by_node };
+        let mut sums =
+            Sums { model, bindings, folded, operators: BTreeMap::new(), uncounted: BTreeMap::new(), by_node };
         let mut cost = Cost { nodes: model.graph.nodes(ScopeId::MAIN).count(), ..Cost::default() };
         for (graph, _) in model.graphs() {
             cost.nodes_total += graph.all_nodes().len();
@@ -105,6 +115,8 @@ struct Body<'b> {
 struct Sums<'a> {
     model: &'a Model,
     bindings: &'a Bindings,
+    /// The nodes of a graph that count nothing.
+    folded: fn(&Graph) -> BTreeSet<NodeId>,
     operators: BTreeMap<String, OperatorCost>,
     uncounted: BTreeMap<String, usize>,
     by_node: Vec<NodeCost>,
@@ -127,7 +139,7 @@ impl Sums<'_> {
     }
 
     fn weights(&mut self, graph: &Graph, cost: &mut Cost) {
-        let (folded, mut counted) = (folded(graph), BTreeSet::new());
+        let (folded, mut counted) = ((self.folded)(graph), BTreeSet::new());
         for id in graph.all_nodes() {
             let node = graph.node(id);
             let (mut bytes, parameters) = (0, cost.parameters);
@@ -178,7 +190,7 @@ impl Sums<'_> {
         let node = graph.node(id);
         let name = operator_name(graph, id);
         if let Some((called, inner)) = facts.of_call(graph, &self.model.functions, id, depth) {
-            let called = Body { graph: called, facts: &inner, folded: &folded(called) };
+            let called = Body { graph: called, facts: &inner, folded: &(self.folded)(called) };
             let flops = self.scope(called, ScopeId::MAIN, times, depth + 1);
             if let Some(of_node) = self.of_main(graph, id) {
                 of_node.flops = of_node.flops.saturating_add(flops);
@@ -268,7 +280,7 @@ fn peak(body: Body<'_>, bindings: &Bindings, scope: ScopeId, depth: usize) -> (u
     for (at, &id) in live.order().iter().enumerate() {
         let node = graph.node(id);
         for &value in node.outputs().iter().flatten() {
-            held[value.index()] = if folded.contains(&id) { 0 } else { bytes(value) };
+            held[value.index()] = if node.is("Constant") || folded.contains(&id) { 0 } else { bytes(value) };
             now = now.saturating_add(held[value.index()]);
             ending[live.last_use(value).unwrap_or(at)].push(value);
         }

@@ -244,7 +244,7 @@ fn usual_batch(model: &Model, shards: &[Shard]) -> usize {
             bindings.set_input(stated, &sizes);
         }
     }
-    let peak = Cost::of(model, &Facts::infer(model), &bindings).activation_peak_bytes.max(1);
+    let peak = Cost::unfolded(model, &Facts::infer(model), &bindings).activation_peak_bytes.max(1);
     usize::try_from(MODERATE / peak).unwrap_or(1).clamp(1, LARGEST_BATCH)
 }
 

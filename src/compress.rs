@@ -338,11 +338,17 @@ impl<'a> Compressor<'a> {
             found.iter_mut().for_each(|answer| *answer = None);
         }
         let median = known.get(known.len() / 2).copied().filter(|_| told).unwrap_or(1.0);
-        let missing = values.keys().zip(&found).filter(|(v, s)| s.is_none() && ndim(v) > 0).count();
-        if missing > 0 {
+        let missing: Vec<ValueId> =
+            values.keys().zip(&found).filter(|(v, s)| s.is_none() && ndim(v) > 0).map(|(&v, _)| v).collect();
+        if let Some(&first) = missing.first() {
             let instead = if told { "the median of the others stands in" } else { "errors of all of them count alike" };
-            let all = values.len();
-            warnings.push(format!("the sensitivity of {missing} of {all} layers cannot be measured; {instead}"));
+            warnings.push(format!(
+                "no output answers to an error in {} of {} layers, first the one that makes `{}`: {instead}; a calibration set \
+                 with more samples, and finite outputs on all of them, may tell",
+                missing.len(),
+                values.len(),
+                model.graph.value(first).name
+            ));
         }
         Ok(Answers {
             told,

@@ -137,7 +137,7 @@ fn sizes_of_a_run_are_those_of_its_inputs() {
 #[test]
 fn what_a_runtime_folds_at_load_counts_nothing() {
     let zeros = ["1"; 32].join(", ");
-    let cost = cost(&format!(
+    let text = format!(
         "<opset_import: [\"\" : 21]>
         g (float[batch,8] x, bool k) => (float[batch,4] y, float[4] r) <
             int8[8,4] q = {{{zeros}}}, float s = {{0.1}}, float16[4] b = {{1, 2, 3, 4}}
@@ -151,7 +151,8 @@ fn what_a_runtime_folds_at_load_counts_nothing() {
             noise = RandomNormal <shape = [4]> ()
             r = Add (one, noise)
         }}"
-    ));
+    );
+    let cost = cost(&text);
     // The product and the two sums. The branches only read constants, and nothing is drawn ahead.
     assert_eq!(
         cost.flops,
@@ -163,4 +164,9 @@ fn what_a_runtime_folds_at_load_counts_nothing() {
     assert_eq!((of("MatMul").weight_bytes, of("Add").weight_bytes), (36, 8));
     // x, h and y with k beside them; the unpacked weight is held by nobody.
     assert!(cost.activation_peak_bytes < 100, "{}", cost.activation_peak_bytes);
+    // With its optimizations off it computes them in every run.
+    let model = text::parse(&text).unwrap();
+    let all = Cost::unfolded(&model, &Facts::infer(&model), &Bindings::default());
+    assert!(all.flops > cost.flops && all.activation_peak_bytes >= 32 * 4, "{all:?}");
+    assert_eq!((all.weight_bytes, all.parameters), (cost.weight_bytes, cost.parameters));
 }

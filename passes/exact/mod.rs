@@ -51,100 +51,64 @@ mod slice_chains;
 mod unroll_loop;
 mod upgrade_opset;
 
-pub use drop_broadcasts::DropBroadcasts;
+// Passes that others run by themselves.
 pub use drop_dead::DropDead;
-pub use drop_duplicate_units::DropDuplicateUnits;
 pub use drop_identities::DropIdentities;
-pub use drop_neutral::DropNeutral;
 pub use drop_noop_layout::DropNoopLayout;
-pub use drop_trace_info::DropTraceInfo;
-pub use fold_batch_norm::FoldBatchNorm;
-pub use fold_bias::FoldBias;
 pub use fold_constants::FoldConstants;
-pub use fold_index_arithmetic::FoldIndexArithmetic;
-pub use fold_matmul_chain::FoldMatmulChain;
-pub use fold_norm_affine::FoldNormAffine;
-pub use fold_pads::FoldPads;
-pub use fold_residual_bias::FoldResidualBias;
-pub use fold_scale::FoldScale;
-pub use freeze_initializers::FreezeInitializers;
-pub use fuse_attention::FuseAttention;
-pub use fuse_gelu::FuseGelu;
-pub use fuse_gemm::FuseGemm;
-pub use fuse_hard_swish::FuseHardSwish;
-pub use fuse_layer_norm::FuseLayerNorm;
-pub use fuse_rms_norm::FuseRmsNorm;
-pub use fuse_rotary::FuseRotary;
-pub use fuse_skip_norm::FuseSkipNorm;
-pub use hoist_constants::HoistConstants;
 pub(crate) use hoist_constants::constant_of;
-pub use hoist_invariants::HoistInvariants;
-pub use inline_functions::InlineFunctions;
-pub use inline_if::InlineIf;
-pub use inline_sequences::InlineSequences;
 pub use merge_duplicates::MergeDuplicates;
-pub use merge_linears::MergeLinears;
-pub use merge_scalars::MergeScalars;
-pub use merge_slices::MergeSlices;
-pub use normalise_model::NormaliseModel;
 pub use share_initializers::ShareInitializers;
-pub use simplify_gathers::SimplifyGathers;
-pub use simplify_reshapes::SimplifyReshapes;
 pub use simplify_shapes::SimplifyShapes;
-pub use simplify_slices::SimplifySlices;
-pub use simplify_transposes::SimplifyTransposes;
-pub use slice_chains::SliceChains;
-pub use unroll_loop::UnrollLoop;
-pub use upgrade_opset::UpgradeOpset;
 
 use crate::Pass;
 
 /// Every exact pass, in default order. The help, `optimize explain`, the README table and the report are printed from
 /// this list.
 pub const PASSES: &[&dyn Pass] = &[
-    &FreezeInitializers,
-    &HoistConstants,
-    &UpgradeOpset,
-    &InlineFunctions,
-    &NormaliseModel,
-    &DropTraceInfo,
-    &DropIdentities,
-    &DropNeutral,
-    &DropNoopLayout,
-    &FoldConstants,
-    &FoldIndexArithmetic,
-    &DropBroadcasts,
-    &InlineIf,
-    &UnrollLoop,
-    &InlineSequences,
-    &HoistInvariants,
-    &SimplifyGathers,
-    &SimplifyReshapes,
-    &SimplifyShapes,
-    &SimplifySlices,
-    &SimplifyTransposes,
-    &FoldPads,
+    &freeze_initializers::FreezeInitializers,
+    &hoist_constants::HoistConstants,
+    &upgrade_opset::UpgradeOpset,
+    &inline_functions::InlineFunctions,
+    &normalise_model::NormaliseModel,
+    &drop_trace_info::DropTraceInfo,
+    &drop_identities::DropIdentities,
+    &drop_neutral::DropNeutral,
+    &drop_noop_layout::DropNoopLayout,
+    &fold_constants::FoldConstants,
+    &fold_index_arithmetic::FoldIndexArithmetic,
+    &drop_broadcasts::DropBroadcasts,
+    &inline_if::InlineIf,
+    &unroll_loop::UnrollLoop,
+    &inline_sequences::InlineSequences,
+    &hoist_invariants::HoistInvariants,
+    &simplify_gathers::SimplifyGathers,
+    &simplify_reshapes::SimplifyReshapes,
+    &simplify_shapes::SimplifyShapes,
+    &simplify_slices::SimplifySlices,
+    &simplify_transposes::SimplifyTransposes,
+    &fold_pads::FoldPads,
     // Operators that are one node come before the folds that would take a factor or a sum out of what spells them out.
-    &FuseLayerNorm,
-    &FuseRmsNorm,
-    &FuseGelu,
-    &FuseHardSwish,
-    &MergeScalars,
-    &FoldBatchNorm,
-    &FoldScale,
-    &FoldBias,
-    &FuseGemm,
-    &FoldNormAffine,
-    &FoldMatmulChain,
-    &MergeLinears,
-    &DropDuplicateUnits,
-    &MergeSlices,
-    &FuseAttention,
-    &FuseRotary,
-    &FuseSkipNorm,
-    &FoldResidualBias,
-    &SliceChains,
-    &ShareInitializers,
-    &MergeDuplicates,
-    &DropDead,
+    &fuse_layer_norm::FuseLayerNorm,
+    &fuse_rms_norm::FuseRmsNorm,
+    &fuse_gelu::FuseGelu,
+    &fuse_hard_swish::FuseHardSwish,
+    &merge_scalars::MergeScalars,
+    &fold_batch_norm::FoldBatchNorm,
+    &fold_scale::FoldScale,
+    &fold_bias::FoldBias,
+    &fuse_gemm::FuseGemm,
+    &fold_norm_affine::FoldNormAffine,
+    &fold_matmul_chain::FoldMatmulChain,
+    &merge_linears::MergeLinears,
+    &drop_duplicate_units::DropDuplicateUnits,
+    &merge_slices::MergeSlices,
+    &fuse_attention::FuseAttention,
+    &fuse_rotary::FuseRotary,
+    &fuse_skip_norm::FuseSkipNorm,
+    &fold_residual_bias::FoldResidualBias,
+    &slice_chains::SliceChains,
+    &share_initializers::ShareInitializers,
+    &merge_duplicates::MergeDuplicates,
+    &drop_dead::DropDead,
 ];

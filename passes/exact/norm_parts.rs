@@ -150,7 +150,7 @@ pub(super) fn filled(
 mod tests {
     use crate::{
         Context, Target,
-        exact::{FuseGelu, FuseLayerNorm},
+        exact::{fuse_gelu::FuseGelu, fuse_layer_norm::FuseLayerNorm},
         testing::{check, check_refuses, check_refuses_in},
     };
 

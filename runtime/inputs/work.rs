@@ -39,7 +39,7 @@ impl Estimate<'_> {
         for (name, &size) in &sizes.named {
             bindings.set(name.clone(), size as i64);
         }
-        let cost = Cost::of(self.model, &self.facts, &bindings);
+        let cost = Cost::unfolded(self.model, &self.facts, &bindings);
         let reading = cost.weight_bytes.saturating_mul(OPERATIONS_PER_BYTE);
         Work { operations: cost.flops.saturating_add(reading), bytes: cost.activation_peak_bytes }
     }

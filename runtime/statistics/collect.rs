@@ -374,7 +374,7 @@ impl Collector<'_> {
             needed.shapes(last)?;
         }
         let needed = needed.finish();
-        let cost = Cost::of(&needed, &Facts::infer(&needed), &bindings);
+        let cost = Cost::unfolded(&needed, &Facts::infer(&needed), &bindings);
         let sizes = rows.into_iter().cloned().zip(shown).collect();
         Ok((sizes, RUNTIME_ITSELF + cost.weight_bytes + cost.activation_peak_bytes))
     }

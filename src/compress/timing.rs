@@ -22,10 +22,10 @@ impl Compressor<'_> {
         let bindings = self.run_sizes(model)?;
         let known_values = Known { facts: &facts, bindings: &bindings };
         let mut known: BTreeMap<String, Vec<Option<u64>>> = BTreeMap::new();
-        let mut untimed = 0;
+        let mut untimed: Vec<String> = Vec::new();
         for place in places.iter_mut() {
             let Some(fragment) = Fragment::of(model, place.site(), &known_values) else {
-                untimed += 1;
+                untimed.push(place.site().name.clone());
                 continue;
             };
             let names: Vec<&str> = place.choices().map(|(offer, own)| offer.site.choices[own].name.as_str()).collect();
@@ -55,8 +55,12 @@ impl Compressor<'_> {
             let factor = if all { factor } else { factor.max(1.0) };
             place.latency.iter_mut().flatten().for_each(|ns| *ns = (*ns as f64 * factor) as u64);
         }
-        if untimed > 0 {
-            warnings.push(format!("{untimed} places stay as they are: what is there cannot be timed by itself"));
+        if let Some(first) = untimed.first() {
+            warnings.push(format!(
+                "{} places, first `{first}`, stay as they are: what is there cannot be timed by itself; budgets of --size, \
+                 --params and --flops reach them",
+                untimed.len()
+            ));
         }
         Ok(())
     }

@@ -35,7 +35,7 @@ impl Compressor<'_> {
         if untold as f64 * calibration.trial_flops() > MOST_FLOPS {
             warnings.push(format!(
                 "the loss of {untold} choices is told by their layers alone, which may be far too little: trying them in \
-                 the whole model would take long"
+                 the whole model would take long; a smaller calibration set shortens it"
             ));
             return Ok(());
         }

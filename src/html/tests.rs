@@ -131,8 +131,8 @@ fn sections_without_data_are_absent() {
     assert_eq!(headings, ["Before and after", "Passes", "Reproduce"]);
 }
 
-#[test]
-fn a_plan_is_a_table_of_choices() {
+/// A plan within one budget and beyond another.
+fn plan() -> Plan {
     let choice = |site: &str, option: &str, bytes: u64, error: f64| PlanChoice {
         site: site.to_owned(),
         option: option.to_owned(),
@@ -141,14 +141,18 @@ fn a_plan_is_a_table_of_choices() {
         error,
     };
     let row = |limit: f64, allowed: f64, used: f64, share: f64| BudgetRow { limit, allowed, used, share };
-    let plan = Plan {
+    Plan {
         budget: [("size", row(0.5, 4096.0, 2048.0, 0.25)), ("latency", row(0.7, 1.4, 1.5, 0.75))]
             .map(|(key, row)| (key.to_owned(), row))
             .into(),
         choices: vec![choice("layer.0<x>", "int8", 2048, 0.001), choice("layer.1", "rank 16", 1024, 0.004)],
         ..Plan::default()
-    };
-    let page = parsed(&Report { plan: Some(plan), ..report() });
+    }
+}
+
+#[test]
+fn a_plan_is_a_table_of_choices() {
+    let page = parsed(&Report { plan: Some(plan()), ..report() });
     let cells = texts(&page, "#plan td");
     assert_eq!(cells[..10], ["layer.0<x>", "int8", "2.0 KiB", "", "1,500", "", "4.10 k", "", "1.00e-3", ""]);
     let budget = texts(&page, "#budget td");
@@ -219,4 +223,15 @@ fn colours_can_be_told_apart() {
             }
         }
     }
+}
+
+/// A change of the page shows itself here; `UPDATE_GOLDEN=1` writes the file anew.
+#[test]
+fn the_page_is_what_it_was() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/html/golden.html");
+    let found = page(&Report { plan: Some(plan()), ..report() });
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, &found).unwrap();
+    }
+    assert!(std::fs::read_to_string(&path).unwrap() == found, "UPDATE_GOLDEN=1 accepts what changed");
 }
