@@ -1,11 +1,13 @@
 """Whether what people export becomes faster: mid-sized models with random weights, original against result, in turns.
 
     python benches/exports.py OPTIMIZE FOLDER [--models bert,vit] [--exporters dyn,leg] [--rounds 15] [--threads 1]
-                              [--runs portable,ort] [--peer]
+                              [--runs portable,ort] [--peer] [--without SkipLayerNormFusion]
 
-Needs torch, torchvision, transformers, onnx and onnxruntime. Models of 4 layers of 256 (`bert768`: 12 of 768; `minilm`: 6 of
-384) are exported once into FOLDER by PyTorch's default exporter (`dyn`) and by the legacy one (`leg`), optimized, and run with
-every optimization of ONNX Runtime on. Sessions take turns within a round and are made anew every third round, since two
+Needs torch, torchvision, transformers, onnx and onnxruntime. Models of 4 layers of 256 are exported once into FOLDER by
+PyTorch's default exporter (`dyn`) and by the legacy one (`leg`), optimized, and run with every optimization of ONNX Runtime
+on, but for those named by --without. Larger ones run where --models names them: `bert768` (12 layers of 768),
+`bert768_eager` (with attention written out and three inputs), `minilm` (6 of 384). Sessions take turns within a round and are
+made anew every third round, since two
 sessions of one model differ by where their memory lies. A row has the nodes of each (constants apart) and, for each run,
 the ratio of the medians to the original's and its spread (half the distance of the quartiles of the rounds' ratios); the last
 lines have the geometric means and every row that is slower beyond the spread. With --peer the result of
@@ -26,17 +28,22 @@ import onnxruntime
 
 VOCABULARY = 1000
 
+# Run only where they are named: they are large.
+ALONE = ("bert768", "bert768_eager", "minilm")
+
 
 def transformers_models():
     import torch
     import transformers as t
 
-    def text(name, config, model, length=128, mask=True, **call):
+    def text(name, config, model, length=128, mask=True, segments=False, **call):
         def make():
             module = model(config)
             inputs = {"input_ids": torch.randint(3, VOCABULARY, (1, length))}
             if mask:
                 inputs["attention_mask"] = torch.ones(1, length, dtype=torch.long)
+            if segments:
+                inputs["token_type_ids"] = torch.zeros(1, length, dtype=torch.long)
             axes = {key: {0: "batch", 1: "sequence"} for key in inputs}
             return module, inputs, axes, lambda m, kwargs: m(**kwargs, **call)[0]
 
@@ -73,6 +80,12 @@ def transformers_models():
             text("t5", t.T5Config(vocab_size=VOCABULARY, d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4), t.T5EncoderModel),
             text("minilm", t.BertConfig(vocab_size=VOCABULARY, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536), lambda c: t.BertModel(c)),
             text("bert768", t.BertConfig(vocab_size=VOCABULARY), lambda c: t.BertModel(c, add_pooling_layer=False)),
+            text(
+                "bert768_eager",
+                t.BertConfig(vocab_size=VOCABULARY, attn_implementation="eager"),
+                lambda c: t.BertModel(c, add_pooling_layer=False),
+                segments=True,
+            ),
             images("vit", lambda: t.ViTModel(t.ViTConfig(**wide), add_pooling_layer=False)),
             images("dinov2", lambda: t.Dinov2Model(t.Dinov2Config(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=224, patch_size=14))),
             ("whisper", whisper),
@@ -115,20 +128,21 @@ def nodes(path):
     return sum(node.op_type != "Constant" for node in onnx.load(path, load_external_data=False).graph.node)
 
 
-def session(path, threads):
+def session(path, threads, without=()):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = {"disabled_optimizers": list(without)} if without else {}
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], **given)
 
 
-def measure(paths, inputs, rounds, threads):
+def measure(paths, inputs, rounds, threads, without=()):
     """The times of each model, in seconds, one per round; all take turns."""
     times = [[] for _ in paths]
     sessions = []
     for index in range(rounds):
         if index % 3 == 0:
-            sessions = [session(path, threads) for path in paths]
+            sessions = [session(path, threads, without) for path in paths]
             for one in sessions:
                 one.run(None, {i.name: inputs[i.name] for i in one.get_inputs()})
         order = list(range(len(paths)))
@@ -146,7 +160,7 @@ def measure(paths, inputs, rounds, threads):
 def peer(path, out, name):
     from onnxruntime.transformers import optimizer
 
-    heads, width = {"bert768": (12, 768), "minilm": (12, 384)}.get(name, (4, 256))
+    heads, width = {"bert768": (12, 768), "bert768_eager": (12, 768), "minilm": (12, 384)}.get(name, (4, 256))
     optimizer.optimize_model(str(path), model_type="bert", num_heads=heads, hidden_size=width).save_model_to_file(str(out))
 
 
@@ -160,10 +174,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--without", default="", help="optimizers of ONNX Runtime that are off in all sessions")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     makers = transformers_models()
-    chosen = [name for name in args.models.split(",") if name] or [name for name in makers if name not in ("bert768", "minilm")]
+    chosen = [name for name in args.models.split(",") if name] or [name for name in makers if name not in ALONE]
     runs = args.runs.split(",")
     ratios = {run: [] for run in runs}
     slower, failed = [], []
@@ -195,13 +210,13 @@ def main():
                     continue
                 paths.append(out)
                 labels.append(run)
-            if args.peer and name in ("bert", "bert768", "minilm"):
+            if args.peer and name in ("bert", *ALONE):
                 out = args.folder / f"{label}.peer.onnx"
                 peer(path, out, name)
                 paths.append(out)
                 labels.append("peer")
             inputs = dict(numpy.load(path.with_suffix(".npz")))
-            times = measure(paths, inputs, args.rounds, args.threads)
+            times = measure(paths, inputs, args.rounds, args.threads, [name for name in args.without.split(",") if name])
             row = [f"{label:20s} original {nodes(path):4d} nodes {numpy.median(times[0]) * 1e3:8.2f} ms"]
             for run, out, own in list(zip(labels, paths, times))[1:]:
                 ratio = numpy.median(own) / numpy.median(times[0])
