@@ -1,4 +1,5 @@
-//! The text of every fixture after the default passes, and of exports in three ways. A refactor shows itself by no difference here.
+//! The text of every fixture after the default passes, of exports in three ways, and the plans of every lossy method. A
+//! refactor shows itself by no difference here.
 //!
 //! `UPDATE_GOLDEN=1 cargo test --test golden` writes the files anew.
 
@@ -6,11 +7,16 @@
 
 mod common;
 
-use lathe_ir::{Model, text};
-use lathe_passes::Target;
-use onnx_lathe::Options;
+use common::pairs;
+use lathe_ir::{Dim, Model, Tensor, Type, text};
+use lathe_passes::{
+    Target,
+    lossy::{METHODS, Method},
+};
+use onnx_lathe::{Budget, Options, Report, Selection, Sets};
 use std::{
     collections::BTreeSet,
+    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
 };
@@ -49,6 +55,148 @@ fn exports_become_what_they_were() {
     compare("tests/golden/exports", found);
 }
 
+/// Budgets that every method alone, and all of them together, spend on both targets.
+const BUDGETS: [(&str, Budget); 3] = [
+    ("size 0.6", Budget { size: Some(0.6), ..NOTHING }),
+    ("flops 0.8", Budget { flops: Some(0.8), ..NOTHING }),
+    ("params 0.7", Budget { params: Some(0.7), ..NOTHING }),
+];
+
+const NOTHING: Budget = Budget {
+    size: None,
+    params: None,
+    flops: None,
+    latency: None,
+    max_drop: None,
+    minimize: lathe_passes::lossy::allocate::Measure::Bytes,
+    metric: None,
+};
+
+/// Tokens of a sample of the transformer, of which two neighbours are alike.
+const TOKENS: usize = 16;
+
+#[test]
+fn plans_are_what_they_were() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut noise = common::Noise(3);
+    let mut model = Model::read(&common::fixture("transformer.onnx")).unwrap().model;
+    let input = model.graph.main().inputs()[0];
+    let dims = vec![Dim::Symbol("batch".to_owned()), Dim::Known(TOKENS as i64), Dim::Known(32)];
+    model.graph.value_mut(input).ty = Some(Type::tensor(lathe_ir::DataType::Float, dims));
+    let transformer = folder.path().join("transformer.onnx");
+    fs::write(&transformer, model.to_bytes()).unwrap();
+    let mut hidden = Vec::new();
+    for _ in 0..128 * TOKENS / 2 {
+        let token = noise.numbers(32, 1.5);
+        for _ in 0..2 {
+            let own = noise.numbers(32, 0.1);
+            // The last features matter little.
+            hidden.extend((0..32).map(|i| (token[i] + own[i]) * if i < 20 { 1.0 } else { 1e-3 }));
+        }
+    }
+    let sets = [("transformer", "hidden", Tensor::from_f32s(&[128, TOKENS, 32], &hidden)), {
+        // Images of large squares.
+        let mut images = Vec::new();
+        for _ in 0..24 {
+            let squares = noise.numbers(49, 1.5);
+            images.extend((0..28 * 28).map(|at| squares[at / 28 / 4 * 7 + at % 28 / 4]));
+        }
+        let own = noise.numbers(images.len(), 0.1);
+        images.iter_mut().zip(own).for_each(|(x, own)| *x += own);
+        ("mobilenet", "x", Tensor::from_f32s(&[24, 1, 28, 28], &images))
+    }];
+    let pairs = folder.path().join("pairs.onnx");
+    fs::write(&pairs, text::parse(&gated_pairs()).unwrap().to_bytes()).unwrap();
+    let models = [transformer, common::fixture("mobilenet.onnx"), pairs];
+    let mut texts = Vec::new();
+    for (model, (name, input, tensor)) in models.iter().zip(sets.into_iter().chain([("pairs", "x", pairs::samples())]))
+    {
+        let set = folder.path().join(format!("{name}.npz"));
+        let mut npz = lathe_runtime::NpzWriter::create(&set).unwrap();
+        npz.add(input, &tensor).unwrap();
+        npz.finish().unwrap();
+        for (way, target, _) in &WAYS[..2] {
+            texts.push((format!("{name}.{way}"), plans(model, &set, *target)));
+        }
+    }
+    compare("tests/golden/plans", texts.into_iter());
+}
+
+/// A vision transformer over pairs of equal tokens, whose feed-forward units have gates: two layers that read the same.
+fn gated_pairs() -> String {
+    let mut source = pairs::model();
+    for i in 0..4 {
+        let gate = common::Noise(30 + i).list(pairs::WIDTH * pairs::HIDDEN, 0.3);
+        let (read, gated) = (format!("r{i} = Relu (u{i})"), format!("d{i} = MatMul (r{i}"));
+        assert!(source.contains(&read) && source.contains(&gated));
+        source = source.replace(&read, &format!("{read} w{i} = MatMul (m{i}, gate{i}) x{i} = Mul (r{i}, w{i})"));
+        source = source.replace(&gated, &format!("d{i} = MatMul (x{i}"));
+        source = source.replacen("int64 zero", &format!("float[32, 128] gate{i} = {{{gate}}}, int64 zero"), 1);
+    }
+    source
+}
+
+/// What every method alone, and all together, make of a model. Layers that read the same are left for methods.
+fn plans(model: &Path, set: &Path, target: Target) -> String {
+    let mut text = String::new();
+    let names: Vec<&str> = METHODS.iter().map(|method: &&dyn Method| method.info().name).collect();
+    for method in names.iter().copied().map(Some).chain([None]) {
+        for (budget_name, budget) in &BUDGETS {
+            let _ = writeln!(text, "## {} · {budget_name}", method.unwrap_or("all"));
+            let out = tempfile::tempdir().unwrap();
+            let skip = names.iter().filter(|&&name| method.is_some_and(|method| name != method));
+            let settings = [("drop-inputs.enabled", "true"), ("select-visual-tokens.span", "4:8")];
+            let options = Options {
+                target,
+                opset: Some(21),
+                budget: budget.clone(),
+                sets: Sets { calibration: Some(lathe_runtime::SetSpec::all(set)), ..Sets::default() },
+                selection: Selection {
+                    only: None,
+                    skip: skip.copied().chain(["merge-linears"]).map(str::to_owned).collect(),
+                },
+                settings: settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
+                ..common::options(model, &out.path().join("out.onnx"))
+            };
+            match onnx_lathe::optimize(&options) {
+                Ok(done) => describe(&mut text, &done.report, &out.path().join("out.onnx")),
+                Err(why) => {
+                    let _ = writeln!(text, "{why}");
+                }
+            }
+        }
+    }
+    text
+}
+
+/// A plan, what methods refused, and the operators of the result.
+fn describe(text: &mut String, report: &Report, out: &Path) {
+    let plan = report.plan.as_ref().unwrap();
+    let _ = writeln!(text, "{} {} loses {:.2e}", plan.solver, plan.status, plan.objective);
+    for choice in &plan.choices {
+        let (cost, method) = (&choice.cost, choice.method.as_deref().unwrap_or("-"));
+        let _ = writeln!(
+            text,
+            "{} | {method} | {} | {} bytes {} parameters {} flops | {:.2e}",
+            choice.site, choice.option, cost.bytes, cost.parameters, cost.flops, choice.error
+        );
+    }
+    for pass in report.passes.iter().filter(|pass| pass.kind == "lossy") {
+        let _ = writeln!(text, "{}: {} changes, {} bytes", pass.name, pass.changes, pass.weight_bytes_delta);
+        for refusal in &pass.refusals {
+            let _ = writeln!(text, "  {} × {}, first {}", refusal.count, refusal.reason, refusal.example);
+        }
+    }
+    let units: Vec<String> = plan.units.iter().map(|unit| format!("{}: {}", unit.kind, unit.got.join(", "))).collect();
+    let _ = writeln!(text, "{}", units.join(" | "));
+    let used: Vec<String> = plan.used.iter().map(|(key, used)| format!("{key} {used}")).collect();
+    let _ = writeln!(text, "{}", used.join(", "));
+    let _ = writeln!(text, "{:?}", common::operators(&Model::read(out).unwrap().model));
+    for warning in &report.warnings {
+        let _ = writeln!(text, "{warning}");
+    }
+}
+
 /// The models of a folder, in order.
 fn models(folder: &str) -> Vec<PathBuf> {
     let mut models: Vec<_> = fs::read_dir(common::repository(folder)).unwrap().map(|e| e.unwrap().path()).collect();
@@ -85,12 +233,19 @@ fn compare(folder: &str, texts: impl Iterator<Item = (String, String)>) {
     assert!(different.is_empty(), "UPDATE_GOLDEN=1 accepts what changed:\n{}", different.join("\n"));
 }
 
-/// The first line in which two texts differ.
+/// The first line in which two texts differ; numbers with an exponent are measured, and may differ a little.
 fn first_difference(expected: &str, found: &str) -> Option<String> {
-    if expected == found {
+    let near = |a: &str, b: &str| {
+        let measured = |word: &str| word.parse::<f64>().ok().filter(|_| word.contains('e'));
+        a == b || measured(a).zip(measured(b)).is_some_and(|(a, b)| (a - b).abs() <= 1e-9 + 0.05 * a.abs().max(b.abs()))
+    };
+    let alike = |a: &str, b: &str| {
+        a.split(' ').count() == b.split(' ').count() && a.split(' ').zip(b.split(' ')).all(|(a, b)| near(a, b))
+    };
+    let same = expected.lines().zip(found.lines()).take_while(|(a, b)| alike(a, b)).count();
+    if same == expected.lines().count() && same == found.lines().count() {
         return None;
     }
-    let same = expected.lines().zip(found.lines()).take_while(|(a, b)| a == b).count();
     let line = |text: &str| text.lines().nth(same).unwrap_or("the end").trim().to_owned();
     Some(format!("line {}: expected `{}`, found `{}`", same + 1, line(expected), line(found)))
 }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // Every test uses a part of it.
 
+pub mod pairs;
+
 use lathe_ir::{External, Model, Tensor};
 use lathe_passes::Target;
 use lathe_runtime::NpzWriter;
