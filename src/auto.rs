@@ -243,7 +243,7 @@ impl<'a> Search<'a> {
     }
 
     fn record(&self, recipe: Recipe, share: f64, (ratio, drop): (f64, f64), metric: &str, seconds: f64) -> Record {
-        let load = &self.options.job.load;
+        let load = &self.options.job.run.load;
         Record {
             family: self.family.clone(),
             place: format!("{} {}, {} threads", load.provider, load.device, load.threads),
@@ -376,9 +376,9 @@ impl<'a> Search<'a> {
         let from = found.files.first().expect("a job writes a model");
         let loaded = Model::read(from).with_context(|| format!("cannot read `{}` again", from.display()))?;
         let write = WriteOptions { external: self.options.job.external };
-        let staged = loaded.model.stage(target, &write).map_err(|e| Failure::Error(e.into()))?;
+        let staged = loaded.model.stage(target, &write)?;
         let data = staged.written().data_bytes > 0;
-        staged.commit().map_err(|e| Failure::Error(e.into()))?;
+        staged.commit()?;
         let beside = |ending: &str| {
             let mut path = target.to_owned().into_os_string();
             path.push(ending);

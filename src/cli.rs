@@ -1,6 +1,6 @@
 //! The command line: what is asked for, and the exit code that answers.
 
-use crate::{Answer, Failure, commands, recipe, runner};
+use crate::{Answer, Failure, commands, recipe, run_options::RunArgs, runner};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, parser::ValueSource};
 use lathe_passes::lossy::allocate::Measure;
 use lathe_runtime::Listener;
@@ -206,39 +206,6 @@ pub(crate) struct OptimizeArgs {
 fn share(text: &str) -> Result<f64, String> {
     let share: f64 = text.parse().map_err(|_| "expected a number such as 0.5".to_owned())?;
     if share > 0.0 && share <= 1.0 { Ok(share) } else { Err("expected a share above 0 and at most 1".to_owned()) }
-}
-
-/// How models are run.
-#[derive(Debug, Clone, Args, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) struct RunArgs {
-    /// Shape of an input in runs; may be given several times.
-    #[arg(long, value_name = "NAME:1,3,224,224")]
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub input_shape: Vec<String>,
-    /// Execution provider.
-    #[arg(long, value_name = "NAME", default_value = "cpu")]
-    pub ep: String,
-    /// Device of the execution provider.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub device: i32,
-    /// Threads of a run; 0 leaves it to the runtime.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub threads: usize,
-    /// The ONNX Runtime library to use, or its folder.
-    #[arg(long, value_name = "PATH")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ort: Option<PathBuf>,
-    /// Seed of random inputs.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
-    /// Memory that runs may use (8GB).
-    #[arg(long, value_name = "SIZE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub memory: Option<String>,
-    /// Seconds that one run may take.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    pub timeout: u64,
 }
 
 /// How much is said.

@@ -1,6 +1,7 @@
 //! How a run ends when it does not succeed, and the exit code that says so.
 
-use lathe_runtime::{Listener, RuntimeError};
+use lathe_ir::WriteError;
+use lathe_runtime::{FeatureError, InstallError, Listener, RuntimeError, SetError, StatisticsError};
 
 /// Why nothing was written.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +25,19 @@ impl From<anyhow::Error> for Failure {
         Failure::Error(error)
     }
 }
+
+/// Errors that are the fault of the input or the environment.
+macro_rules! errors {
+    ($($error:ty),* $(,)?) => {$(
+        impl From<$error> for Failure {
+            fn from(error: $error) -> Failure {
+                Failure::Error(error.into())
+            }
+        }
+    )*};
+}
+
+errors!(WriteError, lathe_passes::Error, FeatureError, InstallError, RuntimeError, SetError, StatisticsError,);
 
 impl Failure {
     /// The exit code of the program: 1 error, 2 usage, 3 refused.

@@ -12,12 +12,12 @@ pub(crate) use self::{
 
 use self::{prepare::state_outputs, spend::Exact};
 use crate::{
-    Budget, Failure, PassRecord, Report, Selection, Sets,
+    Budget, Failure, PassRecord, Report, RunOptions, Selection, Sets,
     latency::{Latency, Measurement},
     layers,
     pipeline::{self, Broken, Run},
     report::{self, Verify},
-    runner::{Runner, RunnerOptions},
+    runner::Runner,
 };
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
@@ -26,9 +26,7 @@ use lathe_passes::{
     Context, Kind, PASSES, Pass, Target,
     lossy::{METHODS, Method, OLDEST_OPSET, allocate},
 };
-use lathe_runtime::{
-    BenchInputs, ChosenSamples, Claim, InputSpec, Inputs, Listener, LoadOptions, Progress, SampleSet, SetSpec, Verdict,
-};
+use lathe_runtime::{BenchInputs, ChosenSamples, Claim, Inputs, Progress, SampleSet, SetSpec, Verdict};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -77,22 +75,8 @@ pub struct Options {
     pub budget: Budget,
     /// How many samples to choose of the calibration set; `None` keeps all.
     pub calib_select: Option<usize>,
-    /// Shapes of inputs for the run.
-    pub shapes: Vec<(String, Vec<usize>)>,
-    /// The seed of random inputs.
-    pub seed: u64,
-    /// A library of ONNX Runtime to use.
-    pub ort: Option<PathBuf>,
-    /// Execution provider, device and threads of the run.
-    pub load: LoadOptions,
-    /// Time one run may take.
-    pub timeout: Duration,
-    /// Memory the runs may use, in bytes.
-    pub memory: Option<u64>,
-    /// The program that runs models for this one; `None` is this executable itself.
-    pub worker: Option<PathBuf>,
-    /// Who hears how far long work is.
-    pub progress: Listener,
+    /// How models are run.
+    pub run: RunOptions,
     /// The command line, for the report.
     pub command: Vec<String>,
 }
@@ -147,7 +131,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
         }
         None => None,
     };
-    let runner = Runner::new(runner_options(options))?;
+    let runner = Runner::new(&options.run)?;
     let job = Job { options, set, lossy, few, runner: &runner, opset, methods: None };
     let used = match job.run(&loaded, chosen.clone(), start)? {
         Finished::Done(done) => return Ok(*done),
@@ -171,17 +155,6 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
 fn needed(methods: &[&'static str]) -> i64 {
     let sets = METHODS.iter().filter(|m| methods.contains(&m.info().name)).map(|m| m.operator_set());
     sets.fold(OLDEST_OPSET, i64::max)
-}
-
-fn runner_options(options: &Options) -> RunnerOptions {
-    RunnerOptions {
-        library: options.ort.clone(),
-        load: options.load.clone(),
-        timeout: options.timeout,
-        memory: options.memory,
-        worker: options.worker.clone(),
-        progress: options.progress.clone(),
-    }
 }
 
 pub(crate) fn check_output(model: &Path, output: &Path, overwrite: bool) -> Result<(), Failure> {
@@ -320,7 +293,7 @@ impl Job<'_> {
             let written = staged.written().clone();
             let mut output = side(&target, &model, written.file_bytes + written.data_bytes);
             let mut files = Vec::new();
-            Failure::if_stopped(&options.progress)?;
+            Failure::if_stopped(&options.run.progress)?;
             if options.output.is_some() {
                 staged.commit().map_err(|e| Failure::Error(e.into()))?;
                 files.push(target.clone());
@@ -339,7 +312,7 @@ impl Job<'_> {
             let report = Report {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 command: options.command.clone(),
-                seed: options.seed,
+                seed: options.run.inputs.seed,
                 calibration,
                 input,
                 output,
@@ -378,7 +351,7 @@ impl Job<'_> {
         let Some((set, count)) = self.options.sets.calibration.as_ref().zip(self.options.calib_select) else {
             return Ok(None);
         };
-        Ok(Some(self.runner.select(&self.options.model, set, count, self.options.seed)?))
+        Ok(Some(self.runner.select(&self.options.model, set, count, self.options.run.inputs.seed)?))
     }
 
     fn context(&self) -> Context<'_> {
@@ -390,7 +363,7 @@ impl Job<'_> {
             target: self.options.target,
             max_growth: self.options.max_growth,
             evaluator: Some(self.runner),
-            slow_kernels: crate::kernels::slower(&self.options.load.provider),
+            slow_kernels: crate::kernels::slower(&self.options.run.load.provider),
             settings,
             ..Context::default()
         }
@@ -425,13 +398,13 @@ impl Job<'_> {
         };
         let count = |model: &Model| flops(model);
         let tell = |done: usize| {
-            self.options.progress.hear(&Progress::new(done, passes.len(), "passes"));
-            !self.options.progress.is_stopped()
+            self.options.run.progress.hear(&Progress::new(done, passes.len(), "passes"));
+            !self.options.run.progress.is_stopped()
         };
         let count: Option<&dyn Fn(&Model) -> u64> = if self.options.detailed { Some(&count) } else { None };
         let settings = Run { passes, limit: usize::MAX, watch: &mut watch, count_flops: count, tell: &tell };
         let result = pipeline::run(&mut model, &cx, settings);
-        Failure::if_stopped(&self.options.progress)?;
+        Failure::if_stopped(&self.options.run.progress)?;
         if let Some(error) = trouble {
             return Err(error.into());
         }
@@ -445,7 +418,7 @@ impl Job<'_> {
                 Some(few) => SetSpec { chosen: Some(few.clone()), ..spec.clone() },
                 None => spec.clone(),
             }),
-            None => Inputs::Random(InputSpec { seed: self.options.seed, shapes: self.options.shapes.clone() }),
+            None => Inputs::Random(self.options.run.inputs.clone()),
         }
     }
 
@@ -473,14 +446,13 @@ impl Job<'_> {
     /// Times the candidate beside the original if that was asked for. Where a provider other than the CPU runs models,
     /// nodes that it leaves to others are named in a warning, and one that takes none is an error.
     fn measure(&self, candidate: &Path, target: &Path, warnings: &mut Vec<String>) -> Result<Option<Latency>, Failure> {
-        let options = runner_options(self.options);
         let inputs = match &self.set {
             Some((spec, _)) => BenchInputs::Set(spec.clone()),
-            None => BenchInputs::Random(InputSpec { seed: self.options.seed, shapes: self.options.shapes.clone() }),
+            None => BenchInputs::Random(self.options.run.inputs.clone()),
         };
         let models = [self.options.model.as_path(), candidate];
         let measurement = Measurement {
-            options: &options,
+            run: &self.options.run,
             models: &models,
             inputs: &inputs,
             seconds: self.options.bench.unwrap_or(0.0),

@@ -3,10 +3,7 @@
 //! [`MEASURED`] holds what `optimize doctor --kernels` found on one machine; what it finds on this one is kept in the data
 //! folder and comes first. Passes ask through [`lathe_passes::Context::slow_kernels`].
 
-use crate::{
-    latency::Measurement,
-    runner::{self, RunnerOptions},
-};
+use crate::{RunOptions, latency::Measurement, runner};
 use anyhow::{Context as _, anyhow};
 use lathe_ir::text;
 use lathe_runtime::{BenchInputs, InputSpec};
@@ -124,7 +121,7 @@ fn kept() -> Option<Vec<Verdict>> {
 }
 
 /// Measures every operator beside the nodes it takes the place of, and keeps what was found.
-pub(crate) fn measure(options: &RunnerOptions) -> anyhow::Result<Vec<Verdict>> {
+pub(crate) fn measure(options: &RunOptions) -> anyhow::Result<Vec<Verdict>> {
     let folder = tempfile::tempdir()?;
     let mut found = Vec::new();
     for kernel in KERNELS {
@@ -139,7 +136,7 @@ pub(crate) fn measure(options: &RunnerOptions) -> anyhow::Result<Vec<Verdict>> {
         let shapes = inputs.into_iter().filter(|(name, _)| kernel.head.contains(&format!("] {name}"))).collect();
         let inputs = BenchInputs::Random(InputSpec { seed: 0, shapes });
         let models: Vec<&std::path::Path> = paths.iter().map(PathBuf::as_path).collect();
-        let latency = Measurement { options, models: &models, inputs: &inputs, seconds: 2.0 }.run(&mut |_| {})?;
+        let latency = Measurement { run: options, models: &models, inputs: &inputs, seconds: 2.0 }.run(&mut |_| {})?;
         found.push(Verdict {
             provider: name(&options.load.provider).to_owned(),
             kernel: kernel.name.to_owned(),

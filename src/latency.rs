@@ -1,6 +1,6 @@
 //! Measured latency: asks the worker, and puts what it measured into the report's words.
 
-use crate::runner::{Runner, RunnerOptions};
+use crate::{RunOptions, runner::Runner};
 use anyhow::{anyhow, bail};
 use lathe_runtime::{BenchInputs, BenchResult, BenchTask, Loading, Placement, Profile, Timings};
 use serde::{Deserialize, Serialize};
@@ -74,7 +74,7 @@ pub struct LatencySide {
 
 /// What is measured, and how.
 pub(crate) struct Measurement<'a> {
-    pub options: &'a RunnerOptions,
+    pub run: &'a RunOptions,
     pub models: &'a [&'a Path],
     pub inputs: &'a BenchInputs,
     /// Time to spend on runs.
@@ -87,7 +87,7 @@ impl Measurement<'_> {
         let all: Vec<PathBuf> = self.models.iter().map(|p| p.to_path_buf()).collect();
         // What the provider cannot take is better known before minutes of timing.
         let mut placements = Vec::new();
-        if self.options.load.provider != "cpu" {
+        if self.run.load.provider != "cpu" {
             note("looking which nodes the provider takes");
             for profile in self.profiles()? {
                 placements.push(profile.placement);
@@ -104,9 +104,9 @@ impl Measurement<'_> {
         };
         let side = |index: usize| self.side(&timings, index, loadings[index], placements.get(index));
         Ok(Latency {
-            ep: self.options.load.provider.clone(),
-            device: self.options.load.device,
-            threads: self.options.load.threads,
+            ep: self.run.load.provider.clone(),
+            device: self.run.load.device,
+            threads: self.run.load.threads,
             runtime: timings.engine.clone(),
             inputs: timings.inputs.clone(),
             before_ms: timings.quartiles(0)[0],
@@ -121,7 +121,7 @@ impl Measurement<'_> {
 
     /// Sentences about nodes that the provider leaves to others; an error where it takes none.
     pub(crate) fn left_behind(&self) -> anyhow::Result<Vec<String>> {
-        if self.options.load.provider == "cpu" {
+        if self.run.load.provider == "cpu" {
             return Ok(Vec::new());
         }
         Ok(self.profiles()?.iter().filter_map(|profile| profile.placement.note()).collect())
@@ -156,7 +156,7 @@ impl Measurement<'_> {
     }
 
     fn ask(&self, models: &[PathBuf], task: BenchTask) -> anyhow::Result<BenchResult> {
-        Runner::new(self.options.clone())?.bench(models, self.inputs, task)
+        Runner::new(self.run)?.bench(models, self.inputs, task)
     }
 
     fn side(&self, timings: &Timings, index: usize, loading: Loading, placement: Option<&Placement>) -> LatencySide {

@@ -1,17 +1,17 @@
 //! Joins the program to whatever runs models: found at the first use, in a child process of the same executable.
 
+use crate::RunOptions;
 use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits, Listener,
+    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits,
     LoadOptions, Measured, OrtEngine, Request, RuntimeError, Search, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
     sync::OnceLock,
-    time::Duration,
 };
 
 /// The hidden subcommand under which the program serves runs to its parent.
@@ -40,23 +40,6 @@ pub fn set_host(host: Host) {
 /// The interpreter that has pip.
 pub(crate) fn python() -> PathBuf {
     HOST.get().map_or_else(|| PathBuf::from("python3"), |host| host.python.clone())
-}
-
-/// How models are run.
-#[derive(Debug, Clone)]
-pub(crate) struct RunnerOptions {
-    /// The user's `--ort`.
-    pub library: Option<PathBuf>,
-    /// Execution provider, device and threads.
-    pub load: LoadOptions,
-    /// Time one request may take.
-    pub timeout: Duration,
-    /// Memory the child may use, in bytes; `None` for no limit of ours.
-    pub memory: Option<u64>,
-    /// The program to start; `None` is this executable.
-    pub worker: Option<PathBuf>,
-    /// Who hears how far long work is.
-    pub progress: Listener,
 }
 
 /// Where ONNX Runtime may be: the command line, the environment, beside the program, the data folder, Python, the system.
@@ -107,16 +90,17 @@ pub(crate) struct Runner {
 }
 
 impl Runner {
-    pub(crate) fn new(options: RunnerOptions) -> anyhow::Result<Runner> {
-        let (program, mut arguments) = match (options.worker, HOST.get()) {
-            (Some(program), _) => (program, Vec::new()),
+    pub(crate) fn new(options: &RunOptions) -> anyhow::Result<Runner> {
+        let (program, mut arguments) = match (&options.worker, HOST.get()) {
+            (Some(program), _) => (program.clone(), Vec::new()),
             (None, Some(host)) => host.worker.clone(),
             (None, None) => (std::env::current_exe().context("the program does not find itself")?, Vec::new()),
         };
         arguments.push(OsString::from(SERVE));
-        arguments.extend(options.library.map(PathBuf::into_os_string));
+        arguments.extend(options.ort.clone().map(PathBuf::into_os_string));
         let limits = Limits { timeout: Some(options.timeout), memory: options.memory };
-        Ok(Runner { child: Child::new(program, arguments, limits).heard_by(options.progress), load: options.load })
+        let child = Child::new(program, arguments, limits).heard_by(options.progress.clone());
+        Ok(Runner { child, load: options.load.clone() })
     }
 
     /// The process that runs models.

@@ -11,10 +11,10 @@ mod report;
 mod tune;
 
 use crate::{
-    Failure, PassRecord, job,
+    Failure, PassRecord, RunOptions, job,
     pipeline::{self, Run},
     report as contract,
-    runner::{Runner, RunnerOptions},
+    runner::Runner,
 };
 use anyhow::{Context as _, anyhow};
 use check::Checked;
@@ -77,22 +77,8 @@ pub struct SamplerOptions {
     pub verify: bool,
     /// The largest relative L2 error of the sample; `None` is what its type allows.
     pub rtol: Option<f64>,
-    /// The seed of noise and conditions.
-    pub seed: u64,
-    /// Shapes of inputs of the denoiser, where it leaves them open.
-    pub shapes: Vec<(String, Vec<usize>)>,
-    /// A library of ONNX Runtime to use.
-    pub ort: Option<PathBuf>,
-    /// Execution provider, device and threads.
-    pub load: LoadOptions,
-    /// Time one run may take.
-    pub timeout: Duration,
-    /// Memory that runs may use, in bytes.
-    pub memory: Option<u64>,
-    /// The program that runs models for this one; `None` is this executable itself.
-    pub worker: Option<PathBuf>,
-    /// Who hears how far long work is.
-    pub progress: Listener,
+    /// How models are run. The seed is that of noise and conditions, too; shapes are those of the denoiser's inputs.
+    pub run: RunOptions,
     /// The command line, for the report.
     pub command: Vec<String>,
 }
@@ -149,9 +135,9 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     let roles = Roles::infer(&original, &options.wishes)?;
     let plan = plan(options, &scheduler, &table, &roles)?;
     let guidance = options.guidance.unwrap_or(check::UNGUIDED);
-    let runner = runner(options)?;
-    let drawn = drawn(&original, &roles, &plan, &options.shapes)?;
-    let (simplified, records) = simplify(&original, &runner, &options.progress)?;
+    let runner = Runner::new(&options.run)?;
+    let drawn = drawn(&original, &roles, &plan, &options.run.inputs.shapes)?;
+    let (simplified, records) = simplify(&original, &runner, &options.run.progress)?;
     let bare;
     let external = if loaded.data_files.is_empty() { lathe_ir::External::Auto } else { lathe_ir::External::Always };
     let job = Job { options, original: &original, drawn: &drawn, runner: &runner, write: WriteOptions { external } };
@@ -182,12 +168,12 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         outputs: report::signature(&made.model, made.model.graph.main().outputs()),
         evaluations: plan.cfg.iter().map(|mode| mode.passes().len()).sum(),
     };
-    Failure::if_stopped(&options.progress)?;
-    made.staged.commit().map_err(|e| Failure::Error(e.into()))?;
+    Failure::if_stopped(&options.run.progress)?;
+    made.staged.commit()?;
     let report = SamplerReport {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         command: options.command.clone(),
-        seed: options.seed,
+        seed: options.run.inputs.seed,
         input,
         output,
         solver: scheduler.class.name().to_owned(),
@@ -216,18 +202,6 @@ fn request(options: &SamplerOptions, scheduler: &Scheduler) -> Result<Request, F
         return Ok(counted);
     }
     Ok(Request { steps: lathe_passes::sampler::Steps::Times(plan.grid.clone()), ..options.request.clone() })
-}
-
-/// What runs models as the options say.
-fn runner(options: &SamplerOptions) -> Result<Runner, Failure> {
-    Ok(Runner::new(RunnerOptions {
-        library: options.ort.clone(),
-        load: options.load.clone(),
-        timeout: options.timeout,
-        memory: options.memory,
-        worker: options.worker.clone(),
-        progress: options.progress.clone(),
-    })?)
 }
 
 /// The numbers of the steps that were asked for.
@@ -307,7 +281,7 @@ fn upgraded(original: &Model, runner: &Runner) -> Result<Model, Failure> {
         let mut cx = Context { evaluator: Some(runner), ..Context::default() };
         cx.settings.insert("upgrade-opset.to".to_owned(), OPSET.to_string());
         let upgrade = PASSES.iter().find(|p| p.info().name == "upgrade-opset").expect("the pass is registered");
-        upgrade.apply(&mut model, &cx).map_err(|e| Failure::Error(e.into()))?;
+        upgrade.apply(&mut model, &cx)?;
     }
     Ok(model)
 }
@@ -346,7 +320,7 @@ impl Job<'_> {
             (Some(form), _) => form,
             (None, Some(_)) => Form::Adaptive,
             (None, None) if sampler.plan.sizes.is_some() => Form::Unrolled,
-            (None, None) => likely_form(sampler.denoiser, sampler.plan, self.options.memory),
+            (None, None) => likely_form(sampler.denoiser, sampler.plan, self.options.run.memory),
         };
         let made = self.make_as(sampler, form)?;
         if self.options.form.is_some() || form != Form::Unrolled || sampler.plan.sizes.is_some() {
@@ -376,7 +350,7 @@ impl Job<'_> {
         if !self.options.verify || pipeline::node_count(&made.model) < FEW {
             return Ok(None);
         }
-        let options = LoadOptions { optimize: true, ..self.options.load.clone() };
+        let options = LoadOptions { optimize: true, ..self.options.run.load.clone() };
         Ok(check::loading(self.runner, made.staged.path(), &options)?)
     }
 
@@ -388,7 +362,7 @@ impl Job<'_> {
     }
 
     fn stage(&self, model: &Model, target: &Path) -> Result<Staged, Failure> {
-        model.stage(target, &self.write).map_err(|e| Failure::Error(e.into()))
+        Ok(model.stage(target, &self.write)?)
     }
 }
 

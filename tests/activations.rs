@@ -84,6 +84,7 @@ fn a_set_is_needed_and_nothing_is_ignored() {
         &["--activations"][..],
         &["--calib", "set.npz"],
         &["--ep", "cpu"],
+        &["--memory", "1GB"],
         &["--activations", "--calib", "s", "--batch", "0"],
     ] {
         assert_eq!(inspect(folder.path(), options).status.code(), Some(2), "{options:?}");

@@ -1,12 +1,12 @@
 //! `optimize bench A [B]`: the latency of a model, or of two side by side.
 
-use super::{Answer, input_spec, runner_options};
+use super::Answer;
 use crate::{
     Failure,
-    cli::RunArgs,
     latency::{Latency, LatencySide, Measurement, digits},
     progress::Meter,
     report::mib,
+    run_options::RunArgs,
 };
 use clap::Args;
 use comfy_table::{Cell, CellAlignment, Table, presets};
@@ -93,17 +93,17 @@ pub(crate) fn answer(args: &BenchArgs, progress: Listener) -> Result<Answer, Fai
     if let Some(second) = &args.b {
         super::read(second)?;
     }
+    let run = args.run.options(progress)?;
     let inputs = match &args.calib {
         Some(path) => {
             let batch = args.batch.and_then(|n| usize::try_from(n).ok());
             let spec = SetSpec { batch, ..SetSpec::all(path) };
-            SampleSet::open(&spec, &first).map_err(|e| Failure::Error(e.into()))?;
+            SampleSet::open(&spec, &first)?;
             BenchInputs::Set(spec)
         }
-        None => BenchInputs::Random(input_spec(&args.run)?),
+        None => BenchInputs::Random(run.inputs.clone()),
     };
-    let options = runner_options(&args.run, progress)?;
-    let measurement = Measurement { options: &options, models: &models, inputs: &inputs, seconds: args.seconds };
+    let measurement = Measurement { run: &run, models: &models, inputs: &inputs, seconds: args.seconds };
     let latency = measurement.run(&mut |_| {})?;
     let profiles = if args.profile {
         let found = measurement.profiles()?;

@@ -1,16 +1,10 @@
 //! `optimize doctor`: which runtime is used, what it offers, and installing one.
 
-use crate::{
-    Failure,
-    cli::print,
-    kernels,
-    progress::Meter,
-    runner::{self, RunnerOptions},
-};
+use crate::{Failure, RunOptions, cli::print, kernels, progress::Meter, runner};
 use anyhow::anyhow;
 use clap::Args;
 use lathe_runtime::LoadOptions;
-use std::{fmt::Write as _, path::PathBuf, time::Duration};
+use std::{fmt::Write as _, path::PathBuf};
 
 /// What to do.
 #[derive(Debug, Args)]
@@ -40,7 +34,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     if args.install {
         let folder = runner::data_dir().ok_or_else(|| anyhow!("there is no data folder: HOME is not set"))?;
         let meter = Meter::new("fetching ONNX Runtime", false);
-        let files = lathe_runtime::install(args.gpu, &folder, &runner::python()).map_err(|e| anyhow!(e))?;
+        let files = lathe_runtime::install(args.gpu, &folder, &runner::python())?;
         drop(meter);
         for file in files {
             print(&format!("installed {}\n", file.display()));
@@ -82,18 +76,16 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
 /// Measures the operators and prints one line for each.
 fn measure(args: &DoctorArgs) -> Result<(), Failure> {
     let meter = Meter::new("timing", false);
-    let options = RunnerOptions {
-        library: args.ort.clone(),
+    let options = RunOptions {
+        ort: args.ort.clone(),
         load: LoadOptions {
             provider: args.ep.clone(),
             threads: args.threads,
             optimize: true,
             ..LoadOptions::default()
         },
-        timeout: Duration::from_secs(600),
-        memory: None,
-        worker: None,
         progress: meter.listener(),
+        ..RunOptions::default()
     };
     let found = kernels::measure(&options)?;
     drop(meter);

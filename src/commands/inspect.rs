@@ -5,8 +5,14 @@ mod anatomy;
 mod ceilings;
 mod text;
 
-use super::{Answer, runner_options};
-use crate::{Failure, cli::RunArgs, job, progress::Meter, report::Side, runner::Runner};
+use super::Answer;
+use crate::{
+    Failure, job,
+    progress::Meter,
+    report::Side,
+    run_options::{EngineArgs, LimitArgs},
+    runner::Runner,
+};
 use activations::{Activations, Sources};
 use anatomy::Anatomy;
 use clap::Args;
@@ -19,8 +25,10 @@ use std::path::{Path, PathBuf};
 /// How many of the layers that cost most are shown.
 const DEAREST: usize = 8;
 
-/// What to look at.
+/// What to look at. How models are run is of use only where some are.
 #[derive(Debug, Args)]
+#[command(mut_group("EngineArgs", |group| group.requires("activations")))]
+#[command(mut_group("LimitArgs", |group| group.requires("activations")))]
 pub(crate) struct InspectArgs {
     /// The model.
     model: PathBuf,
@@ -49,47 +57,22 @@ struct RunsOfSet {
     /// Samples that run at once.
     #[arg(long, value_name = "N", requires = "activations", value_parser = clap::value_parser!(u32).range(1..))]
     batch: Option<u32>,
-    /// Execution provider.
-    #[arg(long, value_name = "NAME", default_value = "cpu", requires = "activations")]
-    ep: String,
-    /// Device of the execution provider.
-    #[arg(long, value_name = "N", default_value_t = 0, requires = "activations")]
-    device: i32,
-    /// Threads of a run; 0 leaves it to the runtime.
-    #[arg(long, value_name = "N", default_value_t = 0, requires = "activations")]
-    threads: usize,
-    /// The ONNX Runtime library to use, or its folder.
-    #[arg(long, value_name = "PATH", requires = "activations")]
-    ort: Option<PathBuf>,
-    /// Memory that runs may use (8GB).
-    #[arg(long, value_name = "SIZE", requires = "activations")]
-    memory: Option<String>,
-    /// Seconds that one run may take.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "activations")]
-    timeout: u64,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 impl RunsOfSet {
     fn measure(&self, model: &Model, calib: &Path, progress: Listener) -> Result<Activations, Failure> {
-        let run = RunArgs {
-            input_shape: Vec::new(),
-            ep: self.ep.clone(),
-            device: self.device,
-            threads: self.threads,
-            ort: self.ort.clone(),
-            seed: 0,
-            memory: self.memory.clone(),
-            timeout: self.timeout,
-        };
-        let options = runner_options(&run, progress)?;
-        let (load, memory) = (options.load.clone(), options.memory);
+        let options = self.engine.options(&self.limits, progress)?;
         let set = SetSpec {
             unread: self.labels.clone(),
             batch: self.batch.map(|batch| batch as usize),
             ..SetSpec::all(calib)
         };
-        let runner = Runner::new(options)?;
-        Sources { runner: &runner, set: &set, load: &load, memory }.activations(model)
+        let runner = Runner::new(&options)?;
+        Sources { runner: &runner, set: &set, load: &options.load, memory: options.memory }.activations(model)
     }
 }
 

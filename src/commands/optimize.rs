@@ -1,17 +1,18 @@
 //! The main job from the command line.
 
-use super::{Answer, input_spec, load_options, size, time};
+use super::Answer;
 use crate::{
     AutoOptions, Budget, Failure, Options, Report, Selection,
     cli::{ExternalArg, OptimizeArgs, TargetArg, print, say},
     progress::Meter,
+    quantities::{size, time},
     recipe, summary,
 };
 use anyhow::{Context as _, anyhow};
 use lathe_ir::External;
 use lathe_passes::Target;
 use lathe_runtime::Listener;
-use std::{collections::BTreeMap, ffi::OsString, path::Path, time::Duration};
+use std::{collections::BTreeMap, ffi::OsString, path::Path};
 
 /// Time that `--bench` spends on runs.
 const TIMING_SECONDS: f64 = 10.0;
@@ -37,15 +38,15 @@ fn report_kind(path: &Path) -> Result<ReportKind, Failure> {
 }
 
 pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failure> {
-    let options = options(args, command)?;
     // `--auto` says what it tries line by line, which a bar would be in the way of.
     let meter = Meter::new("optimizing", args.talk.quiet || args.auto);
+    let options = options(args, command, meter.listener())?;
     let mut tell = |line: &str| {
         if !args.talk.quiet {
             say(line);
         }
     };
-    let report = perform(args, Options { progress: meter.listener(), ..options }, &mut tell)?;
+    let report = perform(args, options, &mut tell)?;
     drop(meter);
     for warning in &report.warnings {
         say(&format!("warning: {warning}"));
@@ -58,7 +59,7 @@ pub(crate) fn run(args: &OptimizeArgs, command: &[OsString]) -> Result<(), Failu
 
 /// The same for a program, whose report always counts the FLOPs of every pass.
 pub(crate) fn answer(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Result<Answer, Failure> {
-    let options = Options { progress, detailed: true, ..options(args, command)? };
+    let options = Options { detailed: true, ..options(args, command, progress)? };
     let report = perform(args, options, &mut |_| {})?;
     Ok(Answer::new(&report, summary::text(&report, args.talk.verbose), report.warnings.clone()))
 }
@@ -100,7 +101,7 @@ fn write_report(report: &Report, path: &Path, kind: ReportKind) -> Result<(), Fa
     Ok(())
 }
 
-fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure> {
+fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Result<Options, Failure> {
     let model = args.model.clone().ok_or_else(|| {
         Failure::Usage("no model is given; `optimize MODEL -o OUT` is the main job, --help shows the rest".to_owned())
     })?;
@@ -119,7 +120,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
     {
         return Err(Failure::Error(anyhow!("the folder `{}` does not exist", folder.display())));
     }
-    let inputs = input_spec(&args.run)?;
+    let run = args.run.options(progress)?;
     let sets = args.sets.sets()?;
     // Time is measured at given shapes, whatever the set's are.
     let shares = args.size.or(args.params).or(args.flops);
@@ -129,7 +130,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
         return Err(Failure::Usage(message.to_owned()));
     }
     if !timed {
-        sets.instead_of(&inputs)?;
+        sets.instead_of(&run.inputs)?;
     }
     if args.size.is_some() && sets.calibration.is_none() {
         let message = "--size spends a loss that is measured on samples, and none are given; --calib names a set";
@@ -178,14 +179,7 @@ fn options(args: &OptimizeArgs, command: &[OsString]) -> Result<Options, Failure
             metric: args.metric.clone(),
         },
         calib_select: args.calib_select,
-        shapes: inputs.shapes,
-        seed: args.run.seed,
-        ort: args.run.ort.clone(),
-        load: load_options(&args.run),
-        timeout: Duration::from_secs(args.run.timeout),
-        memory: args.run.memory.as_deref().map(size).transpose()?,
-        worker: None,
-        progress: Listener::default(),
+        run,
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
 }

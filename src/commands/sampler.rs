@@ -1,10 +1,11 @@
 //! `optimize sampler DENOISER -o OUT`: a whole diffusion sampling loop as one model.
 
-use super::{Answer, input_spec, load_options, size};
+use super::Answer;
 use crate::{
     Eyes, Failure, SamplerDone, SamplerOptions, Search, Tune,
-    cli::{RunArgs, TalkArgs, print, say},
+    cli::{TalkArgs, print, say},
     progress::Meter,
+    run_options::RunArgs,
     sampler,
 };
 use anyhow::Context as _;
@@ -12,7 +13,7 @@ use clap::{Args, ValueEnum};
 use lathe_passes::sampler::{Adaptive, Class, Form, Guidance, Mode, Request, Scale, StepPlan, Steps, Table, Wishes};
 use lathe_runtime::{Listener, SetSpec};
 use serde_json::Value;
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf};
 
 /// Forms on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -221,9 +222,8 @@ fn solver(name: &str) -> Result<Class, String> {
 }
 
 pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failure> {
-    let options = options(args, command)?;
     let meter = Meter::new("compiling", args.talk.quiet);
-    let done = perform(args, SamplerOptions { progress: meter.listener(), ..options })?;
+    let done = perform(args, options(args, command, meter.listener())?)?;
     drop(meter);
     for warning in &done.report.warnings {
         say(&format!("warning: {warning}"));
@@ -236,7 +236,7 @@ pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failur
 
 /// The same for a program.
 pub(crate) fn answer(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Result<Answer, Failure> {
-    let done = perform(args, SamplerOptions { progress, ..options(args, command)? })?;
+    let done = perform(args, options(args, command, progress)?)?;
     Ok(Answer::new(&done.report, done.summary(), done.report.warnings.clone()))
 }
 
@@ -264,7 +264,7 @@ fn perform(args: &SamplerArgs, options: SamplerOptions) -> Result<SamplerDone, F
     Ok(done)
 }
 
-fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, Failure> {
+fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Result<SamplerOptions, Failure> {
     let text =
         |path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()));
     let scheduler: Value = serde_json::from_str(&text(&args.scheduler)?)
@@ -296,7 +296,6 @@ fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, F
     if args.form == FormArg::Adaptive && plan.is_none() {
         plan = Some(adaptive(args, &scheduler, &request, guidance.is_some())?);
     }
-    let inputs = input_spec(&args.run)?;
     Ok(SamplerOptions {
         denoiser: args.denoiser.clone(),
         output: args.output.clone(),
@@ -317,14 +316,7 @@ fn options(args: &SamplerArgs, command: &[OsString]) -> Result<SamplerOptions, F
         preview: args.preview.is_some(),
         verify: !args.no_verify,
         rtol: args.rtol,
-        seed: args.run.seed,
-        shapes: inputs.shapes,
-        ort: args.run.ort.clone(),
-        load: load_options(&args.run),
-        timeout: Duration::from_secs(args.run.timeout),
-        memory: args.run.memory.as_deref().map(size).transpose()?,
-        worker: None,
-        progress: Listener::default(),
+        run: args.run.options(progress)?,
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
 }

@@ -1,7 +1,6 @@
 //! The options that name calibration and validation sets, and what they come to.
 
 use crate::Failure;
-use anyhow::anyhow;
 use clap::Args;
 use lathe_ir::Model;
 use lathe_runtime::{InputSpec, Part, SampleSet, SetSpec};
@@ -83,8 +82,8 @@ impl Sets {
     /// Returns what the comparison runs on, and whether that is the `calibration` or the `validation` set.
     pub(crate) fn check(&self, model: &Model) -> Result<Option<(SetSpec, &'static str)>, Failure> {
         let open = |spec: &SetSpec| -> Result<SampleSet, Failure> {
-            let set = SampleSet::open(spec, model).map_err(|e| Failure::Error(anyhow!(e)))?;
-            set.check_values().map_err(|e| Failure::Error(anyhow!(e)))?;
+            let set = SampleSet::open(spec, model)?;
+            set.check_values()?;
             Ok(set)
         };
         if let Some(spec) = &self.calibration {

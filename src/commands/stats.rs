@@ -1,10 +1,10 @@
 //! `optimize stats MODEL --calib SET -o stats.npz`: calibration statistics as NumPy arrays.
 
-use super::{runner_options, size};
 use crate::{
     Failure,
-    cli::{RunArgs, TalkArgs, print, say},
+    cli::{TalkArgs, print, say},
     progress::Meter,
+    run_options::RunArgs,
     runner::{self, Runner},
     summary,
 };
@@ -80,9 +80,9 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     let model = super::read(&args.model)?.model;
     let requests = requests(&model, args)?;
     let meter = Meter::new("collecting statistics", args.talk.quiet);
-    let options = runner_options(&args.run, meter.listener())?;
+    let options = args.run.options(meter.listener())?;
     let mut set = SetSpec { unread: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
-    let memory = args.run.memory.as_deref().map(size).transpose()?.unwrap_or_else(quarter_of_memory);
+    let memory = options.memory.unwrap_or_else(quarter_of_memory);
     let temporary = tempfile::tempdir().context("there is no place for results")?;
     let kept = runner::data_dir().filter(|_| !args.no_cache).map(|data| data.join("statistics"));
     let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
@@ -93,16 +93,16 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
         Some(name) => MaskInput::Named(name.to_owned()),
     };
     let collect = CollectOptions { memory, mask, ..CollectOptions::new(options.load.clone(), cache) };
-    let runner = Runner::new(options)?;
+    let runner = Runner::new(&options)?;
     if let Some(count) = args.calib_select {
-        let chosen = runner.select(&args.model, &set, count, args.run.seed)?;
+        let chosen = runner.select(&args.model, &set, count, options.inputs.seed)?;
         if !args.talk.quiet {
             say(&summary::chosen(&chosen));
         }
         set.chosen = Some(chosen.chosen);
     }
     let start = Instant::now();
-    let statistics = runner.collect(&model, &set, &requests, &collect).map_err(anyhow::Error::from)?;
+    let statistics = runner.collect(&model, &set, &requests, &collect)?;
     let seconds = start.elapsed().as_secs_f32();
     drop(meter);
     let mut text = String::new();

@@ -1,14 +1,13 @@
 //! `optimize verify A B`: whether two models compute the same, or how much the second loses on a set or, of samplers, on
 //! seeds. Without --metric, --max-drop and --labels the values of outputs are compared, on a set as on random inputs.
 
-use super::{Answer, input_spec, runner_options, sets::SetArgs};
+use super::{Answer, sets::SetArgs};
 use crate::{
-    Failure, Sets,
-    cli::RunArgs,
-    job,
+    Failure, Sets, job,
     latency::Measurement,
     progress::Meter,
     report::{OutputLine, Verify},
+    run_options::RunArgs,
     runner::Runner,
     sampler::{self, FEWEST, SamplerPair},
     validate::{self, Bound, significant},
@@ -79,20 +78,19 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
     if let Some(seeds) = args.seeds {
         return samplers(args, seeds, progress);
     }
-    let inputs = input_spec(&args.run)?;
-    let sets = sets(args, &inputs)?;
+    let run = args.run.options(progress)?;
+    let sets = sets(args, &run.inputs)?;
     let model = super::read(&args.a)?.model;
     super::read(&args.b)?;
-    let options = runner_options(&args.run, progress)?;
-    let runner = Runner::new(options.clone())?;
+    let runner = Runner::new(&run)?;
     // Values are compared, on a set as on random inputs, unless something is to be measured.
     let measured = args.metric.is_some() || args.max_drop.is_some() || args.sets.labels.is_some();
     let set = sets.check(&model)?;
     let fed = match &set {
         Some((set, _)) => BenchInputs::Set(set.clone()),
-        None => BenchInputs::Random(inputs.clone()),
+        None => BenchInputs::Random(run.inputs.clone()),
     };
-    let placed = Measurement { options: &options, models: &[&args.b], inputs: &fed, seconds: 0.0 };
+    let placed = Measurement { run: &run, models: &[&args.b], inputs: &fed, seconds: 0.0 };
     let notes = placed.left_behind()?;
     let (inputs, set_name) = match set {
         Some((set, set_name)) if measured => {
@@ -100,7 +98,7 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
             return measure(args, &runner, notes, &Bound { set, set_name, metric, max_drop: args.max_drop });
         }
         Some((set, set_name)) => (Inputs::Set(set), set_name),
-        None => (Inputs::Random(inputs), "random"),
+        None => (Inputs::Random(run.inputs.clone()), "random"),
     };
     let claim = match args.rtol {
         _ if args.bits => Claim::Identical,
@@ -144,10 +142,9 @@ fn samplers(args: &VerifyArgs, seeds: usize, progress: Listener) -> Result<Answe
         features: args.features.clone(),
         metric: metric.to_owned(),
         max_drop: args.max_drop,
-        seed: args.run.seed,
-        shapes: input_spec(&args.run)?.shapes,
+        run: args.run.options(progress)?,
     };
-    let found = sampler::compare_samplers(&pair, runner_options(&args.run, progress)?)?;
+    let found = sampler::compare_samplers(&pair)?;
     let answer = Answer::new(&found, found.text(), Vec::new());
     Ok(Answer { refused: (!found.passed).then(|| found.sentence()), ..answer })
 }

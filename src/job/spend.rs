@@ -18,7 +18,7 @@ use lathe_passes::{
         allocate::{self, Measure, SolveError, Solver},
     },
 };
-use lathe_runtime::{BenchInputs, Distance, InputSpec, SetSpec};
+use lathe_runtime::{BenchInputs, Distance, SetSpec};
 use std::path::Path;
 
 /// Allocations that are tried until the result is as small and as fast as it must be.
@@ -179,17 +179,17 @@ impl Job<'_> {
         if least {
             shares.push((options.budget.minimize, 1.0));
         }
-        let inputs = match options.shapes.is_empty() {
+        let inputs = match options.run.inputs.shapes.is_empty() {
             true => BenchInputs::Set(calibration.clone()),
-            false => BenchInputs::Random(InputSpec { seed: options.seed, shapes: options.shapes.clone() }),
+            false => BenchInputs::Random(options.run.inputs.clone()),
         };
         let compressor = Compressor {
             runner: self.runner,
             cx: self.context(),
             set: calibration,
-            load: &options.load,
-            memory: options.memory,
-            seed: options.seed,
+            load: &options.run.load,
+            memory: options.run.memory,
+            seed: options.run.inputs.seed,
             admits: &|name| {
                 let settled = self.methods.as_ref().is_none_or(|methods| methods.contains(&name));
                 options.selection.admits(name) && settled && (!only_asked || asked.contains(&name))
@@ -325,10 +325,9 @@ impl Job<'_> {
 
     /// The latency of the original and of a candidate.
     fn time(&self, candidate: &Path, inputs: &BenchInputs) -> Result<Latency, Failure> {
-        let options = super::runner_options(self.options);
         let models = [self.options.model.as_path(), candidate];
         let seconds = self.options.bench.unwrap_or(0.0);
-        let measurement = Measurement { options: &options, models: &models, inputs, seconds };
+        let measurement = Measurement { run: &self.options.run, models: &models, inputs, seconds };
         Ok(measurement.run(&mut |_| {}).context("the latency cannot be measured")?)
     }
 
@@ -347,7 +346,7 @@ impl Job<'_> {
         let mut loosenings = if attempt.loosens { LOOSENINGS } else { 0 };
         let mut within: Option<Candidate> = None;
         for _ in 0..ATTEMPTS {
-            Failure::if_stopped(&self.options.progress)?;
+            Failure::if_stopped(&self.options.run.progress)?;
             let mut budget = allocate::Budget::default();
             for (limit, &most) in limits.iter().zip(&most) {
                 budget.set(limit.measure, most);

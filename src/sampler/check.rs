@@ -29,14 +29,14 @@ pub(super) enum Checked {
 pub(super) fn check(job: &Job, sampler: &Sampler, path: &Path) -> Result<Checked, Failure> {
     let options = job.options;
     let inputs = inputs(job, sampler)?;
-    let evaluator = Evaluator::new(job.runner, &options.load);
+    let evaluator = Evaluator::new(job.runner, &options.run.load);
     let written = Model::read(path).context("the sampler that was written cannot be read")?.model;
-    let found = match job.runner.child().run_file(path, &[named(&written, &inputs)], &options.load) {
+    let found = match job.runner.child().run_file(path, &[named(&written, &inputs)], &options.run.load) {
         Ok(mut found) => found.pop().unwrap_or_default(),
         Err(error) => return Ok(Checked::Fails(format!("the sampler cannot be run: {error}"))),
     };
     let steps = sampler.table.rows.len();
-    let tell = |done: usize| options.progress.hear(&Progress::new(done, steps, "steps of the reference"));
+    let tell = |done: usize| options.run.progress.hear(&Progress::new(done, steps, "steps of the reference"));
     let expected = sampler::sample(sampler, job.original, &inputs, &evaluator, &tell)?;
     let sample = |outputs: &[(String, Tensor)], name: &str| {
         outputs.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor.clone())
@@ -85,20 +85,20 @@ pub(super) fn named(model: &Model, inputs: &[(String, Tensor)]) -> Vec<(String, 
 fn inputs(job: &Job, sampler: &Sampler) -> Result<Vec<(String, Tensor)>, Failure> {
     let options = job.options;
     let make = |seed: u64| {
-        let spec = InputSpec { seed, shapes: options.shapes.clone() };
+        let spec = InputSpec { seed, ..options.run.inputs.clone() };
         let sizes = sizes_to_try(job.drawn, &spec);
         // The second sizes have a batch of several.
         let sizes = sizes.get(1).or(sizes.first()).ok_or_else(|| anyhow!("the denoiser accepts no sizes"))?;
         generate(job.drawn, &spec, sizes).context("no inputs for the denoiser can be made up")
     };
-    let (given, others) = (make(options.seed)?, make(options.seed.wrapping_add(1))?);
+    let (given, others) = (make(options.run.inputs.seed)?, make(options.run.inputs.seed.wrapping_add(1))?);
     let find = |from: &[(String, Tensor)], name: &str| {
         let found = from.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor.clone());
         found.ok_or_else(|| anyhow!("no value for `{name}` could be made up"))
     };
     let latent = find(&given, &sampler.roles.latent)?.dims().to_vec();
     let normal = |name: &str, dims: &[usize]| {
-        let mut random = Random::named(options.seed, name);
+        let mut random = Random::named(options.run.inputs.seed, name);
         let numbers: Vec<f32> = (0..dims.iter().product::<usize>()).map(|_| random.normal() as f32).collect();
         (name.to_owned(), Tensor::from_f32s(dims, &numbers))
     };
@@ -133,7 +133,7 @@ pub(super) fn check_sizes(job: &Job, sampler: &Sampler) -> Result<(), Failure> {
         let table = Table { rows: sampler.table.rows[..1].to_vec(), ..sampler.table.clone() };
         let one = Sampler { table: &table, plan: &plan, guidance: UNGUIDED, ..*sampler };
         let inputs = inputs(job, &one)?;
-        let evaluator = Evaluator::new(job.runner, &job.options.load);
+        let evaluator = Evaluator::new(job.runner, &job.options.run.load);
         if let Err(error) = sampler::sample(&one, job.original, &inputs, &evaluator, &|_| {}) {
             let [height, width] = size;
             let message = format!("the denoiser rejects `{}` of the size {height}×{width}: {error}", roles.latent);

@@ -28,13 +28,9 @@ pub(super) struct Draws<'a> {
 }
 
 impl<'a> Draws<'a> {
-    /// Inputs of `model`, whose noise has the shape of its input `latent`. `shapes` are those of `--input-shape`.
-    pub fn new(
-        model: &'a Model,
-        latent: &str,
-        seed: u64,
-        shapes: &[(String, Vec<usize>)],
-    ) -> Result<Draws<'a>, Failure> {
+    /// Inputs of `model`, whose noise has the shape of its input `latent`. `inputs` has the shapes of `--input-shape`.
+    pub fn new(model: &'a Model, latent: &str, inputs: &InputSpec) -> Result<Draws<'a>, Failure> {
+        let shapes = &inputs.shapes;
         let first = |name: &str| -> Option<Dim> {
             let value = model.graph.find_value(name)?;
             model.graph.value(value).ty.as_ref()?.shape()?.dims.first().cloned()
@@ -49,7 +45,7 @@ impl<'a> Draws<'a> {
             }
             (name.clone(), dims)
         };
-        let spec = InputSpec { seed, shapes: shapes.iter().map(single).collect() };
+        let spec = InputSpec { seed: inputs.seed, shapes: shapes.iter().map(single).collect() };
         let sizes =
             sizes_to_try(model, &spec).into_iter().next().ok_or_else(|| anyhow!("the model accepts no sizes"))?;
         let made = generate(model, &spec, &sizes).context("no inputs can be made up")?;

@@ -4,7 +4,7 @@ use crate::Failure;
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::Evaluate;
 use lathe_ir::{Model, Tensor};
-use lathe_runtime::{Features, SampleSet, SetError, SetSpec, required_inputs};
+use lathe_runtime::{Features, SampleSet, SetSpec, required_inputs};
 use std::path::Path;
 
 /// Images of a set that run together.
@@ -41,24 +41,23 @@ impl<'a> Extractor<'a> {
 
     /// Adds the features of images.
     pub fn add(&self, images: &Tensor, to: &mut Features) -> Result<(), Failure> {
-        to.push(&self.see(images)?[0]).map_err(|e| Failure::Error(anyhow!(e)))
+        Ok(to.push(&self.see(images)?[0])?)
     }
 
     /// The features of at most `most` images of a set, spread over it.
     pub fn of_set(&self, spec: &SetSpec, most: usize) -> Result<Features, Failure> {
-        let failed = |e: SetError| Failure::Error(anyhow!(e));
-        let set = SampleSet::open(&SetSpec { batch: Some(BATCH), ..spec.clone() }, &self.model).map_err(failed)?;
+        let set = SampleSet::open(&SetSpec { batch: Some(BATCH), ..spec.clone() }, &self.model)?;
         let chosen = (most < set.len()).then(|| set.spread(most));
         let set = match chosen {
             Some(chosen) => {
                 let some = SetSpec { batch: Some(BATCH), chosen: Some(chosen), ..spec.clone() };
-                SampleSet::open(&some, &self.model).map_err(failed)?
+                SampleSet::open(&some, &self.model)?
             }
             None => set,
         };
         let mut features = Features::new();
         for batch in set.batches() {
-            let batch = batch.map_err(failed)?;
+            let batch = batch?;
             let images = batch.inputs.iter().find(|(name, _)| *name == self.input);
             let images = images.ok_or_else(|| anyhow!("the set holds no `{}`", self.input))?;
             self.add(&images.1, &mut features)?;

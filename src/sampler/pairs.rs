@@ -1,16 +1,12 @@
 //! Two samplers from the same noise: how far apart the samples of each seed are, and how far apart both sets are.
 
 use super::{draws::Draws, evaluator::Evaluator, features::Extractor};
-use crate::{
-    Failure,
-    runner::{Runner, RunnerOptions},
-    validate::significant,
-};
+use crate::{Failure, RunOptions, runner::Runner, validate::significant};
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    FeatureError, Features, LoadOptions, Pair, Progress, bootstrap, feature_distances, frechet, kernel, pairs,
-    quantile, sliced,
+    FeatureError, Features, InputSpec, LoadOptions, Pair, Progress, bootstrap, feature_distances, frechet, kernel,
+    pairs, quantile, sliced,
 };
 use serde::Serialize;
 use std::{
@@ -45,10 +41,8 @@ pub(crate) struct SamplerPair {
     pub metric: String,
     /// The largest drop of the metric that passes.
     pub max_drop: Option<f64>,
-    /// The seed of everything.
-    pub seed: u64,
-    /// Shapes of inputs, where the samplers leave them open.
-    pub shapes: Vec<(String, Vec<usize>)>,
+    /// How the samplers are run; the seed is that of everything.
+    pub run: RunOptions,
 }
 
 /// How a number is spread over pairs. What is infinite is `null` in JSON.
@@ -165,14 +159,14 @@ impl<'a> Drawer<'a> {
     }
 
     /// Inputs as this sampler takes them.
-    pub fn draws(&self, seed: u64, shapes: &[(String, Vec<usize>)]) -> Result<Draws<'_>, Failure> {
-        Draws::new(&self.model, "noise", seed, shapes)
+    pub fn draws(&self, inputs: &InputSpec) -> Result<Draws<'_>, Failure> {
+        Draws::new(&self.model, "noise", inputs)
     }
 
     /// The samples of several ranges, one tensor for each.
     pub fn samples(&self, draws: &Draws, ranges: &[Range<usize>]) -> Result<Vec<Tensor>, Failure> {
         let inputs: Result<Vec<_>, _> = ranges.iter().map(|r| draws.of_sampler(&self.model, r.clone())).collect();
-        let outputs = self.runner.child().run_file(&self.path, &inputs?, &self.load).map_err(anyhow::Error::from)?;
+        let outputs = self.runner.child().run_file(&self.path, &inputs?, &self.load)?;
         let sample = |outputs: Vec<(String, Tensor)>| {
             let found = outputs.into_iter().find(|(name, _)| name == "sample").map(|(_, tensor)| tensor);
             found.ok_or_else(|| Failure::Error(anyhow!("`{}` gives no `sample`", self.path.display())))
@@ -190,12 +184,12 @@ pub(super) fn groups(draws: &Draws, samples: Range<usize>, noises: usize) -> Vec
 }
 
 /// Draws from two samplers with the same seeds and compares. A candidate that does not run is refused.
-pub(crate) fn compare_samplers(pair: &SamplerPair, options: RunnerOptions) -> Result<Compared, Failure> {
-    let (load, progress) = (options.load.clone(), options.progress.clone());
-    let runner = Runner::new(options)?;
-    let (a, b) = (Drawer::open(&pair.a, &runner, &load)?, Drawer::open(&pair.b, &runner, &load)?);
-    let draws = a.draws(pair.seed, &pair.shapes)?;
-    let evaluator = Evaluator::fast(&runner, &load);
+pub(crate) fn compare_samplers(pair: &SamplerPair) -> Result<Compared, Failure> {
+    let (load, seed) = (&pair.run.load, pair.run.inputs.seed);
+    let runner = Runner::new(&pair.run)?;
+    let (a, b) = (Drawer::open(&pair.a, &runner, load)?, Drawer::open(&pair.b, &runner, load)?);
+    let draws = a.draws(&pair.run.inputs)?;
+    let evaluator = Evaluator::fast(&runner, load);
     let extractor = pair.features.as_ref().map(|path| Extractor::read(path, &evaluator)).transpose()?;
     let mut notes = Vec::new();
     let noises = [&a, &b].map(|sampler| super::draws::step_noises(&sampler.model).unwrap_or(0));
@@ -205,7 +199,6 @@ pub(crate) fn compare_samplers(pair: &SamplerPair, options: RunnerOptions) -> Re
     let mut all: Vec<Pair> = Vec::new();
     let mut seen = [Features::new(), Features::new()];
     let mut looks: Vec<f64> = Vec::new();
-    let failed = |e: FeatureError| Failure::Error(anyhow!(e));
     for group in groups(&draws, 0..pair.seeds, noises[0].max(noises[1])) {
         let ours = a.samples(&draws, &group).map_err(|e| Failure::Error(anyhow!("`{}`: {e}", pair.a.display())))?;
         let theirs = b.samples(&draws, &group).map_err(|e| Failure::Refused(format!("`{}`: {e}", pair.b.display())))?;
@@ -221,18 +214,18 @@ pub(crate) fn compare_samplers(pair: &SamplerPair, options: RunnerOptions) -> Re
             if let Some(at) = not_finite(&y) {
                 return Err(Failure::Refused(format!("sample {} of B is not finite", range.start + at)));
             }
-            all.extend(pairs(&x, &y, 2.0).map_err(failed)?);
+            all.extend(pairs(&x, &y, 2.0)?);
             if let Some(extractor) = &extractor {
                 let (x, y) = (extractor.see(&x)?, extractor.see(&y)?);
-                seen[0].push(&x[0]).map_err(failed)?;
-                seen[1].push(&y[0]).map_err(failed)?;
+                seen[0].push(&x[0])?;
+                seen[1].push(&y[0])?;
                 let layers: Vec<_> = x.iter().zip(&y).filter(|(x, _)| x.dims().len() > 1).collect();
-                looks.extend(feature_distances(&layers).map_err(failed)?);
+                looks.extend(feature_distances(&layers)?);
             }
         }
-        progress.hear(&Progress::new(all.len(), pair.seeds, "pairs"));
+        pair.run.progress.hear(&Progress::new(all.len(), pair.seeds, "pairs"));
     }
-    let spread = |of: &dyn Fn(&Pair) -> f64| Spread::of(&all.iter().map(of).collect::<Vec<_>>(), pair.seed);
+    let spread = |of: &dyn Fn(&Pair) -> f64| Spread::of(&all.iter().map(of).collect::<Vec<_>>(), seed);
     let ssim: Option<Vec<f64>> = all.iter().map(|p| p.ssim).collect();
     let drop = match pair.metric.as_str() {
         // As in the catalogue of metrics: over the peak, which is 2 from −1 to 1.
@@ -247,18 +240,18 @@ pub(crate) fn compare_samplers(pair: &SamplerPair, options: RunnerOptions) -> Re
     };
     let limit = pair.max_drop.unwrap_or(f64::INFINITY);
     let features = match extractor {
-        Some(_) => Some(distances(&seen, Spread::of(&looks, pair.seed), pair.seed).map_err(failed)?),
+        Some(_) => Some(distances(&seen, Spread::of(&looks, seed), seed)?),
         None => None,
     };
     Ok(Compared {
         samples: all.len(),
-        seed: pair.seed,
+        seed,
         metric: pair.metric.clone(),
         drop,
         limit,
         passed: drop <= limit,
         psnr: spread(&|p| p.psnr),
-        ssim: ssim.map(|values| Spread::of(&values, pair.seed)),
+        ssim: ssim.map(|values| Spread::of(&values, seed)),
         rel_l2: spread(&|p| p.rel_l2),
         cosine: spread(&|p| p.cosine),
         features,

@@ -58,9 +58,9 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
     let plan = StepPlan::plain("", full.rows.iter().map(|row| row.time).collect(), mode);
     let whole = Sampler { table: full, plan: &plan, ..*sampler };
     let written = Model::read(path).context("the sampler that was written cannot be read")?.model;
-    let draws = Draws::new(job.drawn, &roles.latent, options.seed, &options.shapes)?;
-    let evaluator = Evaluator::fast(job.runner, &options.load);
-    let load = LoadOptions { optimize: true, ..options.load.clone() };
+    let draws = Draws::new(job.drawn, &roles.latent, &options.run.inputs)?;
+    let evaluator = Evaluator::fast(job.runner, &options.run.load);
+    let load = LoadOptions { optimize: true, ..options.run.load.clone() };
     let (mut left, mut right) = (Half::default(), Half::default());
     let (count, batch) = (picture::ROWS * picture::COLUMNS, draws.batch(picture::ROWS * picture::COLUMNS));
     for start in (0..count).step_by(batch) {
@@ -87,11 +87,11 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
             all
         };
         let steps = full.rows.len();
-        let tell = |done: usize| options.progress.hear(&Progress::new(done, steps, "steps of the picture"));
+        let tell = |done: usize| options.run.progress.hear(&Progress::new(done, steps, "steps of the picture"));
         let drawn = sampler::sample(&whole, job.original, &with_noise(full.noises()), &evaluator, &tell)?;
         left.push(&drawn.sample)?;
         let inputs = named(&written, &with_noise(sampler.table.noises()));
-        let mut outputs = job.runner.child().run_file(path, &[inputs], &load).map_err(anyhow::Error::from)?;
+        let mut outputs = job.runner.child().run_file(path, &[inputs], &load)?;
         let outputs = outputs.pop().unwrap_or_default();
         let found = outputs.iter().find(|(name, _)| name == "sample");
         right.push(&found.ok_or_else(|| anyhow!("the sampler gives no `sample`"))?.1)?;

@@ -12,7 +12,7 @@ pub(super) use search::REFERENCE_STEPS;
 pub use search::Search;
 
 use super::{SamplerOptions, evaluator::Evaluator, likely_form, request, simplify};
-use crate::{Failure, job};
+use crate::{Failure, job, runner::Runner};
 use anyhow::Context as _;
 use lathe_ir::Model;
 use lathe_passes::sampler::{Roles, Scheduler, StepPlan};
@@ -46,27 +46,26 @@ pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<(StepPlan, O
         let message = "guidance needs an unconditional pass; --io uncond:NAME=VALUE says what a condition is then";
         return Err(Failure::Usage(message.to_owned()));
     }
-    let runner = super::runner(options)?;
-    let (denoiser, _) = simplify(&original, &runner, &options.progress)?;
-    let evaluator = Evaluator::fast(&runner, &options.load);
+    let runner = Runner::new(&options.run)?;
+    let (denoiser, _) = simplify(&original, &runner, &options.run.progress)?;
+    let evaluator = Evaluator::fast(&runner, &options.run.load);
     let trial = Trial {
         denoiser: &denoiser,
         roles: &roles,
         scheduler: &scheduler,
         request: request(options, &scheduler)?,
         guidance: options.guidance,
-        seed: options.seed,
-        shapes: &options.shapes,
+        inputs: &options.run.inputs,
         evaluator: &evaluator,
     };
     let (mut plan, sentence) = match tune {
-        Tune::Search(search) => (search::run(&trial, search, &options.progress)?, None),
+        Tune::Search(search) => (search::run(&trial, search, &options.run.progress)?, None),
         Tune::Methods(text) => methods::run(&trial, text)?,
         Tune::Auto { latency, eyes } => {
             let all = trial.plain(&trial.asked()?);
-            let form = options.form.unwrap_or_else(|| likely_form(&denoiser, &all, options.memory));
-            let shop = Workshop::new(&trial, &runner, &options.load, form)?;
-            auto::run(&trial, &shop, *latency, eyes.as_ref(), &options.progress)?
+            let form = options.form.unwrap_or_else(|| likely_form(&denoiser, &all, options.run.memory));
+            let shop = Workshop::new(&trial, &runner, &options.run.load, form)?;
+            auto::run(&trial, &shop, *latency, eyes.as_ref(), &options.run.progress)?
         }
     };
     plan.key = trial.key();

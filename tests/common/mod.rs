@@ -7,7 +7,7 @@ pub mod pairs;
 use lathe_ir::{External, Model, Tensor};
 use lathe_passes::Target;
 use lathe_runtime::NpzWriter;
-use onnx_lathe::{Options, Selection};
+use onnx_lathe::{Options, RunOptions, Selection};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -47,14 +47,12 @@ pub fn options(model: &Path, output: &Path) -> Options {
         sets: Default::default(),
         budget: Default::default(),
         calib_select: None,
-        shapes: Vec::new(),
-        seed: 0,
-        ort: Some(lathe_testkit::engine().found().path.clone()),
-        load: Default::default(),
-        timeout: Duration::from_secs(60),
-        memory: None,
-        worker: Some(env!("CARGO_BIN_EXE_optimize").into()),
-        progress: Default::default(),
+        run: RunOptions {
+            ort: Some(lathe_testkit::engine().found().path.clone()),
+            timeout: Duration::from_secs(60),
+            worker: Some(env!("CARGO_BIN_EXE_optimize").into()),
+            ..RunOptions::default()
+        },
         command: Vec::new(),
     }
 }

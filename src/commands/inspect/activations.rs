@@ -140,14 +140,14 @@ impl Sources<'_> {
         let memory = self.memory.unwrap_or_else(quarter_of_memory);
         let options = CollectOptions { memory, ..CollectOptions::new(self.load.clone(), cache) };
         let collect = |requests: Vec<Request>| -> Result<Statistics, Failure> {
-            Ok(self.runner.collect(model, self.set, &requests, &options).map_err(anyhow::Error::from)?)
+            Ok(self.runner.collect(model, self.set, &requests, &options)?)
         };
         let sizes = collect(read.into_iter().cloned().map(Request::Magnitudes).collect())?;
         let mut probes = Vec::new();
         for (weight, tap) in taps {
             let Some(rows) = &tap.rows else { continue };
             let norms = weight.norms(graph, tap).unwrap_or_default();
-            let magnitudes = sizes.magnitudes(rows).map_err(anyhow::Error::from)?;
+            let magnitudes = sizes.magnitudes(rows)?;
             let Some(magnitudes) = magnitudes.filter(|m| m.features() == norms.len()) else {
                 passed_over.push((name(weight.value), "no row of what it reads counts".to_owned()));
                 continue;
@@ -164,7 +164,7 @@ impl Sources<'_> {
             let statistics = collect(requests.clone())?;
             let mut layers = Vec::new();
             for (probe, request) in probes.iter_mut().zip(&requests) {
-                let layer = layer(model, probe, &statistics, request).map_err(anyhow::Error::from)?;
+                let layer = layer(model, probe, &statistics, request)?;
                 if round + 1 < ROUNDS {
                     let found = layer.wina.iter().chain(&layer.teal);
                     for (aim, skipped) in probe.aims.iter_mut().zip(found) {
@@ -175,7 +175,7 @@ impl Sources<'_> {
             }
             measured = Some(layers);
         }
-        let samples = lathe_runtime::SampleSet::open(self.set, model).map_err(anyhow::Error::from)?.len();
+        let samples = lathe_runtime::SampleSet::open(self.set, model)?.len();
         let set = self.set.path.display().to_string();
         Ok(Activations { set, samples, layers: measured.unwrap_or_default(), passed_over })
     }

@@ -231,7 +231,7 @@ impl<'a> Planner<'a> {
     /// The root mean square distance to the samples of the plain loop.
     fn loss(&self, plan: &StepPlan) -> Result<f64, Failure> {
         let found = self.trial.samples(self.table, plan, RANKING)?;
-        let all = pairs(&self.wanted, &found, 2.0).map_err(|e| Failure::Error(anyhow!(e)))?;
+        let all = pairs(&self.wanted, &found, 2.0)?;
         Ok((all.iter().map(|p| p.rmse * p.rmse).sum::<f64>() / all.len().max(1) as f64).sqrt())
     }
 }

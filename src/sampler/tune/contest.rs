@@ -11,7 +11,7 @@ use crate::Failure;
 use anyhow::anyhow;
 use lathe_ir::Tensor;
 use lathe_passes::sampler::{StepPlan, Table};
-use lathe_runtime::{FeatureError, Features, Listener, Pair, Progress, SetSpec, bootstrap, kernel, pairs, quantile};
+use lathe_runtime::{Features, Listener, Pair, Progress, SetSpec, bootstrap, kernel, pairs, quantile};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -111,7 +111,7 @@ impl Whole {
         let p10 = |of: &[Pair]| quantile(&of.iter().map(|p| p.psnr.min(200.0)).collect::<Vec<_>>(), 0.1);
         // The same noise in both: what counts is the difference of each pair.
         let gained: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| b.rmse - a.rmse).collect();
-        let interval = bootstrap(&gained, 1000, shop.trial.seed);
+        let interval = bootstrap(&gained, 1000, shop.trial.inputs.seed);
         let sets = match eyes {
             Some(eyes) => Some(sets(shop, eyes, [&candidate.path, &grid.path], progress)?),
             None => None,
@@ -148,7 +148,7 @@ impl Whole {
 
     fn samples(&self, shop: &Workshop, path: &Path) -> Result<Vec<Tensor>, Failure> {
         let drawer = shop.drawer(path)?;
-        let draws = drawer.draws(shop.trial.seed, &shop.shapes())?;
+        let draws = drawer.draws(&shop.inputs())?;
         let mut all = Vec::new();
         for group in groups(&draws, HELD_OUT..HELD_OUT + PAIRS, self.table.noises()) {
             all.extend(drawer.samples(&draws, &group)?);
@@ -160,7 +160,7 @@ impl Whole {
         let found = self.samples(shop, path)?;
         let mut all = Vec::new();
         for (wanted, found) in wanted.iter().zip(&found) {
-            all.extend(pairs(wanted, found, 2.0).map_err(|e| Failure::Error(anyhow!(e)))?);
+            all.extend(pairs(wanted, found, 2.0)?);
         }
         Ok(all)
     }
@@ -173,7 +173,6 @@ struct Sets {
 }
 
 fn sets(shop: &Workshop, eyes: &Eyes, paths: [&PathBuf; 2], progress: &Listener) -> Result<Sets, Failure> {
-    let failed = |e: FeatureError| Failure::Error(anyhow!(e));
     let evaluator = shop.evaluator();
     let extractor = Extractor::read(&eyes.reference, &evaluator)?;
     let real = extractor.of_set(&eyes.real, MOST_REAL)?;
@@ -181,7 +180,7 @@ fn sets(shop: &Workshop, eyes: &Eyes, paths: [&PathBuf; 2], progress: &Listener)
     for (index, path) in paths.into_iter().enumerate() {
         progress.hear(&Progress::new(index, 2, "sets of samples"));
         let drawer = shop.drawer(path)?;
-        let draws = drawer.draws(shop.trial.seed, &shop.shapes())?;
+        let draws = drawer.draws(&shop.inputs())?;
         let mut seen = Features::new();
         let start = HELD_OUT + PAIRS;
         for group in groups(&draws, start..start + eyes.draws, 0) {
@@ -189,7 +188,7 @@ fn sets(shop: &Workshop, eyes: &Eyes, paths: [&PathBuf; 2], progress: &Listener)
                 extractor.add(&samples, &mut seen)?;
             }
         }
-        found.push(kernel(&seen, &real, SUBSETS.0, SUBSETS.1, shop.trial.seed).map_err(failed)?);
+        found.push(kernel(&seen, &real, SUBSETS.0, SUBSETS.1, shop.trial.inputs.seed)?);
     }
     Ok(Sets { kid: [found[0].mean, found[1].mean], deviation: found[1].deviation })
 }

@@ -12,7 +12,7 @@ use lathe_passes::sampler::{
     methods::Parts,
     search::{Candidate, Remembering, Scorer, SearchOptions, search, shortest},
 };
-use lathe_runtime::{FeatureError, Features, Listener, Progress, SetSpec, frechet, kernel};
+use lathe_runtime::{Features, Listener, Progress, SetSpec, frechet, kernel};
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -90,7 +90,7 @@ pub(super) fn run(trial: &Trial, wanted: &Search, progress: &Listener) -> Result
         evaluations: wanted.evaluations,
         layers: arms.len(),
         most_skipped: wanted.skip,
-        seed: trial.seed,
+        seed: trial.inputs.seed,
     };
     let mut keep = |key: &str, score: f64| {
         let line = json!({"candidate": key, "score": if score.is_finite() { json!(score) } else { Value::Null }});
@@ -279,7 +279,7 @@ impl Scorer for Sets<'_> {
     fn score(&mut self, candidate: &Candidate) -> Result<f64, Error> {
         let drawn = draw(self.trial, self.extractor, candidate, self.arms, 0..self.batches);
         let Some(drawn) = drawn.map_err(|e| Error::Plan(e.to_string()))? else { return Ok(f64::INFINITY) };
-        let distance = kernel(&drawn, self.images, 1, MOST_HELD_AGAINST, self.trial.seed);
+        let distance = kernel(&drawn, self.images, 1, MOST_HELD_AGAINST, self.trial.inputs.seed);
         Ok(distance.map_err(|e| Error::Plan(e.to_string()))?.mean)
     }
 }
@@ -319,7 +319,6 @@ fn decide(
     arms: &[String],
     progress: &Listener,
 ) -> Result<(Candidate, Value), Failure> {
-    let failed = |e: FeatureError| Failure::Error(anyhow!(e));
     let mut lines = Vec::new();
     let mut best: Option<(f64, &Candidate)> = None;
     let mut measured = BTreeSet::new();
@@ -331,8 +330,8 @@ fn decide(
         // Batches that no score was made of.
         let batches = (1 << 20)..(1 << 20) + draws.div_ceil(BATCH).max(1) as u64;
         let Some(drawn) = draw(trial, extractor, candidate, arms, batches)? else { continue };
-        let distance = kernel(&drawn, images, 20, 500, trial.seed).map_err(failed)?;
-        let frechet = frechet(&drawn, images).map_err(failed)?;
+        let distance = kernel(&drawn, images, 20, 500, trial.inputs.seed)?;
+        let frechet = frechet(&drawn, images)?;
         lines.push(json!({"candidate": candidate.key(), "kid": distance.mean, "kid_deviation": distance.deviation,
                           "fid": frechet, "draws": drawn.len(), "real": images.len()}));
         if best.is_none_or(|(least, _)| distance.mean < least) {
@@ -348,8 +347,8 @@ fn setting(trial: &Trial, wanted: &Search, layers: usize) -> Value {
     let key = trial.key();
     json!({
         "denoiser": key.model, "guidance": key.guidance, "shape": key.shape, "solver": trial.scheduler.class.name(),
-        "scheduler": format!("{:?}", trial.scheduler), "eta": trial.request.eta, "seed": trial.seed, "pairs": wanted.pairs,
-        "layers": layers, "reference": wanted.reference, "shapes": trial.shapes,
+        "scheduler": format!("{:?}", trial.scheduler), "eta": trial.request.eta, "seed": trial.inputs.seed, "pairs": wanted.pairs,
+        "layers": layers, "reference": wanted.reference, "shapes": trial.inputs.shapes,
         "real": wanted.real.as_ref().map(|real| format!("{real:?}")),
     })
 }

@@ -26,9 +26,8 @@ pub(super) struct Trial<'a> {
     /// The steps that were asked for, and what else the solver needs.
     pub request: Request,
     pub guidance: Option<Guidance>,
-    pub seed: u64,
-    /// Shapes of inputs where the denoiser leaves them open.
-    pub shapes: &'a [(String, Vec<usize>)],
+    /// The seed, and shapes of inputs where the denoiser leaves them open.
+    pub inputs: &'a InputSpec,
     pub evaluator: &'a dyn Evaluate,
 }
 
@@ -94,7 +93,7 @@ impl Trial<'_> {
     /// Height and width of samples.
     pub fn sides(&self) -> Result<[usize; 2], Failure> {
         let name = &self.roles.latent;
-        let given = self.shapes.iter().find(|(n, _)| n == name).map(|(_, dims)| dims.clone());
+        let given = self.inputs.shapes.iter().find(|(n, _)| n == name).map(|(_, dims)| dims.clone());
         let stated = || {
             let dims = self.dims(name)?;
             dims.iter().skip(1).map(|d| d.known().and_then(|d| usize::try_from(d).ok())).collect::<Option<Vec<usize>>>()
@@ -111,9 +110,9 @@ impl Trial<'_> {
 
     /// Noise and conditions of a batch, told apart by number: the same for every plan.
     pub fn inputs(&self, noises: usize, batch: u64) -> Result<Vec<(String, Tensor)>, Failure> {
-        let seed = self.seed.wrapping_add(batch.wrapping_mul(0x9e37_79b9));
+        let seed = self.inputs.seed.wrapping_add(batch.wrapping_mul(0x9e37_79b9));
         let graph = &self.denoiser.graph;
-        let mut shapes = self.shapes.to_vec();
+        let mut shapes = self.inputs.shapes.clone();
         for &input in graph.main().inputs() {
             let name = &graph.value(input).name;
             if shapes.iter().any(|(given, _)| given == name) {

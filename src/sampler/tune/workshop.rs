@@ -42,14 +42,14 @@ impl<'a> Workshop<'a> {
         let folder = self.folder.path().join(name);
         std::fs::create_dir_all(&folder).context("there is no place for samplers that are tried")?;
         let path = folder.join("sampler.onnx");
-        model.write_linked(&path).map_err(|e| Failure::Error(e.into()))?;
+        model.write_linked(&path)?;
         Ok(path)
     }
 
     /// The times of one run of some samplers that take turns, in milliseconds.
     pub fn times(&self, samplers: &[&Path]) -> Result<Vec<f64>, Failure> {
         let models: Vec<PathBuf> = samplers.iter().map(|path| path.to_path_buf()).collect();
-        let inputs = BenchInputs::Random(InputSpec { seed: self.trial.seed, shapes: self.shapes() });
+        let inputs = BenchInputs::Random(self.inputs());
         match self.runner.bench(&models, &inputs, BenchTask::Each)? {
             BenchResult::Each(times) if times.len() == samplers.len() => Ok(times),
             _ => Err(Failure::Error(anyhow!("the worker measured something else"))),
@@ -61,14 +61,15 @@ impl<'a> Workshop<'a> {
         Drawer::open(path, self.runner, self.load)
     }
 
-    /// Shapes of inputs by the names that samplers give them.
-    pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
+    /// The seed, and shapes of inputs by the names that samplers give them.
+    pub fn inputs(&self) -> InputSpec {
         let roles = self.trial.roles;
         let named = |(name, dims): &(String, Vec<usize>)| {
             let name = if *name == roles.latent { "noise" } else { name.as_str() };
             (name != roles.time).then(|| (name.to_owned(), dims.clone()))
         };
-        self.trial.shapes.iter().filter_map(named).collect()
+        let InputSpec { seed, shapes } = self.trial.inputs;
+        InputSpec { seed: *seed, shapes: shapes.iter().filter_map(named).collect() }
     }
 
     /// Runs networks that are no samplers.
