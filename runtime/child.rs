@@ -3,10 +3,10 @@
 use crate::{
     BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Inputs, Listener, LoadOptions, Measured, RuntimeError,
     Sample, SetSpec, Verdict,
-    frames::{self, Answer, InputHeads, Request},
     statistics::{Gathered, Job},
     trials,
     verify::{AT_EDGE, RESULT_AT_EDGE},
+    wire::framing::{self, Answer, InputHeads, Request},
 };
 use bytes::Bytes;
 use lathe_analysis::{Evaluate, EvaluateError};
@@ -96,11 +96,11 @@ impl Child {
         inputs: &[(String, Tensor)],
         options: &LoadOptions,
     ) -> Result<Sample, RuntimeError> {
-        let (heads, data) = frames::pack(inputs);
+        let (heads, data) = framing::pack(inputs);
         let request = Request::Evaluate { model: model.len() as u64, inputs: heads, options: options.clone() };
         let payload: Vec<&[u8]> = std::iter::once(model).chain(data.iter().map(|part| &part[..])).collect();
         match self.ask(&request, &payload)? {
-            (Answer::Outputs(heads), mut payload) => frames::unpack(heads, &mut payload).map_err(RuntimeError::Child),
+            (Answer::Outputs(heads), mut payload) => framing::unpack(heads, &mut payload).map_err(RuntimeError::Child),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -112,11 +112,11 @@ impl Child {
         inputs: &[Sample],
         options: &LoadOptions,
     ) -> Result<Vec<Sample>, RuntimeError> {
-        let (heads, data) = frames::pack_all(inputs);
+        let (heads, data) = framing::pack_all(inputs);
         let request = Request::Run { model: model.to_owned(), inputs: heads, options: options.clone() };
         let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
         match self.ask(&request, &payload)? {
-            (Answer::Ran(heads), mut payload) => frames::unpack_all(heads, &mut payload).map_err(RuntimeError::Child),
+            (Answer::Ran(heads), mut payload) => framing::unpack_all(heads, &mut payload).map_err(RuntimeError::Child),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -135,7 +135,7 @@ impl Child {
             Inputs::Random(spec) => InputHeads::Random(spec.clone()),
             Inputs::Set(spec) => InputHeads::Set(spec.clone()),
             Inputs::Given(samples) => {
-                let (heads, parts) = frames::pack_all(samples);
+                let (heads, parts) = framing::pack_all(samples);
                 data = parts;
                 InputHeads::Given(heads)
             }
@@ -242,7 +242,7 @@ impl Child {
             None => self.start()?,
         };
         // A worker that died while being written to says more when it is waited for.
-        let _ = frames::write(&mut worker.requests, request, payload);
+        let _ = framing::write(&mut worker.requests, request, payload);
         let answer = match worker.wait(self.limits, &self.listener) {
             Err(_) if self.listener.is_stopped() => return Err(RuntimeError::Stopped),
             answer => answer?,
@@ -267,7 +267,7 @@ impl Child {
         let (sender, answers) = channel();
         thread::spawn(move || {
             loop {
-                let frame = match frames::read(&mut output) {
+                let frame = match framing::read(&mut output) {
                     Ok(Some(frame)) => Ok(frame),
                     Ok(None) => return,
                     Err(error) => Err(error.to_string()),
@@ -448,7 +448,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for (name, answers) in [("first", first), ("second", second)] {
             let mut wire = Vec::new();
-            answers.iter().for_each(|answer| frames::write(&mut wire, answer, &[]).unwrap());
+            answers.iter().for_each(|answer| framing::write(&mut wire, answer, &[]).unwrap());
             std::fs::write(folder.path().join(name), wire).unwrap();
         }
         let at = folder.path().display();

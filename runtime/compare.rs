@@ -1,11 +1,6 @@
 //! How far two lists of outputs are apart, and whether that keeps a claim. Pure arithmetic: nothing is run here.
 
-mod sums;
-
-pub(crate) use sums::{decode, largest, root_mean_square};
-
-use self::sums::Sums;
-use crate::Datum;
+use crate::{Datum, differences::Sums};
 use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! What the rest of the program knows about an engine: it loads a model and runs it on named tensors.
 
-use crate::{Datum, OrtEngine, Sample, Search, frames::only_tensors};
+use crate::{Datum, OrtEngine, Sample, Search, wire::framing::only_tensors};
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use serde::{Deserialize, Serialize};

@@ -7,12 +7,12 @@ mod bench;
 mod child;
 mod compare;
 mod datum;
+mod differences;
 mod distribution;
 mod doctor;
 #[cfg(feature = "embedded")]
 mod embedded;
 mod engine;
-mod frames;
 mod inputs;
 mod library;
 mod measure;
@@ -35,6 +35,7 @@ mod statistics;
 mod testing;
 mod trials;
 mod verify;
+mod wire;
 
 pub use bench::{BenchError, BenchInputs, BenchResult, BenchTask, Loading, Series, Timings, bench};
 pub use child::{Child, Limits};

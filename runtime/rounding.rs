@@ -8,7 +8,7 @@
 mod moved;
 mod widened;
 
-use crate::{Datum, Engine, Excuse, LoadOptions, Sample, Session, Source, compare::root_mean_square};
+use crate::{Datum, Engine, Excuse, LoadOptions, Sample, Session, Source, differences::root_mean_square};
 use lathe_ir::{Model, Tensor};
 use std::{collections::BTreeSet, path::PathBuf};
 use tempfile::TempDir;

@@ -1,10 +1,9 @@
 //! The worker's side: reads requests, runs models, writes answers, until the stream ends.
 
 use crate::{
-    Engine, Inputs, Progress, RuntimeError, Source, Talk, bench,
-    frames::{self, Answer, InputHeads, Request},
-    measure, select, statistics, trials,
+    Engine, Inputs, Progress, RuntimeError, Source, Talk, bench, measure, select, statistics, trials,
     verify::{Edges, verify_at},
+    wire::framing::{self, Answer, InputHeads, Request},
 };
 use bytes::Bytes;
 use lathe_ir::Model;
@@ -36,20 +35,20 @@ fn end_with_parent() {
 }
 
 fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, output: &mut dyn Write) -> io::Result<()> {
-    while let Some((request, payload)) = frames::read::<Request>(input)? {
+    while let Some((request, payload)) = framing::read::<Request>(input)? {
         let answered = match &engine {
             Ok(engine) => answer(*engine, request, payload, output),
             Err(error) => {
-                frames::write(output, &Answer::NoEngine(error.to_string()), &[])?;
+                framing::write(output, &Answer::NoEngine(error.to_string()), &[])?;
                 continue;
             }
         };
         match answered {
             Ok((answer, parts)) => {
                 let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
-                frames::write(output, &answer, &parts)?;
+                framing::write(output, &answer, &parts)?;
             }
-            Err(message) => frames::write(output, &Answer::Error(message), &[])?,
+            Err(message) => framing::write(output, &Answer::Error(message), &[])?,
         }
     }
     Ok(())
@@ -67,31 +66,31 @@ fn answer(
         Request::Evaluate { model, inputs, options } => {
             let length = usize::try_from(model).ok().filter(|&l| l <= payload.len());
             let model = payload.split_to(length.ok_or("a message holds less data than it says")?);
-            let inputs = frames::unpack(inputs, &mut payload)?;
+            let inputs = framing::unpack(inputs, &mut payload)?;
             talk.stage("loading the model");
             let mut session = engine.load(Source::Bytes(&model), &options).map_err(|e| e.to_string())?;
             talk.stage("running the model");
-            let outputs = frames::only_tensors(session.run(&inputs).map_err(|e| e.to_string())?)?;
-            let (heads, parts) = frames::pack(&outputs);
+            let outputs = framing::only_tensors(session.run(&inputs).map_err(|e| e.to_string())?)?;
+            let (heads, parts) = framing::pack(&outputs);
             Ok((Answer::Outputs(heads), parts))
         }
         Request::Run { model, inputs, options } => {
-            let inputs = frames::unpack_all(inputs, &mut payload)?;
+            let inputs = framing::unpack_all(inputs, &mut payload)?;
             talk.stage("loading the model");
             let mut session = engine.load(Source::Path(&model), &options).map_err(|e| e.to_string())?;
             let mut outputs = Vec::new();
             for sample in &inputs {
                 talk.stage("running the model");
-                outputs.push(frames::only_tensors(session.run(sample).map_err(|e| e.to_string())?)?);
+                outputs.push(framing::only_tensors(session.run(sample).map_err(|e| e.to_string())?)?);
             }
-            let (heads, parts) = frames::pack_all(&outputs);
+            let (heads, parts) = framing::pack_all(&outputs);
             Ok((Answer::Ran(heads), parts))
         }
         Request::Verify { reference, candidate, inputs, claim, options, left_out } => {
             let inputs = match inputs {
                 InputHeads::Random(spec) => Inputs::Random(spec),
                 InputHeads::Set(spec) => Inputs::Set(spec),
-                InputHeads::Given(samples) => Inputs::Given(frames::unpack_all(samples, &mut payload)?),
+                InputHeads::Given(samples) => Inputs::Given(framing::unpack_all(samples, &mut payload)?),
             };
             talk.stage("reading the original");
             let model = Model::read(&reference).map_err(|e| e.to_string())?.model;
@@ -124,11 +123,11 @@ struct Pipe<'a>(&'a mut dyn Write);
 
 impl Talk for Pipe<'_> {
     fn stage(&mut self, what: &str) {
-        let _ = frames::write(self.0, &Answer::Stage(what.to_owned()), &[]);
+        let _ = framing::write(self.0, &Answer::Stage(what.to_owned()), &[]);
     }
 
     fn progress(&mut self, done: usize, total: usize, unit: &str) {
-        let _ = frames::write(self.0, &Answer::Progress(Progress::new(done, total, unit)), &[]);
+        let _ = framing::write(self.0, &Answer::Progress(Progress::new(done, total, unit)), &[]);
     }
 }
 
@@ -144,22 +143,22 @@ mod tests {
     #[test]
     fn answers_until_the_stream_ends() {
         let model = unary(Node::new("Relu")).to_bytes();
-        let (inputs, parts) = frames::pack(&[("x".to_owned(), Tensor::from_f32s(&[1, 3], &[-1.0, 0.5, 2.0]))]);
+        let (inputs, parts) = framing::pack(&[("x".to_owned(), Tensor::from_f32s(&[1, 3], &[-1.0, 0.5, 2.0]))]);
         let mut wire = Vec::new();
         let options = LoadOptions::default();
         let request = Request::Evaluate { model: model.len() as u64, inputs, options };
-        frames::write(&mut wire, &Request::Hello, &[]).unwrap();
-        frames::write(&mut wire, &request, &[&model, &parts[0]]).unwrap();
+        framing::write(&mut wire, &Request::Hello, &[]).unwrap();
+        framing::write(&mut wire, &request, &[&model, &parts[0]]).unwrap();
         let mut answers = Vec::new();
         serve_on(Ok(engine()), &mut &wire[..], &mut answers).unwrap();
         let mut answers = &answers[..];
         let mut seen = Vec::new();
-        while let Some((answer, mut payload)) = frames::read::<Answer>(&mut answers).unwrap() {
+        while let Some((answer, mut payload)) = framing::read::<Answer>(&mut answers).unwrap() {
             seen.push(match answer {
                 Answer::Hello { name, .. } => name[..12].to_owned(),
                 Answer::Stage(what) => what,
                 Answer::Outputs(heads) => {
-                    format!("{:?}", frames::unpack(heads, &mut payload).unwrap()[0].1.to_f32s().unwrap())
+                    format!("{:?}", framing::unpack(heads, &mut payload).unwrap()[0].1.to_f32s().unwrap())
                 }
                 other => format!("{other:?}"),
             });
@@ -171,18 +170,18 @@ mod tests {
     fn progress_is_an_answer_before_the_answer() {
         let mut wire = Vec::new();
         Pipe(&mut wire).progress(3, 8, "samples");
-        let (answer, _) = frames::read::<Answer>(&mut &wire[..]).unwrap().unwrap();
+        let (answer, _) = framing::read::<Answer>(&mut &wire[..]).unwrap().unwrap();
         assert!(matches!(answer, Answer::Progress(progress) if progress == Progress::new(3, 8, "samples")));
     }
 
     #[test]
     fn a_missing_engine_is_an_answer() {
         let mut wire = Vec::new();
-        frames::write(&mut wire, &Request::Hello, &[]).unwrap();
+        framing::write(&mut wire, &Request::Hello, &[]).unwrap();
         let mut answers = Vec::new();
         let missing = RuntimeError::NoLibrary { tried: vec!["nowhere".into()] };
         serve_on(Err(missing), &mut &wire[..], &mut answers).unwrap();
-        let (answer, _) = frames::read::<Answer>(&mut &answers[..]).unwrap().unwrap();
+        let (answer, _) = framing::read::<Answer>(&mut &answers[..]).unwrap().unwrap();
         assert!(matches!(answer, Answer::NoEngine(message) if message.contains("tried nowhere")));
     }
 }

@@ -1,7 +1,7 @@
 //! How far apart rows of logits or probabilities are: kl and top1.
 
 use super::{Accumulator, Family, Metric, Pair, Place, Score};
-use crate::compare::largest;
+use crate::differences::largest;
 
 pub(super) struct Distributions;
 

@@ -12,7 +12,7 @@ mod perplexity;
 
 pub(crate) use choose::{Chosen, choose};
 
-use crate::{Sample, compare::decode};
+use crate::{Sample, differences::decode};
 use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
 

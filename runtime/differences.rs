@@ -1,12 +1,12 @@
 //! The sums that one pass over two tensors gathers.
 
-use super::OutputError;
+use crate::compare::OutputError;
 use crate::metrics::logits::{divergence, is_distribution};
 use half::{bf16, f16};
 use lathe_ir::{DataType, Tensor};
 
 /// What one pass over two float tensors finds out.
-pub(super) struct Sums {
+pub(crate) struct Sums {
     /// A power of two that all elements are multiplied by before they are squared: squares of float64 leave its range.
     scale: f64,
     count: u64,

@@ -1,0 +1,3 @@
+//! What travels between the program and its worker.
+
+pub(crate) mod framing;
