@@ -6,7 +6,7 @@
 
 use crate::{
     Engine, InputError, InputSpec, LoadOptions, Profile, RuntimeError, Sample, SampleSet, SetError, SetSpec, Source,
-    Talk, Timed, generate, sizes_to_try,
+    Talk, Timed, generate, quantile, sizes_to_try,
 };
 use lathe_ir::{Model, ReadError};
 use serde::{Deserialize, Serialize};
@@ -390,16 +390,6 @@ fn peak_rss_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// The value below which a share of `values` lies, interpolated; NaN of none.
-pub(crate) fn quantile(values: &[f64], share: f64) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
-    let place = share.clamp(0.0, 1.0) * last as f64;
-    let (low, part) = (place.floor() as usize, place.fract());
-    sorted[low] + (sorted[(low + 1).min(last)] - sorted[low]) * part
-}
-
 /// No measurement of ours is more certain than this share of itself.
 const FLOOR: f64 = 0.005;
 
@@ -495,13 +485,6 @@ mod tests {
             assert_eq!(simulated(3.0, 1.5, 0.02, seed).verdict(), Some("faster"));
             assert_eq!(simulated(1.5, 3.0, 0.02, seed).verdict(), Some("slower"));
         }
-    }
-
-    #[test]
-    fn quantiles_are_interpolated() {
-        assert_eq!(quantile(&[4.0, 1.0, 3.0, 2.0], 0.5), 2.5);
-        assert_eq!(quantile(&[1.0], 0.25), 1.0);
-        assert!(quantile(&[], 0.5).is_nan());
     }
 
     #[test]

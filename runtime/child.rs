@@ -3,17 +3,15 @@
 use crate::{
     BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Inputs, Listener, LoadOptions, Measured, RuntimeError,
     Sample, SetSpec, Verdict,
-    statistics::{Gathered, Job},
-    trials,
     verify::{AT_EDGE, RESULT_AT_EDGE},
-    wire::framing::{self, Answer, InputHeads, Request},
+    wire::{Answer, GatherJob, Gathered, InputHeads, Request, TrialJob, framing},
 };
 use bytes::Bytes;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use std::{
     ffi::OsString,
-    io::{BufReader, Read},
+    io::{self, BufReader, Read},
     path::{Path, PathBuf},
     process::{self, ChildStdin, Command, ExitStatus, Stdio},
     sync::{
@@ -52,7 +50,7 @@ pub struct Child {
 struct Worker {
     process: process::Child,
     requests: ChildStdin,
-    answers: Receiver<Result<(Answer, Bytes), String>>,
+    answers: Receiver<io::Result<(Answer, Bytes)>>,
     last_words: Arc<Mutex<Vec<u8>>>,
     listener: JoinHandle<()>,
 }
@@ -100,7 +98,9 @@ impl Child {
         let request = Request::Evaluate { model: model.len() as u64, inputs: heads, options: options.clone() };
         let payload: Vec<&[u8]> = std::iter::once(model).chain(data.iter().map(|part| &part[..])).collect();
         match self.ask(&request, &payload)? {
-            (Answer::Outputs(heads), mut payload) => framing::unpack(heads, &mut payload).map_err(RuntimeError::Child),
+            (Answer::Outputs(heads), mut payload) => {
+                framing::unpack(heads, &mut payload).map_err(|e| RuntimeError::Child(e.to_string()))
+            }
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -116,7 +116,9 @@ impl Child {
         let request = Request::Run { model: model.to_owned(), inputs: heads, options: options.clone() };
         let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
         match self.ask(&request, &payload)? {
-            (Answer::Ran(heads), mut payload) => framing::unpack_all(heads, &mut payload).map_err(RuntimeError::Child),
+            (Answer::Ran(heads), mut payload) => {
+                framing::unpack_all(heads, &mut payload).map_err(|e| RuntimeError::Child(e.to_string()))
+            }
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -166,7 +168,7 @@ impl Child {
     }
 
     /// Runs a model that computes statistics.
-    pub(crate) fn gather(&self, job: &Job) -> Result<Gathered, RuntimeError> {
+    pub(crate) fn gather(&self, job: &GatherJob) -> Result<Gathered, RuntimeError> {
         match self.ask(&Request::Gather(job.clone()), &[])? {
             (Answer::Gathered(gathered), _) => Ok(gathered),
             (other, _) => Err(unexpected(&other)),
@@ -174,7 +176,7 @@ impl Child {
     }
 
     /// Runs variants of a model; a distance that is not finite is infinite.
-    pub(crate) fn trials(&self, job: &trials::Job) -> Result<Vec<f64>, RuntimeError> {
+    pub(crate) fn trials(&self, job: &TrialJob) -> Result<Vec<f64>, RuntimeError> {
         match self.ask(&Request::Trials(job.clone()), &[])? {
             (Answer::Tried(found), _) => Ok(found.into_iter().map(|d| d.unwrap_or(f64::INFINITY)).collect()),
             (other, _) => Err(unexpected(&other)),
@@ -267,11 +269,7 @@ impl Child {
         let (sender, answers) = channel();
         thread::spawn(move || {
             loop {
-                let frame = match framing::read(&mut output) {
-                    Ok(Some(frame)) => Ok(frame),
-                    Ok(None) => return,
-                    Err(error) => Err(error.to_string()),
-                };
+                let Some(frame) = framing::read(&mut output).transpose() else { return };
                 let last = frame.is_err();
                 if sender.send(frame).is_err() || last {
                     return;

@@ -1,6 +1,9 @@
 //! How far two lists of outputs are apart, and whether that keeps a claim. Pure arithmetic: nothing is run here.
 
-use crate::{Datum, differences::Sums};
+mod sums;
+
+use self::sums::Sums;
+use crate::Datum;
 use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -50,13 +53,13 @@ pub struct OutputError {
     /// The output.
     pub name: String,
     /// The largest difference of two elements; infinite where one is a number and the other is not.
-    #[serde(with = "exact")]
+    #[serde(with = "crate::json_float")]
     pub max_abs: f64,
     /// `‖candidate − reference‖ / ‖reference‖`, of the worst sample.
-    #[serde(with = "exact")]
+    #[serde(with = "crate::json_float")]
     pub rel_l2: f64,
     /// The cosine of the angle between the two, of the worst sample.
-    #[serde(with = "exact")]
+    #[serde(with = "crate::json_float")]
     pub cosine: f64,
     /// The share of rows along the last axis whose largest element is at the same place.
     pub top1: Option<f64>,
@@ -163,7 +166,7 @@ pub enum Fault {
         /// The output.
         output: String,
         /// The relative L2 error.
-        #[serde(with = "exact")]
+        #[serde(with = "crate::json_float")]
         error: f64,
         /// The bound.
         limit: f64,
@@ -487,46 +490,6 @@ fn compare_exact(expected: &Tensor, found: &Tensor, error: &mut OutputError) -> 
         _ => a.iter().zip(&b).filter(|(a, b)| a != b).count(),
     };
     Err(format!("{differing} of {} elements differ, by at most {}", a.len(), error.max_abs))
-}
-
-/// Floats in JSON, with the ones JSON has no number for written as text.
-pub(crate) mod exact {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    pub(crate) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
-        if value.is_finite() { serializer.serialize_f64(*value) } else { serializer.serialize_str(&value.to_string()) }
-    }
-
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Either {
-        Number(f64),
-        Text(String),
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-        match Either::deserialize(deserializer)? {
-            Either::Number(value) => Ok(value),
-            Either::Text(text) => text.parse().map_err(D::Error::custom),
-        }
-    }
-
-    /// Lists of lists of them.
-    pub(crate) mod lists {
-        use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-        #[derive(Serialize, Deserialize)]
-        struct One(#[serde(with = "super")] f64);
-
-        pub(crate) fn serialize<S: Serializer>(lists: &[Vec<f64>], serializer: S) -> Result<S::Ok, S::Error> {
-            serializer.collect_seq(lists.iter().map(|list| list.iter().map(|&x| One(x)).collect::<Vec<_>>()))
-        }
-
-        pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<f64>>, D::Error> {
-            let lists: Vec<Vec<One>> = Deserialize::deserialize(deserializer)?;
-            Ok(lists.into_iter().map(|list| list.into_iter().map(|One(x)| x).collect()).collect())
-        }
-    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,9 @@
 
 use lathe_ir::Tensor;
 
+/// Named tensors: the inputs of one run, or its outputs where all of them are tensors.
+pub type Sample = Vec<(String, Tensor)>;
+
 /// One value at run time.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Datum {
@@ -54,4 +57,21 @@ impl From<Tensor> for Datum {
     fn from(tensor: Tensor) -> Datum {
         Datum::Tensor(tensor)
     }
+}
+
+/// An output that is no tensor, where only tensors can be handed on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("output `{output}` is {found}, not a tensor")]
+pub(crate) struct NotATensor {
+    output: String,
+    found: String,
+}
+
+/// The outputs as named tensors, if all of them are tensors.
+pub(crate) fn only_tensors(outputs: Vec<(String, Datum)>) -> Result<Sample, NotATensor> {
+    let tensor = |(output, datum): (String, Datum)| match datum {
+        Datum::Tensor(tensor) => Ok((output, tensor)),
+        other => Err(NotATensor { output, found: other.describe() }),
+    };
+    outputs.into_iter().map(tensor).collect()
 }

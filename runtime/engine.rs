@@ -1,8 +1,8 @@
 //! What the rest of the program knows about an engine: it loads a model and runs it on named tensors.
 
-use crate::{Datum, OrtEngine, Sample, Search, wire::framing::only_tensors};
-use lathe_analysis::{Evaluate, EvaluateError};
-use lathe_ir::{Model, Tensor};
+use crate::{Datum, Sample};
+use lathe_analysis::EvaluateError;
+use lathe_ir::Tensor;
 use serde::{Deserialize, Serialize};
 use std::{
     path::{Path, PathBuf},
@@ -231,42 +231,4 @@ pub trait Engine: Send + Sync {
 
     /// The execution providers it can be asked for: `cpu`, `cuda`.
     fn providers(&self) -> Vec<String>;
-}
-
-/// The engine to run models with: ONNX Runtime if it is found, else the embedded one if it is built in.
-///
-/// A library that was asked for by name and cannot be used is an error either way.
-pub fn start(search: &Search) -> Result<&'static dyn Engine, RuntimeError> {
-    match OrtEngine::start(search) {
-        Ok(engine) => Ok(engine),
-        #[cfg(feature = "embedded")]
-        Err(RuntimeError::NoLibrary { .. }) => Ok(&crate::Embedded),
-        Err(error) => Err(error),
-    }
-}
-
-/// Runs models in this process, with the engine's own optimizations off.
-pub struct InProcess<'a> {
-    engine: &'a dyn Engine,
-    options: LoadOptions,
-}
-
-impl<'a> InProcess<'a> {
-    /// Runs on one thread: the models that passes ask about are small, and starting a thread pool costs more.
-    pub fn new(engine: &'a dyn Engine) -> InProcess<'a> {
-        InProcess { engine, options: LoadOptions { threads: 1, ..LoadOptions::default() } }
-    }
-}
-
-impl Evaluate for InProcess<'_> {
-    fn run(&self, model: &Model, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, EvaluateError> {
-        let bytes = model.to_bytes();
-        let mut session = self.engine.load(Source::Bytes(&bytes), &self.options)?;
-        let outputs = session.run(inputs)?;
-        only_tensors(outputs).map_err(|message| EvaluateError { message })
-    }
-
-    fn name(&self) -> String {
-        self.engine.name()
-    }
 }

@@ -3,7 +3,6 @@
 use crate::{
     Batch, Claim, Datum, Engine, LoadOptions, RuntimeError, Sample, SampleSet, Session, SetSpec, Source, Talk, Verdict,
     compare,
-    compare::exact,
     metrics::{Chosen, Kept, OutputMeter, Pair, Place, Score, choose, token_inputs},
 };
 use lathe_ir::{DataType, Model, Tensor};
@@ -29,13 +28,13 @@ pub struct Measured {
     /// How many samples were run.
     pub samples: usize,
     /// The metric of the reference.
-    #[serde(with = "exact")]
+    #[serde(with = "crate::json_float")]
     pub before: f64,
     /// The metric of the candidate, of the output where it is worst.
-    #[serde(with = "exact")]
+    #[serde(with = "crate::json_float")]
     pub after: f64,
     /// How much is lost; positive is worse.
-    #[serde(with = "exact")]
+    #[serde(with = "crate::json_float")]
     pub drop: f64,
     /// What the numbers are made of.
     pub detail: Option<String>,

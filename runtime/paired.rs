@@ -3,7 +3,7 @@
 //! Paired distances vary little between samples, so a few dozen pairs tell plans apart. They say nothing about samples
 //! that differ and are as good: for that see [`frechet`](crate::frechet) and [`kernel`](crate::kernel).
 
-use crate::{FeatureError, Random, metrics::image};
+use crate::{FeatureError, Random, quantile, similarity};
 use lathe_ir::Tensor;
 
 /// Distances of one pair.
@@ -26,7 +26,7 @@ pub fn pairs(reference: &Tensor, candidate: &Tensor, range: f64) -> Result<Vec<P
     let (a, b) = both(reference, candidate)?;
     let dims = reference.dims();
     let size: usize = dims[1..].iter().product::<usize>().max(1);
-    let layout = image::layout(dims);
+    let layout = similarity::layout(dims);
     let pair = |(a, b): (&[f64], &[f64])| {
         let sum = |of: &dyn Fn(f64, f64) -> f64| a.iter().zip(b).map(|(&x, &y)| of(x, y)).sum::<f64>();
         let (aa, bb, ab) = (sum(&|x, _| x * x), sum(&|_, y| y * y), sum(&|x, y| x * y));
@@ -37,7 +37,7 @@ pub fn pairs(reference: &Tensor, candidate: &Tensor, range: f64) -> Result<Vec<P
             rel_l2: if squares == 0.0 { 0.0 } else { (squares / aa).sqrt() },
             cosine: if squares == 0.0 { 1.0 } else { ab / (aa * bb).sqrt() },
             psnr: 20.0 * (range / rmse).log10(),
-            ssim: layout.map(|layout| image::similarity_of(a, b, layout, range)),
+            ssim: layout.map(|layout| similarity::similarity_of(a, b, layout, range)),
         }
     };
     Ok(a.chunks_exact(size).zip(b.chunks_exact(size)).map(pair).collect())
@@ -85,19 +85,6 @@ fn both(reference: &Tensor, candidate: &Tensor) -> Result<(Vec<f64>, Vec<f64>), 
     }
     let all = |t: &Tensor| t.to_f64s().ok_or_else(|| shape(t));
     Ok((all(reference)?, all(candidate)?))
-}
-
-/// The value below which this share of `values` lies, between neighbours linearly; not a number if there are none.
-pub fn quantile(values: &[f64], share: f64) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let at = share.clamp(0.0, 1.0) * sorted.len().saturating_sub(1) as f64;
-    let (low, high) = (at.floor() as usize, at.ceil() as usize);
-    match (sorted.get(low), sorted.get(high)) {
-        (Some(&a), Some(&b)) if a != b => a + (b - a) * (at - low as f64),
-        (Some(&a), _) => a,
-        _ => f64::NAN,
-    }
 }
 
 /// Ends of the interval that holds 95 % of the means of `rounds` samples drawn from `values` with replacement.
@@ -149,12 +136,8 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_and_intervals() {
-        let values = [4.0, 1.0, 3.0, 2.0];
-        assert_eq!((quantile(&values, 0.0), quantile(&values, 0.5), quantile(&values, 1.0)), (1.0, 2.5, 4.0));
-        assert_eq!(quantile(&[f64::INFINITY; 3], 0.4), f64::INFINITY);
-        assert!(quantile(&[], 0.5).is_nan());
-        let [low, high] = bootstrap(&values, 2000, 1);
+    fn the_interval_of_a_mean_holds_it() {
+        let [low, high] = bootstrap(&[4.0, 1.0, 3.0, 2.0], 2000, 1);
         assert!((1.0..2.5).contains(&low) && high > 2.5 && high <= 4.0, "{low} {high}");
     }
 }

@@ -1,6 +1,6 @@
 //! The profile that ONNX Runtime writes: where a run spends its time, and which provider took which node.
 
-use crate::bench::quantile;
+use crate::quantile;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 

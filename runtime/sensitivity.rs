@@ -11,14 +11,15 @@ mod kept;
 mod single;
 
 use crate::{
-    Child, LoadOptions, RuntimeError, SetSpec,
-    statistics::{Gathered, Job, StatisticsError, key, resolve},
+    Child, Distance, LoadOptions, RuntimeError, SetSpec,
+    statistics::{StatisticsError, key, resolve},
     trials,
+    wire::{GatherJob, Gathered, TrialJob},
 };
 use batched::Rows;
 use lathe_analysis::{Facts, View};
 use lathe_ir::{Model, ValueId};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::{collections::BTreeSet, path::PathBuf};
 
 /// The relative error that is tried: small enough for outputs to answer in proportion to its square, large enough to
@@ -27,15 +28,6 @@ const AMPLITUDE: f64 = 0.1;
 
 /// The oldest operator set that has what is appended in the form it is appended.
 const OLDEST_OPSET: i64 = 13;
-
-/// How far outputs are from where they were.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Distance {
-    /// Mean Kullback–Leibler divergence of the softmax over the last axis, in nats.
-    Divergence,
-    /// Squared difference over squared norm.
-    Relative,
-}
 
 /// A value to probe, with the axis of its features.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -86,8 +78,8 @@ pub fn sensitivities(
 
 /// Who runs the copies.
 struct Runs<'a> {
-    gather: &'a dyn Fn(&Job) -> Result<Gathered, RuntimeError>,
-    tries: &'a dyn Fn(&trials::Job) -> Result<Vec<f64>, RuntimeError>,
+    gather: &'a dyn Fn(&GatherJob) -> Result<Gathered, RuntimeError>,
+    tries: &'a dyn Fn(&TrialJob) -> Result<Vec<f64>, RuntimeError>,
 }
 
 /// What is to be measured on what.
@@ -202,11 +194,11 @@ mod tests {
             run: impl FnOnce(&Runs<'_>, &SetSpec, &ProbeOptions) -> T,
         ) -> (T, bool, bool) {
             let (batched, single) = (Cell::new(false), Cell::new(false));
-            let gather = |job: &Job| {
+            let gather = |job: &GatherJob| {
                 batched.set(true);
                 serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child)
             };
-            let tries = |job: &trials::Job| {
+            let tries = |job: &TrialJob| {
                 single.set(true);
                 let found = trials::serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child)?;
                 Ok(found.into_iter().map(|rise| rise.unwrap_or(f64::INFINITY)).collect())

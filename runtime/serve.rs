@@ -1,9 +1,11 @@
 //! The worker's side: reads requests, runs models, writes answers, until the stream ends.
 
 use crate::{
-    Engine, Inputs, Progress, RuntimeError, Source, Talk, bench, measure, select, statistics, trials,
+    Engine, Inputs, Progress, RuntimeError, Source, Talk, bench,
+    datum::only_tensors,
+    measure, select, statistics, trials,
     verify::{Edges, verify_at},
-    wire::framing::{self, Answer, InputHeads, Request},
+    wire::{Answer, InputHeads, Request, framing},
 };
 use bytes::Bytes;
 use lathe_ir::Model;
@@ -66,22 +68,22 @@ fn answer(
         Request::Evaluate { model, inputs, options } => {
             let length = usize::try_from(model).ok().filter(|&l| l <= payload.len());
             let model = payload.split_to(length.ok_or("a message holds less data than it says")?);
-            let inputs = framing::unpack(inputs, &mut payload)?;
+            let inputs = framing::unpack(inputs, &mut payload).map_err(|e| e.to_string())?;
             talk.stage("loading the model");
             let mut session = engine.load(Source::Bytes(&model), &options).map_err(|e| e.to_string())?;
             talk.stage("running the model");
-            let outputs = framing::only_tensors(session.run(&inputs).map_err(|e| e.to_string())?)?;
+            let outputs = only_tensors(session.run(&inputs).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
             let (heads, parts) = framing::pack(&outputs);
             Ok((Answer::Outputs(heads), parts))
         }
         Request::Run { model, inputs, options } => {
-            let inputs = framing::unpack_all(inputs, &mut payload)?;
+            let inputs = framing::unpack_all(inputs, &mut payload).map_err(|e| e.to_string())?;
             talk.stage("loading the model");
             let mut session = engine.load(Source::Path(&model), &options).map_err(|e| e.to_string())?;
             let mut outputs = Vec::new();
             for sample in &inputs {
                 talk.stage("running the model");
-                outputs.push(framing::only_tensors(session.run(sample).map_err(|e| e.to_string())?)?);
+                outputs.push(only_tensors(session.run(sample).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?);
             }
             let (heads, parts) = framing::pack_all(&outputs);
             Ok((Answer::Ran(heads), parts))
@@ -90,7 +92,9 @@ fn answer(
             let inputs = match inputs {
                 InputHeads::Random(spec) => Inputs::Random(spec),
                 InputHeads::Set(spec) => Inputs::Set(spec),
-                InputHeads::Given(samples) => Inputs::Given(framing::unpack_all(samples, &mut payload)?),
+                InputHeads::Given(samples) => {
+                    Inputs::Given(framing::unpack_all(samples, &mut payload).map_err(|e| e.to_string())?)
+                }
             };
             talk.stage("reading the original");
             let model = Model::read(&reference).map_err(|e| e.to_string())?.model;

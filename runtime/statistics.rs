@@ -11,14 +11,16 @@
 
 mod append;
 mod collect;
+mod error;
 mod gather;
 mod request;
 mod store;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use append::{Fold, Output, resolve};
+pub(crate) use append::resolve;
 pub(crate) use collect::key;
-pub use collect::{CollectOptions, Counts, Field, MaskInput, Statistics, StatisticsError, Work, quarter_of_memory};
-pub(crate) use gather::{Gathered, Job, serve};
+pub use collect::{CollectOptions, Counts, Field, MaskInput, Statistics, Work, quarter_of_memory};
+pub use error::StatisticsError;
+pub(crate) use gather::serve;
 pub use request::{Cut, Request, Skip};

@@ -4,44 +4,13 @@
 //! model runs once per batch, the variant once per batch and assignment, and only distances are kept.
 
 use crate::{
-    Child, Datum, Distance, Engine, LoadOptions, RuntimeError, Sample, SampleSet, Session, SetSpec, Source,
+    Child, Datum, Distance, Engine, Gates, LoadOptions, RuntimeError, Sample, SampleSet, Session, SetSpec, Source,
     StatisticsError, Talk,
+    wire::{Broken, TrialJob},
 };
 use lathe_analysis::{Facts, may_leave};
 use lathe_ir::{DataType, Graph, Model, ScopeId, Tensor, Type, TypeKind, ValueId};
-use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, path::PathBuf};
-
-/// Numbers for gates, by the names of inputs.
-pub type Gates = Vec<(String, f32)>;
-
-/// What a number of a variant counts that is not finite where the model's is, or the other way round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Broken {
-    /// The variant is of no use.
-    Infinite,
-    /// It is lost: as if it were zero.
-    Lost,
-}
-
-/// Two models on disk and what to run them on.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Job {
-    /// The model.
-    pub reference: PathBuf,
-    /// The variant.
-    pub variant: PathBuf,
-    /// The inputs.
-    pub set: SetSpec,
-    /// One run of the set for each.
-    pub gates: Vec<Gates>,
-    /// How outputs are compared.
-    pub distance: Distance,
-    /// What numbers count that are not finite where the model's are, or the other way round.
-    pub broken: Broken,
-    /// How to run them.
-    pub options: LoadOptions,
-}
 
 /// The mean distance of the outputs of `variant` from those of `reference` over the samples of `set`, once for every
 /// assignment of its gates; infinite where an output has no number where the model's has one.
@@ -69,7 +38,7 @@ pub fn trials(
         model.write_linked(&path)?;
         Ok(path)
     };
-    let job = Job {
+    let job = TrialJob {
         reference: file("reference", reference)?,
         variant: file("variant", variant)?,
         set: set.clone(),
@@ -82,7 +51,7 @@ pub fn trials(
 }
 
 /// Runs a job; `None` stands for a distance that is not finite.
-pub(crate) fn serve(engine: &dyn Engine, job: &Job, talk: &mut dyn Talk) -> Result<Vec<Option<f64>>, String> {
+pub(crate) fn serve(engine: &dyn Engine, job: &TrialJob, talk: &mut dyn Talk) -> Result<Vec<Option<f64>>, String> {
     talk.stage("opening the set");
     let said = |e: RuntimeError| e.to_string();
     let read = |path: &PathBuf| Model::read(path).map(|loaded| loaded.model).map_err(|e| e.to_string());
@@ -142,7 +111,7 @@ pub(crate) fn serve(engine: &dyn Engine, job: &Job, talk: &mut dyn Talk) -> Resu
     Ok(sums.into_iter().map(mean).collect())
 }
 
-fn gates_in_all(batches: usize, job: &Job) -> usize {
+fn gates_in_all(batches: usize, job: &TrialJob) -> usize {
     batches * job.gates.len()
 }
 
@@ -432,7 +401,7 @@ mod tests {
             model.write_linked(&path).unwrap();
             path
         };
-        let job = Job {
+        let job = TrialJob {
             reference: file("reference.onnx", model(false)),
             variant: file("variant.onnx", model(true)),
             set: SetSpec::all(&path),

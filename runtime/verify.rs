@@ -7,15 +7,12 @@ pub(crate) use self::search::{AT_EDGE, Edges, LeftOut, RESULT_AT_EDGE};
 
 use self::judge::Judge;
 use crate::{
-    Claim, Comparison, Datum, Engine, InputError, LoadOptions, RuntimeError, SampleSet, Session, SetError, SetSpec,
-    Source, Talk, inputs::InputSpec, rounding::ModelCopy, seeding,
+    Claim, Comparison, Datum, Engine, InputError, LoadOptions, RuntimeError, Sample, SampleSet, Session, SetError,
+    SetSpec, Source, Talk, inputs::InputSpec, rounding::ModelCopy, seeding,
 };
 use bytes::Bytes;
-use lathe_ir::{Model, Tensor};
+use lathe_ir::Model;
 use serde::{Deserialize, Serialize};
-
-/// The inputs of one run.
-pub type Sample = Vec<(String, Tensor)>;
 
 /// What to run both models on.
 #[derive(Debug, Clone)]
@@ -427,7 +424,7 @@ fn run_given(session: &mut dyn Session, samples: &[Sample]) -> Result<Vec<Ran>, 
 mod tests {
     use super::*;
     use crate::testing::{Build, engine, unary};
-    use lathe_ir::{DataType, Node, Type};
+    use lathe_ir::{DataType, Node, Tensor, Type};
 
     fn check(reference: &Model, candidate: &Model, claim: Claim) -> Verdict {
         let (a, b) = (reference.to_bytes(), candidate.to_bytes());

@@ -5,8 +5,8 @@ use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Engine, Inputs, Limits,
-    LoadOptions, Measured, OrtEngine, Request, RuntimeError, Search, SetSpec, Statistics, StatisticsError, Verdict,
+    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Inputs, Limits, LoadOptions,
+    Measured, Request, Search, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,
@@ -59,16 +59,6 @@ pub(crate) fn search(library: Option<PathBuf>) -> Search {
             .collect(),
         pythons: vec![PathBuf::from("python3")],
         system_dirs: Search::usual_system_dirs(),
-    }
-}
-
-/// ONNX Runtime, or the embedded engine where none is installed. A library that was asked for by name is never replaced.
-pub(crate) fn engine(search: &Search) -> Result<&'static dyn Engine, RuntimeError> {
-    match OrtEngine::start(search) {
-        Ok(engine) => Ok(engine),
-        #[cfg(feature = "embedded")]
-        Err(RuntimeError::NoLibrary { .. }) => Ok(&lathe_runtime::Embedded),
-        Err(error) => Err(error),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The share of labels that each model predicts.
 
 use super::{Accumulator, Family, Metric, Pair, Place, Score};
-use crate::differences::largest;
+use crate::divergence::largest;
 
 pub(super) struct Labelled;
 

@@ -1,6 +1,7 @@
 //! Which metric says most about a model, and on which outputs.
 
-use super::{FAMILIES, Metric, Place, image, metrics};
+use super::{FAMILIES, Metric, Place, metrics};
+use crate::similarity;
 use lathe_ir::Graph;
 
 /// The metric of a comparison.
@@ -54,7 +55,7 @@ pub(crate) fn choose(
             because("top1", format!("`{name}` has logits of classes and no labels are given"))
         };
     }
-    if let Some(place) = places.iter().find(|p| p.dtype.is_float() && image::layout(p.dims).is_some()) {
+    if let Some(place) = places.iter().find(|p| p.dtype.is_float() && similarity::layout(p.dims).is_some()) {
         return because("psnr", format!("`{}` of shape {:?} holds images", place.name, place.dims));
     }
     because("rel-l2", "no output is known to be logits or images".to_owned())

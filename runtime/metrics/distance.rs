@@ -2,6 +2,7 @@
 //! size of a batch changes nothing.
 
 use super::{Accumulator, Family, Metric, Pair, Place, Score};
+use crate::differences::{ElementSums, Meeting};
 use lathe_ir::DataType;
 
 pub(super) struct Distances;
@@ -55,11 +56,7 @@ impl Special {
 #[derive(Default)]
 struct Sums {
     name: String,
-    max_abs: f64,
-    difference: f64,
-    reference: f64,
-    candidate: f64,
-    product: f64,
+    elements: ElementSums,
     /// In one of the two only, or different ones.
     broken: Special,
     /// The same in both.
@@ -68,48 +65,27 @@ struct Sums {
 
 impl Accumulator for Sums {
     fn add(&mut self, pair: &Pair<'_>) -> Result<(), String> {
-        // Sums of a row first: long sums of small squares onto one large one would lose them.
         pair.rows(|start, a, b| {
-            let (mut difference, mut reference, mut candidate, mut product) = (0.0, 0.0, 0.0, 0.0);
+            let mut row = ElementSums::default();
             for (offset, (&x, &y)) in a.iter().zip(b).enumerate() {
-                if !(x.is_finite() && y.is_finite()) {
-                    let sample = || pair.sample_of(start + offset);
-                    if x == y || (x.is_nan() && y.is_nan()) {
-                        self.shared.add(|| format!("{x} in sample {}", sample()));
-                    } else {
+                let sample = || pair.sample_of(start + offset);
+                match row.add(x, y) {
+                    Meeting::Finite => {}
+                    Meeting::Same => self.shared.add(|| format!("{x} in sample {}", sample())),
+                    Meeting::Broken => {
                         self.broken.add(|| format!("{y} in sample {} where the original has {x}", sample()));
                     }
-                    continue;
                 }
-                let d = y - x;
-                self.max_abs = self.max_abs.max(d.abs());
-                difference += d * d;
-                reference += x * x;
-                candidate += y * y;
-                product += x * y;
             }
-            self.difference += difference;
-            self.reference += reference;
-            self.candidate += candidate;
-            self.product += product;
+            self.elements.join(&row);
         });
         Ok(())
     }
 
     fn scores(&self) -> Vec<Score> {
-        let rel_l2 = match (self.difference, self.reference) {
-            (0.0, _) => 0.0,
-            (_, 0.0) => f64::INFINITY,
-            (difference, reference) => (difference / reference).sqrt(),
-        };
-        let scale = (self.reference * self.candidate).sqrt();
-        let cosine = match () {
-            () if self.difference == 0.0 => 1.0,
-            () if scale > 0.0 => (self.product / scale).clamp(-1.0, 1.0),
-            () => 0.0,
-        };
+        let (max_abs, rel_l2, cosine) = (self.elements.max_abs(), self.elements.rel_l2(), self.elements.cosine());
         vec![
-            Score::new("max-abs", 0.0, self.max_abs, self.max_abs),
+            Score::new("max-abs", 0.0, max_abs, max_abs),
             Score::new("rel-l2", 0.0, rel_l2, rel_l2),
             Score::new("cosine", 1.0, cosine, 1.0 - cosine),
             Score::new("snr", f64::INFINITY, -20.0 * rel_l2.log10(), rel_l2),

@@ -1,7 +1,7 @@
 //! How far apart rows of logits or probabilities are: kl and top1.
 
-use super::{Accumulator, Family, Metric, Pair, Place, Score};
-use crate::differences::largest;
+use super::{Accumulator, Family, Metric, Pair, Place, Score, hold_distributions};
+use crate::divergence::RowSums;
 
 pub(super) struct Distributions;
 
@@ -38,9 +38,7 @@ impl Family for Distributions {
 
 #[derive(Default)]
 struct Rows {
-    rows: u64,
-    agreeing: u64,
-    kl: f64,
+    sums: RowSums,
     /// Whether rows hold probabilities rather than logits, by the first batch.
     plain: Option<bool>,
 }
@@ -50,76 +48,23 @@ impl Accumulator for Rows {
         let plain = *self.plain.get_or_insert_with(|| hold_distributions(pair));
         pair.rows(|_, a, b| {
             // A row with a NaN has no largest element; the distances name it.
-            if a.iter().chain(b).any(|x| x.is_nan() || *x == f64::INFINITY) {
-                return;
+            if !a.iter().chain(b).any(|x| x.is_nan() || *x == f64::INFINITY) {
+                self.sums.add(a, b, plain);
             }
-            self.rows += 1;
-            self.agreeing += u64::from(largest(a) == largest(b));
-            self.kl += divergence(a, b, plain);
         });
         Ok(())
     }
 
     fn scores(&self) -> Vec<Score> {
-        if self.rows == 0 {
-            return Vec::new();
-        }
-        let rows = self.rows as f64;
-        let (kl, top1) = (self.kl / rows, self.agreeing as f64 / rows);
+        let (Some(kl), Some(top1)) = (self.sums.kl(), self.sums.top1()) else { return Vec::new() };
+        let (agreeing, rows) = (self.sums.agreeing(), self.sums.rows());
         // Counted, not subtracted: 1 − share would round.
-        let lost = (self.rows - self.agreeing) as f64 / rows;
+        let lost = (rows - agreeing) as f64 / rows as f64;
         vec![
             Score::new("kl", 0.0, kl, kl),
-            Score::new("top1", 1.0, top1, lost).with(format!("{} of {} rows", self.agreeing, self.rows)),
+            Score::new("top1", 1.0, top1, lost).with(format!("{agreeing} of {rows} rows")),
         ]
     }
-}
-
-/// Whether the rows of both outputs are distributions already. One row may look like one by chance, all rows do not.
-pub(super) fn hold_distributions(pair: &Pair<'_>) -> bool {
-    let mut all = true;
-    pair.rows(|_, a, b| all = all && is_distribution(a) && is_distribution(b));
-    all
-}
-
-/// Nothing negative, and a sum of one up to f16 rounding.
-pub(crate) fn is_distribution(row: &[f64]) -> bool {
-    row.iter().all(|&x| (0.0..=1.0 + 1e-3).contains(&x)) && (row.iter().sum::<f64>() - 1.0).abs() < 1e-2
-}
-
-/// What to subtract from each logit of a row for its log-probability.
-pub(super) fn log_sum_exp(row: &[f64]) -> f64 {
-    let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    top + row.iter().map(|&x| (x - top).exp()).sum::<f64>().ln()
-}
-
-/// Probabilities below this are noise of the softmax in any float type.
-pub(super) const TINY: f64 = 1e-30;
-
-/// The least log-probability: what only the candidate rules out is held to be tiny.
-const LEAST: f64 = -1e3;
-
-/// The Kullback-Leibler divergence from `a` to `b`, in nats: of probabilities if they are `plain`, else of logits.
-pub(crate) fn divergence(a: &[f64], b: &[f64], plain: bool) -> f64 {
-    if a == b {
-        return 0.0;
-    }
-    if plain {
-        let logs = a.iter().zip(b).map(|(x, y)| (x.max(TINY).ln(), y.max(TINY).ln()));
-        return logs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0);
-    }
-    // Σ p (log p − log q) with p = e^(a − top) / Z, in one pass over the exponentials of `a`.
-    let (top, to) = (a.iter().copied().fold(f64::NEG_INFINITY, f64::max), log_sum_exp(b));
-    let (mut total, mut sum) = (0.0, 0.0);
-    for (&x, &y) in a.iter().zip(b) {
-        // What the original rules out weighs nothing.
-        if x > f64::NEG_INFINITY {
-            let weight = (x - top).exp();
-            total += weight;
-            sum += weight * ((x - top) - (y - to).max(LEAST));
-        }
-    }
-    (sum / total - total.ln()).max(0.0)
 }
 
 #[cfg(test)]

@@ -6,13 +6,13 @@
 mod accuracy;
 mod choose;
 mod distance;
-pub(crate) mod image;
-pub(crate) mod logits;
+mod image;
+mod logits;
 mod perplexity;
 
 pub(crate) use choose::{Chosen, choose};
 
-use crate::{Sample, differences::decode};
+use crate::{Sample, divergence::is_distribution, elements};
 use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -42,13 +42,13 @@ pub struct Score {
     /// The metric's name.
     pub metric: String,
     /// Of the reference.
-    #[serde(with = "crate::compare::exact")]
+    #[serde(with = "crate::json_float")]
     pub before: f64,
     /// Of the candidate.
-    #[serde(with = "crate::compare::exact")]
+    #[serde(with = "crate::json_float")]
     pub after: f64,
     /// How much is lost, as [`Metric::drop`] says.
-    #[serde(with = "crate::compare::exact")]
+    #[serde(with = "crate::json_float")]
     pub drop: f64,
     /// What the numbers are made of: `9178 of 10000 before, 9177 after`.
     pub detail: Option<String>,
@@ -161,31 +161,11 @@ impl Pair<'_> {
     /// Calls `visit` with the position of the first element and both rows, for every row along the last axis that is
     /// not padding.
     pub(crate) fn rows(&self, mut visit: impl FnMut(usize, &[f64], &[f64])) {
-        let (reference, candidate) = (self.reference, self.candidate);
-        let dtype = reference.dtype();
-        let dims = reference.dims();
+        let dims = self.reference.dims();
         let width = dims.last().copied().unwrap_or(1).max(1);
         let kept = self.kept.filter(|k| dims.len() == 3 && dims[..2] == k.dims);
         let keeps = |row: usize| kept.is_none_or(|k| k.flags.get(row).copied().unwrap_or(true));
-        if !matches!(dtype, DataType::Float | DataType::Double | DataType::Float16 | DataType::Bfloat16) {
-            let all = |t: &Tensor| t.to_f64s().unwrap_or_default();
-            let (a, b) = (all(reference), all(candidate));
-            for (row, (a, b)) in a.chunks(width).zip(b.chunks(width)).enumerate() {
-                if keeps(row) {
-                    visit(row * width, a, b);
-                }
-            }
-            return;
-        }
-        let step = width * (dtype.bits() / 8);
-        let (mut a, mut b) = (Vec::with_capacity(width), Vec::with_capacity(width));
-        for (row, (left, right)) in reference.bytes().chunks(step).zip(candidate.bytes().chunks(step)).enumerate() {
-            if keeps(row) {
-                decode(dtype, left, &mut a);
-                decode(dtype, right, &mut b);
-                visit(row * width, &a, &b);
-            }
-        }
+        elements::rows(self.reference, self.candidate, width, keeps, |row, a, b| visit(row * width, a, b));
     }
 
     /// The number of the sample that element `at` belongs to.
@@ -198,6 +178,13 @@ impl Pair<'_> {
         };
         self.first + at / per_sample.max(1)
     }
+}
+
+/// Whether the rows of both outputs are distributions already. One row may look like one by chance, all rows do not.
+fn hold_distributions(pair: &Pair<'_>) -> bool {
+    let mut all = true;
+    pair.rows(|_, a, b| all = all && is_distribution(a) && is_distribution(b));
+    all
 }
 
 /// Elements of an output from which families look at it at the same time.

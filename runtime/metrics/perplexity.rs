@@ -1,10 +1,11 @@
 //! How well a causal language model predicts each next token of the text it is given.
 
-use super::{
-    Accumulator, Family, Metric, Pair, Place, Score, Tokens,
-    logits::{TINY, hold_distributions, log_sum_exp},
+use super::{Accumulator, Family, Metric, Pair, Place, Score, Tokens, hold_distributions};
+use crate::{
+    Sample,
+    divergence::{TINY, log_sum_exp},
+    roles,
 };
-use crate::{Sample, roles};
 use lathe_ir::{Graph, Tensor};
 
 pub(super) struct LanguageModel;

@@ -6,13 +6,13 @@
 //! before the first disturbed value is the same in all rows, and is computed once: the sum with the errors makes the rows.
 
 use super::{
-    AMPLITUDE, Distance, Task, counted_names,
+    AMPLITUDE, Task, counted_names,
     edit::{Editor, Error},
 };
 use crate::{
-    LoadOptions, NpzWriter, Sample, SampleSet, SetError, SetSpec, StatisticsError,
-    statistics::{Fold, Job, Output},
+    Distance, LoadOptions, NpzWriter, Sample, SampleSet, SetError, SetSpec, StatisticsError,
     trials::list,
+    wire::{Fold, GatherJob, Output},
 };
 use lathe_analysis::{DimExpr, may_leave};
 use lathe_ir::{AttributeValue, DataType, Dim, Node, ScopeId, Tensor, Type, TypeKind, Use, ValueId};
@@ -123,7 +123,7 @@ pub(super) fn disturbed(task: &Task<'_>, samples: &DimExpr, rows: Rows) -> Resul
     copy.edit.model.write_linked(&path)?;
     let set = SetSpec { batch: Some(1), ..SetSpec::all(&inputs) };
     let load = LoadOptions { lean: true, ..task.options.load.clone() };
-    let job = Job { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: outputs };
+    let job = GatherJob { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: outputs };
     let gathered = (task.runs.gather)(&job)?;
     let [sums, finite] = gathered.direct.as_slice() else { return Ok(found) };
     if finite.iter().sum::<f64>() == 0.0 {

@@ -7,7 +7,10 @@ use super::{
     AMPLITUDE, Task,
     edit::{Editor, Error},
 };
-use crate::{LoadOptions, SampleSet, SetSpec, StatisticsError, trials};
+use crate::{
+    LoadOptions, SampleSet, SetSpec, StatisticsError,
+    wire::{Broken, TrialJob},
+};
 use lathe_analysis::{Bindings, Cost};
 use lathe_ir::{DataType, Dim, Initializer, Node, ScopeId, Tensor, Type};
 
@@ -50,13 +53,13 @@ pub(super) fn measure(task: &Task<'_>, open: &[usize], found: &mut [Option<f64>]
     let (reference, variant) = (scratch.path().join("model.onnx"), scratch.path().join("probe.onnx"));
     task.model.write_linked(&reference)?;
     edit.model.write_linked(&variant)?;
-    let job = trials::Job {
+    let job = TrialJob {
         reference,
         variant,
         set: SetSpec { batch: Some(1), chosen: Some(samples), ..task.set.clone() },
         gates: columns.iter().map(|(_, name)| vec![(name.clone(), AMPLITUDE as f32)]).collect(),
         distance: task.options.distance,
-        broken: trials::Broken::Lost,
+        broken: Broken::Lost,
         options: LoadOptions { lean: true, ..task.options.load.clone() },
     };
     for ((index, _), rise) in columns.iter().zip((task.runs.tries)(&job)?) {

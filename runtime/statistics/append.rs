@@ -2,11 +2,10 @@
 
 mod small;
 
-use super::request::Request;
-use crate::StatisticsError;
+use super::{error::StatisticsError, request::Request};
+use crate::wire::{Fold, Output};
 use lathe_analysis::{DimExpr, Facts, Rows, View, Window, unused_initializers};
 use lathe_ir::{AttributeValue, DataType, Graph, Model, Node, Origin, ScopeId, Tensor, Type, ValueId};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Rows of one product in float32. Longer sums are cut into parts of this many rows that are added in float64.
@@ -18,30 +17,6 @@ const NARROW: usize = 128;
 
 /// The oldest operator set that has everything that is appended.
 const OLDEST_OPSET: i64 = 9;
-
-/// How an output of one batch joins those of the batches before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Fold {
-    /// Added.
-    Sum,
-    /// Added; the matrix is symmetric and only its upper triangle is kept, row by row.
-    Triangle,
-    /// The larger.
-    Max,
-    /// The first batch's.
-    First,
-}
-
-/// An output of the copy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Output {
-    /// Its name in the copy.
-    pub value: String,
-    /// What it is: `gram`.
-    pub field: String,
-    /// How batches are joined.
-    pub fold: Fold,
-}
 
 /// The sizes of what was asked for, as a first run showed them: of the value, or of its patches.
 pub(crate) type Sizes = BTreeMap<Rows, Vec<usize>>;

@@ -1,14 +1,17 @@
 //! Collecting: what is cached is read, the rest is computed group by group.
 
 use super::{
-    append::{Append, Mask, Output, Sizes, resolve},
-    gather::{Entry, Gathered, Job},
+    append::{Append, Mask, Sizes, resolve},
+    error::StatisticsError,
     request::Request,
     store::{self, Stored},
 };
-use crate::{Child, LoadOptions, RuntimeError, SampleSet, SetError, SetSpec};
+use crate::{
+    Child, LoadOptions, RuntimeError, SampleSet, SetSpec,
+    wire::{GatherEntry, GatherJob, Gathered, Output},
+};
 use lathe_analysis::{Bindings, Cost, Facts, Magnitudes, Rows, SymMatrix, View};
-use lathe_ir::{Model, ScopeId, WriteError};
+use lathe_ir::{Model, ScopeId};
 use serde::Serialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -52,46 +55,6 @@ impl CollectOptions {
     pub fn new(load: LoadOptions, cache: PathBuf) -> CollectOptions {
         CollectOptions { load, memory: quarter_of_memory(), cache, cache_limit: 8 << 30, mask: MaskInput::Auto }
     }
-}
-
-/// Why statistics could not be collected.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // The messages say what the fields are.
-pub enum StatisticsError {
-    #[error("the model has no value `{value}`")]
-    Missing { value: String },
-    #[error("`{value}` is computed in {node}; statistics can be taken of values of the main graph only")]
-    Nested { value: String, node: String },
-    #[error("`{value}` is a constant, it has the same rows whatever the inputs are")]
-    Constant { value: String },
-    #[error("the model has no input `{name}` of whole numbers or booleans with two axes, which a mask of tokens is")]
-    NoMask { name: String },
-    #[error("the model uses operator set {found}; statistics need {needed} or later")]
-    OldOpset { found: i64, needed: i64 },
-    #[error("`{value}` of shape {found:?} has no such axis, or nothing along it")]
-    Axis { value: String, found: Vec<usize> },
-    #[error("no convolution has the window {window}")]
-    Window { window: String },
-    #[error("`{x}` has {} rows and `{y}` has {}; statistics of pairs need equal numbers", .found.0, .found.1)]
-    Rows { x: String, y: String, found: (usize, usize) },
-    #[error("`{x}` is of shape {:?} and `{y}` of shape {:?}; their rows cannot be compared", .found.0, .found.1)]
-    Shapes { x: String, y: String, found: (Vec<usize>, Vec<usize>) },
-    #[error("{request} alone needs about {needed} MiB besides the model, and {allowed} MiB are allowed in all")]
-    TooLarge { request: String, needed: u64, allowed: u64 },
-    #[error(
-        "output {outputs} of the model is NaN or infinite in all its elements on these samples: no loss can be measured"
-    )]
-    NotFinite { outputs: String },
-    #[error("`{request}` was not collected")]
-    NotCollected { request: String },
-    #[error("cannot use `{path}`: {source}")]
-    Io { path: PathBuf, source: io::Error },
-    #[error("cannot write the model that computes statistics: {0}")]
-    Write(#[from] WriteError),
-    #[error(transparent)]
-    Set(#[from] SetError),
-    #[error(transparent)]
-    Runtime(#[from] RuntimeError),
 }
 
 /// How many rows a statistic is made of, and how many were left out.
@@ -294,7 +257,7 @@ pub(crate) fn key(
 pub(super) struct Worker<'a> {
     /// The engine's name with its version.
     pub engine: String,
-    pub gather: &'a dyn Fn(&Job) -> Result<Gathered, RuntimeError>,
+    pub gather: &'a dyn Fn(&GatherJob) -> Result<Gathered, RuntimeError>,
 }
 
 struct Collector<'a> {
@@ -325,7 +288,7 @@ impl Collector<'_> {
             let mut entries = Vec::new();
             for request in group {
                 let outputs = append.request(request)?;
-                entries.push(Entry { request: request.clone(), outputs, file: files[request].clone() });
+                entries.push(GatherEntry { request: request.clone(), outputs, file: files[request].clone() });
             }
             work.computed += entries.len();
             let gathered = self.gather(&append.finish(), scratch.path(), entries, Vec::new())?;
@@ -339,7 +302,7 @@ impl Collector<'_> {
         &self,
         copy: &Model,
         scratch: &Path,
-        entries: Vec<Entry>,
+        entries: Vec<GatherEntry>,
         direct: Vec<Output>,
     ) -> Result<Gathered, StatisticsError> {
         let path = scratch.join("statistics.onnx");
@@ -347,7 +310,7 @@ impl Collector<'_> {
         let first_only = entries.is_empty();
         // Batches are large: packing weights once and for all saves little time and takes their memory twice.
         let (set, options) = (self.set.clone(), LoadOptions { lean: true, ..self.options.load.clone() });
-        Ok((self.worker.gather)(&Job { model: path, set, first_only, options, entries, direct })?)
+        Ok((self.worker.gather)(&GatherJob { model: path, set, first_only, options, entries, direct })?)
     }
 
     /// The sizes of what is asked for in the first batch, and the bytes that running the model itself takes.

@@ -1,49 +1,12 @@
 //! The worker's part: runs a copy that computes statistics over a set and adds up what it gives.
 
-use super::{
-    append::{Fold, Output},
-    request::Request,
-    store::{self, Array, Head},
+use super::store::{self, Array, Head};
+use crate::{
+    Datum, Engine, Sample, SampleSet, Session, Source, Talk,
+    wire::{Fold, GatherJob, Gathered, Output},
 };
-use crate::{Datum, Engine, LoadOptions, Sample, SampleSet, Session, SetSpec, Source, Talk};
 use lathe_ir::{DataType, Model, Tensor};
-use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, path::PathBuf};
-
-/// What to run and where results go.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Job {
-    /// The copy.
-    pub model: PathBuf,
-    /// The inputs.
-    pub set: SetSpec,
-    /// Run the first batch only.
-    pub first_only: bool,
-    /// How to run it.
-    pub options: LoadOptions,
-    /// Statistics, each with the file it goes to.
-    pub entries: Vec<Entry>,
-    /// Outputs whose sums are part of the answer.
-    pub direct: Vec<Output>,
-}
-
-/// One statistic of a job.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Entry {
-    pub request: Request,
-    pub outputs: Vec<Output>,
-    pub file: PathBuf,
-}
-
-/// What came of a job.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Gathered {
-    pub samples: usize,
-    pub batches: usize,
-    /// The numbers of every direct output.
-    #[serde(with = "crate::compare::exact::lists")]
-    pub direct: Vec<Vec<f64>>,
-}
+use std::collections::BTreeMap;
 
 /// Sums of one output.
 struct Sums {
@@ -53,7 +16,7 @@ struct Sums {
 }
 
 /// Loads the copy of a job and runs it on the job's set.
-pub(crate) fn serve(engine: &dyn Engine, job: &Job, talk: &mut dyn Talk) -> Result<Gathered, String> {
+pub(crate) fn serve(engine: &dyn Engine, job: &GatherJob, talk: &mut dyn Talk) -> Result<Gathered, String> {
     talk.stage("opening the set");
     let model = Model::read(&job.model).map_err(|e| e.to_string())?.model;
     let set = SampleSet::open(&job.set, &model).map_err(|e| e.to_string())?;
@@ -72,7 +35,7 @@ fn gather(
     session: &mut dyn Session,
     batches: &mut dyn Iterator<Item = Result<(Sample, usize), String>>,
     total: usize,
-    job: &Job,
+    job: &GatherJob,
     talk: &mut dyn Talk,
 ) -> Result<Gathered, String> {
     let outputs = job.entries.iter().flat_map(|e| &e.outputs).chain(&job.direct);

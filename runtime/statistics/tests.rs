@@ -1,11 +1,13 @@
 use super::{
-    collect::{CollectOptions, Counts, MaskInput, Statistics, StatisticsError, Worker},
+    collect::{CollectOptions, Counts, MaskInput, Statistics, Worker},
+    error::StatisticsError,
     gather,
     request::{Cut, Request, Skip},
 };
 use crate::{
     LoadOptions, NpzWriter, RuntimeError, SetSpec,
     testing::{Build, engine},
+    wire::{GatherJob, Gathered},
 };
 use lathe_analysis::{Magnitudes, Rows, View, weight_inputs};
 use lathe_ir::{DataType, Model, Node, Tensor, Type};
@@ -37,7 +39,7 @@ impl Bench {
     }
 
     fn collect(&self, requests: &[Request]) -> Result<Statistics, StatisticsError> {
-        let run = |job: &gather::Job| {
+        let run = |job: &GatherJob| {
             self.runs.set(self.runs.get().checked_sub(1).ok_or(RuntimeError::Child("interrupted".into()))?);
             gather::serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child)
         };
@@ -364,7 +366,7 @@ fn one_position_has_statistics_of_its_own() {
 #[test]
 fn sums_that_are_not_finite_travel() {
     let direct = vec![vec![1.5, f64::NAN, f64::INFINITY], vec![], vec![f64::NEG_INFINITY]];
-    let text = serde_json::to_string(&gather::Gathered { direct, ..gather::Gathered::default() }).unwrap();
-    let again: gather::Gathered = serde_json::from_str(&text).unwrap();
+    let text = serde_json::to_string(&Gathered { direct, ..Gathered::default() }).unwrap();
+    let again: Gathered = serde_json::from_str(&text).unwrap();
     assert_eq!(format!("{:?}", again.direct), "[[1.5, NaN, inf], [], [-inf]]");
 }

@@ -1,8 +1,8 @@
 //! What one comparison gathers: which outputs can be compared, how far they are apart, and what accounts for it.
 
-use super::{Pair, Report, Sample};
+use super::{Pair, Report};
 use crate::{
-    Claim, Datum, Fault, Session, Talk, compare,
+    Claim, Datum, Fault, Sample, Session, Talk, compare,
     compare::{Unsteadies, Unsteady, compare_steady},
     rounding::{Exceeding, Rounding},
 };

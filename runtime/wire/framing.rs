@@ -1,97 +1,16 @@
-//! What travels between the program and its worker: framed messages of a JSON header and raw bytes.
+//! Framed messages: a JSON header and raw bytes.
 
-use crate::{
-    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Datum, InputSpec, LoadOptions, Measured, Progress,
-    Sample, SetSpec, Verdict,
-    statistics::{Gathered, Job},
-    trials,
-    verify::LeftOut,
-};
+use crate::Sample;
 use bytes::Bytes;
-use lathe_ir::{DataType, Tensor};
+use lathe_ir::{DataType, Tensor, TensorError};
 use serde::{Deserialize, Serialize};
-use std::{
-    io::{self, Read, Write},
-    path::PathBuf,
-};
+use std::io::{self, Read, Write};
 
 /// Begins every frame; anything else on the pipe (a library that prints) is noticed.
 const MAGIC: [u8; 4] = *b"LWF1";
 
 /// Headers hold names and shapes only.
 const LARGEST_HEADER: u64 = 64 << 20;
-
-/// What the program asks of the worker.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Request {
-    /// Who are you?
-    Hello,
-    /// Run a model (the first `model` bytes of the payload) on inputs (the rest).
-    Evaluate { model: u64, inputs: Vec<Head>, options: LoadOptions },
-    /// Run a model on disk on several sets of inputs, whose data is the payload.
-    Run { model: PathBuf, inputs: Vec<Vec<Head>>, options: LoadOptions },
-    /// Compare two models on disk, but not on the inputs that `left_out` names.
-    Verify {
-        reference: PathBuf,
-        candidate: PathBuf,
-        inputs: InputHeads,
-        claim: Claim,
-        options: LoadOptions,
-        left_out: Vec<LeftOut>,
-    },
-    /// Choose some samples of a set.
-    Select { model: PathBuf, set: SetSpec, count: usize, seed: u64, options: LoadOptions },
-    /// Run a model that computes statistics over a set.
-    Gather(Job),
-    /// Run variants of a model over a set.
-    Trials(trials::Job),
-    /// Measure what the candidate loses on a set.
-    Measure { reference: PathBuf, candidate: PathBuf, set: SetSpec, metric: String, options: LoadOptions },
-    /// Time one or two models on disk.
-    Bench { models: Vec<PathBuf>, inputs: BenchInputs, task: BenchTask, options: LoadOptions },
-}
-
-/// What the worker answers.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Answer {
-    /// The engine's name and its providers.
-    Hello { name: String, providers: Vec<String> },
-    /// What the worker is about to do; the answer is still to come.
-    Stage(String),
-    /// How far it is; the answer is still to come.
-    Progress(Progress),
-    /// The outputs, whose data is the payload.
-    Outputs(Vec<Head>),
-    /// The outputs of several runs, whose data is the payload.
-    Ran(Vec<Vec<Head>>),
-    /// The result of a comparison.
-    Verdict(Verdict),
-    /// The samples that were chosen.
-    Selected(ChosenSamples),
-    /// What came of gathering statistics.
-    Gathered(Gathered),
-    /// Distances of outputs; `None` where one is not finite.
-    Tried(Vec<Option<f64>>),
-    /// The result of a measurement; a verdict where one of the models does not run.
-    Measured(Result<Box<Measured>, Verdict>),
-    /// What a measurement gave.
-    Timed(BenchResult),
-    /// It did not work.
-    Error(String),
-    /// There is nothing to run models with.
-    NoEngine(String),
-}
-
-/// The inputs of a comparison.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum InputHeads {
-    /// Make them.
-    Random(InputSpec),
-    /// Read them from a set.
-    Set(SetSpec),
-    /// They are in the payload.
-    Given(Vec<Vec<Head>>),
-}
 
 /// A named tensor whose data is in the payload.
 #[derive(Debug, Serialize, Deserialize)]
@@ -101,6 +20,20 @@ pub(crate) struct Head {
     dims: Vec<usize>,
     /// The length of the data; of each string, for strings.
     lengths: Vec<u64>,
+}
+
+/// Why the payload of a message is not what its header says.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PayloadError {
+    /// It ends too early.
+    #[error("a message holds less data than it says")]
+    Short,
+    /// A tensor has elements of no known type.
+    #[error("a message names an unknown element type")]
+    Type,
+    /// Data and shape of a tensor contradict each other.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
 }
 
 /// Writes one frame.
@@ -173,42 +106,34 @@ pub(crate) fn pack_all(samples: &[Sample]) -> (Vec<Vec<Head>>, Vec<Bytes>) {
 }
 
 /// The sets of tensors that `heads` describe, taken off the front of `payload`.
-pub(crate) fn unpack_all(heads: Vec<Vec<Head>>, payload: &mut Bytes) -> Result<Vec<Sample>, String> {
+pub(crate) fn unpack_all(heads: Vec<Vec<Head>>, payload: &mut Bytes) -> Result<Vec<Sample>, PayloadError> {
     heads.into_iter().map(|heads| unpack(heads, payload)).collect()
 }
 
 /// The tensors that `heads` describe, taken off the front of `payload`.
-pub(crate) fn unpack(heads: Vec<Head>, payload: &mut Bytes) -> Result<Sample, String> {
-    let mut take = |length: u64| -> Result<Bytes, String> {
+pub(crate) fn unpack(heads: Vec<Head>, payload: &mut Bytes) -> Result<Sample, PayloadError> {
+    let mut take = |length: u64| -> Result<Bytes, PayloadError> {
         let length = usize::try_from(length).ok().filter(|&l| l <= payload.len());
-        length.map(|l| payload.split_to(l)).ok_or_else(|| "a message holds less data than it says".to_owned())
+        length.map(|l| payload.split_to(l)).ok_or(PayloadError::Short)
     };
     let mut tensors = Vec::with_capacity(heads.len());
     for head in heads {
-        let dtype = DataType::from_code(head.dtype).ok_or("a message names an unknown element type")?;
+        let dtype = DataType::from_code(head.dtype).ok_or(PayloadError::Type)?;
         let data: Vec<Bytes> = head.lengths.into_iter().map(&mut take).collect::<Result<_, _>>()?;
         let tensor = if dtype == DataType::String {
             Tensor::strings(head.dims, data)
         } else {
             Tensor::new(dtype, head.dims, data.into_iter().next().unwrap_or_default())
         };
-        tensors.push((head.name, tensor.map_err(|e| e.to_string())?));
+        tensors.push((head.name, tensor?));
     }
     Ok(tensors)
-}
-
-/// The outputs as named tensors, if all of them are tensors.
-pub(crate) fn only_tensors(outputs: Vec<(String, Datum)>) -> Result<Sample, String> {
-    let tensor = |(name, datum): (String, Datum)| match datum {
-        Datum::Tensor(tensor) => Ok((name, tensor)),
-        other => Err(format!("output `{name}` is {}, not a tensor", other.describe())),
-    };
-    outputs.into_iter().map(tensor).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::{Answer, Request};
 
     #[test]
     fn tensors_survive_the_trip() {

@@ -53,7 +53,7 @@ impl Answer {
 
 /// Runs models for the parent process until it hangs up. `library` is the user's `--ort`.
 pub(crate) fn serve(library: Option<PathBuf>) -> u8 {
-    lathe_runtime::serve(runner::engine(&runner::search(library))).is_err().into()
+    lathe_runtime::serve(lathe_runtime::start(&runner::search(library))).is_err().into()
 }
 
 /// Reads a model and names it in the error.

@@ -1,7 +1,11 @@
 //! Statistics of numbers that are small: how many there are, and what a layer loses without them.
 
-use super::{Append, Fold, Output};
-use crate::{StatisticsError, statistics::request::Skip};
+use super::Append;
+use crate::{
+    StatisticsError,
+    statistics::request::Skip,
+    wire::{Fold, Output},
+};
 use lathe_analysis::{Magnitudes, Rows};
 use lathe_ir::{DataType, Node, Tensor, ValueId};
 

@@ -1,0 +1,50 @@
+//! What the program asks of the worker.
+
+use super::{
+    framing::Head,
+    jobs::{GatherJob, TrialJob},
+};
+use crate::{BenchInputs, BenchTask, Claim, InputSpec, LoadOptions, SetSpec, verify::LeftOut};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// What the program asks of the worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// Who are you?
+    Hello,
+    /// Run a model (the first `model` bytes of the payload) on inputs (the rest).
+    Evaluate { model: u64, inputs: Vec<Head>, options: LoadOptions },
+    /// Run a model on disk on several sets of inputs, whose data is the payload.
+    Run { model: PathBuf, inputs: Vec<Vec<Head>>, options: LoadOptions },
+    /// Compare two models on disk, but not on the inputs that `left_out` names.
+    Verify {
+        reference: PathBuf,
+        candidate: PathBuf,
+        inputs: InputHeads,
+        claim: Claim,
+        options: LoadOptions,
+        left_out: Vec<LeftOut>,
+    },
+    /// Choose some samples of a set.
+    Select { model: PathBuf, set: SetSpec, count: usize, seed: u64, options: LoadOptions },
+    /// Run a model that computes statistics over a set.
+    Gather(GatherJob),
+    /// Run variants of a model over a set.
+    Trials(TrialJob),
+    /// Measure what the candidate loses on a set.
+    Measure { reference: PathBuf, candidate: PathBuf, set: SetSpec, metric: String, options: LoadOptions },
+    /// Time one or two models on disk.
+    Bench { models: Vec<PathBuf>, inputs: BenchInputs, task: BenchTask, options: LoadOptions },
+}
+
+/// The inputs of a comparison.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum InputHeads {
+    /// Make them.
+    Random(InputSpec),
+    /// Read them from a set.
+    Set(SetSpec),
+    /// They are in the payload.
+    Given(Vec<Vec<Head>>),
+}
