@@ -444,10 +444,8 @@ impl Timings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        Random,
-        testing::{engine, unary},
-    };
+    use crate::testing::{engine, unary};
+    use lathe_analysis::Random;
     use lathe_ir::Node;
 
     /// Sittings of two models that take `before` and `after` on a machine with this noise.

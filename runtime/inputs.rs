@@ -9,11 +9,9 @@ pub use sizes::{Sizes, Style, sizes_to_try};
 pub(crate) use work::{Estimate, Work};
 
 use self::sizes::is_image;
-use crate::{
-    Random,
-    roles::{self, Role},
-};
+use crate::roles::{self, Role};
 use bytes::Bytes;
+use lathe_analysis::Random;
 use lathe_ir::{DataType, Dim, Graph, Model, Shape, Tensor, TypeKind, ValueId, element_count};
 use serde::{Deserialize, Serialize};
 

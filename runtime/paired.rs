@@ -3,7 +3,8 @@
 //! Paired distances vary little between samples, so a few dozen pairs tell plans apart. They say nothing about samples
 //! that differ and are as good: for that see [`frechet`](crate::frechet) and [`kernel`](crate::kernel).
 
-use crate::{FeatureError, Random, quantile, similarity};
+use crate::{FeatureError, quantile, similarity};
+use lathe_analysis::Random;
 use lathe_ir::Tensor;
 
 /// Distances of one pair.

@@ -1,7 +1,7 @@
 //! Random small models over most of the standard operator set, with one open axis and constants that are special.
 
+use lathe_analysis::Random;
 use lathe_ir::{DataType, Dim, Graph, Model, Node, ScopeId, Tensor, Type, ValueId};
-use lathe_runtime::Random;
 
 const MAIN: ScopeId = ScopeId::MAIN;
 

@@ -1,7 +1,7 @@
 //! Small random models: valid, typed, deterministic, and full of what optimizers trip over.
 
+use lathe_analysis::Random;
 use lathe_ir::{DataType, Dim, Graph, Model, Node, ScopeId, Tensor, Type, ValueId};
-use lathe_runtime::Random;
 
 const MAIN: ScopeId = ScopeId::MAIN;
 

@@ -208,7 +208,7 @@ fn what_is_no_model_is_refused() {
     refuses(&path, &[], "model.onnx");
     fs::write(&path, b"PK\x03\x04 no model at all").unwrap();
     refuses(&path, &[], "model.onnx");
-    let mut random = lathe_runtime::Random::new(7);
+    let mut random = lathe_analysis::Random::new(7);
     let noise: Vec<u8> = (0..4096).map(|_| random.next_u64() as u8).collect();
     fs::write(&path, noise).unwrap();
     refuses(&path, &[], "model.onnx");

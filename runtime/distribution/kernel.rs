@@ -3,8 +3,8 @@
 //! Source: Bińkowski et al. 2018, Demystifying MMD GANs, arXiv:1801.01401.
 
 use super::{FeatureError, Features};
-use crate::Random;
 use faer::{Accum, Mat, Par, linalg::matmul::matmul};
+use lathe_analysis::Random;
 
 /// A kernel distance as the mean over subsets.
 #[derive(Debug, Clone, Copy, PartialEq)]

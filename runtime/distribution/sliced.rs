@@ -3,7 +3,7 @@
 //! Source: Rabin et al. 2011, Wasserstein barycenter and its application to texture mixing.
 
 use super::{FeatureError, Features};
-use crate::Random;
+use lathe_analysis::Random;
 
 /// The mean over `directions` random unit vectors of the squared Wasserstein-2 distance between both projections.
 ///

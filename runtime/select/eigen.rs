@@ -135,7 +135,7 @@ fn iterate(basis: &mut [f64], n: usize, d: &mut [f64], e: &mut [f64]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Random;
+    use lathe_analysis::Random;
 
     /// Holds eigenvectors to `A v = λ v` and to being orthonormal.
     fn check(a: &[f64], n: usize) -> Vec<f64> {

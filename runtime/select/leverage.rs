@@ -5,7 +5,7 @@
 //! it leave over) and the other half is drawn evenly from the rest, which keeps means unbiased.
 
 use super::eigen::eigen;
-use crate::Random;
+use lathe_analysis::Random;
 use std::collections::BTreeMap;
 
 /// The subspace holds this share of the variance.

@@ -1,7 +1,7 @@
 //! Copies of a model with errors added to values inside it.
 
-use crate::{Random, sensitivity::Probe};
-use lathe_analysis::{DimExpr, Facts, View};
+use crate::sensitivity::Probe;
+use lathe_analysis::{DimExpr, Facts, Random, View};
 use lathe_ir::{AttributeValue, DataType, Model, Node, Origin, ScopeId, Tensor, Use, ValueId};
 
 /// The copy under construction, and where nodes are added to it.

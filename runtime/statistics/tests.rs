@@ -9,7 +9,7 @@ use crate::{
     testing::{Build, engine},
     wire::{GatherJob, Gathered},
 };
-use lathe_analysis::{Magnitudes, Rows, View, weight_inputs};
+use lathe_analysis::{Magnitudes, Random, Rows, View, weight_inputs};
 use lathe_ir::{DataType, Model, Node, Tensor, Type};
 use std::{cell::Cell, path::PathBuf};
 use tempfile::TempDir;
@@ -61,7 +61,7 @@ impl Bench {
 }
 
 fn floats(dims: &[usize], seed: u64) -> Tensor {
-    let mut random = crate::Random::new(seed);
+    let mut random = Random::new(seed);
     let values: Vec<f32> = (0..dims.iter().product()).map(|_| random.normal() as f32 + 0.25).collect();
     Tensor::from_f32s(dims, &values)
 }

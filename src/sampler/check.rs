@@ -3,11 +3,11 @@
 use super::{Job, draws::SCALE, evaluator::Evaluator};
 use crate::{Failure, job, report::Verify, runner::Runner};
 use anyhow::{Context as _, anyhow};
-use lathe_analysis::Evaluate as _;
+use lathe_analysis::{Evaluate as _, Random};
 use lathe_ir::{DataType, Model, Tensor, Type};
 use lathe_passes::sampler::{self, Guidance, Mode, Sampler, Scale, Sizes, StepPlan, Table, Uncond};
 use lathe_runtime::{
-    BenchInputs, BenchResult, BenchTask, Claim, Datum, InputSpec, LoadOptions, Progress, Random, compare, default_rtol,
+    BenchInputs, BenchResult, BenchTask, Claim, Datum, InputSpec, LoadOptions, Progress, compare, default_rtol,
     generate, sizes_to_try,
 };
 use std::{collections::BTreeSet, path::Path, time::Duration};

@@ -2,8 +2,9 @@
 
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
+use lathe_analysis::Random;
 use lathe_ir::{Dim, Model, Tensor, Type};
-use lathe_runtime::{InputSpec, Random, Sizes, classes, generate, required_inputs, sizes_to_try};
+use lathe_runtime::{InputSpec, Sizes, classes, generate, required_inputs, sizes_to_try};
 use std::ops::Range;
 
 /// The scale of guidance where it is an input.

@@ -3,12 +3,12 @@
 use super::super::draws::SCALE;
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
-use lathe_analysis::{Evaluate, EvaluateError};
+use lathe_analysis::{Evaluate, EvaluateError, Random};
 use lathe_ir::{Dim, Model, Tensor};
 use lathe_passes::sampler::{
     self, Error, Guidance, Key, Mode, Pass, Request, Roles, Sampler, Scale, Scheduler, StepPlan, Steps, Table, Uncond,
 };
-use lathe_runtime::{InputSpec, Random, generate, sizes_to_try};
+use lathe_runtime::{InputSpec, generate, sizes_to_try};
 use std::{
     cell::RefCell,
     hash::{DefaultHasher, Hash as _, Hasher as _},
