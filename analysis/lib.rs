@@ -16,6 +16,7 @@ mod operators;
 mod random;
 mod rows;
 mod shapes;
+mod stable_hash;
 mod tokens;
 mod units;
 
@@ -32,5 +33,6 @@ pub use operators::{OPERATORS, Operator, Trait};
 pub use random::Random;
 pub use rows::{Rows, View, Window, weight_inputs};
 pub use shapes::{Contents, Facts};
+pub use stable_hash::StableHash;
 pub use tokens::{Keys, TokenAttention, TokenAxes, TokenBlock, Tokens, kept_axis};
 pub use units::{Barrier, NoUnit, NoUnitReason, PostOp, Unit, UnitId, UnitKind, Units, may_leave};
