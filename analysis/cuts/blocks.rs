@@ -1,11 +1,11 @@
 //! Borders between blocks, and blocks that repeat.
 
 use super::{Block, Border, Residual, Run, is_latent, paths::Sums, place};
-use crate::{Cones, units::flow::Flow};
+use crate::{Cones, StableHash, units::flow::Flow};
 use lathe_ir::{Attribute, AttributeValue, NodeId, Origin, Tensor, ValueId};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    hash::{DefaultHasher, Hash, Hasher},
+    hash::{Hash, Hasher},
 };
 
 /// The longest period that is looked for.
@@ -171,8 +171,8 @@ fn segment(flow: &Flow, cones: &Cones, enter: &[ValueId], leave: &[ValueId]) -> 
     Segment { nodes, hash }
 }
 
-fn digest(feed: impl FnOnce(&mut DefaultHasher)) -> u64 {
-    let mut hasher = DefaultHasher::new();
+fn digest(feed: impl FnOnce(&mut StableHash)) -> u64 {
+    let mut hasher = StableHash::new();
     feed(&mut hasher);
     hasher.finish()
 }
@@ -210,14 +210,14 @@ fn describe(flow: &Flow, cones: &Cones, id: NodeId, known: &HashMap<ValueId, u64
 }
 
 /// A constant by type and shape; small whole numbers say how data is laid out and count as they are.
-fn constant(tensor: &Tensor, h: &mut DefaultHasher) {
+fn constant(tensor: &Tensor, h: &mut StableHash) {
     (4u8, tensor.dtype().code(), tensor.dims()).hash(h);
     if tensor.dtype().is_integer() && tensor.len() <= MAX_NUMBERS {
         tensor.to_i64s().hash(h);
     }
 }
 
-fn attribute_value(flow: &Flow, value: &AttributeValue, h: &mut DefaultHasher) {
+fn attribute_value(flow: &Flow, value: &AttributeValue, h: &mut StableHash) {
     match value {
         AttributeValue::Float(x) => x.to_bits().hash(h),
         AttributeValue::Int(x) => x.hash(h),

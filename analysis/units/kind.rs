@@ -1,8 +1,12 @@
 //! What operators mean for units: which are layers, which only move data, and what a set of nodes computes.
 
 use super::{UnitKind, flow::Flow};
-use crate::operators::{Operator, Trait};
+use crate::{
+    StableHash,
+    operators::{Operator, Trait},
+};
 use lathe_ir::{Graph, Node, NodeId, ValueId};
+use std::hash::{Hash, Hasher};
 
 fn known_domain(node: &Node) -> bool {
     node.is_standard() || Operator::is_microsoft(&node.domain)
@@ -134,22 +138,13 @@ pub(crate) fn classify(flow: &Flow, places: &[usize], inside: impl Fn(usize) -> 
 
 /// A number that is equal for nodes of equal operators, reading constants of equal sizes.
 pub(super) fn signature(graph: &Graph, nodes: &[NodeId]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut feed = |bytes: &[u8]| {
-        for &byte in bytes {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-        }
-    };
+    let mut hash = StableHash::new();
     for &id in nodes {
         let node = graph.node(id);
-        feed(node.domain.as_bytes());
-        feed(node.op_type.as_bytes());
+        (&node.domain, &node.op_type).hash(&mut hash);
         for tensor in node.inputs().iter().flatten().filter_map(|&v| graph.constant(v)) {
-            for &size in tensor.dims() {
-                feed(&(size as u64).to_le_bytes());
-            }
-            feed(b";");
+            tensor.dims().hash(&mut hash);
         }
     }
-    hash
+    hash.finish()
 }

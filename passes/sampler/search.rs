@@ -6,7 +6,6 @@
 
 mod breed;
 mod path;
-mod random;
 
 pub use path::shortest;
 

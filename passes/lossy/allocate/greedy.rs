@@ -2,6 +2,7 @@
 
 use super::pareto::share;
 use super::table::{Measure, Pick, Plan, Status, Tree};
+use lathe_analysis::Random;
 
 /// Steps of the bisection for a price.
 const BISECTIONS: usize = 200;
@@ -163,18 +164,11 @@ pub(super) fn uniform(tree: &Tree, of: Measure, limit: u64) -> Plan {
 
 /// Options drawn from a seed: some part of the groups, itself drawn, takes another option than its first one.
 pub(super) fn random(tree: &Tree, seed: u64) -> Plan {
-    let mut state = seed;
-    // splitmix64
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    let changed = next() % 101;
+    let mut random = Random::new(seed);
+    let changed = random.below(101);
     let mut draw = |node: &super::table::Node| {
         let others = node.group.options.len() - 1;
-        if others > 0 && next() % 100 < changed { 1 + (next() % others as u64) as usize } else { 0 }
+        if others > 0 && random.below(100) < changed { 1 + random.index(others) } else { 0 }
     };
     let picks: Vec<usize> = tree.nodes.iter().map(&mut draw).collect();
     let choices = tree.existing(&picks);

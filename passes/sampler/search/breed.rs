@@ -1,6 +1,7 @@
 //! New candidates from old ones.
 
-use super::{Candidate, SearchOptions, random::Random};
+use super::{Candidate, SearchOptions};
+use lathe_analysis::Random;
 use std::collections::BTreeSet;
 
 /// The chance of every timestep to change.
@@ -52,8 +53,8 @@ impl<'a> Breeder<'a> {
         let mutants = (size as f64 * MUTANTS).round() as usize;
         let children = (size as f64 * CHILDREN).round() as usize;
         let make = |breeder: &mut Breeder, index: usize| {
-            let first = parents[breeder.random.below(parents.len())];
-            let second = parents[breeder.random.below(parents.len())];
+            let first = parents[breeder.random.index(parents.len())];
+            let second = parents[breeder.random.index(parents.len())];
             match index {
                 _ if index < mutants => breeder.mutant(first, CHANGE, limit),
                 _ if index < mutants + children => breeder.child(first, second, limit),
@@ -83,14 +84,14 @@ impl<'a> Breeder<'a> {
         let mut steps: Vec<(usize, BTreeSet<usize>)> = Vec::new();
         // At least one timestep moves, unless a layer changes.
         let moved =
-            if limit == 0 || self.random.chance(0.5) { self.random.below(self.options.steps) } else { usize::MAX };
+            if limit == 0 || self.random.chance(0.5) { self.random.index(self.options.steps) } else { usize::MAX };
         for (index, (&time, skips)) in of.times.iter().zip(&of.skips).enumerate() {
             let mut time = time;
             if index == moved || self.random.chance(change) {
                 time = match self.random.chance(0.5) {
-                    true => self.random.below(self.options.train),
+                    true => self.random.index(self.options.train),
                     false => {
-                        let shifted = (time + 1 + self.random.below(2 * reach)).saturating_sub(reach + 1);
+                        let shifted = (time + 1 + self.random.index(2 * reach)).saturating_sub(reach + 1);
                         shifted.min(self.options.train - 1)
                     }
                 };
@@ -99,7 +100,7 @@ impl<'a> Breeder<'a> {
         }
         let mut made = self.complete(steps);
         if limit > 0 {
-            let (step, layer) = (self.random.below(self.options.steps), self.random.below(self.options.layers));
+            let (step, layer) = (self.random.index(self.options.steps), self.random.index(self.options.layers));
             if !made.skips[step].remove(&layer) {
                 made.skips[step].insert(layer);
             }
@@ -125,7 +126,7 @@ impl<'a> Breeder<'a> {
         steps.sort_by_key(|step| std::cmp::Reverse(step.0));
         steps.dedup_by_key(|step| step.0);
         while steps.len() < self.options.steps {
-            let time = self.random.below(self.options.train);
+            let time = self.random.index(self.options.train);
             let at = steps.partition_point(|step| step.0 > time);
             if steps.get(at).is_none_or(|step| step.0 != time) {
                 steps.insert(at, (time, BTreeSet::new()));
@@ -140,7 +141,7 @@ impl<'a> Breeder<'a> {
         while candidate.skipped() > limit {
             let all: Vec<(usize, usize)> =
                 candidate.skips.iter().enumerate().flat_map(|(step, l)| l.iter().map(move |&l| (step, l))).collect();
-            let (step, layer) = all[self.random.below(all.len())];
+            let (step, layer) = all[self.random.index(all.len())];
             candidate.skips[step].remove(&layer);
         }
     }

@@ -3,16 +3,13 @@
 use super::super::draws::SCALE;
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
-use lathe_analysis::{Evaluate, EvaluateError, Random};
+use lathe_analysis::{Evaluate, EvaluateError, Random, StableHash};
 use lathe_ir::{Dim, Model, Tensor};
 use lathe_passes::sampler::{
     self, Error, Guidance, Key, Mode, Pass, Request, Roles, Sampler, Scale, Scheduler, StepPlan, Steps, Table, Uncond,
 };
 use lathe_runtime::{InputSpec, generate, sizes_to_try};
-use std::{
-    cell::RefCell,
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-};
+use std::{cell::RefCell, hash::Hasher as _};
 
 /// Samples that run together.
 pub(super) const BATCH: usize = 32;
@@ -74,15 +71,14 @@ impl Trial<'_> {
 
     /// What a plan that is found here belongs to.
     pub fn key(&self) -> Key {
-        let mut hasher = DefaultHasher::new();
-        self.denoiser.to_bytes().hash(&mut hasher);
+        let model = StableHash::of(&self.denoiser.to_bytes());
         let guidance = self.guidance.and_then(|g| match g.scale {
             Scale::Constant(scale) => Some(scale),
             Scale::Input => None,
         });
         let shape = self.dims(&self.roles.latent).unwrap_or_default();
         let shape = shape.iter().skip(1).map(|d| d.known().unwrap_or(-1)).collect();
-        Key { model: Some(format!("{:016x}", hasher.finish())), guidance, shape }
+        Key { model: Some(format!("{:016x}", model.finish())), guidance, shape }
     }
 
     fn dims(&self, input: &str) -> Option<Vec<Dim>> {
