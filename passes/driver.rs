@@ -1,7 +1,7 @@
 //! The one place that edits graphs for rules.
 
 use crate::{
-    Context, Editor, Error, Outcome, edit_graphs,
+    Editor, Error, Outcome, PassContext, edit_graphs,
     rule::{Match, Refusal, Replacement, Rule},
 };
 use lathe_analysis::Facts;
@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 const REWRITES_PER_NODE: usize = 8;
 
 /// Applies rules everywhere in a model, local functions included, until none acts any more.
-pub fn rewrite(model: &mut Model, cx: &Context, rules: &[Rule]) -> Result<Outcome, Error> {
+pub fn rewrite(model: &mut Model, cx: &PassContext, rules: &[Rule]) -> Result<Outcome, Error> {
     edit_graphs(model, cx, |editor| rewrite_graph(editor, rules))
 }
 
@@ -81,7 +81,7 @@ struct Driver<'a> {
     graph: &'a mut Graph,
     opsets: &'a [(String, i64)],
     functions: &'a [Function],
-    cx: &'a Context<'a>,
+    cx: &'a PassContext<'a>,
     /// Inferred at the first match.
     facts: Option<Facts>,
     outcome: &'a mut Outcome,
@@ -243,7 +243,7 @@ mod tests {
 
     fn apply(graph: &str, rules: &[Rule]) -> (Model, Outcome) {
         let mut model = model(graph);
-        let outcome = rewrite(&mut model, &Context::default(), rules).unwrap();
+        let outcome = rewrite(&mut model, &PassContext::default(), rules).unwrap();
         model.check().unwrap();
         (model, outcome)
     }
@@ -332,7 +332,7 @@ mod tests {
             let b = g.node(Node::new("Abs"), &[a]);
             Ok(g.node(Node::new("Mul"), &[b, m.value("b")]))
         });
-        rewrite(&mut model, &Context::default(), &[steps]).unwrap();
+        rewrite(&mut model, &PassContext::default(), &[steps]).unwrap();
         let mut names: Vec<&str> =
             model.graph.all_nodes().into_iter().map(|id| model.graph.node(id).name.as_str()).collect();
         names.sort_unstable();

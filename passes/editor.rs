@@ -1,6 +1,6 @@
 //! Editing every graph of a model: the main one, and the bodies of local functions.
 
-use crate::{Context, Error, Outcome};
+use crate::{Error, Outcome, PassContext};
 use lathe_ir::{Function, Graph, Model};
 
 /// A graph that is being edited, with what is known around it.
@@ -12,7 +12,7 @@ pub(crate) struct Editor<'a> {
     /// The model's local functions; a body that is being edited is empty among them.
     pub functions: &'a [Function],
     /// Target, settings and engine.
-    pub context: &'a Context<'a>,
+    pub context: &'a PassContext<'a>,
     /// What was changed and refused so far.
     pub outcome: &'a mut Outcome,
 }
@@ -20,7 +20,7 @@ pub(crate) struct Editor<'a> {
 /// Has `edit` see every graph of a model once.
 pub(crate) fn edit_graphs(
     model: &mut Model,
-    context: &Context,
+    context: &PassContext,
     mut edit: impl FnMut(&mut Editor) -> Result<(), Error>,
 ) -> Result<Outcome, Error> {
     let mut outcome = Outcome::default();

@@ -1,16 +1,16 @@
 //! What a pass is, what it may know, and what it reports.
 
-use crate::lossy::{Choice, allocate::Measure};
-use lathe_analysis::{Calibrate, Evaluate, EvaluateError, Facts};
-use lathe_ir::{Function, Graph, Model, ValueId};
+use lathe_analysis::{Evaluate, EvaluateError, Facts};
+use lathe_ir::{Function, Graph, Model};
 use std::{
     cell::{Cell, OnceCell, RefCell},
     collections::{BTreeMap, BTreeSet},
+    str::FromStr,
 };
 
-/// A quantity that a pass claims to lower.
+/// What a pass claims to lower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Quantity {
+pub enum Saving {
     /// Nodes of the graph.
     Nodes,
     /// Stored parameters.
@@ -23,15 +23,15 @@ pub enum Quantity {
     Steps,
 }
 
-impl Quantity {
+impl Saving {
     /// How the documentation calls it.
     pub fn name(self) -> &'static str {
         match self {
-            Quantity::Nodes => "nodes",
-            Quantity::Parameters => "parameters",
-            Quantity::Flops => "flops",
-            Quantity::PeakMemory => "peak memory",
-            Quantity::Steps => "steps",
+            Saving::Nodes => "nodes",
+            Saving::Parameters => "parameters",
+            Saving::Flops => "flops",
+            Saving::PeakMemory => "peak memory",
+            Saving::Steps => "steps",
         }
     }
 }
@@ -88,7 +88,7 @@ pub struct Info {
     /// The claim about error.
     pub kind: Kind,
     /// The claim about savings.
-    pub lowers: &'static [Quantity],
+    pub lowers: &'static [Saving],
     /// The paper or specification.
     pub source: Option<&'static str>,
 }
@@ -105,7 +105,7 @@ pub enum Target {
 
 /// What a pass may know besides the model.
 #[derive(Default)]
-pub struct Context<'a> {
+pub struct PassContext<'a> {
     /// Which operators may be used.
     pub target: Target,
     /// Bytes by which folding may enlarge the model, over the whole run.
@@ -121,21 +121,10 @@ pub struct Context<'a> {
     pub saved: Cell<u64>,
     /// Runs models, if anything can.
     pub evaluator: Option<&'a dyn Evaluate>,
-    /// What was seen on the calibration set, for lossy methods.
-    pub calibration: Option<&'a dyn Calibrate>,
-    /// What is limited, for lossy methods: what saves none of it need not be offered.
-    pub measures: Vec<Measure>,
-    /// What other methods have offered for the same constants: what these beat need not be offered.
-    pub rivals: BTreeMap<ValueId, Vec<Choice>>,
-    /// Whether the execution provider computes in half precision, for lossy methods.
-    pub half_precision: bool,
-    /// Rows of all products with every weight in one run, for lossy methods.
-    pub rows: BTreeMap<ValueId, u64>,
     /// Operators of ONNX Runtime's own domain whose kernels are slower, where the result will run, than the nodes they
     /// take the place of.
     pub slow_kernels: BTreeSet<String>,
-    /// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
-    pub settings: BTreeMap<String, String>,
+    settings: Settings,
     /// Facts of graphs that have not changed since they were inferred.
     pub facts: FactsCache,
 }
@@ -188,7 +177,7 @@ pub enum Error {
     Calibration(#[from] EvaluateError),
 }
 
-impl Context<'_> {
+impl PassContext<'_> {
     /// Bytes by which computing constants ahead may still enlarge the model.
     pub fn growth_left(&self) -> u64 {
         self.max_growth.saturating_add(self.saved.get()).saturating_sub(self.grown.get())
@@ -200,10 +189,83 @@ impl Context<'_> {
     }
 
     /// The value of an option of a pass: as set, else its default.
-    pub fn setting<T: std::str::FromStr>(&self, pass: &Info, option: &str) -> Result<T, Error> {
+    pub fn setting<T: FromStr>(&self, pass: &Info, option: &str) -> Result<T, Error> {
+        self.settings.value(pass, option)
+    }
+}
+
+impl<'a> PassContext<'a> {
+    /// With operators that may be used.
+    #[must_use]
+    pub fn with_target(self, target: Target) -> Self {
+        PassContext { target, ..self }
+    }
+
+    /// With something that runs models.
+    #[must_use]
+    pub fn with_evaluator(self, evaluator: &'a dyn Evaluate) -> Self {
+        PassContext { evaluator: Some(evaluator), ..self }
+    }
+
+    /// With bytes by which folding may enlarge the model.
+    #[must_use]
+    pub fn with_max_growth(self, max_growth: u64) -> Self {
+        PassContext { max_growth, ..self }
+    }
+
+    /// With operators of ONNX Runtime's own domain that are not worth writing.
+    #[must_use]
+    pub fn with_slow_kernels(self, slow_kernels: BTreeSet<String>) -> Self {
+        PassContext { slow_kernels, ..self }
+    }
+
+    /// With values of options.
+    #[must_use]
+    pub fn with_settings(self, settings: impl Into<Settings>) -> Self {
+        PassContext { settings: settings.into(), ..self }
+    }
+
+    /// With the value of one option, `PASS.OPTION`.
+    #[must_use]
+    pub fn with_setting(mut self, option: &str, value: impl ToString) -> Self {
+        self.settings.set(option, value);
+        self
+    }
+}
+
+/// Values of `--set PASS.OPTION=VALUE`, by `PASS.OPTION`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Settings(BTreeMap<String, String>);
+
+impl From<BTreeMap<String, String>> for Settings {
+    fn from(values: BTreeMap<String, String>) -> Settings {
+        Settings(values)
+    }
+}
+
+impl FromIterator<(String, String)> for Settings {
+    fn from_iter<I: IntoIterator<Item = (String, String)>>(values: I) -> Settings {
+        Settings(values.into_iter().collect())
+    }
+}
+
+impl<const N: usize> From<[(String, String); N]> for Settings {
+    fn from(values: [(String, String); N]) -> Settings {
+        values.into_iter().collect()
+    }
+}
+
+impl Settings {
+    /// Gives an option, `PASS.OPTION`, a value.
+    pub fn set(&mut self, option: &str, value: impl ToString) {
+        self.0.insert(option.to_owned(), value.to_string());
+    }
+
+    /// The value of an option of a pass: as set, else its default.
+    pub fn value<T: FromStr>(&self, pass: &Info, option: &str) -> Result<T, Error> {
         let opt = pass.options.iter().find(|o| o.name == option).expect("a pass reads the options it declares");
         let key = format!("{}.{option}", pass.name);
-        let value = self.settings.get(&key).map_or(opt.default, String::as_str);
+        let value = self.0.get(&key).map_or(opt.default, String::as_str);
         value.parse().map_err(|_| Error::Setting { option: key, value: value.to_owned(), expected: opt.unit })
     }
 }
@@ -254,5 +316,5 @@ pub trait Pass: Sync {
     fn info(&self) -> &'static Info;
 
     /// Rewrites `model`, or leaves it as it was and says why.
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error>;
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error>;
 }

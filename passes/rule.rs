@@ -1,6 +1,6 @@
 //! Rewrite rules: a pattern, a short function, and what it can ask about the place it matched.
 
-use crate::Context;
+use crate::PassContext;
 use lathe_analysis::{DimExpr, Facts, Operator};
 use lathe_ir::{Bindings, DataType, Function, Graph, Node, NodeId, Patch, Pattern, ScopeId, Tensor, Use, ValueId};
 
@@ -86,7 +86,7 @@ pub struct Match<'a> {
     pub(crate) facts: &'a Facts,
     pub(crate) opsets: &'a [(String, i64)],
     pub(crate) functions: &'a [Function],
-    pub(crate) cx: &'a Context<'a>,
+    pub(crate) cx: &'a PassContext<'a>,
     pub(crate) bindings: Bindings,
 }
 
@@ -112,7 +112,7 @@ impl<'a> Match<'a> {
     }
 
     /// Target, settings and engine.
-    pub fn context(&self) -> &'a Context<'a> {
+    pub fn context(&self) -> &'a PassContext<'a> {
         self.cx
     }
 

@@ -1,6 +1,6 @@
 //! How passes are tested: a graph goes in as text, the proof is a run, the result comes out as text.
 
-use crate::{Context, Kind, Pass};
+use crate::{Kind, Pass, PassContext};
 use lathe_ir::{Model, text};
 
 /// Parses `graph`.
@@ -12,12 +12,12 @@ pub(crate) fn model(graph: &str) -> Model {
 
 /// Applies `pass` to `graph` with the default context and returns the result as text. See [`check_in`].
 pub(crate) fn check(pass: &dyn Pass, graph: &str) -> String {
-    check_in(pass, graph, &Context { evaluator: Some(lathe_testkit::evaluator()), ..Context::default() })
+    check_in(pass, graph, &PassContext::default().with_evaluator(lathe_testkit::evaluator()))
 }
 
 /// Applies `pass` to `graph`, checks the result, runs both under the pass's claim, applies the pass again and expects
 /// no change. Returns the result as text.
-pub(crate) fn check_in(pass: &dyn Pass, graph: &str, cx: &Context) -> String {
+pub(crate) fn check_in(pass: &dyn Pass, graph: &str, cx: &PassContext) -> String {
     let before = model(graph);
     let mut after = before.clone();
     let outcome = pass.apply(&mut after, cx).expect("the pass runs");
@@ -37,12 +37,12 @@ pub(crate) fn check_in(pass: &dyn Pass, graph: &str, cx: &Context) -> String {
 
 /// Applies `pass` to `graph` and expects an untouched graph and a refusal that contains `reason`.
 pub(crate) fn check_refuses(pass: &dyn Pass, graph: &str, reason: &str) {
-    let cx = Context { evaluator: Some(lathe_testkit::evaluator()), ..Context::default() };
+    let cx = PassContext::default().with_evaluator(lathe_testkit::evaluator());
     check_refuses_in(pass, graph, reason, &cx);
 }
 
 /// As [`check_refuses`], in a given context.
-pub(crate) fn check_refuses_in(pass: &dyn Pass, graph: &str, reason: &str, cx: &Context) {
+pub(crate) fn check_refuses_in(pass: &dyn Pass, graph: &str, reason: &str, cx: &PassContext) {
     let before = model(graph);
     let mut after = before.clone();
     let outcome = pass.apply(&mut after, cx).expect("the pass runs");
@@ -56,7 +56,7 @@ pub(crate) fn check_refuses_in(pass: &dyn Pass, graph: &str, reason: &str, cx: &
 pub(crate) fn check_untouched(pass: &dyn Pass, graph: &str) {
     let before = model(graph);
     let mut after = before.clone();
-    let cx = Context { evaluator: Some(lathe_testkit::evaluator()), ..Context::default() };
+    let cx = PassContext::default().with_evaluator(lathe_testkit::evaluator());
     let outcome = pass.apply(&mut after, &cx).expect("the pass runs");
     assert_eq!(outcome.changes, [], "the pass acted");
     assert_eq!(text::print(&after), text::print(&before), "the graph changed");

@@ -13,7 +13,7 @@ use anyhow::{Context as _, anyhow};
 use features::{Features, Recipe};
 use history::{History, Record};
 use lathe_ir::{Model, WriteOptions};
-use lathe_passes::lossy::{METHODS, allocate::Measure};
+use lathe_passes::{Quantity, lossy::METHODS};
 use search::{Arm, Tried};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -156,7 +156,7 @@ struct Search<'a> {
     options: &'a AutoOptions,
     /// Where models of runs are.
     scratch: &'a Path,
-    measure: Measure,
+    measure: Quantity,
     family: String,
     points: Vec<AutoPoint>,
     found: Vec<Found>,
@@ -173,10 +173,10 @@ impl<'a> Search<'a> {
     /// What is to become little, as reports call it.
     fn measure_name(&self) -> &'static str {
         match self.measure {
-            Measure::Bytes => "size",
-            Measure::Parameters => "parameters",
-            Measure::Flops => "flops",
-            Measure::Latency => "latency",
+            Quantity::Size => "size",
+            Quantity::Parameters => "parameters",
+            Quantity::Flops => "flops",
+            Quantity::Latency => "latency",
         }
     }
 
@@ -184,10 +184,10 @@ impl<'a> Search<'a> {
     fn ratio(&self, report: &Report) -> Option<f64> {
         let ratio = |after: u64, before: u64| Some(after as f64 / before.max(1) as f64);
         match self.measure {
-            Measure::Bytes => ratio(report.output.file_bytes, report.input.file_bytes),
-            Measure::Parameters => ratio(report.output.parameters, report.input.parameters),
-            Measure::Flops => ratio(report.output.flops, report.input.flops),
-            Measure::Latency => report.latency.as_ref()?.ratio,
+            Quantity::Size => ratio(report.output.file_bytes, report.input.file_bytes),
+            Quantity::Parameters => ratio(report.output.parameters, report.input.parameters),
+            Quantity::Flops => ratio(report.output.flops, report.input.flops),
+            Quantity::Latency => report.latency.as_ref()?.ratio,
         }
         .filter(|ratio| ratio.is_finite())
     }
@@ -196,7 +196,7 @@ impl<'a> Search<'a> {
     fn job(&self, name: &str) -> Options {
         let job = &self.options.job;
         let budget = Budget { metric: job.budget.metric.clone(), ..Budget::default() };
-        let bench = job.bench.or((self.measure == Measure::Latency).then_some(TIMING_SECONDS));
+        let bench = job.bench.or((self.measure == Quantity::Latency).then_some(TIMING_SECONDS));
         Options {
             output: Some(self.scratch.join(format!("{name}.onnx"))),
             budget,
@@ -271,10 +271,10 @@ impl<'a> Search<'a> {
         let name = format!("{}-{share:.3}", recipe.name.replace(' ', "-"));
         let mut job = self.job(&name);
         match self.measure {
-            Measure::Bytes => job.budget.size = Some(share),
-            Measure::Parameters => job.budget.params = Some(share),
-            Measure::Flops => job.budget.flops = Some(share),
-            Measure::Latency => job.budget.latency = Some(share),
+            Quantity::Size => job.budget.size = Some(share),
+            Quantity::Parameters => job.budget.params = Some(share),
+            Quantity::Flops => job.budget.flops = Some(share),
+            Quantity::Latency => job.budget.latency = Some(share),
         }
         if !recipe.methods.is_empty() {
             let others = METHODS.iter().map(|m| m.info().name).filter(|name| !recipe.methods.contains(name));

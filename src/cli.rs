@@ -2,7 +2,7 @@
 
 use crate::{Answer, Failure, commands, recipe, run_options::RunArgs, runner};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, parser::ValueSource};
-use lathe_passes::lossy::allocate::Measure;
+use lathe_passes::Quantity;
 use lathe_runtime::Listener;
 use serde::Serialize;
 use std::{
@@ -357,13 +357,13 @@ pub enum Minimize {
     Flops,
 }
 
-impl From<Minimize> for Measure {
-    fn from(minimize: Minimize) -> Measure {
+impl From<Minimize> for Quantity {
+    fn from(minimize: Minimize) -> Quantity {
         match minimize {
-            Minimize::Latency => Measure::Latency,
-            Minimize::Size => Measure::Bytes,
-            Minimize::Params => Measure::Parameters,
-            Minimize::Flops => Measure::Flops,
+            Minimize::Latency => Quantity::Latency,
+            Minimize::Size => Quantity::Size,
+            Minimize::Params => Quantity::Parameters,
+            Minimize::Flops => Quantity::Flops,
         }
     }
 }

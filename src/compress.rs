@@ -21,8 +21,8 @@ use anyhow::Context as _;
 use lathe_analysis::{Bindings, Facts, Rows, View};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::{
-    Context, Kind,
-    lossy::{METHODS, Tap, Weight, allocate::Measure, gram_rows, weights},
+    Kind, Quantity,
+    lossy::{METHODS, MethodContext, Tap, Weight, gram_rows, weights},
 };
 use lathe_runtime::{
     BenchInputs, CollectOptions, Distance, LoadOptions, Probe, ProbeOptions, Request, SampleSet, SetSpec,
@@ -48,7 +48,7 @@ pub struct Budget {
     /// The largest drop of the metric on the validation set.
     pub max_drop: Option<f64>,
     /// What becomes as little as the drop allows where no share is given.
-    pub minimize: Measure,
+    pub minimize: Quantity,
     /// The metric; `None` chooses one that fits the outputs.
     pub metric: Option<String>,
 }
@@ -60,7 +60,7 @@ impl Budget {
     }
 
     /// What is limited or becomes as little as the drop allows.
-    pub(crate) fn limited(&self) -> Vec<Measure> {
+    pub(crate) fn limited(&self) -> Vec<Quantity> {
         let shares = self.shares();
         match shares.is_empty() {
             true => vec![self.minimize],
@@ -69,12 +69,12 @@ impl Budget {
     }
 
     /// The shares that are given, each with what it is of.
-    pub fn shares(&self) -> Vec<(Measure, f64)> {
+    pub fn shares(&self) -> Vec<(Quantity, f64)> {
         let all = [
-            (Measure::Bytes, self.size),
-            (Measure::Parameters, self.params),
-            (Measure::Flops, self.flops),
-            (Measure::Latency, self.latency),
+            (Quantity::Size, self.size),
+            (Quantity::Parameters, self.params),
+            (Quantity::Flops, self.flops),
+            (Quantity::Latency, self.latency),
         ];
         all.into_iter().filter_map(|(measure, share)| Some((measure, share?))).collect()
     }
@@ -83,7 +83,7 @@ impl Budget {
 /// Everything a compression needs besides the model.
 pub(crate) struct Compressor<'a> {
     pub runner: &'a Runner,
-    pub cx: Context<'a>,
+    pub cx: MethodContext<'a>,
     /// The calibration set.
     pub set: &'a SetSpec,
     pub load: &'a LoadOptions,
@@ -94,8 +94,6 @@ pub(crate) struct Compressor<'a> {
     pub distance: Distance,
     /// The inputs of runs that are timed.
     pub inputs: BenchInputs,
-    /// What is limited.
-    pub measures: Vec<Measure>,
 }
 
 /// Rows per input feature that second moments are taken over at least, where the set has as many.
@@ -114,18 +112,17 @@ const MOST_ALONE: usize = 512;
 /// Execution providers on devices that multiply in half precision.
 const HALF: [&str; 7] = ["cuda", "tensorrt", "rocm", "migraphx", "directml", "webgpu", "coreml"];
 
-impl<'a> Compressor<'a> {
-    /// Whether the execution provider, which may be `NAME=path` of a plugin, computes in half precision.
-    fn computes_in_half(&self) -> bool {
-        let provider = &self.load.provider;
-        HALF.contains(&provider.split_once('=').map_or(provider.as_str(), |(name, _)| name))
-    }
+/// Whether an execution provider, which may be `NAME=path` of a plugin, computes in half precision.
+pub(crate) fn computes_in_half(provider: &str) -> bool {
+    HALF.contains(&provider.split_once('=').map_or(provider, |(name, _)| name))
+}
 
+impl<'a> Compressor<'a> {
     /// Collects statistics, measures sensitivities and asks every method what it could do.
     pub(crate) fn table(&self, model: &Model, warnings: &mut Vec<String>) -> Result<Table<'a>, Failure> {
         let graph = &model.graph;
         let methods = || METHODS.iter().copied().filter(|m| (self.admits)(m.info().name));
-        let found = if methods().any(|m| m.reads_activations()) { weights(graph).0 } else { Vec::new() };
+        let found = if methods().any(|m| m.needs(&self.cx).statistics) { weights(graph).0 } else { Vec::new() };
         let taps = || found.iter().flat_map(|w| &w.taps);
         let temporary = tempfile::tempdir().context("there is no place for statistics")?;
         let kept = runner::data_dir().map(|data| data.join("statistics"));
@@ -136,9 +133,7 @@ impl<'a> Compressor<'a> {
         let mut outputs: BTreeMap<ValueId, View> =
             taps().map(|tap| (tap.output, tap.output_rows.view.clone())).collect();
         for method in methods() {
-            let cx =
-                Context { settings: self.cx.settings.clone(), measures: self.measures.clone(), ..Context::default() };
-            for rows in method.watched(model, &cx).map_err(anyhow::Error::from)? {
+            for rows in method.extra_taps(model, &self.cx)? {
                 let value = graph.find_value(&rows.value).context("a value that is watched is not there")?;
                 outputs.entry(value).or_insert(rows.view);
             }
@@ -151,15 +146,8 @@ impl<'a> Compressor<'a> {
             let taps = found.iter().filter(|w| w.value == value).flat_map(|w| &w.taps);
             taps.filter(|tap| tap.rows.is_some()).map(|tap| rows_of(&facts, &bindings, tap)).sum()
         };
-        let mut cx = Context {
-            calibration: Some(&seen),
-            target: self.cx.target,
-            settings: self.cx.settings.clone(),
-            measures: self.measures.clone(),
-            half_precision: self.computes_in_half(),
-            rows: found.iter().map(|w| (w.value, rows(w.value))).collect(),
-            ..Context::default()
-        };
+        let weight_rows = found.iter().map(|w| (w.value, rows(w.value))).collect();
+        let mut cx = self.cx.with_calibration(&seen).with_rows(weight_rows);
         let mut places: BTreeMap<Vec<ValueId>, Place> = BTreeMap::new();
         let mut records = BTreeMap::new();
         for method in methods() {
@@ -168,21 +156,22 @@ impl<'a> Compressor<'a> {
             let proposal = method.propose(model, &cx).map_err(anyhow::Error::from)?;
             let mut outcome = proposal.outcome;
             for site in proposal.sites {
-                if places.keys().any(|other| table::overlap(other, &site.covers)) {
+                if places.keys().any(|other| table::overlap(other, &site.footprint)) {
                     outcome.refuse("it shares a part with what another method would change as a whole", site.name);
                     continue;
                 }
-                if let (Some(weight), 1) = (site.weight, site.covers.len()) {
-                    cx.rivals.entry(weight).or_default().extend(site.choices.iter().cloned());
+                if let (Some(weight), 1) = (site.weight, site.footprint.len()) {
+                    cx.incumbents.entry(weight).or_default().extend(site.candidates.iter().cloned());
                 }
                 let offer = Offer {
                     method,
+                    needs: method.needs(&cx),
                     inside: Vec::new(),
                     sensitivity: site.taps.iter().filter_map(|tap| answers.values.get(tap).copied()).collect(),
                     rows: site.weight.map_or(1, rows),
                     site,
                 };
-                let place = places.entry(offer.site.covers.clone());
+                let place = places.entry(offer.site.footprint.clone());
                 place.or_insert_with(|| Place { offers: Vec::new(), latency: Vec::new() }).offers.push(offer);
             }
             let record = PassRecord {
@@ -199,7 +188,7 @@ impl<'a> Compressor<'a> {
             records.insert(method.info().name, record);
         }
         let mut places: Vec<Place> = places.into_values().collect();
-        if self.measures.contains(&Measure::Latency) {
+        if self.cx.quantities.contains(&Quantity::Latency) {
             self.time_options(model, &mut places, &cx, warnings)?;
             timing::decline_slower(&mut places, &mut records);
         }
@@ -207,18 +196,18 @@ impl<'a> Compressor<'a> {
         self.look_inside(model, &mut places, &cx)?;
         drop(cx);
         let unhandled = unhandled::unhandled(model, &places);
-        Ok(Table { places, records, seen, told: answers.told, unhandled, _scratch: temporary })
+        Ok(Table { cx: self.cx.clone(), places, records, seen, told: answers.told, unhandled, _scratch: temporary })
     }
 
     /// Asks what every place takes where a choice of one around it is carried out.
-    fn look_inside(&self, model: &Model, places: &mut [Place], cx: &Context) -> Result<(), Failure> {
+    fn look_inside(&self, model: &Model, places: &mut [Place], cx: &MethodContext) -> Result<(), Failure> {
         for at in 0..places.len() {
             for offer in 0..places[at].offers.len() {
                 let mut inside = Vec::new();
-                for choice in 0..places[at].offers[offer].site.choices.len() {
+                for choice in 0..places[at].offers[offer].site.candidates.len() {
                     Failure::if_stopped(self.runner.child().listener())?;
                     let Offer { method, site, .. } = &places[at].offers[offer];
-                    let around = method.around(model, site, choice, cx).map_err(anyhow::Error::from)?;
+                    let around = method.effect_on_nested(model, site, &site.candidates[choice], cx)?;
                     let found = around.map(|around| Inside::of(places, at, &around, cx)).transpose();
                     inside.push(found.map_err(anyhow::Error::from)?);
                 }
@@ -242,9 +231,8 @@ impl<'a> Compressor<'a> {
             ..CollectOptions::new(self.load.clone(), cache)
         };
         // Second moments have no range, which layers in half precision have to keep to on every sample.
-        let half = self.computes_in_half();
-        let cx = Context { measures: self.measures.clone(), half_precision: half, ..Context::default() };
-        let ranges = METHODS.iter().any(|m| (self.admits)(m.info().name) && m.reads_ranges(&cx));
+        let half = self.cx.half_precision;
+        let ranges = METHODS.iter().any(|m| (self.admits)(m.info().name) && m.needs(&self.cx).ranges);
         let widths = found.iter().filter(|w| !gram_rows(w).is_empty()).map(Weight::inputs);
         let widest = widths.max().unwrap_or(0);
         let (columns, grams) = requests(found, half, ranges);
@@ -284,7 +272,7 @@ impl<'a> Compressor<'a> {
                 ..CollectOptions::new(self.load.clone(), scratch.to_owned())
             },
         };
-        let cx = Context { calibration: Some(&seen), settings: self.cx.settings.clone(), ..Context::default() };
+        let cx = self.cx.with_calibration(&seen);
         let mut wanted = BTreeSet::new();
         for method in METHODS.iter().filter(|m| (self.admits)(m.info().name)) {
             wanted.extend(method.magnitudes(model, &cx).map_err(anyhow::Error::from)?);

@@ -37,7 +37,16 @@ macro_rules! errors {
     )*};
 }
 
-errors!(WriteError, lathe_passes::Error, FeatureError, InstallError, RuntimeError, SetError, StatisticsError,);
+errors!(
+    WriteError,
+    lathe_analysis::EvaluateError,
+    lathe_passes::Error,
+    FeatureError,
+    InstallError,
+    RuntimeError,
+    SetError,
+    StatisticsError,
+);
 
 impl Failure {
     /// The exit code of the program: 1 error, 2 usage, 3 refused.

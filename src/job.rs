@@ -23,8 +23,8 @@ use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, WriteOptions};
 use lathe_passes::{
-    Context, Kind, PASSES, Pass, Target,
-    lossy::{METHODS, Method, OLDEST_OPSET, allocate},
+    Kind, PASSES, Pass, PassContext, Target,
+    lossy::{METHODS, Method, MethodContext, OLDEST_OPSET, allocate},
 };
 use lathe_runtime::{BenchInputs, ChosenSamples, Claim, Inputs, Progress, SampleSet, SetSpec, Verdict};
 use std::{
@@ -95,8 +95,8 @@ const EXACT_SAMPLES: usize = 16;
 
 /// Whether settings ask for a lossy method, budget or not.
 fn is_asked(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
-    let cx = Context { settings: options.settings.clone(), ..Context::default() };
-    let asked = method.asked(&cx).map_err(anyhow::Error::from)?;
+    let cx = MethodContext::new(options.target, Vec::new(), options.settings.clone());
+    let asked = method.is_requested(&cx).map_err(anyhow::Error::from)?;
     Ok(asked && options.selection.admits(method.info().name))
 }
 
@@ -354,19 +354,17 @@ impl Job<'_> {
         Ok(Some(self.runner.select(&self.options.model, set, count, self.options.run.inputs.seed)?))
     }
 
-    fn context(&self) -> Context<'_> {
+    fn context(&self) -> PassContext<'_> {
         let mut settings = self.options.settings.clone();
         if let Some(opset) = self.opset {
             settings.insert("upgrade-opset.to".to_owned(), opset.to_string());
         }
-        Context {
-            target: self.options.target,
-            max_growth: self.options.max_growth,
-            evaluator: Some(self.runner),
-            slow_kernels: crate::kernels::slower(&self.options.run.load.provider),
-            settings,
-            ..Context::default()
-        }
+        PassContext::default()
+            .with_target(self.options.target)
+            .with_max_growth(self.options.max_growth)
+            .with_evaluator(self.runner)
+            .with_slow_kernels(crate::kernels::slower(&self.options.run.load.provider))
+            .with_settings(settings)
     }
 
     /// Runs the passes on a copy of `prepared`.

@@ -1,7 +1,7 @@
 //! Which operators of ONNX Runtime's own domain are slower than the nodes they take the place of.
 //!
 //! [`MEASURED`] holds what `optimize doctor --kernels` found on one machine; what it finds on this one is kept in the data
-//! folder and comes first. Passes ask through [`lathe_passes::Context::slow_kernels`].
+//! folder and comes first. Passes ask through [`lathe_passes::PassContext::slow_kernels`].
 
 use crate::{RunOptions, latency::Measurement, runner};
 use anyhow::{Context as _, anyhow};

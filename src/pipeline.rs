@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Initializer, Model, ScopeId};
-use lathe_passes::{Context, Kind, Outcome, Pass, lossy::METHODS};
+use lathe_passes::{Kind, Outcome, Pass, PassContext, lossy::METHODS};
 use std::{
     collections::BTreeSet,
     panic::{self, AssertUnwindSafe},
@@ -142,7 +142,7 @@ fn interface(model: &Model) -> Vec<String> {
 
 /// Runs the passes in order, again and again until none changes anything. Returns one record per pass and how many
 /// applications changed something; or the pass that broke.
-pub(crate) fn run(model: &mut Model, cx: &Context, run: Run) -> Result<(Vec<PassRecord>, usize), Broken> {
+pub(crate) fn run(model: &mut Model, cx: &PassContext, run: Run) -> Result<(Vec<PassRecord>, usize), Broken> {
     let mut records: Vec<PassRecord> = run.passes.iter().map(|p| PassRecord::new(*p)).collect();
     let mut seen = vec![None; run.passes.len()];
     let mut applied = 0;
@@ -198,7 +198,7 @@ pub(crate) fn run(model: &mut Model, cx: &Context, run: Run) -> Result<(Vec<Pass
 }
 
 /// Applies one pass; a panic in it is a broken pass, not the end of the program.
-fn apply(pass: &dyn Pass, model: &mut Model, cx: &Context) -> Result<Outcome, Broken> {
+fn apply(pass: &dyn Pass, model: &mut Model, cx: &PassContext) -> Result<Outcome, Broken> {
     let name = pass.info().name;
     let broken = |reason: String| Broken { pass: name, reason };
     match panic::catch_unwind(AssertUnwindSafe(|| pass.apply(model, cx))) {
@@ -216,7 +216,7 @@ fn apply(pass: &dyn Pass, model: &mut Model, cx: &Context) -> Result<Outcome, Br
 /// `original`. Returns the pass that made it.
 pub(crate) fn bisect(
     original: &Model,
-    cx: &Context,
+    cx: &PassContext,
     passes: &[&dyn Pass],
     applied: usize,
     holds: &mut dyn FnMut(&Model) -> anyhow::Result<bool>,
@@ -266,7 +266,7 @@ mod tests {
             &INFO
         }
 
-        fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+        fn apply(&self, model: &mut Model, _: &PassContext) -> Result<Outcome, Error> {
             let mut outcome = Outcome::default();
             let last = model.graph.main().inputs().len() - 1;
             let value = model.graph.main().inputs()[last];
@@ -288,7 +288,7 @@ mod tests {
             count_flops: None,
             tell: &|_| true,
         };
-        let broken = super::run(&mut model, &Context::default(), run).expect_err("the pass is stopped");
+        let broken = super::run(&mut model, &PassContext::default(), run).expect_err("the pass is stopped");
         assert_eq!(broken.pass, "takes-an-input");
         assert_eq!(broken.reason, "it changes the inputs or outputs of the model");
     }

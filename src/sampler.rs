@@ -20,7 +20,7 @@ use anyhow::{Context as _, anyhow};
 use check::Checked;
 use lathe_ir::{Dim, Model, Staged, Type, WriteOptions};
 use lathe_passes::{
-    Context, PASSES,
+    PASSES, PassContext,
     sampler::{
         Class, Error, Form, Guidance, Mode, OPSET, Request, Roles, Sampler, Scheduler, StepPlan, Table, Wishes, emit,
     },
@@ -256,10 +256,8 @@ fn plan(options: &SamplerOptions, scheduler: &Scheduler, table: &Table, roles: &
 /// Runs the exact passes on a denoiser, upgraded to what samplers are written in.
 fn simplify(original: &Model, runner: &Runner, progress: &Listener) -> Result<(Model, Vec<PassRecord>), Failure> {
     let mut model = original.clone();
-    let mut cx = Context { evaluator: Some(runner), ..Context::default() };
-    if model.opset() < OPSET {
-        cx.settings.insert("upgrade-opset.to".to_owned(), OPSET.to_string());
-    }
+    let cx = PassContext::default().with_evaluator(runner);
+    let cx = if model.opset() < OPSET { cx.with_setting("upgrade-opset.to", OPSET) } else { cx };
     let mut watch = |_: &Model, _: &dyn lathe_passes::Pass| Ok(None);
     let tell = |done: usize| {
         progress.hear(&Progress::new(done, PASSES.len(), "passes"));
@@ -278,8 +276,7 @@ fn simplify(original: &Model, runner: &Runner, progress: &Listener) -> Result<(M
 fn upgraded(original: &Model, runner: &Runner) -> Result<Model, Failure> {
     let mut model = original.clone();
     if model.opset() < OPSET {
-        let mut cx = Context { evaluator: Some(runner), ..Context::default() };
-        cx.settings.insert("upgrade-opset.to".to_owned(), OPSET.to_string());
+        let cx = PassContext::default().with_evaluator(runner).with_setting("upgrade-opset.to", OPSET);
         let upgrade = PASSES.iter().find(|p| p.info().name == "upgrade-opset").expect("the pass is registered");
         upgrade.apply(&mut model, &cx)?;
     }

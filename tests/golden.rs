@@ -68,7 +68,7 @@ const NOTHING: Budget = Budget {
     flops: None,
     latency: None,
     max_drop: None,
-    minimize: lathe_passes::lossy::allocate::Measure::Bytes,
+    minimize: lathe_passes::Quantity::Size,
     metric: None,
 };
 

@@ -1,7 +1,7 @@
 //! Removes nodes that only repeat elements which every reader would repeat anyway.
 
 use super::fold_index_arithmetic::decided;
-use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
+use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Saving, edit_graphs};
 use lathe_analysis::{DimExpr, Facts};
 use lathe_ir::{Graph, Model, Node, NodeId, ValueId};
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ static INFO: Info = Info {
           another shape would reach anything else, and names what that is.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes, Quantity::PeakMemory],
+    lowers: &[Saving::Nodes, Saving::PeakMemory],
     source: None,
 };
 
@@ -56,7 +56,7 @@ impl Pass for DropBroadcasts {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         edit_graphs(model, cx, drop_in)
     }
 }
@@ -403,7 +403,7 @@ mod tests {
         let w = model.graph.find_value("w").unwrap();
         let ty = model.graph.value(model.graph.find_value("s").unwrap()).ty.clone();
         model.graph.value_mut(w).ty = ty;
-        DropBroadcasts.apply(&mut model, &Context::default()).unwrap();
+        DropBroadcasts.apply(&mut model, &PassContext::default()).unwrap();
         assert_eq!(model.graph.value(w).ty, None);
         model.check().unwrap();
     }
@@ -415,7 +415,7 @@ mod tests {
             let graph = graph.replace(&format!("{size}queeze"), "Squeeze");
             let model = crate::testing::model(&graph);
             let mut after = model.clone();
-            DropBroadcasts.apply(&mut after, &Context::default()).unwrap();
+            DropBroadcasts.apply(&mut after, &PassContext::default()).unwrap();
             lathe_testkit::equivalent(&model, &after, None, 1).unwrap();
         }
     }

@@ -1,6 +1,6 @@
 //! Removes what nothing uses.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use crate::{Error, Info, Kind, Outcome, Pass, PassContext, Saving};
 use lathe_ir::{Graph, Model, NodeId};
 use std::collections::BTreeSet;
 
@@ -16,7 +16,7 @@ static INFO: Info = Info {
           and outputs of the model stay.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes, Quantity::Parameters],
+    lowers: &[Saving::Nodes, Saving::Parameters],
     source: None,
 };
 
@@ -29,7 +29,7 @@ impl Pass for DropDead {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, _: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         for (graph, _) in model.graphs_mut() {
             drop_nodes(graph, &mut outcome);

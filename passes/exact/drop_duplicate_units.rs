@@ -2,7 +2,7 @@
 
 use super::linear::{Gain, Layer, LayerKind, RTOL};
 use super::rounding::{Sum, sums};
-use crate::{Context, Error, Info, Kind, Match, Opt, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Opt, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{Model, Node, NodeId, Patch, Tensor, Use, ValueId};
 use std::{collections::BTreeMap, sync::LazyLock};
 
@@ -19,7 +19,7 @@ static INFO: Info = Info {
           share a weight, and on grouped convolutions.",
     options: &[Opt { name: "enabled", unit: "true or false", default: "false", doc: "Whether the pass does anything" }],
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Parameters, Saving::Flops],
     source: None,
 };
 
@@ -28,7 +28,7 @@ impl Pass for DropDuplicateUnits {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         if !cx.setting::<bool>(&INFO, "enabled")? {
             return Ok(Outcome::default());
         }
@@ -215,9 +215,9 @@ mod tests {
     const WEIGHTS: &str =
         "float[2,4] u = {1, 2, 1, 0, 3, 4, 3, 0}, float[4] b = {1, 2, 1, -1}, float[4,2] d = {1, 2, 3, 4, 5, 6, 7, 8}";
 
-    fn enabled() -> Context<'static> {
-        let settings = [("drop-duplicate-units.enabled".to_owned(), "true".to_owned())].into();
-        Context { settings, evaluator: Some(lathe_testkit::evaluator()), ..Context::default() }
+    fn enabled() -> PassContext<'static> {
+        let settings = [("drop-duplicate-units.enabled".to_owned(), "true".to_owned())];
+        PassContext::default().with_settings(settings).with_evaluator(lathe_testkit::evaluator())
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Removes nodes that hand their input on unchanged.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Outcome, Pass, PassContext, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::Model;
 use std::sync::LazyLock;
 
@@ -15,7 +15,7 @@ static INFO: Info = Info {
           constant or a second output its own output name, and where a subgraph would return a value of an outer graph.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -24,7 +24,7 @@ impl Pass for DropIdentities {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

@@ -1,7 +1,7 @@
 //! Removes arithmetic and logic that hands its input on bit by bit.
 
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, pat, rewrite, rule,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Replacement, Rule, Saving, pat, rewrite, rule,
 };
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
 use std::sync::LazyLock;
@@ -19,7 +19,7 @@ static INFO: Info = Info {
           larger shape.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -28,7 +28,7 @@ impl Pass for DropNeutral {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

@@ -1,7 +1,7 @@
 //! Removes casts and layout nodes that hand their input on unchanged.
 
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, operands::int64s, pat,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Replacement, Rule, Saving, operands::int64s, pat,
     rewrite, rule,
 };
 use lathe_ir::{DataType, Model, Node, ValueId};
@@ -20,7 +20,7 @@ static INFO: Info = Info {
           only a copy can give a graph input or a second output its own output name.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -29,7 +29,7 @@ impl Pass for DropNoopLayout {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

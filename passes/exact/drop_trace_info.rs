@@ -1,6 +1,6 @@
 //! Drops what an exporter wrote down for its own developers: stack traces, module names, rewriting history.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass};
+use crate::{Error, Info, Kind, Outcome, Pass, PassContext};
 use lathe_ir::{Graph, Metadata, Model, ValueId};
 
 /// See [`INFO`].
@@ -88,7 +88,7 @@ impl Pass for DropTraceInfo {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         for (graph, _) in model.graphs_mut() {
             cx.saved.set(cx.saved.get() + drop_in(graph, &mut outcome));
@@ -121,7 +121,7 @@ mod tests {
         }
         let x = m.graph.main().inputs()[1];
         m.graph.value_mut(x).metadata = pairs(&["pkg.onnxscript.optimizer.folded_from"]);
-        let cx = Context::default();
+        let cx = PassContext::default();
         let outcome = DropTraceInfo.apply(&mut m, &cx).unwrap();
         assert_eq!(outcome.changes.len(), 4);
         let notes = 3 * ("pkg.torch.onnx.stack_trace".len() + "namespace".len() + 2);
@@ -129,7 +129,7 @@ mod tests {
         assert!(m.graph.all_nodes().iter().all(|&id| m.graph.node(id).metadata == pairs(&["mine"])));
         assert!(m.graph.value(x).metadata.is_empty());
         assert_eq!(m.metadata.len(), 2);
-        assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(DropTraceInfo.apply(&mut m, &PassContext::default()).unwrap(), Outcome::default());
     }
 
     #[test]
@@ -137,10 +137,10 @@ mod tests {
         let mut m = model("g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Add (x, w) }");
         let w = m.graph.find_value("w").unwrap();
         m.graph.value_mut(w).ty = Some(Type::tensor(DataType::Float, vec![Dim::Known(2)]));
-        assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap().changes.len(), 1);
+        assert_eq!(DropTraceInfo.apply(&mut m, &PassContext::default()).unwrap().changes.len(), 1);
         assert_eq!(m.graph.value(w).ty, None);
         m.graph.value_mut(w).ty = Some(Type::tensor(DataType::Float, vec![Dim::Symbol("n".to_owned())]));
-        assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(DropTraceInfo.apply(&mut m, &PassContext::default()).unwrap(), Outcome::default());
     }
 
     #[test]
@@ -148,7 +148,7 @@ mod tests {
         let mut m = model("g (float[2] x) => (float[2] y) { y = Neg (x) }");
         let id = m.graph.all_nodes()[0];
         m.graph.node_mut(id).metadata = pairs(&["namespace", "owner"]);
-        assert_eq!(DropTraceInfo.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(DropTraceInfo.apply(&mut m, &PassContext::default()).unwrap(), Outcome::default());
         assert_eq!(m.graph.node(id).metadata.len(), 2);
     }
 }

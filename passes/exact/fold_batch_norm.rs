@@ -2,7 +2,7 @@
 
 use super::linear::{Gain, Layer, LayerKind, RTOL, operands, require_no_growth, require_private};
 use super::rounding::{Sum, factors, require_no_cancellation, sums};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
 use std::sync::LazyLock;
 
@@ -20,7 +20,7 @@ static INFO: Info = Info {
           constants cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Nodes, Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Parameters, Saving::Flops],
     source: None,
 };
 
@@ -29,7 +29,7 @@ impl Pass for FoldBatchNorm {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

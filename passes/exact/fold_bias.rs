@@ -2,7 +2,7 @@
 
 use super::linear::{Gain, Layer, LayerKind, RTOL, operands, require_no_growth, require_private};
 use super::rounding::{Sum, is_weight_type, sums};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
 use std::sync::LazyLock;
 
@@ -19,7 +19,7 @@ static INFO: Info = Info {
           constants that cancel: the original rounds away digits beside them that would come back.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Nodes, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Flops],
     source: None,
 };
 
@@ -28,7 +28,7 @@ impl Pass for FoldBias {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

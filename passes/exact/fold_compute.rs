@@ -1,7 +1,7 @@
 //! Computes constant results: by the kernels of our own where they are certain, else in one run of a runtime.
 
 use super::fold_plan::Candidates;
-use crate::Context;
+use crate::PassContext;
 use lathe_analysis::{Evaluate, Facts, kernels};
 use lathe_ir::{Graph, Initializer, Model, Node, NodeId, ScopeId, Tensor, ValueId, imported};
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,7 +28,7 @@ pub(super) type Failures = Vec<(NodeId, String)>;
 /// Computes `wanted` and whatever they need into `done`, in which only `wanted` stay.
 pub(super) fn compute(
     source: &Source,
-    cx: &Context,
+    cx: &PassContext,
     evaluator: Option<&dyn Evaluate>,
     wanted: &[ValueId],
     done: &mut BTreeMap<ValueId, Tensor>,

@@ -4,7 +4,7 @@ use super::{
     fold_compute::{Source, compute},
     fold_plan::{Candidates, Plan, TooLarge, plan},
 };
-use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
+use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Saving, edit_graphs};
 use lathe_analysis::Facts;
 use lathe_ir::{AttributeValue, Graph, Initializer, Model, NodeId, Origin, ScopeId, Tensor, ValueId};
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
@@ -25,7 +25,7 @@ static INFO: Info = Info {
     options: &[],
     // Folding itself keeps bits, but a runtime packs weights that have become constant and then sums in another order.
     kind: Kind::Equivalent { rtol: 1e-5 },
-    lowers: &[Quantity::Nodes, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Flops],
     source: None,
 };
 
@@ -39,7 +39,7 @@ impl Pass for FoldConstants {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let mut refused = Vec::new();
         let version = model.ir_version;
         let mut outcome = edit_graphs(model, cx, |editor| fold(editor, version, &mut refused))?;
@@ -133,7 +133,7 @@ fn commit(
     facts: &mut Facts,
     plan: Plan,
     mut done: BTreeMap<ValueId, Tensor>,
-    cx: &Context,
+    cx: &PassContext,
     outcome: &mut Outcome,
 ) -> Result<(), Error> {
     if plan.removed.is_empty() {
@@ -180,7 +180,7 @@ fn label(graph: &Graph, id: NodeId) -> String {
 }
 
 /// Names the largest results that stay computed, and sums up the others.
-fn name_refusals(mut refused: Vec<Refused>, cx: &Context, outcome: &mut Outcome) {
+fn name_refusals(mut refused: Vec<Refused>, cx: &PassContext, outcome: &mut Outcome) {
     refused.sort_by_key(|r| std::cmp::Reverse(r.1));
     let allowed = |bytes: u64| option_value(cx.grown.get().saturating_add(bytes).saturating_sub(cx.saved.get()));
     for (name, bytes) in refused.iter().take(NAMED) {
@@ -308,16 +308,18 @@ mod tests {
         }";
         let reason = "fold `wide` (+390.6 KiB), allowed with --max-growth 391KB";
         check_refuses(&FoldConstants, one, reason);
-        let short = Context { max_growth: 390 << 10, ..Context::default() };
+        let short = PassContext::default().with_max_growth(390 << 10);
         check_refuses_in(&FoldConstants, one, reason, &short);
-        let enough = Context { max_growth: 391 << 10, ..Context::default() };
+        let enough = PassContext::default().with_max_growth(391 << 10);
         assert!(!check_in(&FoldConstants, one, &enough).contains("ConstantOfShape"));
         assert_eq!(enough.grown.get(), 400_000 - 4);
         // Notes that are gone make room as well, for this and not for copies of weights.
-        let noted = Context { saved: (400_000 - 4).into(), max_growth: 5, ..Context::default() };
+        let noted = PassContext::default().with_max_growth(5);
+        noted.saved.set(400_000 - 4);
         assert!(!check_in(&FoldConstants, one, &noted).contains("ConstantOfShape"));
         assert_eq!((noted.growth_left(), noted.copies_left()), (5, 5));
-        let short = Context { saved: (399_000).into(), ..Context::default() };
+        let short = PassContext::default();
+        short.saved.set(399_000);
         check_refuses_in(&FoldConstants, one, "allowed with --max-growth 1KB", &short);
     }
 
@@ -403,7 +405,7 @@ mod tests {
             e = Exp (a)
             y = Add (x, e)
         }";
-        check_refuses_in(&FoldConstants, graph, "no runtime is there to compute it", &Context::default());
+        check_refuses_in(&FoldConstants, graph, "no runtime is there to compute it", &PassContext::default());
     }
 
     #[test]
@@ -440,7 +442,7 @@ mod tests {
             }
         }
         let graph = "g (float[2] x) => (float[2] y) <float[2] a = {1, 2}> { e = Exp (a) y = Add (x, e) }";
-        let cx = Context { evaluator: Some(&Silent), ..Context::default() };
+        let cx = PassContext::default().with_evaluator(&Silent);
         check_refuses_in(&FoldConstants, graph, "a silent runtime declines to compute it: an output is missing", &cx);
     }
 }

@@ -1,6 +1,6 @@
 //! Removes logic whose answer follows from the positions it compares.
 
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_analysis::{Affines, DimExpr, Facts};
 use lathe_ir::{Graph, Model, Node, Patch, Pattern, ValueId};
 use std::sync::LazyLock;
@@ -19,7 +19,7 @@ static INFO: Info = Info {
           change the shape of the result.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -28,7 +28,7 @@ impl Pass for FoldIndexArithmetic {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

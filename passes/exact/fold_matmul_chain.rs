@@ -2,7 +2,7 @@
 
 use super::linear::{RTOL, require_no_growth, require_private};
 use super::rounding::{Grid, Sum, is_weight_type, sums, weight};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{Model, Node, Tensor, ValueId};
 use std::sync::LazyLock;
 
@@ -19,7 +19,7 @@ static INFO: Info = Info {
           and where the numbers cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Nodes, Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Parameters, Saving::Flops],
     source: None,
 };
 
@@ -34,7 +34,7 @@ impl Pass for FoldMatmulChain {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

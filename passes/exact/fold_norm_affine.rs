@@ -2,7 +2,7 @@
 
 use super::linear::{Gain, Layer, LayerKind, RTOL, require_no_growth_over};
 use super::rounding::{Sum, is_weight_type, sums};
-use crate::{Change, Context, Editor, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, edit_graphs};
+use crate::{Change, Editor, Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Saving, edit_graphs};
 use lathe_ir::{Bindings, Graph, Model, NodeId, Patch, Tensor, Use, ValueId};
 
 /// See [`INFO`].
@@ -18,7 +18,7 @@ static INFO: Info = Info {
           cancel or would lose digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Nodes, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Flops],
     source: None,
 };
 
@@ -27,7 +27,7 @@ impl Pass for FoldNormAffine {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         edit_graphs(model, cx, fold_all)
     }
 }
@@ -255,7 +255,7 @@ mod tests {
             "a weight is shared",
         );
         let mut model = crate::testing::model(&graph("t = Mul (x, s) y = MatMul (t, q) z = Relu (t)"));
-        assert_eq!(FoldNormAffine.apply(&mut model, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(FoldNormAffine.apply(&mut model, &PassContext::default()).unwrap(), Outcome::default());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Moves Pads into the convolution or pooling that reads them.
 
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, operands::int64s, pat,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Replacement, Rule, Saving, operands::int64s, pat,
     rewrite, rule,
 };
 use lathe_ir::{Model, Node, Patch};
@@ -19,7 +19,7 @@ static INFO: Info = Info {
     options: &[],
     // Engines begin a maximum at the lowest finite number and a sum at +0, so infinities and -0 may come out otherwise.
     kind: Kind::Equivalent { rtol: 1e-6 },
-    lowers: &[Quantity::Nodes, Quantity::PeakMemory],
+    lowers: &[Saving::Nodes, Saving::PeakMemory],
     source: None,
 };
 
@@ -28,7 +28,7 @@ impl Pass for FoldPads {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

@@ -1,7 +1,7 @@
 //! Moves the bias of a residual branch into the normalization whose result it is added to.
 
 use super::linear::RTOL;
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Replacement, Saving, pat, rewrite, rule};
 use lathe_ir::{DataType, Model, Node, NodeId, Patch, Tensor, Use, ValueId};
 
 /// See [`INFO`].
@@ -17,7 +17,7 @@ static INFO: Info = Info {
           large beside the scale of the normalization, so that digits would be lost.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Nodes, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Flops],
     source: None,
 };
 
@@ -26,7 +26,7 @@ impl Pass for FoldResidualBias {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &[rule("fold-residual-bias", pat!(Add(inner: Add(branch, bias), normal)), fold)])
     }
 }

@@ -2,7 +2,7 @@
 
 use super::linear::{Gain, Layer, RTOL, operands, require_no_growth, require_no_growth_over, require_private};
 use super::rounding::{Sum, factors, is_weight_type, require_moderate, sums};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{Model, Node, NodeId, Patch, Tensor, Use, ValueId};
 use std::sync::LazyLock;
 
@@ -21,7 +21,7 @@ static INFO: Info = Info {
           constant would leave the range of its type or be so small that it loses digits.",
     options: &[],
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Nodes, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Flops],
     source: None,
 };
 
@@ -30,7 +30,7 @@ impl Pass for FoldScale {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }
@@ -513,7 +513,7 @@ mod tests {
         let graph = format!("<ir_version: 8, opset_import: [\"\" : 13]>
             g (float[N,2,4,4] x) => (float[N,2,4,4] t, float[N,2,4,4] y) <{CONV}, float k = {{2}}> {{ t = Conv (x, w) y = Mul (t, k) }}");
         let mut model = crate::testing::model(&graph);
-        let outcome = FoldScale.apply(&mut model, &Context::default()).unwrap();
+        let outcome = FoldScale.apply(&mut model, &PassContext::default()).unwrap();
         assert_eq!(outcome, Outcome::default());
     }
 }

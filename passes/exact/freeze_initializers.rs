@@ -1,6 +1,6 @@
 //! Turns initializers that callers could override into constants.
 
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass};
+use crate::{Error, Info, Kind, Opt, Outcome, Pass, PassContext};
 use lathe_ir::{Model, ScopeId};
 
 /// See [`INFO`].
@@ -29,7 +29,7 @@ impl Pass for FreezeInitializers {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let all: bool = cx.setting(&INFO, "all")?;
         let graph = &mut model.graph;
@@ -86,8 +86,7 @@ mod tests {
     }
 
     fn run(m: &mut Model, all: bool) -> Outcome {
-        let mut cx = Context::default();
-        cx.settings.insert("freeze-initializers.all".to_owned(), all.to_string());
+        let cx = PassContext::default().with_setting("freeze-initializers.all", all);
         FreezeInitializers.apply(m, &cx).unwrap()
     }
 
@@ -114,7 +113,7 @@ mod tests {
     #[test]
     fn keeps_deliberate_defaults_when_the_last_other_constant_is_gone() {
         let mut m = with_default(8, true);
-        let cx = Context::default();
+        let cx = PassContext::default();
         assert!(FreezeInitializers.apply(&mut m, &cx).unwrap().changes.is_empty());
         let other = m.graph.initializers(ScopeId::MAIN).next().unwrap();
         m.graph.remove_initializer(other);

@@ -21,8 +21,8 @@ use self::{
 };
 use super::norm_parts::import_contrib;
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Target, operands::with_axes, pat,
-    rewrite, rule,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Replacement, Saving, Target, operands::with_axes,
+    pat, rewrite, rule,
 };
 use lathe_analysis::DimExpr;
 use lathe_ir::{DataType, Model, Node, NodeId, Patch, ValueId};
@@ -44,7 +44,7 @@ static INFO: Info = Info {
     options: &[],
     // The fused kernels sum scores and weights in blocks, and scale before or after the product.
     kind: Kind::Equivalent { rtol: 1e-4 },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: Some("Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245"),
 };
 
@@ -53,7 +53,7 @@ impl Pass for FuseAttention {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let rules = [
             rule("fuse-attention", pat!(MatMul(weights, values)), fuse),
             rule("fuse-attention", pat!(Einsum(weights, values)), fuse),

@@ -1,7 +1,7 @@
 //! Turns spelled-out GELU and SiLU activations into one node each.
 
 use super::norm_parts::{CONTRIB, import_contrib, require_ort};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{DataType, Model, Node, Patch, Pattern, ValueId};
 use std::{
     f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI},
@@ -22,7 +22,7 @@ static INFO: Info = Info {
     options: &[],
     // The constants √2 and √(2/π) are rounded differently, and the kernels approximate erf and tanh in their own way.
     kind: Kind::Equivalent { rtol: 1e-5 },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: Some("Hendrycks and Gimpel 2016, arXiv:1606.08415"),
 };
 
@@ -31,7 +31,7 @@ impl Pass for FuseGelu {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = rewrite(model, cx, &ACTIVATIONS)?;
         outcome.merge(rewrite(model, cx, &BIASES)?);
         if !outcome.changes.is_empty() {
@@ -134,8 +134,8 @@ mod tests {
     use crate::testing::{check, check_in, check_refuses, check_refuses_in, check_untouched};
     use insta::assert_snapshot;
 
-    fn ort() -> Context<'static> {
-        Context { target: Target::Ort, ..Context::default() }
+    fn ort() -> PassContext<'static> {
+        PassContext::default().with_target(Target::Ort)
     }
 
     const ERF: &str = r#"g (float[N,4] x) => (float[N,4] y) <float root = {1.4142135}, float one = {1}, float half = {0.5}> {

@@ -2,7 +2,7 @@
 
 use super::linear::{RTOL, require_private};
 use super::rounding::is_weight_type;
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{DataType, Model, Node, Patch, ValueId};
 use std::sync::LazyLock;
 
@@ -20,7 +20,7 @@ static INFO: Info = Info {
     options: &[],
     // Sums may be accumulated in another order, starting from what is added.
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -29,7 +29,7 @@ impl Pass for FuseGemm {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }
@@ -182,7 +182,7 @@ mod tests {
             t = MatMul (x, w) y = Add (t, c) }}"
         );
         let mut model = crate::testing::model(&graph);
-        assert_eq!(FuseGemm.apply(&mut model, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(FuseGemm.apply(&mut model, &PassContext::default()).unwrap(), Outcome::default());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::linear::{operands, require_private};
 use super::rounding::{attribute, is_weight_type};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{DataType, Model, Node, Patch, Tensor, ValueId};
 use std::sync::LazyLock;
 
@@ -19,7 +19,7 @@ static INFO: Info = Info {
     options: &[],
     // Slope and offset are float32 attributes: 1/6 is off by 10⁻⁸ of itself, and so is every output.
     kind: Kind::Equivalent { rtol: 1e-5 },
-    lowers: &[Quantity::Nodes, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Flops],
     source: None,
 };
 
@@ -28,7 +28,7 @@ impl Pass for FuseHardSwish {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

@@ -1,7 +1,7 @@
 //! Turns spelled-out layer normalizations into `LayerNormalization`.
 
 use super::norm_parts::{self, averaged_axes, filled, normalized, spanning};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, Target, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, Pattern, ValueId};
 use std::sync::LazyLock;
 
@@ -18,7 +18,7 @@ static INFO: Info = Info {
     options: &[],
     // The operator sums in another order and may take the variance as E[x²] − E[x]².
     kind: Kind::Equivalent { rtol: 1e-4 },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: Some("Ba et al. 2016, arXiv:1607.06450"),
 };
 
@@ -27,7 +27,7 @@ impl Pass for FuseLayerNorm {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         // Whole forms first: a part that is fused alone no longer matches them.
         let mut outcome = Outcome::default();
         for rules in &*RULES {
@@ -155,7 +155,7 @@ mod tests {
                 h = Cast <to = 10> (n)
                 m = Mul (h, scale)
                 y = Add (m, shift)
-            }"#, &Context::default()), @"
+            }"#, &PassContext::default()), @"
         g (float16[N,4] x) => (float16[N,4] y) <
             float two = {2},
             float eps = {1e-5},
@@ -186,7 +186,7 @@ mod tests {
                     rest = Sub (shift, offset)
                     p = Add (scaled, rest)
                 }, else_branch = b () => (float[N,4] q) { q = Neg (x) }>
-            }"#, &Context { target: Target::Ort, ..Context::default() }), @"
+            }"#, &PassContext::default().with_target(Target::Ort)), @"
         g (bool c, float[N,4] x) => (float[N,4] y) <
             float eps = {0.001},
             float[4] scale = {1, 2, 3, 4},
@@ -218,7 +218,7 @@ mod tests {
         assert!(check(&FuseLayerNorm, graph).contains("y = LayerNormalization"));
         let wide = graph.replace("=> (float16[N,4] y)", "=> (float[N,4] n)").replace("y = Cast <to = 10> (n)", "");
         let mut kept = crate::testing::model(&wide);
-        assert_eq!(FuseLayerNorm.apply(&mut kept, &Context::default()).unwrap().changes, []);
+        assert_eq!(FuseLayerNorm.apply(&mut kept, &PassContext::default()).unwrap().changes, []);
     }
 
     /// A layer normalization whose deviation is made by `inverse` and whose end is `end`.

@@ -1,7 +1,7 @@
 //! Turns spelled-out root-mean-square normalizations into one operator.
 
 use super::norm_parts::{self, averaged_axes, filled, normalized, spanning};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, Target, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, Pattern, ValueId};
 use std::sync::LazyLock;
 
@@ -18,7 +18,7 @@ static INFO: Info = Info {
     options: &[],
     // The operator sums the squares in another order.
     kind: Kind::Equivalent { rtol: 1e-5 },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: Some("Zhang and Sennrich 2019, arXiv:1910.07467"),
 };
 
@@ -27,7 +27,7 @@ impl Pass for FuseRmsNorm {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         // Whole forms first: a part that is fused alone no longer matches them.
         let mut outcome = Outcome::default();
         for rules in &*RULES {
@@ -96,7 +96,7 @@ mod tests {
     #[test]
     fn writes_the_operator_of_onnx_runtime() {
         let graph = format!("<opset_import: [\"\" : 18]> {GRAPH}");
-        let cx = Context { target: Target::Ort, ..Context::default() };
+        let cx = PassContext::default().with_target(Target::Ort);
         assert_snapshot!(check_in(&FuseRmsNorm, &graph, &cx), @"
         g (float[N,4] x) => (float[N,4] y) <
             int64[1] axes = {-1},
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn absorbs_the_casts_of_half_precision_in_a_branch() {
-        let cx = Context { target: Target::Ort, ..Context::default() };
+        let cx = PassContext::default().with_target(Target::Ort);
         assert_snapshot!(check_in(&FuseRmsNorm, r#"<opset_import: ["" : 17]>
             g (bool c, float16[N,4] x) => (float16[N,4] y) <float eps = {1e-5}, float one = {1}, float16[4] scale = {15360, 16384, 16896, 17408}> {
                 y = If (c) <then_branch = a () => (float16[N,4] p) {
@@ -168,7 +168,7 @@ mod tests {
     fn refuses() {
         let graph = format!("<opset_import: [\"\" : 18]> {GRAPH}");
         check_refuses(&FuseRmsNorm, &graph, "needs opset 23");
-        let cx = Context { target: Target::Ort, ..Context::default() };
+        let cx = PassContext::default().with_target(Target::Ort);
         let shown = graph.replace("=> (float[N,4] y)", "=> (float[N,4] y, float[N,1] r)");
         check_refuses_in(&FuseRmsNorm, &shown, "an inner value is a graph output", &cx);
         let varying = graph.replace("x) =>", "x, float eps2) =>").replace("(mean, eps)", "(mean, eps2)");

@@ -5,7 +5,7 @@ mod waves;
 use self::waves::Waves;
 use super::norm_parts::{CONTRIB, import_contrib};
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, Target, operands, pat, rewrite, rule,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, Target, operands, pat, rewrite, rule,
 };
 use lathe_analysis::DimExpr;
 use lathe_ir::{DataType, Model, Node, Patch, Tensor, Use, ValueId};
@@ -27,7 +27,7 @@ static INFO: Info = Info {
     options: &[],
     // The products are the same; a kernel may add them without rounding in between.
     kind: Kind::Equivalent { rtol: 1e-5 },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: Some("Su et al. 2021, arXiv:2104.09864"),
 };
 
@@ -36,7 +36,7 @@ impl Pass for FuseRotary {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let outcome = rewrite(model, cx, &RULES)?;
         if !outcome.changes.is_empty() {
             import_contrib(model);

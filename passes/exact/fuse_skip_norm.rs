@@ -1,7 +1,7 @@
 //! Merges a residual addition into the normalization that reads it.
 
 use super::norm_parts::{CONTRIB, import_contrib};
-use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, Target, edit_graphs};
+use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Saving, Target, edit_graphs};
 use lathe_analysis::Facts;
 use lathe_ir::{DataType, Graph, Model, Node, NodeId, ValueId};
 
@@ -19,7 +19,7 @@ static INFO: Info = Info {
     options: &[],
     // The fused kernel sums in another order and may take the variance as E[x²] − E[x]².
     kind: Kind::Equivalent { rtol: 1e-4 },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -28,7 +28,7 @@ impl Pass for FuseSkipNorm {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         if cx.target != Target::Ort {
             return Ok(Outcome::default());
         }
@@ -86,7 +86,7 @@ fn residual(graph: &Graph, norm: NodeId) -> Option<(NodeId, [ValueId; 2])> {
 }
 
 /// Passes a plan on whose operator is not slower than the two nodes.
-fn pays(cx: &Context, plan: Plan) -> Result<Plan, &'static str> {
+fn pays(cx: &PassContext, plan: Plan) -> Result<Plan, &'static str> {
     require(
         !cx.slow_kernels.contains(plan.op),
         "the operator is slower than the two nodes on this execution provider",
@@ -200,8 +200,8 @@ mod tests {
     use crate::testing::{check_in, check_refuses_in};
     use insta::assert_snapshot;
 
-    fn ort() -> Context<'static> {
-        Context { target: Target::Ort, ..Context::default() }
+    fn ort() -> PassContext<'static> {
+        PassContext::default().with_target(Target::Ort)
     }
 
     #[test]
@@ -289,7 +289,7 @@ mod tests {
         refuses(&plain.replace("[N,S,4]", "[4]"), "the operator takes two or three axes");
         refuses(&plain.replace("<epsilon = 1e-5>", "<axis = 1>"), "the normalization is not over the last axis");
         refuses(&plain.replace("(sum, fixed)", "(sum)"), "the normalization has no scale");
-        let slow = Context { slow_kernels: ["SkipLayerNormalization".to_owned()].into(), ..ort() };
+        let slow = ort().with_slow_kernels(["SkipLayerNormalization".to_owned()].into());
         check_refuses_in(&FuseSkipNorm, &graph("N,S,4", "fixed"), "slower than the two nodes", &slow);
     }
 }

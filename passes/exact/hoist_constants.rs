@@ -1,6 +1,6 @@
 //! Turns Constant nodes into initializers.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use crate::{Error, Info, Kind, Outcome, Pass, PassContext, Saving};
 use lathe_ir::{AttributeValue, Graph, Initializer, Model, Node, NodeId, Tensor, Use};
 
 /// See [`INFO`].
@@ -15,7 +15,7 @@ static INFO: Info = Info {
           that are themselves outputs, which only a node can produce.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -24,7 +24,7 @@ impl Pass for HoistConstants {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, _: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         for (graph, _) in model.graphs_mut() {
             hoist(graph, &mut outcome);

@@ -1,7 +1,7 @@
 //! Moves what a loop computes anew on every trip, always with the same result, in front of the loop.
 
 use super::inline_if::known_bool;
-use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
+use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Saving, edit_graphs};
 use lathe_analysis::{Facts, Trait};
 use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, Use, ValueId};
 
@@ -17,7 +17,7 @@ static INFO: Info = Info {
           values that the body returns.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Flops],
+    lowers: &[Saving::Flops],
     source: None,
 };
 
@@ -26,7 +26,7 @@ impl Pass for HoistInvariants {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         edit_graphs(model, cx, hoist)
     }
 }

@@ -1,7 +1,7 @@
 //! Replaces calls of local functions by what the functions compute.
 
 use super::hoist_constants::hoist;
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass};
+use crate::{Error, Info, Kind, Opt, Outcome, Pass, PassContext};
 use lathe_ir::{Attribute, AttributeValue, Fragment, Function, Graph, Model, NodeId, ScopeId, ValueId, imported};
 use std::collections::BTreeMap;
 
@@ -32,7 +32,7 @@ impl Pass for InlineFunctions {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let limit: usize = cx.setting(&INFO, "max-nodes")?;
         let mut outcome = Outcome::default();
         if model.functions.is_empty() {
@@ -283,7 +283,7 @@ mod tests {
             <domain: "local", opset_import: ["": 18, "com.example": 3]>
             F (a) => (b) { o = com.example.Odd (a) b = Neg (o) }"#,
         );
-        let outcome = InlineFunctions.apply(&mut m, &Context::default()).unwrap();
+        let outcome = InlineFunctions.apply(&mut m, &PassContext::default()).unwrap();
         assert_eq!(outcome.changes.len(), 1);
         m.check().unwrap();
         let ops: Vec<String> = m.graph.all_nodes().iter().map(|&id| m.graph.node(id).op_type.clone()).collect();
@@ -314,10 +314,7 @@ mod tests {
             "n = Size (a) c = Cast <to = 9> (n) r = If (c) <then_branch = t () => (float[2] p) { p = Identity (a) },
                      else_branch = e () => (b) {}> s = Neg (a)";
         refuses("y = local.F (x)", inner, "a subgraph of the body returns an input that the call leaves out");
-        let small = Context {
-            settings: [("inline-functions.max-nodes".to_owned(), "1".to_owned())].into(),
-            ..Context::default()
-        };
+        let small = PassContext::default().with_settings([("inline-functions.max-nodes".to_owned(), "1".to_owned())]);
         check_refuses_in(
             &InlineFunctions,
             &graph("y = local.F (x, x)", body),

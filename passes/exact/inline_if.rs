@@ -1,7 +1,7 @@
 //! Replaces If nodes whose branch is known by what that branch computes.
 
 use crate::same_scope::{Operand, operand, same_scopes};
-use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs};
+use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Saving, edit_graphs};
 use lathe_analysis::Facts;
 use lathe_ir::{AttributeValue, Graph, Initializer, Model, NodeId, ScopeId, Use, ValueId};
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ static INFO: Info = Info {
           the inputs and the branches differ.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -28,7 +28,7 @@ impl Pass for InlineIf {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         edit_graphs(model, cx, inline)
     }
 }

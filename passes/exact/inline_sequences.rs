@@ -1,7 +1,8 @@
 //! Replaces reads from sequences whose elements are known by the elements.
 
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, operands::with_axes, pat, rewrite, rule,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, operands::with_axes, pat, rewrite,
+    rule,
 };
 use lathe_ir::{Model, Node, Patch, Tensor, ValueId};
 use std::sync::LazyLock;
@@ -18,7 +19,7 @@ static INFO: Info = Info {
           a Loop), where a position is computed, and where it is outside the sequence.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -27,7 +28,7 @@ impl Pass for InlineSequences {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

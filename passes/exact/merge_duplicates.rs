@@ -1,6 +1,6 @@
 //! Common subexpressions: nodes that compute the same thing compute it once.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use crate::{Error, Info, Kind, Outcome, Pass, PassContext, Saving};
 use lathe_analysis::{Operator, Trait};
 use lathe_ir::{AttributeValue, Graph, Initializer, Model, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::{BTreeMap, HashMap};
@@ -17,7 +17,7 @@ static INFO: Info = Info {
           functions are left alone, and so are two nodes that both produce outputs of the model.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes, Quantity::Flops],
+    lowers: &[Saving::Nodes, Saving::Flops],
     source: None,
 };
 
@@ -31,7 +31,7 @@ impl Pass for MergeDuplicates {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, _: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let called: Vec<(String, String)> =
             model.functions.iter().map(|f| (f.domain.clone(), f.name.clone())).collect();

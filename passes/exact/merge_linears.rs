@@ -1,7 +1,7 @@
 //! Merges layers that read the same value into one wider layer and a Split.
 
 use super::{linear::RTOL, rounding::is_weight_type};
-use crate::{Context, Editor, Error, Info, Kind, Match, Opt, Outcome, Pass, Quantity, Refusal, edit_graphs};
+use crate::{Editor, Error, Info, Kind, Match, Opt, Outcome, Pass, PassContext, Refusal, Saving, edit_graphs};
 use lathe_analysis::Facts;
 use lathe_ir::{Bindings, DataType, Graph, Model, Node, NodeId, Patch, ScopeId, Tensor, Use, ValueId};
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ static INFO: Info = Info {
     options: &[Opt { name: "enabled", unit: "true or false", default: "false", doc: "Whether the pass does anything" }],
     // A wider product may be summed in other blocks.
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -29,7 +29,7 @@ impl Pass for MergeLinears {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         if !cx.setting::<bool>(&INFO, "enabled")? {
             return Ok(Outcome::default());
         }
@@ -208,9 +208,9 @@ mod tests {
     const WEIGHTS: &str =
         "float[2,3] q = {1, 2, 3, 4, 5, 6}, float[2,2] k = {1, 2, 3, 4}, float[3] d = {1, 2, 3}, float[2] e = {4, 5}";
 
-    fn enabled() -> Context<'static> {
-        let settings = [("merge-linears.enabled".to_owned(), "true".to_owned())].into();
-        Context { settings, evaluator: Some(lathe_testkit::evaluator()), ..Context::default() }
+    fn enabled() -> PassContext<'static> {
+        let settings = [("merge-linears.enabled".to_owned(), "true".to_owned())];
+        PassContext::default().with_settings(settings).with_evaluator(lathe_testkit::evaluator())
     }
 
     #[test]
@@ -270,7 +270,7 @@ mod tests {
         );
         check_refuses_in(&MergeLinears, &graph, "some of the layers have no constant bias", &enabled());
         let mut model = crate::testing::model(&graph);
-        assert_eq!(MergeLinears.apply(&mut model, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(MergeLinears.apply(&mut model, &PassContext::default()).unwrap(), Outcome::default());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::drop_neutral::{constant_where, filled, neutral, where_not};
 use super::rounding::{Sum, factors, is_weight_type, require_moderate, sums};
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_ir::{Model, Node, Patch, ValueId};
 use std::sync::LazyLock;
 
@@ -20,7 +20,7 @@ static INFO: Info = Info {
     options: &[],
     // One rounding takes the place of two: half a unit in the last place of float32 each, 6e-8.
     kind: Kind::Equivalent { rtol: 1e-6 },
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -29,7 +29,7 @@ impl Pass for MergeScalars {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

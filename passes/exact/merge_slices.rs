@@ -1,6 +1,6 @@
 //! Merges the Slices that tile an axis of one tensor into one Split.
 
-use crate::{Context, Editor, Error, Info, Kind, Outcome, Pass, Quantity, edit_graphs, operands::slice_ranges};
+use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Saving, edit_graphs, operands::slice_ranges};
 use lathe_analysis::Facts;
 use lathe_ir::{Function, Graph, Model, Node, NodeId, Tensor, Use, ValueId, imported};
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,7 +15,7 @@ static INFO: Info = Info {
           the outputs of one Split. Declines where a part is missing or taken twice.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -24,7 +24,7 @@ impl Pass for MergeSlices {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         edit_graphs(model, cx, merge)
     }
 }

@@ -149,7 +149,7 @@ pub(super) fn filled(
 #[cfg(test)]
 mod tests {
     use crate::{
-        Context, Target,
+        PassContext, Target,
         exact::{fuse_gelu::FuseGelu, fuse_layer_norm::FuseLayerNorm},
         testing::{check, check_refuses, check_refuses_in},
     };
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn onnx_runtime_has_its_operators_for_two_types() {
         let graph = r#"<opset_import: ["" : 17]> g (double[N] x) => (double[N] y) { s = Sigmoid (x) y = Mul (x, s) }"#;
-        let ort = Context { target: Target::Ort, ..Context::default() };
+        let ort = PassContext::default().with_target(Target::Ort);
         check_refuses_in(&FuseGelu, graph, "the operator for float and float16 only", &ort);
         check_refuses(&FuseGelu, graph, "QuickGelu is an operator of ONNX Runtime");
         check_refuses_in(&FuseGelu, &graph.replace("double", "int32"), "not floating-point numbers", &ort);

@@ -1,6 +1,6 @@
 //! Makes what a file says about itself fit what it holds.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass};
+use crate::{Error, Info, Kind, Outcome, Pass, PassContext};
 use lathe_ir::{Graph, Model, ScopeId};
 use std::collections::BTreeSet;
 
@@ -28,7 +28,7 @@ impl Pass for NormaliseModel {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, _: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         for (graph, _) in model.graphs_mut() {
             for id in graph.all_nodes() {
@@ -107,11 +107,11 @@ mod tests {
         let mut m = model("g (float[2] x) => (float[2] y) { y = Neg (x) }");
         m.import("com.example", 1);
         m.ir_version = 3;
-        let outcome = NormaliseModel.apply(&mut m, &Context::default()).unwrap();
+        let outcome = NormaliseModel.apply(&mut m, &PassContext::default()).unwrap();
         assert_eq!(outcome.changes.len(), 2);
         assert_eq!(m.opsets, [(String::new(), 21)]);
         assert_eq!(m.ir_version, 10);
-        assert_eq!(NormaliseModel.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(NormaliseModel.apply(&mut m, &PassContext::default()).unwrap(), Outcome::default());
     }
 
     #[test]
@@ -123,7 +123,7 @@ mod tests {
                             else_branch = e () => (float[2] q) { q = Neg (x) }>
             }",
         );
-        assert_eq!(NormaliseModel.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(NormaliseModel.apply(&mut m, &PassContext::default()).unwrap(), Outcome::default());
         assert_eq!(m.opset_of("com.example"), Some(1));
     }
 
@@ -132,7 +132,7 @@ mod tests {
         let mut m = model("g (float[2] x) => (float[2] y) { t = Neg (x) y = Neg (t) }");
         let t = m.graph.find_value("t").unwrap();
         m.graph.rename(t, "x");
-        let outcome = NormaliseModel.apply(&mut m, &Context::default()).unwrap();
+        let outcome = NormaliseModel.apply(&mut m, &PassContext::default()).unwrap();
         assert_eq!(outcome.changes.len(), 1);
         assert_ne!(m.graph.value(t).name, "x");
     }

@@ -1,6 +1,6 @@
 //! Targets of Reshapes that are right for empty axes too.
 
-use crate::{Context, Match, Refusal};
+use crate::{Match, PassContext, Refusal};
 use lathe_analysis::{DimExpr, Facts, Symbol, dead_nodes};
 use lathe_ir::{Model, Node, ScopeId, ValueId};
 use std::{cell::RefCell, collections::BTreeSet};
@@ -56,7 +56,7 @@ pub(super) fn full_axes(facts: &Facts, node: &Node) -> Vec<DimExpr> {
 
 /// The named dimensions that cannot be 0 where a model runs at all, because a Reshape that always runs infers a size
 /// beside them.
-pub(super) fn nonempty(model: &Model, cx: &Context) -> BTreeSet<String> {
+pub(super) fn nonempty(model: &Model, cx: &PassContext) -> BTreeSet<String> {
     let graph = &model.graph;
     let facts = cx.facts.take(graph, &model.opsets, &model.functions);
     let dead: BTreeSet<_> = dead_nodes(graph).into_iter().collect();

@@ -1,6 +1,6 @@
 //! Stores equal constants once.
 
-use crate::{Context, Error, Info, Kind, Outcome, Pass, Quantity};
+use crate::{Error, Info, Kind, Outcome, Pass, PassContext, Saving};
 use lathe_ir::{DataType, Graph, Model, ScopeId, Tensor, ValueId};
 use std::collections::{BTreeMap, HashMap};
 
@@ -15,7 +15,7 @@ static INFO: Info = Info {
           compared by their bits, so 0 and −0 stay apart. A constant that is itself an output of the model stays.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Parameters],
+    lowers: &[Saving::Parameters],
     source: None,
 };
 
@@ -24,7 +24,7 @@ impl Pass for ShareInitializers {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, _: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, _: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         for (graph, _) in model.graphs_mut() {
             share(graph, &mut outcome);

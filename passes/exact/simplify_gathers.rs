@@ -1,7 +1,8 @@
 //! Takes elements without index arithmetic where the indices only count.
 
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, operands::with_axes, pat, rewrite, rule,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, operands::with_axes, pat, rewrite,
+    rule,
 };
 use lathe_analysis::{Affine, Affines, DimExpr, product};
 use lathe_ir::{Model, Node, Patch, ValueId};
@@ -21,7 +22,7 @@ static INFO: Info = Info {
           where the grid has axes that repeat elements.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -30,7 +31,7 @@ impl Pass for SimplifyGathers {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

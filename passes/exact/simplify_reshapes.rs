@@ -2,7 +2,7 @@
 
 use super::reshape_target::{full_axes, nonempty, target};
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving,
     operands::{int64s, sorted_axes, with_axes},
     pat, rewrite, rule,
 };
@@ -24,7 +24,7 @@ static INFO: Info = Info {
           that may be empty, and where the value between two nodes has other uses.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -33,7 +33,7 @@ impl Pass for SimplifyReshapes {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         cx.nonempty.get_or_init(|| nonempty(model, cx));
         rewrite(model, cx, &RULES)
     }

@@ -1,6 +1,6 @@
 //! Rebuilds tensors of sizes from as few nodes as their elements need.
 
-use crate::{Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Rule, pat, rewrite, rule};
+use crate::{Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Rule, Saving, pat, rewrite, rule};
 use lathe_analysis::DimExpr;
 use lathe_ir::{DataType, Graph, Model, Node, NodeId, Patch, Tensor, Use, ValueId};
 use std::{
@@ -21,7 +21,7 @@ static INFO: Info = Info {
           become fewer, and where an element is neither.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -30,7 +30,7 @@ impl Pass for SimplifyShapes {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

@@ -1,7 +1,7 @@
 //! Composes Slices, Concats and Splits with one another, and Reduces with Squeezes.
 
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Replacement, Rule, Saving,
     operands::{Range, int64s, slice, slice_ranges, sorted_axes},
     pat, rewrite, rule,
 };
@@ -21,7 +21,7 @@ static INFO: Info = Info {
           are unknown, and where the value between two nodes has other uses.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes],
+    lowers: &[Saving::Nodes],
     source: None,
 };
 
@@ -30,7 +30,7 @@ impl Pass for SimplifySlices {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         rewrite(model, cx, &RULES)
     }
 }

@@ -2,7 +2,7 @@
 
 use super::reshape_target::{nonempty, target};
 use crate::{
-    Context, Error, Info, Kind, Match, Outcome, Pass, Quantity, Refusal, Replacement, Rule, operands::int64s, pat,
+    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Replacement, Rule, Saving, operands::int64s, pat,
     rewrite, rule,
 };
 use lathe_analysis::Trait;
@@ -22,7 +22,7 @@ static INFO: Info = Info {
           Declines where the value between two nodes has other uses.",
     options: &[],
     kind: Kind::Identical,
-    lowers: &[Quantity::Nodes, Quantity::PeakMemory],
+    lowers: &[Saving::Nodes, Saving::PeakMemory],
     source: None,
 };
 
@@ -31,7 +31,7 @@ impl Pass for SimplifyTransposes {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         cx.nonempty.get_or_init(|| nonempty(model, cx));
         rewrite(model, cx, &RULES)
     }

@@ -5,7 +5,7 @@ mod along;
 mod tests;
 
 use super::linear::RTOL;
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass, Quantity};
+use crate::{Error, Info, Kind, Opt, Outcome, Pass, PassContext, Saving};
 use along::Along;
 use lathe_analysis::Facts;
 use lathe_ir::{AttributeValue, Dim, Graph, Model, Node, NodeId, ScopeId, Tensor, Type, Use, ValueId};
@@ -33,7 +33,7 @@ static INFO: Info = Info {
     ],
     // Products of fewer rows may be summed in other blocks.
     kind: Kind::Equivalent { rtol: RTOL },
-    lowers: &[Quantity::PeakMemory],
+    lowers: &[Saving::PeakMemory],
     source: Some("Streamlined Inference: feature slicer and operator grouping (arXiv:2411.01171)"),
 };
 
@@ -45,7 +45,7 @@ impl Pass for SliceChains {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         if !cx.setting::<bool>(&INFO, "enabled")? {
             return Ok(outcome);

@@ -2,7 +2,7 @@
 
 use super::inline_if::known_bool;
 use crate::same_scope::{Operand, operand};
-use crate::{Context, Editor, Error, Info, Kind, Opt, Outcome, Pass, edit_graphs};
+use crate::{Editor, Error, Info, Kind, Opt, Outcome, Pass, PassContext, edit_graphs};
 use lathe_analysis::{Facts, Trait};
 use lathe_ir::{AttributeValue, Function, Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::BTreeMap;
@@ -35,7 +35,7 @@ impl Pass for UnrollLoop {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let limits = Limits { trips: cx.setting(&INFO, "max-trips")?, nodes: cx.setting(&INFO, "max-nodes")? };
         edit_graphs(model, cx, |editor| unroll(editor, &limits))
     }
@@ -372,8 +372,7 @@ mod tests {
         let two =
             two.replace("(bool d, float[2] t)", "(bool d, float[2] t, float[2] t)").replace("y = Loop", "y, z = Loop");
         check_refuses(&UnrollLoop, &two, "the loop begins without one of the values that it hands on");
-        let small =
-            Context { settings: [("unroll-loop.max-nodes".to_owned(), "5".to_owned())].into(), ..Context::default() };
+        let small = PassContext::default().with_settings([("unroll-loop.max-nodes".to_owned(), "5".to_owned())]);
         check_refuses_in(
             &UnrollLoop,
             &graph("three, yes, x", usual, body),

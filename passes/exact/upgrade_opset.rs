@@ -3,7 +3,7 @@
 mod convert;
 
 use super::normalise_model::least_ir_version;
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass};
+use crate::{Error, Info, Kind, Opt, Outcome, Pass, PassContext};
 use convert::{Site, convert};
 use lathe_analysis::{Facts, Operator};
 use lathe_ir::{AttributeValue, Function, Graph, Model, NodeId, imported};
@@ -41,7 +41,7 @@ impl Pass for UpgradeOpset {
         &INFO
     }
 
-    fn apply(&self, model: &mut Model, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, cx: &PassContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let setting: String = cx.setting(&INFO, "to")?;
         if setting == "none" {
@@ -152,10 +152,8 @@ mod tests {
     use crate::testing::{check_in, check_refuses_in, model};
     use insta::assert_snapshot;
 
-    fn to(version: i64) -> Context<'static> {
-        let mut cx = Context::default();
-        cx.settings.insert("upgrade-opset.to".to_owned(), version.to_string());
-        cx
+    fn to(version: i64) -> PassContext<'static> {
+        PassContext::default().with_setting("upgrade-opset.to", version)
     }
 
     fn text(from: i64, graph: &str) -> String {
@@ -540,7 +538,7 @@ mod tests {
     #[test]
     fn does_nothing_unless_asked() {
         let mut m = model(&text(11, "g (float[2] x) => (float[2] y) { y = Neg (x) }"));
-        assert_eq!(UpgradeOpset.apply(&mut m, &Context::default()).unwrap(), Outcome::default());
+        assert_eq!(UpgradeOpset.apply(&mut m, &PassContext::default()).unwrap(), Outcome::default());
         assert_eq!(m.opset(), 11);
         assert!(UpgradeOpset.apply(&mut m, &to(99)).is_err());
     }

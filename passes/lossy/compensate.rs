@@ -1,14 +1,15 @@
 //! Layers of 4 bits with a thin layer beside them that makes up for what rounding loses of the output.
 
 use super::{
-    Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
+    factorize::Rank,
     factors::{self, Layer, Seen},
     in_batches,
     quantize::{self, Coded, Scheme},
     spectrum::Spectrum,
     weights,
 };
-use crate::{Context, Error, Info, Kind, Outcome, Quantity, Target, lossy::allocate::Measure};
+use crate::{Error, Info, Kind, Outcome, Quantity, Saving, Target};
 use faer::Mat;
 use lathe_ir::{Graph, Model, Node, ScopeId, Tensor};
 
@@ -24,7 +25,7 @@ static INFO: Info = Info {
           Needs operator set 21.",
     options: &[],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters],
+    lowers: &[Saving::Parameters],
     source: Some("Liu et al. 2024, EoRA, arXiv:2410.21271"),
 };
 
@@ -44,7 +45,7 @@ fn coded(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<(Coded, Mat<f6
     Ok((coded, off, found))
 }
 
-fn choices(graph: &Graph, weight: &Weight, layer: &Layer, target: Target) -> Result<Vec<Choice>, &'static str> {
+fn candidates(graph: &Graph, weight: &Weight, layer: &Layer, target: Target) -> Result<Vec<Candidate>, &'static str> {
     if weight.dims.len() > 2 {
         return Err("it is a convolution");
     }
@@ -56,18 +57,19 @@ fn choices(graph: &Graph, weight: &Weight, layer: &Layer, target: Target) -> Res
     let judged = |judge: &Mat<f64>| found.tails_under(off.as_ref(), judge.as_ref());
     let tails: Vec<Vec<f64>> = layer.judges.iter().map(judged).collect();
     let ranks = RANKS.into_iter().filter(|&r| 4 * r <= k.min(n) && r < found.len());
-    let choice = |rank: usize| {
+    let candidate = |rank: usize| {
         let numbers = (rank * (k + n)) as u64;
-        let base = coded.spent(graph, weight, target);
+        let base = coded.cost(graph, weight, target);
         let errors = tails.iter().map(|tails| tails[rank].max(0.0).sqrt()).collect();
-        let spent = Spent {
+        let cost = Cost {
             bytes: base.bytes + 4 * numbers + 3 * OVERHEAD * weight.taps.len() as u64,
             parameters: base.parameters + numbers,
             flops_per_row: base.flops_per_row + 2 * numbers,
         };
-        Choice { name: format!("{} + rank {rank}", coded.name()), spent, errors, measured: None, fitted: None }
+        let label = format!("{} + rank {rank}", coded.name());
+        Candidate { label, cost, loss: Loss::PerTap(errors), edit: Edit::new(Rank(rank)) }
     };
-    Ok(ranks.map(choice).filter(|c| c.spent.bytes < 4 * (k * n) as u64).collect())
+    Ok(ranks.map(candidate).filter(|c| c.cost.bytes < 4 * (k * n) as u64).collect())
 }
 
 impl Method for Compensate {
@@ -75,35 +77,38 @@ impl Method for Compensate {
         &INFO
     }
 
-    fn serves(&self, measures: &[Measure]) -> bool {
-        measures.iter().any(|m| matches!(m, Measure::Bytes | Measure::Latency))
+    fn serves(&self, quantities: &[Quantity]) -> bool {
+        quantities.iter().any(|m| matches!(m, Quantity::Size | Quantity::Latency))
     }
 
     fn operator_set(&self) -> i64 {
         quantize::OPSET
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
-        let mut proposal = Proposal::default();
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         if model.opset() < quantize::OPSET {
-            proposal.outcome.refuse("blocked DequantizeLinear needs operator set 21; --opset 21 upgrades", "the model");
-            return Ok(proposal);
+            let reason = "blocked DequantizeLinear needs operator set 21; --opset 21 upgrades";
+            return Ok(Proposal::refused(reason, "the model"));
         }
-        if !self.serves(&cx.measures) {
-            proposal.outcome.refuse("it saves neither bytes nor time", "the model");
-            return Ok(proposal);
+        if !self.serves(&cx.quantities) {
+            return Ok(Proposal::refused("it saves neither bytes nor time", "the model"));
         }
         let target = cx.target;
         let work = |weight: &Weight, seen: &Seen| {
             let layer = Layer::new(&model.graph, weight, seen)?;
-            choices(&model.graph, weight, &layer, target)
+            candidates(&model.graph, weight, &layer, target)
         };
         in_batches(model, cx, &work)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
-        let name = &site.choices[choice].name;
-        let rank = name.rsplit(' ').next().and_then(|r| r.parse().ok()).expect("a choice names its rank");
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
+        let &Rank(rank) = candidate.edit.of();
         let place = || format!("`{}`", site.name);
         let mut outcome = Outcome::default();
         let (found, _) = weights(&model.graph);
@@ -122,7 +127,7 @@ impl Method for Compensate {
                 factors::balance(&mut left, &mut right);
                 emit(&mut model.graph, weight, &left, &right);
                 coded.emit(model, weight, cx.target);
-                outcome.change(name.clone(), place());
+                outcome.change(candidate.label.clone(), place());
             }
             Err(reason) => outcome.refuse(reason, place()),
         }

@@ -1,9 +1,11 @@
 //! Weights as floats of 16 bits: stored so and widened where they are used, or multiplied so where that is faster.
 
 use super::{
-    Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, on_all_cores, stored, stored::Stored, weights,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, Tap, Weight, on_all_cores,
+    stored::{self, Storage, Stored},
+    weights,
 };
-use crate::{Context, Error, Info, Kind, Outcome, Quantity, lossy::allocate::Measure};
+use crate::{Error, Info, Kind, Outcome, Quantity, Saving};
 use lathe_analysis::{Rows, View};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
 
@@ -22,7 +24,7 @@ static INFO: Info = Info {
           beyond its range, and bfloat16 before operator set 13.",
     options: &[],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters],
+    lowers: &[Saving::Parameters],
     source: Some("IEEE 754 binary16; bfloat16"),
 };
 
@@ -65,10 +67,6 @@ impl Form {
         }
     }
 
-    fn called(name: &str) -> Form {
-        Form::ALL.into_iter().find(|form| form.name() == name).expect("a choice is one of the forms")
-    }
-
     fn dtype(self) -> DataType {
         match self {
             Form::Stored(dtype) => dtype,
@@ -94,7 +92,7 @@ fn length(weight: &Weight, tap: &Tap) -> usize {
 }
 
 /// What was seen of every use, or why the weight is passed over.
-fn seen(weight: &Weight, cx: &Context) -> Result<Result<Vec<Input>, &'static str>, Error> {
+fn seen(weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Input>, &'static str>, Error> {
     const UNSEEN: &str = "nothing was seen of it on the calibration set";
     let Some(calibration) = cx.calibration else { return Ok(Err(UNSEEN)) };
     let mut inputs = Vec::new();
@@ -230,7 +228,7 @@ fn too_large(graph: &Graph, weight: &Weight, inputs: &[Input]) -> Option<&'stati
 }
 
 /// What a form takes: the numbers, and the nodes that are added.
-fn spent(weight: &Weight, form: Form) -> Spent {
+fn cost(weight: &Weight, form: Form) -> Cost {
     let elements = weight.dims.iter().product::<usize>() as u64;
     let picks = weight.taps.iter().filter(|tap| tap.rows.is_none()).count();
     let products = weight.taps.len() - picks;
@@ -238,7 +236,7 @@ fn spent(weight: &Weight, form: Form) -> Spent {
         Form::Stored(_) => picks + usize::from(products > 0),
         Form::Multiplied => picks + 3 * products,
     };
-    Spent { bytes: 2 * elements + OVERHEAD * casts as u64, parameters: elements, flops_per_row: 2 * elements }
+    Cost { bytes: 2 * elements + OVERHEAD * casts as u64, parameters: elements, flops_per_row: 2 * elements }
 }
 
 /// A weight's options, and why it has not all of them.
@@ -253,7 +251,7 @@ fn site(
     let numbers = tensor.to_f32s().filter(|m| m.iter().all(|w| w.is_finite()));
     tensor.release();
     let numbers = numbers.ok_or("the constant holds a NaN or an infinity")?;
-    let (mut choices, mut reasons) = (Vec::new(), Vec::new());
+    let (mut candidates, mut reasons) = (Vec::new(), Vec::new());
     for dtype in [DataType::Float16, DataType::Bfloat16] {
         if dtype == DataType::Bfloat16 && model.opset() < BFLOAT16_OPSET {
             reasons.push("bfloat16 needs operator set 13; --opset 13 upgrades");
@@ -264,13 +262,11 @@ fn site(
             continue;
         };
         let mut offer = |form: Form| {
-            let errors = errors(graph, weight, inputs, &rounded, form);
-            choices.push(Choice {
-                name: form.name().to_owned(),
-                spent: spent(weight, form),
-                errors,
-                measured: None,
-                fitted: None,
+            candidates.push(Candidate {
+                label: form.name().to_owned(),
+                cost: cost(weight, form),
+                loss: Loss::PerTap(errors(graph, weight, inputs, &rounded, form)),
+                edit: Edit::new(form),
             });
         };
         offer(Form::Stored(dtype));
@@ -281,7 +277,7 @@ fn site(
             }
         }
     }
-    Ok((weight.site(graph, choices), reasons))
+    Ok((weight.site(graph, candidates), reasons))
 }
 
 impl Method for ConvertFloats {
@@ -289,18 +285,18 @@ impl Method for ConvertFloats {
         &INFO
     }
 
-    fn serves(&self, measures: &[Measure]) -> bool {
-        measures.iter().any(|m| matches!(m, Measure::Bytes | Measure::Latency))
+    fn serves(&self, quantities: &[Quantity]) -> bool {
+        quantities.iter().any(|m| matches!(m, Quantity::Size | Quantity::Latency))
     }
 
-    fn reads_ranges(&self, cx: &Context) -> bool {
-        cx.half_precision
+    fn needs(&self, cx: &MethodContext) -> Needs {
+        Needs { ranges: cx.half_precision, ..Needs::default() }
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let graph = &model.graph;
-        if !self.serves(&cx.measures) {
+        if !self.serves(&cx.quantities) {
             proposal.outcome.refuse("it saves bytes and time, and neither is limited", "the model");
             return Ok(proposal);
         }
@@ -319,12 +315,12 @@ impl Method for ConvertFloats {
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }
         }
-        let products = cx.half_precision && cx.measures.contains(&Measure::Latency);
+        let products = cx.half_precision && cx.quantities.contains(&Quantity::Latency);
         let sites = on_all_cores(&work, |(weight, inputs)| site(model, weight, inputs, products));
         for ((weight, _), site) in work.iter().zip(sites) {
             let reasons = match site {
                 Ok((site, reasons)) => {
-                    proposal.sites.extend(Some(site).filter(|s| !s.choices.is_empty()));
+                    proposal.sites.extend(Some(site).filter(|s| !s.candidates.is_empty()));
                     reasons
                 }
                 Err(reason) => vec![reason],
@@ -332,28 +328,33 @@ impl Method for ConvertFloats {
             reasons.into_iter().for_each(|reason| proposal.outcome.refuse(reason, place(weight.value)));
         }
         let forms = if model.opset() < BFLOAT16_OPSET { &Form::ALL[..1] } else { &Form::ALL[..2] };
-        let offer = |stored: &Stored| -> Vec<(String, Spent)> {
+        let storages = |stored: &Stored| -> Vec<Storage<Form>> {
             let bytes = 2 * stored.dims.iter().product::<usize>() as u64 + OVERHEAD;
-            forms.iter().map(|form| (form.name().to_owned(), stored.spent(bytes))).collect()
+            forms.iter().map(|&form| Storage { form, label: form.name().to_owned(), bytes }).collect()
         };
-        proposal.sites.extend(stored::sites(model, &others, cx, &offer, &store, &mut proposal.outcome)?);
+        proposal.sites.extend(stored::sites(model, &others, cx, &storages, &store, &mut proposal.outcome)?);
         Ok(proposal)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, _cx: &Context) -> Result<Outcome, Error> {
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        _cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
-        let name = &site.choices[choice].name;
-        let form = Form::called(name);
+        let &form = candidate.edit.of::<Form>();
         let (found, _) = weights(&model.graph);
         match found.iter().find(|w| Some(w.value) == site.weight) {
             Some(weight) => {
                 emit(&mut model.graph, weight, form);
-                outcome.change(name.clone(), format!("`{}`", site.name));
+                outcome.change(candidate.label.clone(), format!("`{}`", site.name));
             }
             None => {
                 let stored = site.weight.and_then(|value| stored::of(&model.graph, value));
-                match stored.ok_or("the constant is no longer used as it was").and_then(|s| store(model, &s, name)) {
-                    Ok(()) => outcome.change(name.clone(), format!("`{}`", site.name)),
+                match stored.ok_or("the constant is no longer used as it was").and_then(|s| store(model, &s, form)) {
+                    Ok(()) => outcome.change(candidate.label.clone(), format!("`{}`", site.name)),
                     Err(reason) => outcome.refuse(reason, format!("`{}`", site.name)),
                 }
             }
@@ -412,8 +413,7 @@ fn emit(graph: &mut Graph, weight: &Weight, form: Form) {
 }
 
 /// Stores a constant in a short type that holds all its numbers, with a cast in front of what reads it.
-fn store(model: &mut Model, stored: &Stored, name: &str) -> Result<(), &'static str> {
-    let form = Form::called(name);
+fn store(model: &mut Model, stored: &Stored, form: Form) -> Result<(), &'static str> {
     let tensor = model.graph.constant(stored.value).expect("only constants are stored");
     let short = tensor.to_f32s().map(|numbers| short(form.dtype(), &stored.dims, &numbers));
     let finite = short.as_ref().and_then(Tensor::to_f64s).is_some_and(|all| all.iter().all(|x| x.is_finite()));

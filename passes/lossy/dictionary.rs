@@ -1,14 +1,13 @@
 //! Layers as a dictionary of directions with few coefficients per output.
 
 use super::{
-    Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight,
-    allocate::Measure,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factors::{self, Layer, Seen},
     in_batches,
     spectrum::{Spectrum, product},
     weights,
 };
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
+use crate::{Error, Info, Kind, Opt, Outcome, Quantity, Saving};
 use faer::{Accum, Mat, Par, Side, linalg::matmul::matmul, prelude::Solve};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, ValueId};
 
@@ -39,7 +38,7 @@ static INFO: Info = Info {
         },
     ],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters],
+    lowers: &[Saving::Parameters],
     source: Some("ROCKET, arXiv:2602.11008"),
 };
 
@@ -67,16 +66,11 @@ impl Form {
         format!("dictionary {} of {}", self.coefficients, self.atoms)
     }
 
-    fn parse(name: &str) -> Option<Form> {
-        let (coefficients, atoms) = name.strip_prefix("dictionary ")?.split_once(" of ")?;
-        Some(Form { atoms: atoms.parse().ok()?, coefficients: coefficients.parse().ok()? })
-    }
-
-    fn spent(self, k: usize, n: usize) -> Spent {
+    fn cost(self, k: usize, n: usize) -> Cost {
         let numbers = (self.atoms * k + self.coefficients * n) as u64;
         let positions = (self.atoms * n.div_ceil(8)) as u64;
         // Put together at load: the layer multiplies as many numbers as before.
-        Spent { bytes: numbers * 4 + positions + DECODER_BYTES, parameters: numbers, flops_per_row: 2 * (k * n) as u64 }
+        Cost { bytes: numbers * 4 + positions + DECODER_BYTES, parameters: numbers, flops_per_row: 2 * (k * n) as u64 }
     }
 
     /// The forms of a share of a layer, bits of positions included where `bytes` count.
@@ -106,7 +100,7 @@ struct Choosing {
 }
 
 impl Choosing {
-    fn of(cx: &Context) -> Result<Choosing, Error> {
+    fn of(cx: &MethodContext) -> Result<Choosing, Error> {
         let part = |option: &'static str| -> Result<f64, Error> {
             let value: f64 = cx.setting(&INFO, option)?;
             match (0.0..=1.0).contains(&value) {
@@ -189,46 +183,51 @@ fn dot(a: &Mat<f64>, b: &Mat<f64>) -> f64 {
 }
 
 /// Whether another method offers the same for half the bytes and half the error.
-fn beaten(rivals: &[Choice], spent: &Spent, error: f64) -> bool {
-    rivals.iter().any(|r| {
-        let worst = r.errors.iter().map(|e| e * e).sum::<f64>().sqrt();
-        2 * r.spent.bytes <= spent.bytes && 2.0 * worst <= error
+fn beaten(incumbents: &[Candidate], cost: &Cost, error: f64) -> bool {
+    incumbents.iter().any(|incumbent| {
+        let worst = incumbent.loss.per_tap().unwrap_or_default().iter().map(|e| e * e).sum::<f64>().sqrt();
+        2 * incumbent.cost.bytes <= cost.bytes && 2.0 * worst <= error
     })
 }
 
-fn choices(layer: &Layer, rivals: &[Choice], bytes: bool, choosing: Choosing) -> Result<Vec<Choice>, &'static str> {
+fn candidates(
+    layer: &Layer,
+    incumbents: &[Candidate],
+    bytes: bool,
+    choosing: Choosing,
+) -> Result<Vec<Candidate>, &'static str> {
     let found =
         Spectrum::of(layer.matrix.as_ref(), layer.joint.as_ref()).ok_or("its decomposition does not converge")?;
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
     let tails = Spectrum::tails(&found.energy);
-    let mut choices: Vec<Choice> = Vec::new();
+    let mut candidates: Vec<Candidate> = Vec::new();
     let mut passed_over = false;
     for percent in SHARES {
         let mut forms = Form::within(k, n, percent, bytes);
         // With all coefficients, as many directions lose what is behind them.
         let least = |form: &Form| tails[form.atoms.min(found.len())].sqrt();
         let before = forms.len();
-        forms.retain(|form| !bytes || !beaten(rivals, &form.spent(k, n), least(form)));
+        forms.retain(|form| !bytes || !beaten(incumbents, &form.cost(k, n), least(form)));
         passed_over |= forms.len() < before;
         let tried = forms.into_iter().map(|form| (form, sparse(&found, form, choosing)));
         let best = tried.min_by(|a, b| a.1.1.total_cmp(&b.1.1));
         let Some((form, (coefficients, before))) = best else { continue };
-        let spent = form.spent(k, n);
-        if spent.bytes >= 4 * (k * n) as u64 || choices.iter().any(|c| c.name == form.name()) {
+        let cost = form.cost(k, n);
+        if cost.bytes >= 4 * (k * n) as u64 || candidates.iter().any(|c| *c.edit.of::<Form>() == form) {
             continue;
         }
-        if bytes && beaten(rivals, &spent, before.sqrt()) {
+        if bytes && beaten(incumbents, &cost, before.sqrt()) {
             passed_over = true;
             continue;
         }
         let (dictionary, _) = fit(layer, &found, &coefficients).ok_or("its dictionary cannot be fitted")?;
         let errors = layer.errors((&layer.matrix - product(dictionary.as_ref(), coefficients.as_ref())).as_ref());
-        choices.push(Choice { name: form.name(), spent, errors, measured: None, fitted: None });
+        candidates.push(Candidate { label: form.name(), cost, loss: Loss::PerTap(errors), edit: Edit::new(form) });
     }
-    if choices.is_empty() && passed_over {
+    if candidates.is_empty() && passed_over {
         Err("other options take half the bytes and lose half as much")
     } else {
-        Ok(choices)
+        Ok(candidates)
     }
 }
 
@@ -237,40 +236,41 @@ impl Method for Dictionary {
         &INFO
     }
 
-    fn serves(&self, measures: &[Measure]) -> bool {
-        !measures.iter().any(|m| matches!(m, Measure::Latency | Measure::Flops))
+    fn serves(&self, quantities: &[Quantity]) -> bool {
+        !quantities.iter().any(|m| matches!(m, Quantity::Latency | Quantity::Flops))
     }
 
     fn operator_set(&self) -> i64 {
         OPSET
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let choosing = Choosing::of(cx)?;
         if model.opset() < OPSET {
-            let mut proposal = Proposal::default();
-            proposal.outcome.refuse("its decoder needs operator set 18; --opset 21 upgrades", "the model");
-            return Ok(proposal);
+            return Ok(Proposal::refused("its decoder needs operator set 18; --opset 21 upgrades", "the model"));
         }
-        if !self.serves(&cx.measures) {
-            let mut proposal = Proposal::default();
-            proposal.outcome.refuse("it saves neither time nor FLOPs", "the model");
-            return Ok(proposal);
+        if !self.serves(&cx.quantities) {
+            return Ok(Proposal::refused("it saves neither time nor FLOPs", "the model"));
         }
-        let bytes = cx.measures.contains(&Measure::Bytes);
+        let bytes = cx.quantities.contains(&Quantity::Size);
         let none = Vec::new();
-        let rivals = &cx.rivals;
+        let incumbents = &cx.incumbents;
         let work = |weight: &Weight, seen: &Seen| {
             let layer = Layer::new(&model.graph, weight, seen)?;
-            choices(&layer, rivals.get(&weight.value).unwrap_or(&none), bytes, choosing)
+            candidates(&layer, incumbents.get(&weight.value).unwrap_or(&none), bytes, choosing)
         };
         in_batches(model, cx, &work)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
         let choosing = Choosing::of(cx)?;
-        let name = &site.choices[choice].name;
-        let form = Form::parse(name).expect("a choice names its form");
+        let &form = candidate.edit.of::<Form>();
         let place = || format!("`{}`", site.name);
         let mut outcome = Outcome::default();
         let (found, _) = weights(&model.graph);
@@ -289,7 +289,7 @@ impl Method for Dictionary {
         match made {
             Ok((dictionary, coefficients)) => {
                 emit(&mut model.graph, weight, dictionary, coefficients);
-                outcome.change(name.clone(), place());
+                outcome.change(candidate.label.clone(), place());
             }
             Err(reason) => outcome.refuse(reason, place()),
         }
@@ -414,9 +414,8 @@ mod tests {
     fn forms_keep_to_their_share() {
         for (k, n, percent) in [(576, 1536, 80), (1536, 576, 50), (64, 64, 30)] {
             for form in Form::within(k, n, percent, true) {
-                let spent = form.spent(k, n);
-                assert!(spent.bytes - DECODER_BYTES <= (4 * k * n * percent / 100) as u64 + (k * 8) as u64, "{form:?}");
-                assert_eq!(Form::parse(&form.name()), Some(form));
+                let cost = form.cost(k, n);
+                assert!(cost.bytes - DECODER_BYTES <= (4 * k * n * percent / 100) as u64 + (k * 8) as u64, "{form:?}");
             }
         }
     }

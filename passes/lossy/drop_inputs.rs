@@ -1,11 +1,11 @@
 //! Inputs of layers that hardly ever matter: left out for good.
 
 use super::{
-    Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factors::{self, Seen},
     on_all_cores, spectrum, weights,
 };
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
+use crate::{Error, Info, Kind, Opt, Outcome, Saving};
 use faer::Mat;
 use lathe_analysis::{Magnitudes, Rows};
 use lathe_ir::{Graph, Model, Node, ScopeId, Tensor, ValueId};
@@ -29,7 +29,7 @@ static INFO: Info = Info {
         doc: "whether it offers anything: how large every input is takes long to count, and few models have such inputs",
     }],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Parameters, Saving::Flops],
     source: Some("threshold of Chen et al. 2025, WINA, arXiv:2505.19427, made static"),
 };
 
@@ -96,7 +96,12 @@ struct Order {
 }
 
 /// Puts the units of a layer in order of how large they hardly ever are.
-fn order(graph: &Graph, weight: &Weight, seen: &Seen, cx: &Context) -> Result<Result<Order, &'static str>, Error> {
+fn order(
+    graph: &Graph,
+    weight: &Weight,
+    seen: &Seen,
+    cx: &MethodContext,
+) -> Result<Result<Order, &'static str>, Error> {
     if !may_be_quiet(graph, weight, seen) {
         return Ok(Err(FEW));
     }
@@ -176,30 +181,31 @@ fn picking(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order) -> Result
     let (units, _) = units(graph, weight);
     let uses = weight.taps.len() as u64;
     let (elements, n) = (weight.dims.iter().product::<usize>() as u64, factors::sides(weight).1 as u64);
-    let mut choices = Vec::new();
+    let mut candidates = Vec::new();
     for &drop in &order.drops {
         let left = (units - drop) as u64;
         let numbers = elements / units as u64 * left;
-        let spent = Spent {
+        let cost = Cost {
             bytes: numbers * 4 + left * 8 + uses * (4 * n + 2 * OVERHEAD),
             parameters: numbers + left + uses * n,
             flops_per_row: 2 * numbers + n,
         };
-        if spent.bytes < 4 * elements && spent.flops_per_row < 2 * elements {
+        if cost.bytes < 4 * elements && cost.flops_per_row < 2 * elements {
             let errors = picked(graph, weight, seen, order, drop)?.errors;
-            choices.push(Choice { name: named(drop, units), spent, errors, measured: None, fitted: None });
+            let label = format!("drop {drop} of {units} inputs");
+            candidates.push(Candidate { label, cost, loss: Loss::PerTap(errors), edit: Edit::new(Dropped(drop)) });
         }
     }
-    if choices.is_empty() {
+    if candidates.is_empty() {
         Err("picking inputs would take more than they do")
     } else {
-        Ok(weight.site(graph, choices))
+        Ok(weight.site(graph, candidates))
     }
 }
 
-fn named(drop: usize, units: usize) -> String {
-    format!("drop {drop} of {units} inputs")
-}
+/// How many units of its inputs a layer no longer reads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Dropped(usize);
 
 impl Method for DropInputs {
     fn info(&self) -> &'static Info {
@@ -207,7 +213,7 @@ impl Method for DropInputs {
     }
 
     /// What layers read, where enough inputs matter little on average.
-    fn magnitudes(&self, model: &Model, cx: &Context) -> Result<Vec<Rows>, Error> {
+    fn magnitudes(&self, model: &Model, cx: &MethodContext) -> Result<Vec<Rows>, Error> {
         let mut wanted = BTreeSet::new();
         if !cx.setting::<bool>(&INFO, "enabled")? {
             return Ok(Vec::new());
@@ -222,11 +228,10 @@ impl Method for DropInputs {
         Ok(wanted.into_iter().collect())
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         if !cx.setting::<bool>(&INFO, "enabled")? {
-            proposal.outcome.refuse("it is off; --set drop-inputs.enabled=true turns it on", "the model");
-            return Ok(proposal);
+            return Ok(Proposal::refused("it is off; --set drop-inputs.enabled=true turns it on", "the model"));
         }
         let graph = &model.graph;
         let place = |value: ValueId| format!("`{}`", graph.value(value).name);
@@ -253,9 +258,14 @@ impl Method for DropInputs {
         Ok(proposal)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
-        let name = &site.choices[choice].name;
-        let drop: usize = name.split(' ').nth(1).and_then(|c| c.parse().ok()).expect("a choice names its inputs");
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
+        let &Dropped(drop) = candidate.edit.of();
         let mut outcome = Outcome::default();
         let graph = &mut model.graph;
         let (found, _) = weights(graph);
@@ -271,7 +281,7 @@ impl Method for DropInputs {
             None => Err("the constant is no longer used as it was"),
         };
         match done {
-            Ok(()) => outcome.change(name.clone(), format!("`{}`", site.name)),
+            Ok(()) => outcome.change(candidate.label.clone(), format!("`{}`", site.name)),
             Err(reason) => outcome.refuse(reason, format!("`{}`", site.name)),
         }
         Ok(outcome)

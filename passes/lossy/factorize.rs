@@ -1,13 +1,13 @@
 //! Layers as two thinner layers.
 
 use super::{
-    Choice, Method, Proposal, Site, Weight, factors,
+    Candidate, Edit, Loss, Method, MethodContext, Proposal, Site, Weight, factors,
     factors::{Layer, Seen, sides},
     in_batches,
     spectrum::{Spectrum, product},
     weights,
 };
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
+use crate::{Error, Info, Kind, Opt, Outcome, Saving};
 use faer::Mat;
 use lathe_ir::{Graph, Model};
 
@@ -39,9 +39,13 @@ static INFO: Info = Info {
         },
     ],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Parameters, Saving::Flops],
     source: Some("Wang et al. 2024, SVD-LLM, arXiv:2403.07378"),
 };
+
+/// How many columns the first factor has.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rank(pub usize);
 
 /// Percent of the layer's numbers that its factors may take.
 const SHARES: [usize; 14] = [95, 90, 85, 80, 75, 70, 65, 60, 55, 50, 45, 40, 30, 20];
@@ -88,7 +92,7 @@ impl std::str::FromStr for Sequential {
 }
 
 /// Whether plans are carried out block by block, on what each block reads by then.
-pub fn block_by_block(cx: &Context) -> Result<bool, Error> {
+pub fn block_by_block(cx: &MethodContext) -> Result<bool, Error> {
     Ok(cx.setting::<Sequential>(&INFO, "sequential")? == Sequential::Block)
 }
 
@@ -117,22 +121,20 @@ fn spectrum(layer: &Layer, metric: Metric) -> Result<Spectrum, &'static str> {
     found.ok_or("its decomposition does not converge")
 }
 
-fn choices(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Choice>, &'static str> {
+fn candidates(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Candidate>, &'static str> {
     let found = spectrum(layer, metric)?;
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
     let ranks: Vec<usize> = ranks(k, n).into_iter().filter(|&r| r < found.len()).collect();
-    let name = |rank: usize| format!("rank {rank}");
     // The right sides of directions are orthogonal, so each loses by itself on any rows.
     let judged = |judge: &Mat<f64>| found.tails_under(layer.matrix.as_ref(), judge.as_ref());
     let tails: Vec<Vec<f64>> = layer.judges.iter().map(judged).collect();
-    let choice = |&r: &usize| Choice {
-        name: name(r),
-        spent: factors::spent(k, n, r, uses),
-        errors: tails.iter().map(|tails| tails[r].max(0.0).sqrt()).collect(),
-        measured: None,
-        fitted: None,
+    let candidate = |&rank: &usize| Candidate {
+        label: format!("rank {rank}"),
+        cost: factors::cost(k, n, rank, uses),
+        loss: Loss::PerTap(tails.iter().map(|tails| tails[rank].max(0.0).sqrt()).collect()),
+        edit: Edit::new(Rank(rank)),
     };
-    Ok(ranks.iter().map(choice).collect())
+    Ok(ranks.iter().map(candidate).collect())
 }
 
 impl Method for Factorize {
@@ -140,19 +142,24 @@ impl Method for Factorize {
         &INFO
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let metric: Metric = cx.setting(&INFO, "metric")?;
         let work = |weight: &Weight, seen: &Seen| {
             let layer = Layer::around(&model.graph, weight, seen, centred(&model.graph, weight, metric))?;
-            choices(&layer, metric, weight.taps.len())
+            candidates(&layer, metric, weight.taps.len())
         };
         in_batches(model, cx, &work)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
         let metric: Metric = cx.setting(&INFO, "metric")?;
-        let name = &site.choices[choice].name;
-        let rank = name.strip_prefix("rank ").and_then(|r| r.parse().ok()).expect("a choice names its rank");
+        let &Rank(rank) = candidate.edit.of();
         let mut outcome = Outcome::default();
         let place = || format!("`{}`", site.name);
         let (found, _) = weights(&model.graph);
@@ -179,7 +186,7 @@ impl Method for Factorize {
                     let change = product(mean.as_ref(), off.as_ref());
                     factors::add_to_bias(&mut model.graph, tap, &factors::numbers(change.as_ref()));
                 }
-                outcome.change(name.clone(), place());
+                outcome.change(candidate.label.clone(), place());
             }
             Err(reason) => outcome.refuse(reason, place()),
         }
@@ -249,11 +256,11 @@ mod tests {
         let model = text::parse(&source).unwrap();
         let rows = random(50, 64, 3) + Mat::from_fn(50, 64, |_, _| 3.0);
         let seen = Seen { outputs: product(rows.as_ref(), weight.as_ref()), rows };
-        let cx = Context { calibration: Some(&seen), ..Context::default() };
+        let cx = MethodContext::default().with_calibration(&seen);
         let site = Factorize.propose(&model, &cx).unwrap().sites.remove(0);
         let mut changed = model.clone();
-        let least = site.choices.len() - 1;
-        assert_eq!(Factorize.rewrite(&mut changed, &site, least, &cx).unwrap().changes.len(), 1);
+        let least = site.candidates.len() - 1;
+        assert_eq!(Factorize.apply(&mut changed, &site, &site.candidates[least], &cx).unwrap().changes.len(), 1);
         changed.check().unwrap();
         let layers = |model: &Model| model.graph.nodes(ScopeId::MAIN).count();
         assert_eq!(layers(&changed), layers(&model) + 1, "{body}: the mean needs no node");
@@ -272,7 +279,7 @@ mod tests {
         let given = Mat::from_fn(50, 96, |_, column| f64::from(bias[column]) - f64::from(old[(0, column)] as f32));
         let norm = seen.outputs.squared_norm_l2();
         let lost = ((&off - &given).squared_norm_l2() / norm).sqrt();
-        let told = site.choices[least].errors[0];
+        let told = site.candidates[least].loss.per_tap().unwrap()[0];
         assert!((lost - told).abs() < 1e-4 * told && told > 1e-3, "{body}: {lost} lost, {told} told");
         assert!(off.squared_norm_l2() >= (&off - &given).squared_norm_l2());
     }

@@ -1,13 +1,14 @@
 //! Layers that read the same value as one thin layer that they share and one of their own each.
 
 use super::{
-    BATCH, Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight, factorize,
+    BATCH, Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
+    factorize::{self, Rank},
     factors::{self, Judge, Seen, sides},
     on_all_cores,
     spectrum::{Spectrum, product, tails_of_products},
     weights,
 };
-use crate::{Context, Error, Info, Kind, Outcome, Quantity};
+use crate::{Error, Info, Kind, Outcome, Saving};
 use faer::Mat;
 use lathe_analysis::Gram;
 use lathe_ir::{Graph, Model, Node, ScopeId, Tensor, ValueId};
@@ -26,7 +27,7 @@ static INFO: Info = Info {
           layers share.",
     options: &[],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Parameters, Saving::Flops],
     source: Some("Wang et al. 2024, SVD-LLM, arXiv:2403.07378, on the concatenated weights"),
 };
 
@@ -62,7 +63,7 @@ fn candidates<'a>(graph: &Graph, found: &'a [Weight]) -> Vec<Vec<&'a Weight>> {
 fn team<'a>(
     graph: &Graph,
     candidates: &[&'a Weight],
-    cx: &Context,
+    cx: &MethodContext,
     outcome: &mut Outcome,
 ) -> Result<Option<Team<'a>>, Error> {
     let (mut members, mut grams) = (Vec::new(), None);
@@ -131,31 +132,30 @@ impl Team<'_> {
         let found = self.spectrum(graph)?;
         let (k, n) = self.sides();
         let tails = self.tails(&found);
-        let spent = |rank: usize| {
+        let cost = |rank: usize| {
             let numbers = (rank * (k + n)) as u64;
             let extra = OVERHEAD * (1 + self.members.len() as u64);
-            Spent { bytes: 4 * numbers + extra, parameters: numbers, flops_per_row: 2 * numbers }
+            Cost { bytes: 4 * numbers + extra, parameters: numbers, flops_per_row: 2 * numbers }
         };
-        let choice = |rank: usize| Choice {
-            name: format!("joint rank {rank}"),
-            spent: spent(rank),
-            errors: tails.iter().map(|own| own[rank].max(0.0).sqrt()).collect(),
-            measured: None,
-            fitted: None,
+        let candidate = |rank: usize| Candidate {
+            label: format!("joint rank {rank}"),
+            cost: cost(rank),
+            loss: Loss::PerTap(tails.iter().map(|own| own[rank].max(0.0).sqrt()).collect()),
+            edit: Edit::new(Rank(rank)),
         };
         let ranks = factorize::ranks(k, n).into_iter().filter(|&r| r < found.len());
         let single: Vec<Site> = self.members.iter().map(|m| m.weight.site(graph, Vec::new())).collect();
         let elements = (k * n) as u64;
-        let mut covers: Vec<ValueId> = single.iter().filter_map(|s| s.weight).collect();
-        covers.sort_unstable();
+        let mut footprint: Vec<ValueId> = single.iter().filter_map(|s| s.weight).collect();
+        footprint.sort_unstable();
         let mut nodes: Vec<_> = single.iter().flat_map(|s| s.nodes.iter().copied()).collect();
         nodes.sort_unstable();
         Ok(Site {
-            covers,
+            footprint,
             nodes,
             taps: single.iter().flat_map(|s| s.taps.iter().copied()).collect(),
-            kept: Spent { bytes: 4 * elements, parameters: elements, flops_per_row: 2 * elements },
-            ..self.members[0].weight.site(graph, ranks.map(choice).collect())
+            baseline: Cost { bytes: 4 * elements, parameters: elements, flops_per_row: 2 * elements },
+            ..self.members[0].weight.site(graph, ranks.map(candidate).collect())
         })
     }
 
@@ -193,7 +193,7 @@ impl Method for FactorizeJointly {
         &INFO
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let graph = &model.graph;
         let (found, refused) = weights(graph);
@@ -214,9 +214,14 @@ impl Method for FactorizeJointly {
         Ok(proposal)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
-        let name = &site.choices[choice].name;
-        let rank = name.strip_prefix("joint rank ").and_then(|r| r.parse().ok()).expect("a choice names its rank");
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
+        let &Rank(rank) = candidate.edit.of();
         let place = format!("`{}`", site.name);
         let mut outcome = Outcome::default();
         let (found, _) = weights(&model.graph);
@@ -230,7 +235,7 @@ impl Method for FactorizeJointly {
         match team.spectrum(&model.graph) {
             Ok(directions) => {
                 team.emit(&mut model.graph, &directions, rank);
-                outcome.change(name.clone(), place);
+                outcome.change(candidate.label.clone(), place);
             }
             Err(reason) => outcome.refuse(reason, place),
         }
@@ -302,8 +307,8 @@ mod tests {
         let team = whole(&model, &found, &rows);
         let directions = team.spectrum(&model.graph).unwrap();
         let site = team.site(&model.graph).unwrap();
-        let (rank, mut from) = (site.choices[2].name.rsplit(' ').next().unwrap().parse().unwrap(), 0);
-        for (member, told) in team.members.iter().zip(&site.choices[2].errors) {
+        let (rank, mut from) = (site.candidates[2].edit.of::<Rank>().0, 0);
+        for (member, told) in team.members.iter().zip(site.candidates[2].loss.per_tap().unwrap()) {
             let weight = factors::matrix(&model.graph, member.weight).unwrap();
             let right = directions.right.subcols(0, rank).subrows(from, 96) * faer::Scale(member.output.sqrt());
             let low = product(directions.left.as_ref().subcols(0, rank), right.transpose());

@@ -1,7 +1,7 @@
 //! Layers as matrices under what they read, and their replacement by two thinner layers.
 
-use super::{Spent, Tap, Weight};
-use crate::{Context, Error};
+use super::{Cost, MethodContext, Tap, Weight};
+use crate::Error;
 use faer::{Mat, MatRef};
 use lathe_analysis::{Calibrate, Gram, Moments, Rows};
 use lathe_ir::{DataType, Graph, Node, NodeId, ScopeId, Tensor, Use, ValueId};
@@ -73,7 +73,7 @@ pub fn gram_rows(weight: &Weight) -> Vec<Rows> {
 }
 
 /// What was seen of a layer, or why it cannot be factored.
-pub(super) fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Result<Seen, &'static str>, Error> {
+pub(super) fn seen(graph: &Graph, weight: &Weight, cx: &MethodContext) -> Result<Result<Seen, &'static str>, Error> {
     let (k, n) = sides(weight);
     let axis = weight.inputs_axis();
     if weight.taps.iter().any(|tap| tap.rows.is_none()) {
@@ -315,9 +315,9 @@ pub(super) fn replace(graph: &mut Graph, old: ValueId, tensor: Tensor, nodes: &[
 }
 
 /// What two factors of a rank take.
-pub(super) fn spent(k: usize, n: usize, rank: usize, uses: usize) -> Spent {
+pub(super) fn cost(k: usize, n: usize, rank: usize, uses: usize) -> Cost {
     let numbers = (rank * (k + n)) as u64;
-    Spent { bytes: numbers * 4 + super::OVERHEAD * uses as u64, parameters: numbers, flops_per_row: 2 * numbers }
+    Cost { bytes: numbers * 4 + super::OVERHEAD * uses as u64, parameters: numbers, flops_per_row: 2 * numbers }
 }
 
 /// Multiplies the columns of `left` and divides those of `right` so that both reach the same largest magnitude: neither

@@ -1,7 +1,7 @@
 //! What every method that fits to a calibration set says of its error is the error on samples that the fit has not seen.
 
-use super::{METHODS, Method, Site, allocate::Measure};
-use crate::Context;
+use super::{METHODS, Method, MethodContext, Site};
+use crate::Quantity;
 use lathe_analysis::{Calibrate, EvaluateError, Gram, Moments, Rows, SymMatrix};
 use lathe_ir::{DataType, Model, Node, ScopeId, Tensor, Type, text};
 use std::collections::BTreeMap;
@@ -84,22 +84,20 @@ impl Bench {
         (off / pairs().map(|(a, _)| a * a).sum::<f64>()).sqrt()
     }
 
-    fn propose(&self, method: &dyn Method, measure: Measure) -> (Vec<Site>, Vec<String>) {
-        let cx = Context {
-            calibration: Some(self),
-            measures: vec![measure],
-            rows: BTreeMap::new(),
-            settings: [("drop-inputs.enabled".to_owned(), "true".to_owned())].into(),
-            ..Context::default()
-        };
+    fn propose(&self, method: &dyn Method, measure: Quantity) -> (Vec<Site>, Vec<String>) {
+        let cx = MethodContext::default()
+            .with_calibration(self)
+            .with_quantities(vec![measure])
+            .with_rows(BTreeMap::new())
+            .with_settings([("drop-inputs.enabled".to_owned(), "true".to_owned())]);
         let found = method.propose(&self.model, &cx).unwrap();
         (found.sites, found.outcome.refusals.into_keys().collect())
     }
 
-    fn carried_out(&self, method: &dyn Method, site: &Site, choice: usize) -> Model {
+    fn carried_out(&self, method: &dyn Method, site: &Site, candidate: usize) -> Model {
         let mut changed = self.model.clone();
-        let cx = Context { calibration: Some(self), ..Context::default() };
-        let done = method.rewrite(&mut changed, site, choice, &cx).unwrap();
+        let cx = MethodContext::default().with_calibration(self);
+        let done = method.apply(&mut changed, site, &site.candidates[candidate], &cx).unwrap();
         assert_eq!(done.changes.len(), 1, "{:?}", done.refusals);
         changed.check().unwrap();
         changed
@@ -128,12 +126,12 @@ impl Calibrate for Bench {
     }
 }
 
-const FITTED: [(&str, Measure); 5] = [
-    ("factorize", Measure::Flops),
-    ("factorize-jointly", Measure::Flops),
-    ("prune-channels", Measure::Flops),
-    ("dictionary", Measure::Parameters),
-    ("compensate", Measure::Bytes),
+const FITTED: [(&str, Quantity); 5] = [
+    ("factorize", Quantity::Flops),
+    ("factorize-jointly", Quantity::Flops),
+    ("prune-channels", Quantity::Flops),
+    ("dictionary", Quantity::Parameters),
+    ("compensate", Quantity::Size),
 ];
 
 fn method(name: &str) -> &'static dyn Method {
@@ -149,13 +147,13 @@ fn errors_are_those_of_rows_that_fits_have_not_seen() {
             let (sites, refusals) = bench.propose(method(name), measure);
             assert!(!sites.is_empty(), "{name}: {refusals:?}");
             for site in &sites {
-                for choice in [0, site.choices.len() / 2, site.choices.len() - 1] {
-                    let changed = bench.carried_out(method(name), site, choice);
-                    let option = &site.choices[choice];
-                    for (&tap, &told) in site.taps.iter().zip(&option.errors) {
+                for index in [0, site.candidates.len() / 2, site.candidates.len() - 1] {
+                    let changed = bench.carried_out(method(name), site, index);
+                    let candidate = &site.candidates[index];
+                    for (&tap, &told) in site.taps.iter().zip(candidate.loss.per_tap().unwrap()) {
                         let found = bench.error(&changed, &bench.model.graph.value(tap).name);
                         let near = (found - told).abs() < 2e-3 * told.max(1e-3);
-                        assert!(near, "{name} {} of {fits} rows: {found} found, {told} told", option.name);
+                        assert!(near, "{name} {} of {fits} rows: {found} found, {told} told", candidate.label);
                     }
                 }
             }
@@ -175,12 +173,14 @@ fn without_rows_to_judge_few_are_not_fitted_to_and_many_are_trusted_less() {
         // The units of the hidden layer are more than the rows.
         let errors = |bench: &Bench| -> Vec<f64> {
             let sites = bench.propose(method(name), measure).0;
-            sites.iter().flat_map(|site| &site.choices).flat_map(|choice| choice.errors.clone()).collect()
+            sites.iter().flat_map(|site| &site.candidates).flat_map(|c| c.loss.per_tap().unwrap().to_vec()).collect()
         };
         assert!(errors(&some).iter().all(|error| error.is_finite()), "{name}");
         assert!(!errors(&many).is_empty() && !errors(&judged).is_empty(), "{name}");
     }
     // What 80 rows say of a layer of 64 inputs is far less than what others show.
-    let first = |bench: &Bench| bench.propose(method("factorize"), Measure::Flops).0[0].choices[6].errors[0];
+    let first = |bench: &Bench| {
+        bench.propose(method("factorize"), Quantity::Flops).0[0].candidates[6].loss.per_tap().unwrap()[0]
+    };
     assert!(first(&some) > 0.8 * first(&judged), "{} {}", first(&some), first(&judged));
 }

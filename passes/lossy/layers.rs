@@ -1,6 +1,6 @@
 //! Constants that layers and tables are made of, and where they are used.
 
-use super::{Choice, Site, Spent};
+use super::{Candidate, Cost, Site};
 use lathe_analysis::Rows;
 use lathe_ir::{DataType, Graph, NodeId, Origin, ScopeId, Use, ValueId};
 use std::collections::BTreeMap;
@@ -59,8 +59,8 @@ impl Weight {
         Some(squares.into_iter().map(f64::sqrt).collect())
     }
 
-    /// The weight as a place with choices.
-    pub(super) fn site(&self, graph: &Graph, choices: Vec<Choice>) -> Site {
+    /// The weight as a site with candidates.
+    pub(super) fn site(&self, graph: &Graph, candidates: Vec<Candidate>) -> Site {
         let elements: u64 = self.dims.iter().product::<usize>() as u64;
         let turned = |tap: &Tap| {
             let stored = graph.node(tap.node).input(1).filter(|_| tap.rows.is_some())?;
@@ -71,14 +71,14 @@ impl Weight {
         nodes.dedup();
         Site {
             weight: Some(self.value),
-            covers: vec![self.value],
+            footprint: vec![self.value],
             nodes,
             name: graph.value(self.value).name.clone(),
             taps: self.taps.iter().map(|tap| tap.output).collect(),
-            kept: Spent { bytes: elements * 4, parameters: elements, flops_per_row: 2 * elements },
-            choices,
-            forced: false,
-            apart: true,
+            baseline: Cost { bytes: elements * 4, parameters: elements, flops_per_row: 2 * elements },
+            candidates,
+            required: false,
+            isolatable: true,
         }
     }
 }

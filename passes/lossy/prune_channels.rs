@@ -4,11 +4,11 @@ mod hidden;
 mod keep;
 
 use super::{
-    BATCH, Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight,
+    BATCH, Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factors::{self, Layer},
     layers, on_all_cores, weights,
 };
-use crate::{Context, Error, Info, Kind, Outcome, Quantity};
+use crate::{Error, Info, Kind, Outcome, Saving};
 use hidden::{Hidden, hidden};
 use keep::Chosen;
 use lathe_ir::{Graph, Model, NodeId, ValueId};
@@ -29,7 +29,7 @@ static INFO: Info = Info {
           weights, and where no activations were collected.",
     options: &[],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Parameters, Saving::Flops],
     source: Some("column subset selection by pivoted Cholesky with least-squares refit"),
 };
 
@@ -64,7 +64,7 @@ impl<'a> Run<'a> {
     }
 
     /// What was seen of what every step's units are read by, or why there is nothing.
-    fn seen(&self, graph: &Graph, cx: &Context) -> Result<Result<Vec<factors::Seen>, &'static str>, Error> {
+    fn seen(&self, graph: &Graph, cx: &MethodContext) -> Result<Result<Vec<factors::Seen>, &'static str>, Error> {
         let mut all = Vec::new();
         for step in &self.steps {
             match factors::seen(graph, step.reader, cx)? {
@@ -81,7 +81,7 @@ impl<'a> Run<'a> {
         let first = self.steps[0].reader;
         let own_rows = rows.get(&first.value).copied().unwrap_or(1).max(1);
         let weights = self.weights();
-        let spent = |counts: &[usize]| {
+        let cost = |counts: &[usize]| {
             let part = |weight: &&Weight| {
                 let mut elements = weight.dims.iter().product::<usize>();
                 for (step, count) in self.steps.iter().zip(counts) {
@@ -94,36 +94,41 @@ impl<'a> Run<'a> {
             let parts: Vec<(u64, u64)> = weights.iter().map(part).collect();
             let elements: u64 = parts.iter().map(|p| p.0).sum();
             let flops: u64 = parts.iter().map(|p| p.1).sum();
-            Spent { bytes: 4 * elements, parameters: elements, flops_per_row: flops / own_rows }
+            Cost { bytes: 4 * elements, parameters: elements, flops_per_row: flops / own_rows }
         };
-        let choice = |counts: Vec<usize>| {
-            let mut spent = spent(&counts);
+        let candidate = |counts: Vec<usize>| {
+            let mut cost = cost(&counts);
             let mut errors = Vec::new();
             for ((step, chosen), &count) in self.steps.iter().zip(&chosen).zip(&counts) {
                 let fewer = count < step.units;
                 if fewer {
                     let outputs = factors::sides(step.reader).1 as u64;
-                    spent.bytes += 4 * outputs + OVERHEAD;
-                    spent.parameters += outputs;
+                    cost.bytes += 4 * outputs + OVERHEAD;
+                    cost.parameters += outputs;
                 }
                 errors.push(if fewer { chosen.error(count * step.window) } else { 0.0 });
             }
-            Choice { name: self.name(&counts), spent, errors, measured: None, fitted: None }
+            Candidate {
+                label: self.label(&counts),
+                cost,
+                loss: Loss::PerTap(errors),
+                edit: Edit::new(UnitCounts(counts)),
+            }
         };
         let all: Vec<usize> = self.steps.iter().map(|step| step.units).collect();
-        let choices = self.combinations(&chosen).into_iter().map(choice).collect();
+        let candidates = self.combinations(&chosen).into_iter().map(candidate).collect();
         let region: BTreeSet<NodeId> = self.steps.iter().flat_map(|step| step.nodes.iter().copied()).collect();
         Ok(Site {
-            kept: spent(&all),
-            covers: weights.iter().map(|weight| weight.value).collect(),
+            baseline: cost(&all),
+            footprint: weights.iter().map(|weight| weight.value).collect(),
             nodes: graph.nodes(lathe_ir::ScopeId::MAIN).filter(|id| region.contains(id)).collect(),
             taps: self.steps.iter().map(|step| step.reader.taps[0].output).collect(),
-            ..first.site(graph, choices)
+            ..first.site(graph, candidates)
         })
     }
 
     /// `keep 48 of 64 units`, `keep 48 of 64 and 40 of 64 units`.
-    fn name(&self, counts: &[usize]) -> String {
+    fn label(&self, counts: &[usize]) -> String {
         let part = |(step, count): (&Hidden<'_>, &usize)| format!("{count} of {}", step.units);
         let parts: Vec<String> = self.steps.iter().zip(counts).map(part).collect();
         format!("keep {} units", parts.join(" and "))
@@ -147,11 +152,9 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The numbers of units of a choice's name.
-fn parse(name: &str) -> Option<Vec<usize>> {
-    let parts = name.strip_prefix("keep ")?.strip_suffix(" units")?.split(" and ");
-    parts.map(|part| part.split(' ').next()?.parse().ok()).collect()
-}
+/// How many units every step of a run keeps.
+#[derive(Debug, Clone, PartialEq)]
+struct UnitCounts(Vec<usize>);
 
 /// Numbers of units of one place.
 fn counts(step: &Hidden<'_>, chosen: &Chosen, shares: &[usize]) -> Vec<usize> {
@@ -227,7 +230,7 @@ impl Method for PruneChannels {
         &INFO
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let graph = &model.graph;
         let (found, _) = weights(graph);
@@ -250,9 +253,14 @@ impl Method for PruneChannels {
         Ok(proposal)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
-        let name = &site.choices[choice].name;
-        let counts = parse(name).expect("a choice names its units");
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
+        let UnitCounts(counts) = candidate.edit.of();
         let mut outcome = Outcome::default();
         let place = format!("`{}`", site.name);
         let graph = &mut model.graph;
@@ -269,7 +277,7 @@ impl Method for PruneChannels {
             }
         };
         for ((step, seen), count) in run.steps.iter().zip(&seen).zip(counts) {
-            if count == step.units {
+            if *count == step.units {
                 continue;
             }
             // The step before has changed the layer that makes these units, perhaps below what is worth a site.
@@ -279,14 +287,14 @@ impl Method for PruneChannels {
             let again = again.and_then(|reader| hidden(graph, reader, &by_node(&now)));
             let made = again.and_then(|step| Ok((prepare(graph, &step, seen)?, step)));
             match made {
-                Ok((chosen, step)) => chosen.emit(graph, &step, count),
+                Ok((chosen, step)) => chosen.emit(graph, &step, *count),
                 Err(reason) => {
                     outcome.refuse(reason, place);
                     return Ok(outcome);
                 }
             }
         }
-        outcome.change(name.clone(), place);
+        outcome.change(candidate.label.clone(), place);
         Ok(outcome)
     }
 }
@@ -404,14 +412,15 @@ mod tests {
             })
             .collect();
         let site = all[0].site(&model.graph, &seen, &BTreeMap::new()).unwrap();
-        let at = |name: &str| site.choices.iter().find(|c| c.name == name).unwrap();
+        let at = |name: &str| site.candidates.iter().find(|c| c.label == name).unwrap();
         let both = at("keep 32 of 64 and 16 of 64 units");
         // Half the 1 x 1 kernels, an eighth of the 3 x 3 ones, a quarter of the last; and a bias for each reader.
-        assert_eq!(both.spent.parameters, 2048 + 9 * 512 + 1024 + 128);
-        assert!(both.errors.iter().all(|&e| e > 0.0));
+        assert_eq!(both.cost.parameters, 2048 + 9 * 512 + 1024 + 128);
+        assert!(both.loss.per_tap().unwrap().iter().all(|&e| e > 0.0));
         let one = at("keep 32 of 64 and 64 of 64 units");
-        assert_eq!((one.errors[1], one.errors[0]), (0.0, both.errors[0]));
-        assert_eq!((site.covers.len(), site.taps.len(), parse(&both.name)), (3, 2, Some(vec![32, 16])));
+        let errors = |candidate: &Candidate| candidate.loss.per_tap().unwrap().to_vec();
+        assert_eq!((errors(one)[1], errors(one)[0]), (0.0, errors(both)[0]));
+        assert_eq!((site.footprint.len(), site.taps.len(), &both.edit), (3, 2, &Edit::new(UnitCounts(vec![32, 16]))));
     }
 
     #[test]

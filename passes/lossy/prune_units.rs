@@ -9,11 +9,11 @@ mod surgery;
 #[cfg(test)]
 mod tests;
 
-use super::{Around, Choice, Method, Proposal, Site, Spent, Within};
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass as _, Quantity, exact::DropDead};
+use super::{Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, NestedCost, NestedEffect, Proposal, Site};
+use crate::{Error, Info, Kind, Opt, Outcome, Pass as _, Saving, exact::DropDead};
 use caches::{Caches, settle};
-use candidates::{Candidate, candidates};
-use lathe_analysis::{Bindings, Cost, Facts, Rows, View};
+use candidates::{RemovableUnit, candidates};
+use lathe_analysis::{Bindings, Cost as ModelCost, Facts, Rows, View};
 use lathe_ir::{Graph, Model, NodeId, ValueId};
 use patch::{Patch, leave_out_with};
 use search::{Counts, Gated, Score, Step};
@@ -66,7 +66,7 @@ static INFO: Info = Info {
         },
     ],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Parameters, Saving::Flops],
     source: Some(
         "Song et al. 2024, SLEB, arXiv:2402.09025; Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819; Men et al. 2024, \
          ShortGPT, arXiv:2403.03853",
@@ -113,7 +113,7 @@ impl std::str::FromStr for Ends {
 }
 
 /// How many units settings ask for; `None` if for none.
-fn asked(cx: &Context) -> Result<Option<Counts>, Error> {
+fn asked(cx: &MethodContext) -> Result<Option<Counts>, Error> {
     let number = |name| cx.setting::<usize>(&INFO, name);
     let counts = Counts { any: number("count")?, attention: number("attention")?, mlp: number("mlp")? };
     Ok((counts.total() > 0).then_some(counts))
@@ -124,15 +124,15 @@ impl Method for PruneUnits {
         &INFO
     }
 
-    fn reads_activations(&self) -> bool {
-        false
+    fn needs(&self, _: &MethodContext) -> Needs {
+        Needs { statistics: false, ..Needs::default() }
     }
 
-    fn asked(&self, cx: &Context) -> Result<bool, Error> {
+    fn is_requested(&self, cx: &MethodContext) -> Result<bool, Error> {
         Ok(asked(cx)?.is_some())
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let counts = asked(cx)?;
         let (mut found, refused) = candidates(model, cx.setting::<Ends>(&INFO, "ends")? == Ends::Free);
@@ -146,7 +146,7 @@ impl Method for PruneUnits {
         }
         let gated = Gated::new(model, &mut found, calibration)?;
         let steps = match cx.setting::<Score>(&INFO, "score")? {
-            Score::Loss => gated.greedy(&found, counts.as_ref(), &cx.measures)?,
+            Score::Loss => gated.greedy(&found, counts.as_ref(), &cx.quantities)?,
             Score::Cosine => gated.by_cosine(&found, counts.as_ref(), &|v| stream_rows(model, v))?,
         };
         if let Some(counts) = counts.as_ref().filter(|c| steps.len() < c.total()) {
@@ -167,7 +167,7 @@ impl Method for PruneUnits {
         for count in first..=steps.len() {
             let site = site(model, &whole, &found, &steps[..count], patches, cx)?;
             match site {
-                Ok(site) => proposal.sites.push(Site { forced: counts.is_some(), ..site }),
+                Ok(site) => proposal.sites.push(Site { required: counts.is_some(), ..site }),
                 Err(reason) => proposal.outcome.refuse(reason, format!("`{}`", found[steps[count - 1].candidate].name)),
             }
         }
@@ -176,8 +176,8 @@ impl Method for PruneUnits {
 
     /// What a choice around it added may still read something inside, which then stays. Patches are fitted to a stream
     /// whose rows are the same with the units and without, as they are not where tokens merge: there is none.
-    fn within(&self, site: &Site, around: &Around, cx: &Context) -> Result<Option<Within>, Error> {
-        let (mut bare, nodes) = (around.model.clone(), site.nodes.iter().copied().collect());
+    fn cost_under(&self, site: &Site, effect: &NestedEffect, cx: &MethodContext) -> Result<Option<NestedCost>, Error> {
+        let (mut bare, nodes) = (effect.model.clone(), site.nodes.iter().copied().collect());
         let left = match leave(&mut bare, &site.taps, &nodes, Patch::None, cx)? {
             Ok(_) => settle(&mut bare, &nodes, cx.setting(&INFO, "caches")?, cx)?.is_ok(),
             Err(_) => false,
@@ -186,31 +186,35 @@ impl Method for PruneUnits {
             return Ok(None);
         }
         let stays = still_read(&bare, site);
-        let kept = Totals::of(&around.model).beyond(&Totals::of(&bare)).and(&stays);
-        let bare = |choice: &Choice| (choice.name == choice_name(Patch::None)).then_some(stays);
-        let choices: Vec<Option<Spent>> = site.choices.iter().map(bare).collect();
-        Ok(choices.contains(&Some(stays)).then_some(Within { rows: 1.0, kept, choices }))
+        let baseline = Totals::of(&effect.model).beyond(&Totals::of(&bare)).and(&stays);
+        let bare = |candidate: &Candidate| (*candidate.edit.of::<Patch>() == Patch::None).then_some(stays);
+        let candidates: Vec<Option<Cost>> = site.candidates.iter().map(bare).collect();
+        Ok(candidates.contains(&Some(stays)).then_some(NestedCost { rows: 1.0, baseline, candidates }))
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
-        let name = &site.choices[choice].name;
-        let patch = Patch::ALL.into_iter().find(|p| *name == choice_name(*p));
-        let patch = patch.expect("a choice is one of the patches");
+        let &patch = candidate.edit.of::<Patch>();
         let nodes = site.nodes.iter().copied().collect();
         let done = match leave(model, &site.taps, &nodes, patch, cx)? {
             Ok(_) => settle(model, &nodes, cx.setting(&INFO, "caches")?, cx)?.map(|_| ()),
             Err(reason) => Err(reason),
         };
         match done {
-            Ok(()) => outcome.change(name.clone(), format!("`{}`", site.name)),
+            Ok(()) => outcome.change(candidate.label.clone(), format!("`{}`", site.name)),
             Err(reason) => outcome.refuse(reason, format!("`{}`", site.name)),
         }
         Ok(outcome)
     }
 }
 
-fn choice_name(patch: Patch) -> String {
+fn label(patch: Patch) -> String {
     match patch {
         Patch::None => "leave out".to_owned(),
         patch => format!("leave out, {}", patch.name()),
@@ -223,7 +227,7 @@ fn leave(
     gone: &[ValueId],
     nodes: &BTreeSet<NodeId>,
     patch: Patch,
-    cx: &Context,
+    cx: &MethodContext,
 ) -> Result<Result<usize, &'static str>, Error> {
     if !read_shapes_elsewhere(model, nodes) {
         return Ok(Err("the shape of a value inside is read elsewhere, and no value outside has the same"));
@@ -241,13 +245,13 @@ struct Totals {
 
 impl Totals {
     fn of(model: &Model) -> Totals {
-        let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
+        let cost = ModelCost::of(model, &Facts::infer(model), &Bindings::default());
         Totals { bytes: cost.weight_bytes, parameters: cost.parameters, flops: cost.flops }
     }
 
     /// What is more than in another.
-    fn beyond(&self, other: &Totals) -> Spent {
-        Spent {
+    fn beyond(&self, other: &Totals) -> Cost {
+        Cost {
             bytes: self.bytes.saturating_sub(other.bytes),
             parameters: self.parameters.saturating_sub(other.parameters),
             flops_per_row: self.flops.saturating_sub(other.flops),
@@ -256,12 +260,12 @@ impl Totals {
 }
 
 /// What is still there of a site's own nodes and constants in a model without its units.
-fn still_read(model: &Model, site: &Site) -> Spent {
+fn still_read(model: &Model, site: &Site) -> Cost {
     let graph = &model.graph;
-    let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
+    let cost = ModelCost::of(model, &Facts::infer(model), &Bindings::default());
     let nodes = site.nodes.iter().filter(|&&id| graph.get(id).is_some());
-    let tensors = || site.covers.iter().filter_map(|&v| graph.constant(v));
-    Spent {
+    let tensors = || site.footprint.iter().filter_map(|&v| graph.constant(v));
+    Cost {
         bytes: tensors().map(|t| t.byte_len() as u64).sum(),
         parameters: tensors().filter(|t| t.dtype().is_float()).map(|t| t.len() as u64).sum(),
         flops_per_row: nodes.map(|id| cost.by_node[id.index()].flops).sum(),
@@ -278,19 +282,19 @@ const WORTH: f64 = 0.98;
 fn site(
     model: &Model,
     whole: &Totals,
-    found: &[Candidate],
+    found: &[RemovableUnit],
     steps: &[Step],
     patches: Patches,
-    cx: &Context,
+    cx: &MethodContext,
 ) -> Result<Result<Site, &'static str>, Error> {
-    let units: Vec<&Candidate> = steps.iter().map(|s| &found[s.candidate]).collect();
+    let units: Vec<&RemovableUnit> = steps.iter().map(|s| &found[s.candidate]).collect();
     let gone: Vec<ValueId> = units.iter().flat_map(|u| u.gone.iter().copied()).collect();
     let nodes: BTreeSet<NodeId> = units.iter().flat_map(|u| u.nodes.iter().copied()).collect();
     let caches = cx.setting::<Caches>(&INFO, "caches")?;
     let mut least = None;
-    let mut choices: Vec<Choice> = Vec::new();
+    let mut candidates: Vec<Candidate> = Vec::new();
     for patch in Patch::ALL {
-        let best = choices.iter().filter_map(|c| c.measured).fold(f64::INFINITY, f64::min);
+        let best = candidates.iter().filter_map(|c| c.loss.measured()).fold(f64::INFINITY, f64::min);
         let wanted = patches == Patches::All && best > ROUNDING || patches == Patches::Only(patch);
         // What is left without any patch tells what the units take.
         if !wanted && patch != Patch::None {
@@ -312,28 +316,34 @@ fn site(
         if let Err(reason) = settle(&mut variant, &nodes, caches, cx)? {
             return Ok(Err(reason));
         }
-        DropDead.apply(&mut variant, cx)?;
+        DropDead.apply(&mut variant, &cx.pass_context())?;
         let left = Totals::of(&variant);
         let bare = *least.get_or_insert(left);
-        if wanted && loss.is_finite() && (loss < WORTH * best || choices.is_empty()) {
-            let (name, errors) = (choice_name(patch), vec![1.0; gone.len()]);
-            choices.push(Choice { name, spent: left.beyond(&bare), errors, measured: Some(loss), fitted: None });
+        if wanted && loss.is_finite() && (loss < WORTH * best || candidates.is_empty()) {
+            candidates.push(Candidate {
+                label: label(patch),
+                cost: left.beyond(&bare),
+                loss: Loss::Measured(loss),
+                edit: Edit::new(patch),
+            });
         }
     }
-    let Some(bare) = least.filter(|_| !choices.is_empty()) else { return Ok(Err("its gap cannot be filled as asked")) };
+    let Some(bare) = least.filter(|_| !candidates.is_empty()) else {
+        return Ok(Err("its gap cannot be filled as asked"));
+    };
     let names: Vec<&str> = units.iter().map(|u| u.name.as_str()).collect();
-    let mut covers: BTreeSet<ValueId> = gone.iter().copied().collect();
-    covers.extend(own_values(&model.graph, &nodes));
+    let mut footprint: BTreeSet<ValueId> = gone.iter().copied().collect();
+    footprint.extend(own_values(&model.graph, &nodes));
     Ok(Ok(Site {
         weight: None,
-        covers: covers.into_iter().collect(),
+        footprint: footprint.into_iter().collect(),
         nodes: nodes.into_iter().collect(),
         name: names.join(", "),
         taps: gone,
-        kept: whole.beyond(&bare),
-        choices,
-        forced: false,
-        apart: false,
+        baseline: whole.beyond(&bare),
+        candidates,
+        required: false,
+        isolatable: false,
     }))
 }
 

@@ -1,10 +1,11 @@
 //! Weights as whole numbers of 8 or 4 bits with one scale per block, dequantized where they are used.
 
 use super::{
-    Choice, Method, OVERHEAD, Proposal, Site, Spent, Tap, Weight, allocate::Measure, blocks, on_all_cores, stored,
-    stored::Stored, weights,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Tap, Weight, blocks, on_all_cores,
+    stored::{self, Storage, Stored},
+    weights,
 };
-use crate::{Context, Error, Info, Kind, Outcome, Quantity, Target};
+use crate::{Error, Info, Kind, Outcome, Quantity, Saving, Target};
 use lathe_analysis::Calibrate;
 use lathe_ir::{Graph, Model};
 
@@ -24,7 +25,7 @@ static INFO: Info = Info {
           `MatMulNBits` with `accuracy_level` 4 and look-ups `GatherBlockQuantized` in the file already, and a table that is also a head is stored once for both. Declines where a constant has other uses, is not finite, or would not become smaller.",
     options: &[],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters],
+    lowers: &[Saving::Parameters],
     source: Some("ONNX DequantizeLinear-21; block-wise round to nearest with clipping search"),
 };
 
@@ -68,11 +69,6 @@ impl Scheme {
         format!("int{} block {}", self.bits, self.block)
     }
 
-    fn called(name: &str) -> Scheme {
-        let mut all = SCHEMES.into_iter().chain(KERNEL_SCHEMES);
-        all.find(|scheme| scheme.name() == name).expect("a choice is one of the schemes")
-    }
-
     /// The range of codes.
     fn range(self) -> (f32, f32) {
         let half = 1i32 << (self.bits - 1);
@@ -80,12 +76,12 @@ impl Scheme {
     }
 
     /// What it takes; `whole` where the last block of a row is stored to its end.
-    fn spent(self, layout: &Layout, whole: bool) -> Spent {
+    fn cost(self, layout: &Layout, whole: bool) -> Cost {
         let elements = layout.outer * layout.length * layout.inner;
         let stored =
             if whole { elements / layout.length * layout.length.next_multiple_of(self.block) } else { elements };
         let scales = layout.outer * layout.length.div_ceil(self.block) * layout.inner;
-        Spent {
+        Cost {
             bytes: ((stored * self.bits).div_ceil(8) + scales * 4) as u64 + OVERHEAD,
             parameters: elements as u64,
             flops_per_row: 2 * elements as u64,
@@ -226,11 +222,11 @@ fn site(graph: &Graph, weight: &Weight, seen: &[Importance], target: Target) -> 
     };
     tensor.release();
     let joint = joint(seen, layout);
-    let kept = matrix.len() as u64 * 4;
-    let mut choices = Vec::new();
+    let baseline = matrix.len() as u64 * 4;
+    let mut candidates = Vec::new();
     for &scheme in schemes(weight) {
-        let spent = scheme.spent(&layout, blocks::are_whole(graph, weight, scheme.block, target));
-        if spent.bytes >= kept {
+        let cost = scheme.cost(&layout, blocks::are_whole(graph, weight, scheme.block, target));
+        if cost.bytes >= baseline {
             continue;
         }
         let blocks = quantize(&matrix, layout, scheme, &joint);
@@ -239,19 +235,14 @@ fn site(graph: &Graph, weight: &Weight, seen: &[Importance], target: Target) -> 
             let total: f64 = lost.iter().zip(&tap.inputs).map(|(lost, x)| lost * x).sum();
             (total / tap.output).sqrt()
         };
-        choices.push(Choice {
-            name: scheme.name(),
-            spent,
-            errors: seen.iter().map(error).collect(),
-            measured: None,
-            fitted: None,
-        });
+        let loss = Loss::PerTap(seen.iter().map(error).collect());
+        candidates.push(Candidate { label: scheme.name(), cost, loss, edit: Edit::new(scheme) });
     }
-    Ok(weight.site(graph, choices))
+    Ok(weight.site(graph, candidates))
 }
 
 /// What was seen of every tap, or why the weight is passed over.
-fn seen(weight: &Weight, cx: &Context) -> Result<Result<Vec<Importance>, &'static str>, Error> {
+fn seen(weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Importance>, &'static str>, Error> {
     let axis = Layout::of(weight).axis;
     if weight.taps.iter().any(|tap| tap.inputs_axis != axis) {
         return Ok(Err("its uses sum over different axes"));
@@ -306,8 +297,8 @@ impl Coded {
     }
 
     /// What it takes as a weight of `graph`.
-    pub fn spent(&self, graph: &Graph, weight: &Weight, target: Target) -> Spent {
-        self.scheme.spent(&self.layout, blocks::are_whole(graph, weight, self.scheme.block, target))
+    pub fn cost(&self, graph: &Graph, weight: &Weight, target: Target) -> Cost {
+        self.scheme.cost(&self.layout, blocks::are_whole(graph, weight, self.scheme.block, target))
     }
 
     /// The numbers it stands for, in the order of the stored constant.
@@ -333,14 +324,15 @@ impl Coded {
 }
 
 /// What a constant that is only stored otherwise could be stored as.
-fn offers(stored: &Stored) -> Vec<(String, Spent)> {
+fn storages(stored: &Stored) -> Vec<Storage<Scheme>> {
     let schemes: &[Scheme] = if stored.is_kernel { &KERNEL_SCHEMES } else { &SCHEMES };
-    schemes.iter().map(|scheme| (scheme.name(), stored.spent(scheme.spent(&stored.layout, false).bytes))).collect()
+    let bytes = |scheme: Scheme| scheme.cost(&stored.layout, false).bytes;
+    schemes.iter().map(|&form| Storage { form, label: form.name(), bytes: bytes(form) }).collect()
 }
 
 /// Stores a constant in codes that are near its numbers, each of which counts alike.
-fn store(model: &mut Model, stored: &Stored, name: &str) -> Result<(), &'static str> {
-    let (layout, scheme) = (stored.layout, Scheme::called(name));
+fn store(model: &mut Model, stored: &Stored, scheme: Scheme) -> Result<(), &'static str> {
+    let layout = stored.layout;
     let tensor = model.graph.constant(stored.value).expect("only constants are stored");
     let numbers = tensor.to_f32s().filter(|m| m.iter().all(|w| w.is_finite()));
     tensor.release();
@@ -355,17 +347,17 @@ impl Method for Quantize {
         &INFO
     }
 
-    fn serves(&self, measures: &[Measure]) -> bool {
-        measures.iter().any(|m| matches!(m, Measure::Bytes | Measure::Latency))
+    fn serves(&self, quantities: &[Quantity]) -> bool {
+        quantities.iter().any(|m| matches!(m, Quantity::Size | Quantity::Latency))
     }
 
     fn operator_set(&self) -> i64 {
         OPSET
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        if !self.serves(&cx.measures) {
+        if !self.serves(&cx.quantities) {
             proposal.outcome.refuse("it saves bytes and time, and neither is limited", "the model");
             return Ok(proposal);
         }
@@ -401,21 +393,26 @@ impl Method for Quantize {
             }
         }
         if !old {
-            let sites = stored::sites(model, &others, cx, &offers, &store, &mut proposal.outcome)?;
+            let sites = stored::sites(model, &others, cx, &storages, &store, &mut proposal.outcome)?;
             proposal.sites.extend(sites);
         }
         Ok(proposal)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
-        let name = &site.choices[choice].name;
-        let scheme = Scheme::called(name);
+        let &scheme = candidate.edit.of::<Scheme>();
         let (found, _) = weights(&model.graph);
         let Some(weight) = found.iter().find(|w| Some(w.value) == site.weight) else {
             let stored = site.weight.and_then(|value| stored::of(&model.graph, value));
-            match stored.ok_or("the constant is no longer used as it was").and_then(|s| store(model, &s, name)) {
-                Ok(()) => outcome.change(name.clone(), format!("`{}`", site.name)),
+            match stored.ok_or("the constant is no longer used as it was").and_then(|s| store(model, &s, scheme)) {
+                Ok(()) => outcome.change(candidate.label.clone(), format!("`{}`", site.name)),
                 Err(reason) => outcome.refuse(reason, format!("`{}`", site.name)),
             }
             return Ok(outcome);
@@ -433,7 +430,7 @@ impl Method for Quantize {
         let coded = quantize(&matrix, layout, scheme, &joint(&seen, layout));
         tensor.release();
         blocks::emit(model, weight, layout, scheme, &coded, cx.target);
-        outcome.change(name.clone(), format!("`{}`", site.name));
+        outcome.change(candidate.label.clone(), format!("`{}`", site.name));
         Ok(outcome)
     }
 }

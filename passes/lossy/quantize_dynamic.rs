@@ -1,13 +1,13 @@
 //! Products of whole numbers: weights stored so, inputs rounded anew in every run.
 
 use super::{
-    Choice, Method, OVERHEAD, Proposal, Site, Spent, Weight, factors,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, Weight, factors,
     layers::Tap,
     on_all_cores,
     quantize::{Coded, Scheme},
     weights,
 };
-use crate::{Context, Error, Info, Kind, Outcome, lossy::allocate::Measure};
+use crate::{Error, Info, Kind, Outcome, Quantity};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
 
 /// Multiplies whole numbers, whose inputs are rounded as they come.
@@ -44,7 +44,7 @@ struct Input {
 }
 
 /// What was seen of every use, `None` where rows are picked, or why the weight is passed over.
-fn seen(graph: &Graph, weight: &Weight, cx: &Context) -> Result<Result<Vec<Option<Input>>, &'static str>, Error> {
+fn seen(graph: &Graph, weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Option<Input>>, &'static str>, Error> {
     if weight.dims.len() != 2 {
         return Ok(Err("it is a convolution"));
     }
@@ -88,7 +88,7 @@ fn coded(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Cod
 }
 
 /// What rounding weights and inputs loses of every use's output, relative to it. Rows are picked of the constant as it is.
-fn choice(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Choice, &'static str> {
+fn candidate(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Candidate, &'static str> {
     let coded = coded(graph, weight, inputs)?;
     let matrix = factors::matrix(graph, weight)?;
     let restored = coded.restored();
@@ -112,18 +112,13 @@ fn choice(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Ch
     let elements = (k * n) as u64;
     let products = inputs.iter().flatten().count() as u64;
     let table = if products < inputs.len() as u64 { elements } else { 0 };
-    let spent = Spent {
+    let cost = Cost {
         bytes: elements + 4 * n as u64 + 5 * OVERHEAD * products + 4 * table,
         parameters: elements + table,
         flops_per_row: 2 * elements,
     };
-    Ok(Choice {
-        name: NAME.to_owned(),
-        spent,
-        errors: inputs.iter().map(|input| input.as_ref().map_or(0.0, error)).collect(),
-        measured: None,
-        fitted: None,
-    })
+    let loss = Loss::PerTap(inputs.iter().map(|input| input.as_ref().map_or(0.0, error)).collect());
+    Ok(Candidate { label: NAME.to_owned(), cost, loss, edit: Edit::new(()) })
 }
 
 impl Method for QuantizeDynamic {
@@ -131,17 +126,17 @@ impl Method for QuantizeDynamic {
         &INFO
     }
 
-    fn serves(&self, measures: &[Measure]) -> bool {
-        measures.contains(&Measure::Latency)
+    fn serves(&self, quantities: &[Quantity]) -> bool {
+        quantities.contains(&Quantity::Latency)
     }
 
-    fn reads_ranges(&self, cx: &Context) -> bool {
-        cx.measures.contains(&Measure::Latency)
+    fn needs(&self, cx: &MethodContext) -> Needs {
+        Needs { ranges: cx.quantities.contains(&Quantity::Latency), ..Needs::default() }
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        if !self.serves(&cx.measures) {
+        if !self.serves(&cx.quantities) {
             proposal.outcome.refuse("it saves time, and latency is not limited", "the model");
             return Ok(proposal);
         }
@@ -156,17 +151,17 @@ impl Method for QuantizeDynamic {
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }
         }
-        let choices = on_all_cores(&work, |(weight, inputs)| choice(graph, weight, inputs));
-        for ((weight, _), choice) in work.iter().zip(choices) {
-            match choice {
-                Ok(choice) => proposal.sites.push(weight.site(graph, vec![choice])),
+        let candidates = on_all_cores(&work, |(weight, inputs)| candidate(graph, weight, inputs));
+        for ((weight, _), candidate) in work.iter().zip(candidates) {
+            match candidate {
+                Ok(candidate) => proposal.sites.push(weight.site(graph, vec![candidate])),
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }
         }
         Ok(proposal)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, _choice: usize, cx: &Context) -> Result<Outcome, Error> {
+    fn apply(&self, model: &mut Model, site: &Site, _: &Candidate, cx: &MethodContext) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let place = || format!("`{}`", site.name);
         let (found, _) = weights(&model.graph);

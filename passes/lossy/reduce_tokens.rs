@@ -7,15 +7,16 @@ mod schedule;
 mod tests;
 
 use super::{
-    Around, Choice, Method, OVERHEAD, Proposal, RowsLeft, Site, Spent, Tap, Weight, allocate::Measure, weights,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, NestedEffect, OVERHEAD, Proposal, Site, Tap, Weight,
+    weights,
 };
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Pass as _, Quantity, exact::DropDead};
+use crate::{Error, Info, Kind, Opt, Outcome, Pass as _, Quantity, Saving, exact::DropDead};
 use emit::{Form, emit, most, open_sum};
-use lathe_analysis::{Bindings, Calibrate, Cost, Facts};
+use lathe_analysis::{Bindings, Calibrate, Cost as ModelCost, Facts};
 use lathe_ir::{Model, NodeId, Use, ValueId};
 use place::{Chain, Wish, chains};
 use schedule::{SHARES, Stretch, merged, plans};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Merges similar tokens.
 pub struct ReduceTokens;
@@ -61,7 +62,7 @@ static INFO: Info = Info {
         },
     ],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Flops],
+    lowers: &[Saving::Flops],
     source: Some("Bolya et al. 2023, ToMe, arXiv:2210.09461; Chen et al. 2023, DiffRate, arXiv:2305.17997"),
 };
 
@@ -115,7 +116,7 @@ struct Asked {
 }
 
 impl Asked {
-    fn of(cx: &Context) -> Result<Asked, Error> {
+    fn of(cx: &MethodContext) -> Result<Asked, Error> {
         let Protected(protected) = cx.setting(&INFO, "protected")?;
         let Temperature(temperature) = cx.setting(&INFO, "temperature")?;
         let wish = Wish { restore: cx.setting(&INFO, "restore")?, protected };
@@ -157,21 +158,21 @@ impl Method for ReduceTokens {
         &INFO
     }
 
-    fn serves(&self, measures: &[Measure]) -> bool {
-        measures.iter().any(|m| matches!(m, Measure::Flops | Measure::Latency))
+    fn serves(&self, quantities: &[Quantity]) -> bool {
+        quantities.iter().any(|m| matches!(m, Quantity::Flops | Quantity::Latency))
     }
 
     fn operator_set(&self) -> i64 {
         OLDEST_OPSET
     }
 
-    fn reads_activations(&self) -> bool {
-        false
+    fn needs(&self, _: &MethodContext) -> Needs {
+        Needs { statistics: false, ..Needs::default() }
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.measures)) else { return Ok(proposal) };
+        let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.quantities)) else { return Ok(proposal) };
         let asked = Asked::of(cx)?;
         for found in chains(model, asked.wish) {
             match found {
@@ -186,24 +187,34 @@ impl Method for ReduceTokens {
         Ok(proposal)
     }
 
-    fn around(&self, model: &Model, site: &Site, choice: usize, cx: &Context) -> Result<Option<Around>, Error> {
-        let counts = counts_of(&site.choices[choice].name);
+    fn effect_on_nested(
+        &self,
+        model: &Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Option<NestedEffect>, Error> {
+        let Schedule { counts, .. } = candidate.edit.of();
         let own = |chain: &Chain| name(model, chain) == site.name && chain.cuts.len() == counts.len();
         let Some(chain) = chains(model, Asked::of(cx)?.wish).into_iter().flatten().find(own) else { return Ok(None) };
         let mut changed = model.clone();
-        let done = self.rewrite(&mut changed, site, choice, cx)?;
-        DropDead.apply(&mut changed, cx)?;
-        let rows = rows_left(model, &chain, &counts);
-        Ok((!done.changes.is_empty()).then_some(Around { model: changed, rows }))
+        let done = self.apply(&mut changed, site, candidate, cx)?;
+        DropDead.apply(&mut changed, &cx.pass_context())?;
+        let rows = rows_left(model, &chain, counts);
+        Ok((!done.changes.is_empty()).then_some(NestedEffect { model: changed, rows }))
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
-        let choice = &site.choices[choice].name;
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
-        let asked = Asked::of(cx)?;
-        let form = if choice.ends_with(MIXED) { Form::Mix(asked.temperature) } else { Form::Merge };
-        if reduce(model, asked.wish, &site.name, &counts_of(choice), form) {
-            outcome.change(choice.clone(), site.name.clone());
+        let Schedule { counts, form } = candidate.edit.of();
+        if reduce(model, Asked::of(cx)?.wish, &site.name, counts, *form) {
+            outcome.change(candidate.label.clone(), site.name.clone());
         } else {
             outcome.refuse("the tokens are no longer what they were", site.name.clone());
         }
@@ -216,24 +227,21 @@ fn name(model: &Model, chain: &Chain) -> String {
     format!("tokens of `{}`", model.graph.value(chain.cuts[0].stream).name)
 }
 
-/// How names of schedules end whose tokens mix.
-const MIXED: &str = " mixed";
+/// How many tokens become fewer after every attention, and how.
+#[derive(Debug, Clone, PartialEq)]
+struct Schedule {
+    counts: Vec<usize>,
+    form: Form,
+}
 
 /// What a schedule is called: how many tokens are left after every attention.
-fn choice_name(tokens: usize, counts: &[usize], form: Form) -> String {
+fn label(tokens: usize, counts: &[usize], form: Form) -> String {
     let left = counts.iter().scan(tokens, |left, count| {
         *left -= count;
         Some(left.to_string())
     });
-    let end = if form == Form::Merge { "" } else { MIXED };
+    let end = if form == Form::Merge { "" } else { " mixed" };
     format!("{tokens} tokens to {}{end}", left.collect::<Vec<_>>().join(", "))
-}
-
-/// How many tokens every cut merges, from the name of the schedule.
-fn counts_of(name: &str) -> Vec<usize> {
-    let numbers: Vec<usize> =
-        name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect();
-    numbers.windows(2).map(|pair| pair[0].saturating_sub(pair[1])).collect()
 }
 
 /// Takes this many tokens away after every attention of the chain of this name; `false` if there is none that fits.
@@ -287,9 +295,9 @@ fn site(model: &Model, chain: &Chain, asked: &Asked, calibration: &dyn Calibrate
             *lost = changed.as_ref().map_or(Ok(f64::INFINITY), &loss)?;
         }
     }
-    let (nodes, covers) = (chain.nodes(&model.graph), chain.covers(&model.graph));
-    let kept = work.spent(model, &nodes);
-    let mut choices = Vec::new();
+    let (nodes, footprint) = (chain.nodes(&model.graph), chain.footprint(&model.graph));
+    let baseline = work.cost(model, &nodes);
+    let mut candidates = Vec::new();
     for counts in plans(&stretches, chain.tokens.count, &TARGETS, &|count| most(count, chain.protected)) {
         let mut best: Option<(f64, Form, Model)> = None;
         for &form in &forms {
@@ -300,30 +308,41 @@ fn site(model: &Model, chain: &Chain, asked: &Asked, calibration: &dyn Calibrate
             }
         }
         let Some((lost, form, changed)) = best else { continue };
-        let spent = work.left(&kept, &changed);
-        let name = choice_name(chain.tokens.count, &counts, form);
-        choices.push(Choice { name, spent, errors: Vec::new(), measured: Some(lost), fitted: None });
+        let cost = work.left(&baseline, &changed);
+        let label = label(chain.tokens.count, &counts, form);
+        let edit = Edit::new(Schedule { counts, form });
+        candidates.push(Candidate { label, cost, loss: Loss::Measured(lost), edit });
     }
     let taps = chain.ends(&model.graph);
-    let site = Site { weight: None, covers, nodes, name: called, taps, kept, choices, forced: false, apart: false };
-    Ok((!site.choices.is_empty()).then_some(site))
+    let site = Site {
+        weight: None,
+        footprint,
+        nodes,
+        name: called,
+        taps,
+        baseline,
+        candidates,
+        required: false,
+        isolatable: false,
+    };
+    Ok((!site.candidates.is_empty()).then_some(site))
 }
 
 /// What nodes compute with all tokens.
 struct Work {
-    cost: Cost,
+    cost: ModelCost,
 }
 
 impl Work {
     fn of(model: &Model) -> Work {
-        Work { cost: Cost::of(model, &Facts::infer(model), &Bindings::default()) }
+        Work { cost: ModelCost::of(model, &Facts::infer(model), &Bindings::default()) }
     }
 
-    fn spent(&self, model: &Model, nodes: &[NodeId]) -> Spent {
+    fn cost(&self, model: &Model, nodes: &[NodeId]) -> Cost {
         let read: BTreeSet<ValueId> =
             nodes.iter().flat_map(|&id| model.graph.node(id).inputs()).flatten().copied().collect();
         let tensors = || read.iter().filter_map(|&v| model.graph.constant(v));
-        Spent {
+        Cost {
             bytes: tensors().map(|t| t.byte_len() as u64).sum(),
             parameters: tensors().filter(|t| t.dtype().is_float()).map(|t| t.len() as u64).sum(),
             flops_per_row: nodes.iter().map(|id| self.cost.by_node[id.index()].flops).sum(),
@@ -331,9 +350,9 @@ impl Work {
     }
 
     /// What these nodes, which take `kept`, take in a model with fewer tokens.
-    fn left(&self, kept: &Spent, changed: &Model) -> Spent {
+    fn left(&self, kept: &Cost, changed: &Model) -> Cost {
         let now = Work::of(changed).cost;
-        Spent {
+        Cost {
             bytes: (kept.bytes + now.weight_bytes).saturating_sub(self.cost.weight_bytes)
                 + OVERHEAD * now.nodes.saturating_sub(self.cost.nodes) as u64,
             parameters: (kept.parameters + now.parameters).saturating_sub(self.cost.parameters),
@@ -371,7 +390,7 @@ impl Work {
 }
 
 /// The share of its rows that the layer of every weight still has.
-fn rows_left(model: &Model, chain: &Chain, counts: &[usize]) -> RowsLeft {
+fn rows_left(model: &Model, chain: &Chain, counts: &[usize]) -> BTreeMap<ValueId, f64> {
     let active: Vec<usize> = (0..counts.len()).filter(|&at| counts[at] > 0).collect();
     let stages = chain.stages(&model.graph, &active).expect("stages were checked with every cut");
     let left = |stage: usize| {

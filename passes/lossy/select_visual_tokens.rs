@@ -6,10 +6,10 @@ mod place;
 mod tests;
 mod video;
 
-use super::{Choice, Method, OVERHEAD, Proposal, Site, Spent, allocate::Measure, held_by};
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
+use super::{Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, regions::held_by};
+use crate::{Error, Info, Kind, Opt, Outcome, Quantity, Saving};
 use emit::{Form, Rest, emit};
-use lathe_analysis::{Bindings, Cost, Facts};
+use lathe_analysis::{Bindings, Cost as ModelCost, Facts};
 use lathe_ir::{DataType, Model, NodeId, ScopeId, ValueId};
 use place::{Place, Span, place};
 use std::collections::BTreeSet;
@@ -71,7 +71,7 @@ static INFO: Info = Info {
         },
     ],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Flops],
+    lowers: &[Saving::Flops],
     source: Some("Yang et al. 2025, EfficientVLA, arXiv:2506.10100; Fan et al. 2026, FlashVID, arXiv:2602.08024"),
 };
 
@@ -130,7 +130,7 @@ struct Asked {
 
 impl Asked {
     /// `None` where nobody says which tokens are visual.
-    fn of(cx: &Context) -> Result<Option<Asked>, Error> {
+    fn of(cx: &MethodContext) -> Result<Option<Asked>, Error> {
         let Some(span) = cx.setting::<Span>(&INFO, "span").map(|span| Some(span).filter(|s| *s != Span::None))? else {
             return Ok(None);
         };
@@ -191,14 +191,14 @@ impl Method for SelectVisualTokens {
         OLDEST_OPSET
     }
 
-    fn reads_activations(&self) -> bool {
-        false
+    fn needs(&self, _: &MethodContext) -> Needs {
+        Needs { statistics: false, ..Needs::default() }
     }
 
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        let saves = |m: &Measure| matches!(m, Measure::Flops | Measure::Latency);
-        let Some(calibration) = cx.calibration.filter(|_| cx.measures.iter().any(saves)) else { return Ok(proposal) };
+        let saves = |m: &Quantity| matches!(m, Quantity::Flops | Quantity::Latency);
+        let Some(calibration) = cx.calibration.filter(|_| cx.quantities.iter().any(saves)) else { return Ok(proposal) };
         let Some(asked) = Asked::of(cx)? else {
             if looks_mixed(model) {
                 let reason =
@@ -218,10 +218,10 @@ impl Method for SelectVisualTokens {
                 return Ok(proposal);
             }
         };
-        let flops = |model: &Model| Cost::of(model, &Facts::infer(model), &Bindings::default()).flops;
+        let flops = |model: &Model| ModelCost::of(model, &Facts::infer(model), &Bindings::default()).flops;
         let (whole, nodes) = (flops(model), place.nodes(&model.graph));
-        let kept = kept(model, &nodes);
-        let mut choices: Vec<Choice> = Vec::new();
+        let baseline = baseline(model, &nodes);
+        let mut candidates: Vec<Candidate> = Vec::new();
         for keep in keeps(&asked, &place) {
             for (form, rest) in asked.ways(keep) {
                 let mut changed = model.clone();
@@ -232,50 +232,60 @@ impl Method for SelectVisualTokens {
                     continue;
                 }
                 let count = |model: &Model| model.graph.nodes(ScopeId::MAIN).count() as u64;
-                let spent = Spent {
-                    bytes: kept.bytes + OVERHEAD * count(&changed).saturating_sub(count(model)),
-                    parameters: kept.parameters,
-                    flops_per_row: kept.flops_per_row.saturating_sub(saved),
+                let cost = Cost {
+                    bytes: baseline.bytes + OVERHEAD * count(&changed).saturating_sub(count(model)),
+                    parameters: baseline.parameters,
+                    flops_per_row: baseline.flops_per_row.saturating_sub(saved),
                 };
-                let name = choice_name(&place, keep, form, rest);
-                choices.push(Choice { name, spent, errors: Vec::new(), measured: Some(loss), fitted: None });
+                let selection = Selection { keep, form, rest, length: place.length, frames: place.frames };
+                candidates.push(Candidate {
+                    label: selection.label(),
+                    cost,
+                    loss: Loss::Measured(loss),
+                    edit: Edit::new(selection),
+                });
             }
         }
-        if choices.is_empty() {
+        if candidates.is_empty() {
             proposal.outcome.refuse("no selection of visual tokens saves anything", "the visual tokens");
             return Ok(proposal);
         }
         proposal.sites.push(Site {
             weight: None,
-            covers: held_by(&model.graph, &nodes),
+            footprint: held_by(&model.graph, &nodes),
             nodes,
             name: name(model, &place),
             taps: place.ends(&model.graph),
-            kept,
-            choices,
-            forced: false,
-            apart: false,
+            baseline,
+            candidates,
+            required: false,
+            isolatable: false,
         });
         Ok(proposal)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, cx: &Context) -> Result<Outcome, Error> {
-        let choice = &site.choices[choice].name;
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
+        let selection = candidate.edit.of::<Selection>();
         let mut outcome = Outcome::default();
         let asked = Asked::of(cx)?;
         let found = asked.as_ref().ok_or("which tokens are visual is not told");
         let found = found.and_then(|asked| Ok((asked, place(model, &asked.span, asked.frames)?)));
         let done = found.and_then(|(asked, place)| {
-            let keeps = keeps(asked, &place);
-            let ways = |&keep: &usize| asked.ways(keep).into_iter().map(move |(form, rest)| (keep, form, rest));
-            let mut choices = keeps.iter().flat_map(ways);
-            let own = choices.find(|&(keep, form, rest)| choice_name(&place, keep, form, rest) == *choice);
-            let (keep, form, rest) = own.ok_or("the visual tokens are no longer what they were")?;
+            if (place.length, place.frames) != (selection.length, selection.frames) {
+                return Err("the visual tokens are no longer what they were");
+            }
+            let Selection { keep, form, rest, .. } = *selection;
             emit(model, &place, &asked.counts(form, keep), form, rest, asked.segment());
             Ok(())
         });
         match done {
-            Ok(()) => outcome.change(choice.clone(), site.name.clone()),
+            Ok(()) => outcome.change(candidate.label.clone(), site.name.clone()),
             Err(reason) => outcome.refuse(reason, site.name.clone()),
         }
         Ok(outcome)
@@ -286,16 +296,28 @@ fn name(model: &Model, place: &Place) -> String {
     format!("visual tokens of `{}`", model.graph.value(place.stream).name)
 }
 
-/// What a choice is called: `64 of 256 visual tokens, others counted`.
-fn choice_name(place: &Place, keep: usize, form: Form, rest: Rest) -> String {
-    let (kept, all) = (keep * place.frames, place.length);
-    let spread = match form {
-        Form::Score => "",
-        Form::Spread => " spread out",
-        Form::Video => " merged over time",
-    };
-    let others = if rest == Rest::Counted { ", others counted" } else { "" };
-    format!("{kept} of {all} visual tokens{spread}{others}")
+/// How many tokens of every frame stay, which, and what becomes of the others.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Selection {
+    keep: usize,
+    form: Form,
+    rest: Rest,
+    /// Visual tokens that there are, and the frames that they divide into.
+    length: usize,
+    frames: usize,
+}
+
+impl Selection {
+    /// As reports call it: `64 of 256 visual tokens, others counted`.
+    fn label(&self) -> String {
+        let spread = match self.form {
+            Form::Score => "",
+            Form::Spread => " spread out",
+            Form::Video => " merged over time",
+        };
+        let others = if self.rest == Rest::Counted { ", others counted" } else { "" };
+        format!("{} of {} visual tokens{spread}{others}", self.keep * self.frames, self.length)
+    }
 }
 
 /// How many tokens of every part may stay.
@@ -311,12 +333,12 @@ fn keeps(asked: &Asked, place: &Place) -> Vec<usize> {
 }
 
 /// What nodes take with all tokens.
-fn kept(model: &Model, nodes: &[NodeId]) -> Spent {
-    let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
+fn baseline(model: &Model, nodes: &[NodeId]) -> Cost {
+    let cost = ModelCost::of(model, &Facts::infer(model), &Bindings::default());
     let read: BTreeSet<ValueId> =
         nodes.iter().flat_map(|&id| model.graph.node(id).inputs()).flatten().copied().collect();
     let tensors = || read.iter().filter_map(|&v| model.graph.constant(v));
-    Spent {
+    Cost {
         bytes: tensors().map(|t| t.byte_len() as u64).sum(),
         parameters: tensors().filter(|t| t.dtype().is_float()).map(|t| t.len() as u64).sum(),
         flops_per_row: nodes.iter().map(|id| cost.by_node[id.index()].flops).sum(),

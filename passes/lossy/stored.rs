@@ -4,9 +4,10 @@
 //! How an error of such a constant shows in what its node gives is not told by sums over rows, so every choice is carried
 //! out by itself and its loss is measured in the whole model.
 
-use super::{Choice, Outcome, Site, Spent, Weight, quantize::Layout};
-use crate::{Context, Error};
+use super::{Candidate, Cost, Edit, Loss, MethodContext, Site, Weight, quantize::Layout};
+use crate::{Error, Outcome};
 use lathe_ir::{DataType, Graph, Model, NodeId, Origin, ScopeId, Use, ValueId};
+use std::fmt;
 
 /// Floating-point operations that trying all choices of a method may take.
 const MOST_FLOPS: f64 = 2e12;
@@ -96,72 +97,74 @@ impl Stored {
     }
 
     /// What it takes as it is, in these many bytes.
-    pub fn spent(&self, bytes: u64) -> Spent {
+    pub fn cost(&self, bytes: u64) -> Cost {
         let elements = self.dims.iter().product::<usize>() as u64;
         // Its operations are those of its nodes, whatever it is stored as.
-        Spent { bytes, parameters: elements, flops_per_row: 0 }
+        Cost { bytes, parameters: elements, flops_per_row: 0 }
     }
 
     /// The place of the constant.
-    fn site(&self, graph: &Graph, choices: Vec<Choice>) -> Site {
+    fn site(&self, graph: &Graph, candidates: Vec<Candidate>) -> Site {
         Site {
             weight: Some(self.value),
-            covers: vec![self.value],
+            footprint: vec![self.value],
             nodes: self.nodes.clone(),
             name: graph.value(self.value).name.clone(),
             taps: self.nodes.iter().filter_map(|&id| graph.node(id).output(0)).collect(),
-            kept: self.spent(4 * self.dims.iter().product::<usize>() as u64),
-            choices,
-            forced: false,
-            apart: true,
+            baseline: self.cost(4 * self.dims.iter().product::<usize>() as u64),
+            candidates,
+            required: false,
+            isolatable: true,
         }
     }
 }
 
-/// The places of constants with what `offer` names for each and what that takes, as far as it saves bytes; `rewrite`
-/// carries a choice out. Their losses are measured.
-pub(super) fn sites(
+/// Another way to store a constant.
+pub(super) struct Storage<F> {
+    /// What it is to the method that carries it out.
+    pub form: F,
+    pub label: String,
+    /// Bytes in the file.
+    pub bytes: u64,
+}
+
+/// The sites of constants with the ways to store each that `storages` names, as far as they save bytes; `store` carries one
+/// out. Their losses are measured.
+pub(super) fn sites<F: Copy + fmt::Debug + PartialEq + Send + Sync + 'static>(
     model: &Model,
     found: &[Stored],
-    cx: &Context,
-    offer: &dyn Fn(&Stored) -> Vec<(String, Spent)>,
-    rewrite: &dyn Fn(&mut Model, &Stored, &str) -> Result<(), &'static str>,
+    cx: &MethodContext,
+    storages: &dyn Fn(&Stored) -> Vec<Storage<F>>,
+    store: &dyn Fn(&mut Model, &Stored, F) -> Result<(), &'static str>,
     outcome: &mut Outcome,
 ) -> Result<Vec<Site>, Error> {
     let graph = &model.graph;
     let place = |stored: &Stored| format!("`{}`", graph.value(stored.value).name);
     let Some(calibration) = cx.calibration else { return Ok(Vec::new()) };
-    let kept = |stored: &Stored| 4 * stored.dims.iter().product::<usize>() as u64;
-    let offers: Vec<Vec<(String, Spent)>> = found
-        .iter()
-        .map(|stored| offer(stored).into_iter().filter(|(_, spent)| spent.bytes < kept(stored)).collect())
-        .collect();
-    let runs: usize = offers.iter().map(Vec::len).sum();
+    let baseline = |stored: &Stored| 4 * stored.dims.iter().product::<usize>() as u64;
+    let smaller = |stored: &Stored| storages(stored).into_iter().filter(|s| s.bytes < baseline(stored)).collect();
+    let all: Vec<Vec<Storage<F>>> = found.iter().map(smaller).collect();
+    let runs: usize = all.iter().map(Vec::len).sum();
     if calibration.trial_flops() * runs as f64 > MOST_FLOPS {
         let reason = "storing it otherwise would have to be tried in the whole model, which takes too long";
         found.iter().for_each(|stored| outcome.refuse(reason, place(stored)));
         return Ok(Vec::new());
     }
     let mut sites = Vec::new();
-    for (stored, offers) in found.iter().zip(offers) {
-        let mut choices = Vec::new();
-        for (name, spent) in offers {
+    for (stored, storages) in found.iter().zip(all) {
+        let mut candidates = Vec::new();
+        for Storage { form, label, bytes } in storages {
             let mut variant = model.clone();
-            if let Err(reason) = rewrite(&mut variant, stored, &name) {
+            if let Err(reason) = store(&mut variant, stored, form) {
                 outcome.refuse(reason, place(stored));
                 continue;
             }
-            let lost = calibration.trials(&variant, &[Vec::new()])?.first().copied().filter(|lost| lost.is_finite());
-            choices.extend(lost.map(|lost| Choice {
-                name,
-                spent,
-                errors: Vec::new(),
-                measured: Some(lost),
-                fitted: None,
-            }));
+            let loss = calibration.trials(&variant, &[Vec::new()])?.first().copied().filter(|loss| loss.is_finite());
+            let (cost, edit) = (stored.cost(bytes), Edit::new(form));
+            candidates.extend(loss.map(|loss| Candidate { label, cost, loss: Loss::Measured(loss), edit }));
         }
-        if !choices.is_empty() {
-            sites.push(stored.site(graph, choices));
+        if !candidates.is_empty() {
+            sites.push(stored.site(graph, candidates));
         }
     }
     Ok(sites)

@@ -2,19 +2,23 @@
 
 mod basis;
 mod fit;
+mod fitted;
 mod frozen;
 mod places;
 #[cfg(test)]
 mod tests;
 
-use super::{Choice, Fitted, Method, OLDEST_OPSET, OVERHEAD, Proposal, Site, Spent, allocate::Measure, on_all_cores};
-use crate::{Context, Error, Info, Kind, Opt, Outcome, Quantity};
+use super::{
+    Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, OLDEST_OPSET, OVERHEAD, Proposal, Site, on_all_cores,
+};
+use crate::{Error, Info, Kind, Opt, Outcome, Quantity, Saving};
 use basis::{Base, Form};
 use fit::{Fit, Moments};
-use lathe_analysis::{Bindings, Calibrate, Cost, Cross, Facts, Rows};
+use fitted::Fitted;
+use lathe_analysis::{Bindings, Calibrate, Cost as ModelCost, Cross, Facts, Rows};
 use lathe_ir::{Graph, Model, NodeId, ValueId};
 use places::{Place, places};
-use std::{collections::BTreeSet, sync::Arc};
+use std::collections::BTreeSet;
 
 /// Puts pools, shifts and copies in the place of layers.
 pub struct Substitute;
@@ -48,7 +52,7 @@ static INFO: Info = Info {
         },
     ],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Parameters, Saving::Flops],
     source: Some("Kim et al. 2022, PfLayer, arXiv:2202.02777; Hassid et al. 2022, PAPA, arXiv:2211.03495"),
 };
 
@@ -94,49 +98,39 @@ impl Method for Substitute {
         &INFO
     }
 
-    fn serves(&self, measures: &[Measure]) -> bool {
-        measures.iter().any(|m| matches!(m, Measure::Flops | Measure::Latency | Measure::Parameters))
+    fn serves(&self, quantities: &[Quantity]) -> bool {
+        quantities.iter().any(|m| matches!(m, Quantity::Flops | Quantity::Latency | Quantity::Parameters))
     }
 
-    fn reads_activations(&self) -> bool {
-        false
+    fn needs(&self, _: &MethodContext) -> Needs {
+        Needs { statistics: false, trials: true, speedup: true, ..Needs::default() }
     }
 
-    fn watched(&self, model: &Model, cx: &Context) -> Result<Vec<Rows>, Error> {
-        if !self.serves(&cx.measures) || model.opset() < OLDEST_OPSET {
+    fn extra_taps(&self, model: &Model, cx: &MethodContext) -> Result<Vec<Rows>, Error> {
+        if !self.serves(&cx.quantities) || model.opset() < OLDEST_OPSET {
             return Ok(Vec::new());
         }
         let (found, _) = places(model);
         Ok(found.iter().map(|place| place.rows(&model.graph, place.gives)).collect())
     }
 
-    fn must_be_faster(&self) -> bool {
-        true
-    }
-
-    fn is_tried(&self) -> bool {
-        true
-    }
-
-    fn propose(&self, model: &Model, cx: &Context) -> Result<Proposal, Error> {
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.measures)) else { return Ok(proposal) };
+        let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.quantities)) else { return Ok(proposal) };
         if model.opset() < OLDEST_OPSET {
-            proposal.outcome.refuse("operator set 13 or newer is needed", "the model");
-            return Ok(proposal);
+            return Ok(Proposal::refused("operator set 13 or newer is needed", "the model"));
         }
         if !calibration.holds_out() {
-            proposal.outcome.refuse(super::NOT_HELD_OUT, "the model");
-            return Ok(proposal);
+            return Ok(Proposal::refused(super::NOT_HELD_OUT, "the model"));
         }
         let Share(most) = cx.setting(&INFO, "most")?;
         let (found, refused) = places(model);
         refused.into_iter().for_each(|(reason, place)| proposal.outcome.refuse(reason, place));
-        let (work, measures) = (Work::of(model), cx.measures.as_slice());
+        let (work, quantities) = (Work::of(model), cx.quantities.as_slice());
         for batch in batches(&found) {
             let seen = Seen::of(model, batch, calibration)?;
             let ready: Vec<(&Place, &Seen)> = batch.iter().zip(&seen).collect();
-            let sites = on_all_cores(&ready, |(place, seen)| work.site(place, seen, most, measures));
+            let sites = on_all_cores(&ready, |(place, seen)| work.site(place, seen, most, quantities));
             for (place, site) in batch.iter().zip(sites) {
                 match site {
                     Ok(site) => proposal.sites.push(site),
@@ -150,12 +144,16 @@ impl Method for Substitute {
         Ok(proposal)
     }
 
-    fn rewrite(&self, model: &mut Model, site: &Site, choice: usize, _cx: &Context) -> Result<Outcome, Error> {
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        _cx: &MethodContext,
+    ) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
-        let choice = &site.choices[choice];
-        let fitted = choice.fitted.as_ref().expect("its choices are fitted");
-        match fitted.splice(&mut model.graph) {
-            Ok(()) => outcome.change(choice.name.clone(), format!("`{}`", site.name)),
+        match candidate.edit.of::<Fitted>().splice(&mut model.graph) {
+            Ok(()) => outcome.change(candidate.label.clone(), format!("`{}`", site.name)),
             Err(reason) => outcome.refuse(reason, format!("`{}`", site.name)),
         }
         Ok(outcome)
@@ -227,39 +225,39 @@ impl Seen {
 struct Work<'a> {
     model: &'a Model,
     facts: Facts,
-    cost: Cost,
+    cost: ModelCost,
 }
 
 impl<'a> Work<'a> {
     fn of(model: &'a Model) -> Work<'a> {
         let facts = Facts::infer(model);
-        let cost = Cost::of(model, &facts, &Bindings::default());
+        let cost = ModelCost::of(model, &facts, &Bindings::default());
         Work { model, facts, cost }
     }
 
     /// What nodes take with the constants that only they read.
-    fn kept(&self, nodes: &[NodeId]) -> Spent {
+    fn baseline(&self, nodes: &[NodeId]) -> Cost {
         let graph = &self.model.graph;
         let own: BTreeSet<NodeId> = nodes.iter().copied().collect();
         let values = super::prune_units::own_values(graph, &own);
         let tensors = || values.iter().filter_map(|&v| graph.constant(v));
-        Spent {
+        Cost {
             bytes: tensors().map(|t| t.byte_len() as u64).sum::<u64>() + OVERHEAD * nodes.len() as u64,
             parameters: tensors().filter(|t| t.dtype().is_float()).map(|t| t.len() as u64).sum(),
             flops_per_row: nodes.iter().map(|id| self.cost.by_node[id.index()].flops).sum(),
         }
     }
 
-    /// What a piece takes that reads these values.
-    fn spent(&self, piece: &Graph, reads: &[ValueId]) -> Spent {
+    /// What a fragment takes that reads these values.
+    fn cost(&self, fragment: &Graph, reads: &[ValueId]) -> Cost {
         let mut model =
-            Model { graph: piece.clone(), functions: Vec::new(), training: Vec::new(), ..self.model.clone() };
+            Model { graph: fragment.clone(), functions: Vec::new(), training: Vec::new(), ..self.model.clone() };
         for (at, &value) in reads.iter().enumerate() {
             let input = model.graph.main().inputs()[at];
             model.graph.value_mut(input).ty = self.facts.ty(value);
         }
-        let cost = Cost::of(&model, &Facts::infer(&model), &Bindings::default());
-        Spent {
+        let cost = ModelCost::of(&model, &Facts::infer(&model), &Bindings::default());
+        Cost {
             bytes: cost.weight_bytes + OVERHEAD * cost.nodes as u64,
             parameters: cost.parameters,
             flops_per_row: cost.flops,
@@ -267,15 +265,15 @@ impl<'a> Work<'a> {
     }
 
     /// The site of a place with everything that could stand in it.
-    fn site(&self, place: &Place, seen: &Seen, most: f64, measures: &[Measure]) -> Result<Site, &'static str> {
+    fn site(&self, place: &Place, seen: &Seen, most: f64, quantities: &[Quantity]) -> Result<Site, &'static str> {
         let graph = &self.model.graph;
         let [fits, held] = [&seen.fits[0], &seen.held[0]];
         if !fits.is_finite() || !held.is_finite() || held.output() <= 0.0 {
             return Err("what it reads or gives is not finite, or is all zero");
         }
-        let kept = self.kept(&place.nodes);
+        let baseline = self.baseline(&place.nodes);
         let all = basis::bases(place);
-        let mut choices = Vec::new();
+        let mut candidates = Vec::new();
         for bases in basis::combinations(&all) {
             let columns: Vec<usize> = bases.iter().flat_map(|base| columns(&all, *base, place.inputs)).collect();
             for form in Form::of(place, &bases) {
@@ -284,35 +282,34 @@ impl<'a> Work<'a> {
                 if lost > most * held.variance() || !lost.is_finite() {
                     continue;
                 }
-                let piece = basis::piece(graph, place, &bases, &fit, form);
-                let spent = self.spent(&piece, &[place.reads]);
-                if !saves(&spent, &kept, measures) {
+                let fragment = basis::piece(graph, place, &bases, &fit, form);
+                let cost = self.cost(&fragment, &[place.reads]);
+                if !saves(&cost, &baseline, quantities) {
                     continue;
                 }
                 let name = |value: ValueId| graph.value(value).name.clone();
-                let fitted = Fitted { reads: vec![name(place.reads)], gives: name(place.gives), piece };
-                choices.push(Choice {
-                    name: basis::name(&bases, form),
-                    spent,
-                    errors: vec![(lost.max(0.0) / held.output()).sqrt()],
-                    measured: None,
-                    fitted: Some(Arc::new(fitted)),
+                let fitted = Fitted { inputs: vec![name(place.reads)], output: name(place.gives), fragment };
+                candidates.push(Candidate {
+                    label: basis::name(&bases, form),
+                    cost,
+                    loss: Loss::PerTap(vec![(lost.max(0.0) / held.output()).sqrt()]),
+                    edit: Edit::new(fitted),
                 });
             }
         }
-        if choices.is_empty() {
+        if candidates.is_empty() {
             return Err("nothing that it could do comes near what is there and saves something");
         }
         Ok(Site {
             weight: None,
-            covers: place.covers.clone(),
+            footprint: place.footprint.clone(),
             nodes: place.nodes.clone(),
             name: place.name.clone(),
             taps: vec![place.gives],
-            kept,
-            choices,
-            forced: false,
-            apart: true,
+            baseline,
+            candidates,
+            required: false,
+            isolatable: true,
         })
     }
 
@@ -343,12 +340,12 @@ fn columns(all: &[Base], base: Base, width: usize) -> std::ops::Range<usize> {
     at * width..(at + 1) * width
 }
 
-/// Whether a choice may save something that is limited; how long it takes is measured later.
-fn saves(spent: &Spent, kept: &Spent, measures: &[Measure]) -> bool {
-    measures.iter().any(|measure| match measure {
-        Measure::Latency => true,
-        Measure::Flops => spent.flops_per_row < kept.flops_per_row,
-        Measure::Parameters => spent.parameters < kept.parameters,
-        Measure::Bytes => spent.bytes < kept.bytes,
+/// Whether a candidate may save something that is limited; how long it takes is measured later.
+fn saves(cost: &Cost, baseline: &Cost, quantities: &[Quantity]) -> bool {
+    quantities.iter().any(|measure| match measure {
+        Quantity::Latency => true,
+        Quantity::Flops => cost.flops_per_row < baseline.flops_per_row,
+        Quantity::Parameters => cost.parameters < baseline.parameters,
+        Quantity::Size => cost.bytes < baseline.bytes,
     })
 }

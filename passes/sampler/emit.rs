@@ -7,7 +7,7 @@ use super::{
     sums::{Factor, Sums},
 };
 use crate::{
-    Context,
+    PassContext,
     exact::{DropDead, DropIdentities, MergeDuplicates, ShareInitializers},
 };
 use lathe_analysis::{Evaluate, Facts};
@@ -336,7 +336,7 @@ impl<'a> Emitter<'a> {
         }
         graph.sort().map_err(|e| Error::Network(e.to_string()))?;
         for pass in [&ShareInitializers as &dyn crate::Pass, &MergeDuplicates, &DropIdentities, &DropDead] {
-            pass.apply(&mut self.out, &Context::default()).map_err(|e| Error::Network(e.to_string()))?;
+            pass.apply(&mut self.out, &PassContext::default()).map_err(|e| Error::Network(e.to_string()))?;
         }
         let unused = |graph: &Graph, index: usize| graph.value(graph.main().inputs()[index]).uses().is_empty();
         let graph = &mut self.out.graph;

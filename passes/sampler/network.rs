@@ -1,7 +1,7 @@
 //! The denoiser taken apart: what depends on the time only, on the conditions only, and the rest.
 
 use super::{Error, Roles};
-use crate::{Context, Pass as _, exact::DropDead};
+use crate::{Pass as _, PassContext, exact::DropDead};
 use lathe_analysis::{Evaluate, Facts};
 use lathe_ir::{DataType, Dim, Graph, Model, Node, NodeId, Origin, ScopeId, Tensor, Type, Use, ValueId};
 
@@ -249,7 +249,7 @@ pub(crate) fn keep_outputs(model: &mut Model, values: &[ValueId]) -> Result<(), 
 }
 
 pub(crate) fn drop_dead(model: &mut Model) -> Result<(), Error> {
-    let done = DropDead.apply(model, &Context::default());
+    let done = DropDead.apply(model, &PassContext::default());
     done.map(drop).map_err(|e| Error::Network(e.to_string()))
 }
 

@@ -3,12 +3,12 @@
 #![allow(clippy::unwrap_used)]
 
 use lathe_ir::{Model, Tensor, text};
-use lathe_passes::{Context, PASSES, Target};
+use lathe_passes::{PASSES, PassContext, Target};
 use lathe_testkit::{equivalent, evaluator};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The passes over `graph`, round after round, and how often each operator is in the result, which is the same function.
-fn optimized(graph: &str, cx: &Context) -> (Model, BTreeMap<String, usize>) {
+fn optimized(graph: &str, cx: &PassContext) -> (Model, BTreeMap<String, usize>) {
     let before = text::parse(graph).unwrap_or_else(|error| panic!("{error}\n{graph}"));
     let mut model = before.clone();
     for _ in 0..8 {
@@ -26,8 +26,8 @@ fn optimized(graph: &str, cx: &Context) -> (Model, BTreeMap<String, usize>) {
     (model, ops)
 }
 
-fn ort() -> Context<'static> {
-    Context { target: Target::Ort, evaluator: Some(evaluator()), ..Context::default() }
+fn ort() -> PassContext<'static> {
+    PassContext::default().with_target(Target::Ort).with_evaluator(evaluator())
 }
 
 /// The operators of the result for ONNX Runtime.
@@ -175,7 +175,7 @@ fn a_skip_norm_is_written_where_it_pays() {
             y = LayerNormalization <axis = -1> (sum, scale, shift)
         }"#;
     assert!(optimized(graph, &ort()).1.contains_key("SkipLayerNormalization"));
-    let slow = Context { slow_kernels: ["SkipLayerNormalization".to_owned()].into(), ..ort() };
+    let slow = ort().with_slow_kernels(["SkipLayerNormalization".to_owned()].into());
     assert!(optimized(graph, &slow).1.contains_key("LayerNormalization"));
     let rms = graph.replace(
         "LayerNormalization <axis = -1> (sum, scale, shift)",

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use lathe_ir::{Model, text};
-use lathe_passes::{Context, Kind, PASSES, Pass};
+use lathe_passes::{Kind, PASSES, Pass, PassContext};
 use lathe_testkit::{equivalent, evaluator, random_model};
 
 const GRAPHS: u64 = 500;
@@ -13,7 +13,7 @@ const RTOL: f32 = 1e-4;
 
 /// Applies one pass; the result must be a valid model that survives its own text.
 fn apply(pass: &dyn Pass, model: &mut Model, seed: u64) -> bool {
-    let cx = Context { evaluator: Some(evaluator()), ..Context::default() };
+    let cx = PassContext::default().with_evaluator(evaluator());
     let name = pass.info().name;
     let before = text::print_full(model);
     let outcome = pass.apply(model, &cx).unwrap_or_else(|error| panic!("seed {seed}: {name} fails: {error}"));

@@ -2,7 +2,7 @@
 
 use lathe_analysis::{Bindings, Cost, Facts, UnitKind, Units};
 use lathe_ir::{Model, ScopeId};
-use lathe_passes::lossy::allocate::Measure;
+use lathe_passes::Quantity;
 
 /// Share of the operations that an operator must take for a recipe that works on it.
 const MUCH: f64 = 0.2;
@@ -86,14 +86,14 @@ impl Features {
     }
 
     /// What is worth a try, most promising first.
-    pub fn recipes(&self, measure: Measure) -> Vec<Recipe> {
+    pub fn recipes(&self, measure: Quantity) -> Vec<Recipe> {
         let layers = self.products + self.windows > MUCH;
         let mut found = vec![EVERYTHING];
-        let size = measure == Measure::Bytes;
+        let size = measure == Quantity::Size;
         let mut add = |recipe: Recipe, wanted: bool| found.extend(wanted.then_some(recipe));
         add(WEIGHTS, size);
-        add(TOKENS, self.fixed_tokens && matches!(measure, Measure::Flops | Measure::Latency));
-        add(INTEGERS, measure == Measure::Latency && self.products > MUCH);
+        add(TOKENS, self.fixed_tokens && matches!(measure, Quantity::Flops | Quantity::Latency));
+        add(INTEGERS, measure == Quantity::Latency && self.products > MUCH);
         add(THIN, layers);
         add(UNITS, self.units >= ENOUGH_UNITS);
         add(SUBSTITUTES, !size && self.windows > MUCH);
@@ -119,11 +119,11 @@ mod tests {
         let features = Features::of(&model);
         assert_eq!(features.family(), "convolutions, 2^7 parameters, 2^14 FLOPs");
         let names = |measure| features.recipes(measure).iter().map(|r| r.name).collect::<Vec<_>>();
-        assert_eq!(names(Measure::Latency), ["everything", "thinner layers", "substitutes"]);
-        assert_eq!(names(Measure::Bytes), ["everything", "weights of few bits", "thinner layers"]);
+        assert_eq!(names(Quantity::Latency), ["everything", "thinner layers", "substitutes"]);
+        assert_eq!(names(Quantity::Size), ["everything", "weights of few bits", "thinner layers"]);
         let vision =
             Features { windows: 0.01, products: 0.9, attention: 12, fixed_tokens: true, units: 24, ..features };
-        let names: Vec<&str> = vision.recipes(Measure::Latency).iter().map(|r| r.name).collect();
+        let names: Vec<&str> = vision.recipes(Quantity::Latency).iter().map(|r| r.name).collect();
         assert_eq!(names, ["everything", "fewer tokens", "whole numbers", "thinner layers", "fewer units"]);
     }
 

@@ -13,10 +13,10 @@ use anyhow::anyhow;
 use lathe_analysis::{Facts, Units};
 use lathe_ir::{Model, NodeId, ValueId};
 use lathe_passes::{
-    Context,
+    Quantity, QuantityMap,
     lossy::{
-        Around, Choice, METHODS, Method, Site, Spent, Weight, Within,
-        allocate::{self, Group, Measure, Plan, SolveError, Solver, Status},
+        Candidate, Cost, Loss, METHODS, Method, MethodContext, Needs, NestedCost, NestedEffect, Site, Weight,
+        allocate::{self, Group, Limits, Plan, SolveError, Solver, Status},
         block_by_block, weights,
     },
 };
@@ -35,6 +35,7 @@ pub(crate) struct Table<'a> {
     pub(super) places: Vec<Place>,
     pub(super) records: BTreeMap<&'static str, PassRecord>,
     pub(super) seen: Seen<'a>,
+    pub(super) cx: MethodContext<'a>,
     /// Whether it is known how the outputs answer to errors of any layer.
     pub(super) told: bool,
     /// What no place is of.
@@ -47,6 +48,7 @@ pub(crate) struct Table<'a> {
 pub(super) struct Offer {
     pub method: &'static dyn Method,
     pub site: Site,
+    pub needs: Needs,
     /// The rise of the outputs' distance per squared error of every tap.
     pub sensitivity: Vec<f64>,
     /// Rows in one run that operations are counted by: of all products with the weight, or 1.
@@ -58,17 +60,22 @@ pub(super) struct Offer {
 /// The places inside another one where a choice of that one is carried out.
 pub(super) struct Inside {
     /// What the site of every offer of a place takes then, if it is still a place.
-    within: BTreeMap<usize, Vec<Option<Within>>>,
+    within: BTreeMap<usize, Vec<Option<NestedCost>>>,
     nesting: Nesting,
 }
 
 impl Inside {
     /// Asks the methods of every place inside the place `at`.
-    pub fn of(places: &[Place], at: usize, around: &Around, cx: &Context) -> Result<Inside, lathe_passes::Error> {
+    pub fn of(
+        places: &[Place],
+        at: usize,
+        effect: &NestedEffect,
+        cx: &MethodContext,
+    ) -> Result<Inside, lathe_passes::Error> {
         let mut within = BTreeMap::new();
         for (index, place) in places.iter().enumerate().filter(|(_, place)| place.lies_in(&places[at])) {
-            let found = place.offers.iter().map(|offer| offer.method.within(&offer.site, around, cx));
-            let found: Vec<Option<Within>> = found.collect::<Result<_, _>>()?;
+            let found = place.offers.iter().map(|offer| offer.method.cost_under(&offer.site, effect, cx));
+            let found: Vec<Option<NestedCost>> = found.collect::<Result<_, _>>()?;
             if found.iter().any(Option::is_some) {
                 within.insert(index, found);
             }
@@ -94,7 +101,7 @@ pub(crate) struct Compressed {
 }
 
 /// What the site of every offer of a place takes where a choice around the place is carried out; `None` outside of one.
-type Then<'t> = Option<&'t [Option<Within>]>;
+type Then<'t> = Option<&'t [Option<NestedCost>]>;
 
 /// A group as a plan counts it.
 struct Entry<'t> {
@@ -113,21 +120,21 @@ struct Chosen<'t> {
 }
 
 impl Offer {
-    pub fn loss(&self, choice: &Choice) -> f64 {
-        let squares = || self.sensitivity.iter().zip(&choice.errors).map(|(s, e)| s * e * e).sum();
-        choice.measured.unwrap_or_else(squares)
+    pub fn loss(&self, candidate: &Candidate) -> f64 {
+        match &candidate.loss {
+            Loss::PerTap(errors) => self.sensitivity.iter().zip(errors).map(|(s, e)| s * e * e).sum(),
+            Loss::Measured(loss) => *loss,
+        }
     }
 
-    fn option(&self, spent: &Spent, latency_ns: Option<u64>, error: f64, within: Option<&Within>) -> allocate::Choice {
-        let flops = spent.flops_per_row.saturating_mul(self.rows);
-        allocate::Choice {
-            bytes: spent.bytes,
-            parameters: spent.parameters,
-            flops: within.map_or(flops, |within| part(flops, within.rows)),
-            latency_ns,
-            error,
-            ..allocate::Choice::default()
-        }
+    fn option(&self, cost: &Cost, latency_ns: Option<u64>, error: f64, within: Option<&NestedCost>) -> allocate::Item {
+        let flops = cost.flops_per_row.saturating_mul(self.rows);
+        let cost = QuantityMap::default()
+            .with(Quantity::Size, cost.bytes)
+            .with(Quantity::Parameters, cost.parameters)
+            .with(Quantity::Flops, within.map_or(flops, |within| part(flops, within.rows)))
+            .with(Quantity::Latency, latency_ns);
+        allocate::Item { cost, error, inner: Vec::new() }
     }
 }
 
@@ -142,23 +149,23 @@ impl Place {
         &self.offers[0].site
     }
 
-    fn covers(&self) -> &[ValueId] {
-        &self.site().covers
+    fn footprint(&self) -> &[ValueId] {
+        &self.site().footprint
     }
 
     fn lies_in(&self, other: &Place) -> bool {
-        let (own, around) = (self.covers(), other.covers());
+        let (own, around) = (self.footprint(), other.footprint());
         own.len() < around.len() && own.iter().all(|value| around.binary_search(value).is_ok())
     }
 
     /// Whether the user asked for a change, so that the place cannot stay as it is.
     fn forced(&self) -> bool {
-        self.offers.iter().any(|o| o.site.forced)
+        self.offers.iter().any(|o| o.site.required)
     }
 
     /// Every choice in order: what offers it, and its index there.
     pub fn choices(&self) -> impl Iterator<Item = (&Offer, usize)> {
-        self.offers.iter().flat_map(|offer| (0..offer.site.choices.len()).map(move |own| (offer, own)))
+        self.offers.iter().flat_map(|offer| (0..offer.site.candidates.len()).map(move |own| (offer, own)))
     }
 
     /// Keeps some choices, with their times: a flag for every choice of every offer.
@@ -169,43 +176,43 @@ impl Place {
         let kept: Vec<Option<u64>> = kept.map(|(_, ns)| *ns).collect();
         for (offer, stays) in self.offers.iter_mut().zip(stays) {
             let mut flags = stays.iter().copied();
-            offer.site.choices.retain(|_| flags.next().unwrap_or(true));
+            offer.site.candidates.retain(|_| flags.next().unwrap_or(true));
         }
         self.latency = if kept.len() == 1 + self.choices().count() { kept } else { Vec::new() };
     }
 
     /// Nanoseconds of what takes `spent`: the place as it is at index 0, or a choice. What is timed by its share of the
     /// operations has that share of those that are left too.
-    fn latency(&self, index: usize, offer: &Offer, spent: &Spent, within: Option<&Within>) -> Option<u64> {
+    fn latency(&self, index: usize, offer: &Offer, spent: &Cost, within: Option<&NestedCost>) -> Option<u64> {
         let measured = |index: usize| self.latency.get(index).copied().flatten();
         let Some(within) = within else { return measured(index) };
-        if offer.site.apart {
+        if offer.site.isolatable {
             return measured(index).map(|ns| part(ns, within.rows));
         }
-        let left = spent.flops_per_row as f64 / offer.site.kept.flops_per_row.max(1) as f64;
+        let left = spent.flops_per_row as f64 / offer.site.baseline.flops_per_row.max(1) as f64;
         measured(0).map(|ns| part(ns, within.rows * left))
     }
 
     /// The place as it is.
-    fn whole(&self, then: Then<'_>, timed: bool) -> allocate::Choice {
+    fn whole(&self, then: Then<'_>, timed: bool) -> allocate::Item {
         let first = then.and_then(|then| then.iter().position(Option::is_some)).unwrap_or(0);
         let (offer, within) = (&self.offers[first], then.and_then(|then| then[first].as_ref()));
-        let kept = within.map_or(&offer.site.kept, |within| &within.kept);
+        let kept = within.map_or(&offer.site.baseline, |within| &within.baseline);
         let latency = self.latency(0, offer, kept, within);
         offer.option(kept, latency.or(timed.then_some(0)), 0.0, within)
     }
 
     /// What could be done instead, with the index of the choice. What was not measured is not chosen: it is as slow as can
     /// be told.
-    fn options(&self, then: Then<'_>, timed: bool) -> Vec<(usize, allocate::Choice)> {
+    fn options(&self, then: Then<'_>, timed: bool) -> Vec<(usize, allocate::Item)> {
         let unknown = timed.then(|| self.latency.first().copied().flatten().unwrap_or(0));
         let (mut index, mut options) = (0, Vec::new());
         for (at, offer) in self.offers.iter().enumerate() {
             let within = then.map(|then| then[at].as_ref());
-            for (own, choice) in offer.site.choices.iter().enumerate() {
+            for (own, choice) in offer.site.candidates.iter().enumerate() {
                 let spent = match within {
-                    None => Some(choice.spent),
-                    Some(within) => within.and_then(|within| within.choices[own]),
+                    None => Some(choice.cost),
+                    Some(within) => within.and_then(|within| within.candidates[own]),
                 };
                 if let Some(spent) = spent {
                     let within = within.flatten();
@@ -221,7 +228,7 @@ impl Place {
 
 impl Chosen<'_> {
     /// What the place then takes.
-    fn takes(&self) -> allocate::Choice {
+    fn takes(&self) -> allocate::Item {
         match self.choice {
             None => self.place.whole(self.then, false),
             Some(choice) => {
@@ -233,7 +240,7 @@ impl Chosen<'_> {
     }
 }
 
-/// Which places lie in which: a place lies in the smallest one that covers all that it covers and more.
+/// Which places lie in which: a place lies in the smallest one that footprint all that it footprint and more.
 struct Nesting {
     roots: Vec<usize>,
     inner: Vec<Vec<usize>>,
@@ -243,7 +250,7 @@ impl Nesting {
     /// Of those places that are `chosen` by their index.
     fn of(places: &[Place], chosen: &dyn Fn(usize) -> bool) -> Nesting {
         let mut nesting = Nesting { roots: Vec::new(), inner: vec![Vec::new(); places.len()] };
-        let sets: Vec<BTreeSet<ValueId>> = places.iter().map(|p| p.covers().iter().copied().collect()).collect();
+        let sets: Vec<BTreeSet<ValueId>> = places.iter().map(|p| p.footprint().iter().copied().collect()).collect();
         for (index, set) in sets.iter().enumerate().filter(|(index, _)| chosen(*index)) {
             let others = (0..sets.len()).filter(|&other| chosen(other));
             let around = others.filter(|&o| sets[o].len() > set.len() && set.is_subset(&sets[o]));
@@ -262,33 +269,29 @@ pub(super) fn overlap(one: &[ValueId], other: &[ValueId]) -> bool {
     shared > 0 && shared < one.len().min(other.len())
 }
 
-fn subtract(whole: &mut allocate::Choice, part: &allocate::Choice) {
-    whole.bytes = whole.bytes.saturating_sub(part.bytes);
-    whole.flops = whole.flops.saturating_sub(part.flops);
-    whole.parameters = whole.parameters.saturating_sub(part.parameters);
-    whole.latency_ns = whole.latency_ns.map(|ns| ns.saturating_sub(part.latency_ns.unwrap_or(0)));
+fn subtract(whole: &mut allocate::Item, part: &allocate::Item) {
+    whole.cost = whole.cost.map(|quantity, cost| cost.saturating_sub(part.cost.of(quantity)));
 }
 
 impl Table<'_> {
     /// Scales the times of options so that those of all places as they are make `most` nanoseconds at most: a layer
     /// by itself takes longer than among others.
     pub(crate) fn scale_latency(&mut self, most: f64) {
-        let kept = self.kept()[Measure::Latency as usize] as f64;
+        let kept = self.kept().of(Quantity::Latency) as f64;
         let times = self.places.iter_mut().flat_map(|p| &mut p.latency).flatten();
         if kept > most {
             times.for_each(|ns| *ns = (*ns as f64 * most / kept) as u64);
         }
     }
 
-    /// What everything that could change takes as it is: bytes, multiply-adds, numbers, nanoseconds, in the order of
-    /// [`Measure::ALL`].
-    pub(crate) fn kept(&self) -> [u64; 4] {
-        fn of(table: &Table, nesting: &Nesting, at: usize, measure: Measure) -> u64 {
+    /// What everything that could change takes as it is.
+    pub(crate) fn kept(&self) -> QuantityMap<u64> {
+        fn of(table: &Table, nesting: &Nesting, at: usize, measure: Quantity) -> u64 {
             let inside = nesting.inner[at].iter().map(|&i| of(table, nesting, i, measure)).sum();
-            table.places[at].whole(None, true).cost(measure).max(inside)
+            table.places[at].whole(None, true).cost.of(measure).max(inside)
         }
         let nesting = Nesting::of(&self.places, &|_| true);
-        Measure::ALL.map(|m| nesting.roots.iter().map(|&at| of(self, &nesting, at, m)).sum())
+        QuantityMap::of_all(|m| nesting.roots.iter().map(|&at| of(self, &nesting, at, m)).sum())
     }
 
     /// The places as groups, and what every group is as the allocator counts them. A place holds those inside it where it
@@ -342,13 +345,13 @@ impl Table<'_> {
     /// An option with the places that exist only where it is taken.
     fn holding<'t>(
         &'t self,
-        mut option: allocate::Choice,
+        mut option: allocate::Item,
         places: &[usize],
         timed: bool,
         nesting: &Nesting,
         inside: Option<&'t Inside>,
         order: &mut Vec<Entry<'t>>,
-    ) -> allocate::Choice {
+    ) -> allocate::Item {
         for &at in places {
             // What is left is nothing that another place offers something for.
             let then: Then<'_> = inside.map(|inside| inside.within[&at].as_slice());
@@ -371,7 +374,7 @@ impl Table<'_> {
     /// Why a method that was asked for offers nothing; `None` if it does.
     pub(crate) fn unmet(&self, method: &str) -> Option<String> {
         let offers = self.places.iter().flat_map(|p| &p.offers);
-        if offers.into_iter().any(|o| o.site.forced && o.method.info().name == method) {
+        if offers.into_iter().any(|o| o.site.required && o.method.info().name == method) {
             return None;
         }
         let refusals = self.records.get(method).map(|r| &r.outcome.refusals);
@@ -381,7 +384,7 @@ impl Table<'_> {
 
     /// What methods that may lower a quantity say most often where they offer nothing, as the end of a sentence: where much of
     /// it is in no place.
-    pub(crate) fn declined(&self, measure: Measure) -> String {
+    pub(crate) fn declined(&self, measure: Quantity) -> String {
         if !self.places.is_empty() && self.unhandled(measure).is_empty() {
             return String::new();
         }
@@ -425,14 +428,14 @@ impl Table<'_> {
     }
 
     /// What takes much of a quantity and no method offers anything for, as the end of a sentence.
-    pub(crate) fn unhandled(&self, measure: Measure) -> String {
+    pub(crate) fn unhandled(&self, measure: Quantity) -> String {
         let covered = |unhandled: &&Unhandled| unhandled.share(measure) >= WORTH_TELLING;
         let mut all: Vec<&Unhandled> = self.unhandled.iter().filter(covered).collect();
         all.sort_by(|a, b| b.share(measure).total_cmp(&a.share(measure)));
         let what = match measure {
-            Measure::Bytes => "bytes of constants",
-            Measure::Parameters => "parameters",
-            Measure::Flops | Measure::Latency => "FLOPs",
+            Quantity::Size => "bytes of constants",
+            Quantity::Parameters => "parameters",
+            Quantity::Flops | Quantity::Latency => "FLOPs",
         };
         let one = |unhandled: &&Unhandled| {
             let (percent, nodes) = (100.0 * unhandled.share(measure), unhandled.nodes);
@@ -447,11 +450,11 @@ impl Table<'_> {
     }
 
     /// Chooses within the budget.
-    pub(crate) fn choose(&self, budget: &allocate::Budget, solver: Solver) -> Result<(Plan, f64), SolveError> {
+    pub(crate) fn choose(&self, limits: &Limits, solver: Solver) -> Result<(Plan, f64), SolveError> {
         let start = Instant::now();
-        let (groups, _) = self.groups(budget.latency_ns.is_some());
-        let table = allocate::Table { groups, conflicts: Vec::new() };
-        Ok((allocate::solve(&table, budget, solver)?, start.elapsed().as_secs_f64()))
+        let (groups, _) = self.groups(limits.get(Quantity::Latency).is_some());
+        let table = allocate::Problem { groups, conflicts: Vec::new() };
+        Ok((allocate::solve(&table, limits, solver)?, start.elapsed().as_secs_f64()))
     }
 
     /// Carries out choices of places, one after the other.
@@ -460,25 +463,26 @@ impl Table<'_> {
         result: &mut Model,
         records: &mut BTreeMap<&'static str, PassRecord>,
         edits: &[Chosen<'_>],
-        cx: &Context,
+        cx: &MethodContext,
     ) -> Result<(), Failure> {
         for edit in edits {
             let Some((offer, own)) = edit.choice.and_then(|choice| edit.place.choices().nth(choice)) else { continue };
-            let (site, choice) = (&offer.site, &offer.site.choices[own]);
+            let (site, choice) = (&offer.site, &offer.site.candidates[own]);
             let name = offer.method.info().name;
-            let outcome = offer.method.rewrite(result, site, own, cx).map_err(anyhow::Error::from)?;
+            let outcome = offer.method.apply(result, site, choice, cx).map_err(anyhow::Error::from)?;
             if outcome.changes.is_empty() {
                 let fault = anyhow!(
                     "`{}` could not be made {} as planned; this is a fault of this program",
                     site.name,
-                    choice.name
+                    choice.label
                 );
                 return Err(Failure::Error(fault));
             }
             let record = records.get_mut(name).expect("a method that proposes has a record");
             let (before, after) = (edit.place.whole(edit.then, false), edit.takes());
-            record.weight_bytes_delta += after.bytes as i64 - before.bytes as i64;
-            record.flops_delta += after.flops as i64 - before.flops as i64;
+            let delta = |quantity: Quantity| after.cost.of(quantity) as i64 - before.cost.of(quantity) as i64;
+            record.weight_bytes_delta += delta(Quantity::Size);
+            record.flops_delta += delta(Quantity::Flops);
             record.outcome.merge(outcome);
         }
         Ok(())
@@ -488,7 +492,7 @@ impl Table<'_> {
     fn say_what_is_not_used(&self, records: &mut BTreeMap<&'static str, PassRecord>) {
         let offers = self.places.iter().flat_map(|p| &p.offers);
         // What was left of others was declined for a reason of its own.
-        for offer in offers.filter(|offer| !offer.site.choices.is_empty()) {
+        for offer in offers.filter(|offer| !offer.site.candidates.is_empty()) {
             let record = records.get_mut(offer.method.info().name).expect("a method that proposes has a record");
             if record.outcome.changes.is_empty() {
                 record.outcome.refuse("the budget is kept with less loss without it", format!("`{}`", offer.site.name));
@@ -497,15 +501,10 @@ impl Table<'_> {
     }
 
     /// Carries a plan out on a copy of `model`.
-    pub(crate) fn carry_out(&self, model: &Model, plan: &Plan, cx: &Context) -> Result<Compressed, Failure> {
+    pub(crate) fn carry_out(&self, model: &Model, plan: &Plan) -> Result<Compressed, Failure> {
         let mut result = model.clone();
         let mut records = self.records.clone();
-        let cx = Context {
-            calibration: Some(&self.seen),
-            target: cx.target,
-            settings: cx.settings.clone(),
-            ..Context::default()
-        };
+        let cx = self.cx.with_calibration(&self.seen);
         let (_, order) = self.groups(false);
         let chosen = order.iter().zip(&plan.choices).filter_map(|(entry, option)| {
             let choice = entry.options[(*option)?];
@@ -514,7 +513,7 @@ impl Table<'_> {
         let chosen: Vec<Chosen<'_>> = chosen.collect();
         let mut edits: Vec<Chosen<'_>> = chosen.iter().copied().filter(|c| c.choice.is_some()).collect();
         // What reaches over several layers goes first: the others work on what it leaves of theirs.
-        edits.sort_by_key(|edit| (edit.place.site().weight.is_some(), std::cmp::Reverse(edit.place.covers().len())));
+        edits.sort_by_key(|edit| (edit.place.site().weight.is_some(), std::cmp::Reverse(edit.place.footprint().len())));
         let stages = match block_by_block(&cx).map_err(anyhow::Error::from)? {
             true => stages(model, edits),
             false => vec![edits],
@@ -523,23 +522,18 @@ impl Table<'_> {
         for (stage, edits) in stages.into_iter().enumerate() {
             if stage > 0 {
                 let (found, _) = weights(&result.graph);
-                let covered = |w: &&Weight| edits.iter().any(|edit| edit.place.covers().contains(&w.value));
+                let covered = |w: &&Weight| edits.iter().any(|edit| edit.place.footprint().contains(&w.value));
                 let own: Vec<&Weight> = found.iter().filter(covered).collect();
                 again = Some(self.seen.again(&result, &own).map_err(anyhow::Error::from)?);
             }
-            let cx = Context {
-                calibration: Some(again.as_ref().unwrap_or(&self.seen)),
-                target: cx.target,
-                settings: cx.settings.clone(),
-                ..Context::default()
-            };
+            let cx = cx.with_calibration(again.as_ref().unwrap_or(&self.seen));
             self.edit(&mut result, &mut records, &edits, &cx)?;
         }
         self.say_what_is_not_used(&mut records);
         let choices = chosen.iter().filter_map(told).collect();
         let done = chosen.iter().filter_map(|chosen| {
             let (offer, own) = chosen.place.choices().nth(chosen.choice?)?;
-            Some(Done { nodes: &offer.site.nodes, option: &offer.site.choices[own].name })
+            Some(Done { nodes: &offer.site.nodes, option: &offer.site.candidates[own].label })
         });
         let plan = reported(plan, choices, strip(model, &done.collect::<Vec<_>>()));
         Ok(Compressed { model: result, plan, records: records.into_values().collect() })
@@ -579,19 +573,19 @@ fn stages<'p>(model: &Model, mut edits: Vec<Chosen<'p>>) -> Vec<Vec<Chosen<'p>>>
 fn told(chosen: &Chosen<'_>) -> Option<PlanChoice> {
     let place = chosen.place;
     let (option, method) = match chosen.choice {
-        None if place.covers().len() > 1 => return None,
+        None if place.footprint().len() > 1 => return None,
         None => ("as it is", None),
         Some(index) => {
             let (offer, own) = place.choices().nth(index).expect("plans choose among what was offered");
-            (offer.site.choices[own].name.as_str(), Some(offer.method.info().name.to_owned()))
+            (offer.site.candidates[own].label.as_str(), Some(offer.method.info().name.to_owned()))
         }
     };
     let takes = chosen.takes();
     let cost = PlanCost {
-        bytes: takes.bytes,
-        parameters: takes.parameters,
-        flops: takes.flops,
-        latency_ms: takes.latency_ns.map(|ns| ns as f64 * 1e-6),
+        bytes: takes.cost.of(Quantity::Size),
+        parameters: takes.cost.of(Quantity::Parameters),
+        flops: takes.cost.of(Quantity::Flops),
+        latency_ms: takes.cost.get(Quantity::Latency).map(|ns| ns as f64 * 1e-6),
     };
     Some(PlanChoice { site: place.site().name.clone(), option: option.to_owned(), method, cost, error: takes.error })
 }
@@ -603,7 +597,7 @@ fn reported(plan: &Plan, choices: Vec<PlanChoice>, units: Vec<PlanUnit>) -> repo
         Status::Gap(gap) => ("gap", gap),
         Status::TimeLimit(gap) => ("time limit", gap),
     };
-    let [bytes, flops, parameters, latency_ns] = plan.used;
+    let [bytes, flops, parameters, latency_ns] = Quantity::ALL.map(|quantity| plan.used.of(quantity));
     report::Plan {
         status: status.to_owned(),
         gap,
@@ -627,21 +621,22 @@ mod tests {
         let values: Vec<ValueId> = (0..5)
             .map(|i| graph.add_initializer(ScopeId::MAIN, &format!("v{i}"), Tensor::from_f32s(&[1], &[0.0])))
             .collect();
-        let place = |covers: &[usize]| Place {
+        let place = |footprint: &[usize]| Place {
             offers: vec![Offer {
                 method: lathe_passes::lossy::METHODS[0],
                 site: Site {
                     weight: None,
-                    covers: covers.iter().map(|&i| values[i]).collect(),
+                    footprint: footprint.iter().map(|&i| values[i]).collect(),
                     nodes: Vec::new(),
                     name: String::new(),
                     taps: Vec::new(),
-                    kept: Spent { bytes: 10 * covers.len() as u64, parameters: 0, flops_per_row: 0 },
-                    choices: Vec::new(),
-                    forced: false,
-                    apart: true,
+                    baseline: Cost { bytes: 10 * footprint.len() as u64, parameters: 0, flops_per_row: 0 },
+                    candidates: Vec::new(),
+                    required: false,
+                    isolatable: true,
                 },
                 sensitivity: Vec::new(),
+                needs: Needs::default(),
                 rows: 1,
                 inside: Vec::new(),
             }],
@@ -651,7 +646,10 @@ mod tests {
         let nesting = Nesting::of(&places, &|_| true);
         assert_eq!(nesting.roots, [1, 3]);
         assert_eq!(nesting.inner, [vec![], vec![2, 4], vec![0], vec![], vec![]]);
-        assert!(overlap(places[2].covers(), &[values[1], values[2]]));
-        assert!(!overlap(places[2].covers(), places[1].covers()) && !overlap(places[0].covers(), places[3].covers()));
+        assert!(overlap(places[2].footprint(), &[values[1], values[2]]));
+        assert!(
+            !overlap(places[2].footprint(), places[1].footprint())
+                && !overlap(places[0].footprint(), places[3].footprint())
+        );
     }
 }

@@ -5,7 +5,7 @@ use crate::{Failure, PassRecord};
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Facts};
 use lathe_ir::{DataType, Dim, External, Graph, Model, Node, NodeId, ScopeId, Tensor, Type, ValueId, WriteOptions};
-use lathe_passes::{Context, lossy::Site};
+use lathe_passes::lossy::{MethodContext, Site};
 use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, SampleSet};
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -15,7 +15,7 @@ impl Compressor<'_> {
         &self,
         model: &Model,
         places: &mut [Place],
-        cx: &Context,
+        cx: &MethodContext,
         warnings: &mut Vec<String>,
     ) -> Result<(), Failure> {
         let facts = Facts::infer(model);
@@ -28,7 +28,8 @@ impl Compressor<'_> {
                 untimed.push(place.site().name.clone());
                 continue;
             };
-            let names: Vec<&str> = place.choices().map(|(offer, own)| offer.site.choices[own].name.as_str()).collect();
+            let names: Vec<&str> =
+                place.choices().map(|(offer, own)| offer.site.candidates[own].label.as_str()).collect();
             let key = format!("{} {}", fragment.key, names.join(", "));
             if !known.contains_key(&key) {
                 known.insert(key.clone(), self.time_fragment(&fragment, place, cx)?);
@@ -38,19 +39,19 @@ impl Compressor<'_> {
         // Times of a place of several values are told in those of its parts, so that both add up alike.
         let own: BTreeMap<ValueId, u64> = places
             .iter()
-            .filter(|p| p.site().covers.len() == 1)
-            .filter_map(|p| Some((p.site().covers[0], p.latency.first().copied().flatten()?)))
+            .filter(|p| p.site().footprint.len() == 1)
+            .filter_map(|p| Some((p.site().footprint[0], p.latency.first().copied().flatten()?)))
             .collect();
-        for place in places.iter_mut().filter(|p| p.site().covers.len() > 1) {
-            let known: Vec<u64> = place.site().covers.iter().filter_map(|value| own.get(value).copied()).collect();
+        for place in places.iter_mut().filter(|p| p.site().footprint.len() > 1) {
+            let known: Vec<u64> = place.site().footprint.iter().filter_map(|value| own.get(value).copied()).collect();
             let parts: u64 = known.iter().sum();
             let Some(whole) = place.latency.first().copied().flatten() else { continue };
-            if !place.site().apart {
+            if !place.site().isolatable {
                 // It takes what its parts take at least.
                 place.latency[0] = Some(whole.max(parts));
                 continue;
             }
-            let all = known.len() == place.site().covers.len();
+            let all = known.len() == place.site().footprint.len();
             let factor = parts as f64 / whole as f64;
             let factor = if all { factor } else { factor.max(1.0) };
             place.latency.iter_mut().flatten().for_each(|ns| *ns = (*ns as f64 * factor) as u64);
@@ -83,7 +84,12 @@ impl Compressor<'_> {
         Ok(sizes(model, &batch.inputs))
     }
 
-    fn time_fragment(&self, fragment: &Fragment, place: &Place, cx: &Context) -> Result<Vec<Option<u64>>, Failure> {
+    fn time_fragment(
+        &self,
+        fragment: &Fragment,
+        place: &Place,
+        cx: &MethodContext,
+    ) -> Result<Vec<Option<u64>>, Failure> {
         let folder = tempfile::tempdir().context("there is no place for small models")?;
         let mut files: Vec<PathBuf> = Vec::new();
         let mut of: Vec<usize> = Vec::new();
@@ -97,11 +103,12 @@ impl Compressor<'_> {
         };
         save(0, &fragment.model)?;
         // What is left of several units is timed by its share of the operations.
-        for (index, (offer, own)) in place.choices().enumerate().filter(|(_, (offer, _))| offer.site.apart) {
+        for (index, (offer, own)) in place.choices().enumerate().filter(|(_, (offer, _))| offer.site.isolatable) {
             let mut changed = fragment.model.clone();
             let weight = changed.graph.find_value(&offer.site.name);
             let site = Site { weight, ..offer.site.clone() };
-            let outcome = offer.method.rewrite(&mut changed, &site, own, cx).map_err(anyhow::Error::from)?;
+            let outcome =
+                offer.method.apply(&mut changed, &site, &site.candidates[own], cx).map_err(anyhow::Error::from)?;
             if !outcome.changes.is_empty() {
                 save(index + 1, &changed)?;
             }
@@ -117,8 +124,8 @@ impl Compressor<'_> {
             latency[index] = Some(unless_chance(ns, nanoseconds[0]));
         }
         if let Some(whole) = latency[0] {
-            for (index, (offer, own)) in place.choices().enumerate().filter(|(_, (offer, _))| !offer.site.apart) {
-                let (left, kept) = (offer.site.choices[own].spent.flops_per_row, offer.site.kept.flops_per_row);
+            for (index, (offer, own)) in place.choices().enumerate().filter(|(_, (offer, _))| !offer.site.isolatable) {
+                let (left, kept) = (offer.site.candidates[own].cost.flops_per_row, offer.site.baseline.flops_per_row);
                 latency[index + 1] = Some((whole as f64 * left as f64 / kept.max(1) as f64) as u64);
             }
         }
@@ -145,8 +152,8 @@ pub(super) fn decline_slower(places: &mut [Place], records: &mut BTreeMap<&'stat
         let faster = |ns: Option<u64>| whole.zip(ns).is_some_and(|(whole, ns)| ns as f64 <= FASTER * whole as f64);
         let mut all: Vec<Vec<bool>> = Vec::new();
         for offer in &place.offers {
-            let own = offer.site.choices.iter().map(|_| times.next().copied().flatten());
-            let stays: Vec<bool> = own.map(|ns| !offer.method.must_be_faster() || faster(ns)).collect();
+            let own = offer.site.candidates.iter().map(|_| times.next().copied().flatten());
+            let stays: Vec<bool> = own.map(|ns| !offer.needs.speedup || faster(ns)).collect();
             if !stays.is_empty() && !stays.contains(&true) {
                 let reason = match whole {
                     Some(_) => "as measured, nothing it could do is faster than what is there",
@@ -271,7 +278,7 @@ pub(super) mod tests {
     use super::{super::table::Offer, *};
     use lathe_passes::{
         Kind, Outcome,
-        lossy::{Choice, METHODS, Method, Spent},
+        lossy::{Candidate, Cost, Edit, Loss, METHODS, Method, MethodContext},
     };
     use std::time::Duration;
 
@@ -279,22 +286,34 @@ pub(super) mod tests {
         METHODS.iter().copied().find(|m| m.info().name == name).unwrap()
     }
 
-    pub fn offer(name: &'static str, choices: &[&str]) -> Offer {
-        let spent = Spent::default();
-        let choice =
-            |name: &&str| Choice { name: (*name).to_owned(), spent, errors: vec![], measured: None, fitted: None };
+    /// An offer of a method with candidates of these names. What their edits are is not looked at.
+    pub fn offer(name: &'static str, labels: &[&str]) -> Offer {
+        let edit = Edit::new(());
+        let candidate = |label: &&str| Candidate {
+            label: (*label).to_owned(),
+            cost: Cost::default(),
+            loss: Loss::PerTap(Vec::new()),
+            edit: edit.clone(),
+        };
         let site = Site {
             weight: None,
-            covers: Vec::new(),
+            footprint: Vec::new(),
             nodes: Vec::new(),
             name: "place".to_owned(),
             taps: Vec::new(),
-            kept: spent,
-            choices: choices.iter().map(choice).collect(),
-            forced: false,
-            apart: true,
+            baseline: Cost::default(),
+            candidates: labels.iter().map(candidate).collect(),
+            required: false,
+            isolatable: true,
         };
-        Offer { method: method(name), site, sensitivity: vec![], rows: 1, inside: vec![] }
+        Offer {
+            method: method(name),
+            site,
+            needs: method(name).needs(&MethodContext::default()),
+            sensitivity: vec![],
+            rows: 1,
+            inside: vec![],
+        }
     }
 
     #[test]
@@ -328,7 +347,7 @@ pub(super) mod tests {
         let mut records = BTreeMap::from([("substitute", record)]);
         decline_slower(&mut places, &mut records);
         let names = |place: &Place| -> Vec<String> {
-            place.choices().map(|(offer, own)| offer.site.choices[own].name.clone()).collect()
+            place.choices().map(|(offer, own)| offer.site.candidates[own].label.clone()).collect()
         };
         assert_eq!(names(&places[0]), ["int8", "int4", "identity"]);
         assert_eq!(places[0].latency, [100, 120, 90, 60].map(Some));

@@ -3,7 +3,10 @@
 use super::table::Place;
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{Model, NodeId, ScopeId, Use, ValueId};
-use lathe_passes::lossy::{SMALLEST, allocate::Measure, weights};
+use lathe_passes::{
+    Quantity,
+    lossy::{SMALLEST, weights},
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Shares of a quantity that are told of where a budget cannot be kept.
@@ -23,12 +26,12 @@ pub(super) struct Unhandled {
 
 impl Unhandled {
     /// Its share of all there is.
-    pub fn share(&self, measure: Measure) -> f64 {
+    pub fn share(&self, measure: Quantity) -> f64 {
         match measure {
-            Measure::Bytes => self.bytes,
-            Measure::Parameters => self.parameters,
+            Quantity::Size => self.bytes,
+            Quantity::Parameters => self.parameters,
             // How long it takes is not known apart; it is told by its operations.
-            Measure::Flops | Measure::Latency => self.flops,
+            Quantity::Flops | Quantity::Latency => self.flops,
         }
     }
 }
@@ -37,7 +40,7 @@ impl Unhandled {
 pub(super) fn unhandled(model: &Model, places: &[Place]) -> Vec<Unhandled> {
     let graph = &model.graph;
     let offered = || places.iter().filter(|place| place.choices().next().is_some()).map(Place::site);
-    let covered: BTreeSet<ValueId> = offered().flat_map(|site| site.covers.iter().copied()).collect();
+    let covered: BTreeSet<ValueId> = offered().flat_map(|site| site.footprint.iter().copied()).collect();
     let touched: BTreeSet<NodeId> = offered().flat_map(|site| site.nodes.iter().copied()).collect();
     let reasons: BTreeMap<ValueId, &'static str> = weights(graph).1.into_iter().collect();
     let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());

@@ -190,14 +190,14 @@ fn sizes(report: &Report) -> Markup {
 }
 
 /// A measure that only some outputs have.
-type Measure = fn(&OutputLine) -> Option<f64>;
+type OutputFigure = fn(&OutputLine) -> Option<f64>;
 
 fn outputs(verify: &Verify) -> Markup {
     let on = match verify.set.as_str() {
         "random" => format!("{} sets of random inputs", verify.samples),
         set => format!("{} samples of the {set} set", verify.samples),
     };
-    let optional: [(&str, Measure); 5] = [
+    let optional: [(&str, OutputFigure); 5] = [
         ("top-1", |o| o.top1),
         ("KL, nats", |o| o.kl),
         ("SNR, dB", |o| o.snr),

@@ -3,7 +3,7 @@
 use super::{Job, aim::Aim};
 use crate::{
     Failure, PassRecord,
-    compress::{Compressor, Table},
+    compress::{Compressor, Table, computes_in_half},
     latency::{Latency, Measurement},
     report::{BudgetRow, Plan, Side, Verify},
     validate::{self, Bound, validate},
@@ -11,11 +11,11 @@ use crate::{
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Model, Staged, WriteOptions};
 use lathe_passes::{
-    Context, Pass,
+    Pass, PassContext, Quantity,
     exact::{DropDead, DropNoopLayout},
     lossy::{
-        METHODS,
-        allocate::{self, Measure, SolveError, Solver},
+        METHODS, MethodContext,
+        allocate::{self, SolveError, Solver},
     },
 };
 use lathe_runtime::{BenchInputs, Distance, SetSpec};
@@ -71,7 +71,7 @@ pub(super) struct Exact<'a> {
 /// A quantity with its share to keep, and what the original and the exact result take of it.
 #[derive(Clone, Copy)]
 struct Limit {
-    measure: Measure,
+    measure: Quantity,
     share: f64,
     original: f64,
     exact: f64,
@@ -89,10 +89,10 @@ impl Limit {
 
     fn name(&self) -> &'static str {
         match self.measure {
-            Measure::Bytes => "size",
-            Measure::Parameters => "parameters",
-            Measure::Flops => "FLOPs",
-            Measure::Latency => "latency",
+            Quantity::Size => "size",
+            Quantity::Parameters => "parameters",
+            Quantity::Flops => "FLOPs",
+            Quantity::Latency => "latency",
         }
     }
 
@@ -103,26 +103,26 @@ impl Limit {
     /// What is allowed beside what a result takes, of which that is the given share of the original.
     fn row(&self, share: f64) -> BudgetRow {
         // Latency is told in milliseconds.
-        let unit = if self.measure == Measure::Latency { 1e-6 } else { 1.0 };
+        let unit = if self.measure == Quantity::Latency { 1e-6 } else { 1.0 };
         let original = self.original * unit;
         let used = share * original;
         // Everything but time is counted.
-        let used = if self.measure == Measure::Latency { used } else { used.round() };
+        let used = if self.measure == Quantity::Latency { used } else { used.round() };
         BudgetRow { limit: self.share, allowed: self.share * original, used, share }
     }
 
     fn option(&self) -> &'static str {
         match self.measure {
-            Measure::Bytes => "--size",
-            Measure::Parameters => "--params",
-            Measure::Flops => "--flops",
-            Measure::Latency => "--latency",
+            Quantity::Size => "--size",
+            Quantity::Parameters => "--params",
+            Quantity::Flops => "--flops",
+            Quantity::Latency => "--latency",
         }
     }
 
     /// What is asked for, as the start of a sentence.
     fn asked(&self) -> String {
-        let verb = if matches!(self.measure, Measure::Parameters | Measure::Flops) { "are" } else { "is" };
+        let verb = if matches!(self.measure, Quantity::Parameters | Quantity::Flops) { "are" } else { "is" };
         format!("{:.3} of the original's {} {verb} asked for", self.share, self.name())
     }
 
@@ -185,7 +185,8 @@ impl Job<'_> {
         };
         let compressor = Compressor {
             runner: self.runner,
-            cx: self.context(),
+            cx: MethodContext::new(options.target, shares.iter().map(|s| s.0).collect(), options.settings.clone())
+                .with_half_precision(computes_in_half(&options.run.load.provider)),
             set: calibration,
             load: &options.run.load,
             memory: options.run.memory,
@@ -196,7 +197,6 @@ impl Job<'_> {
             },
             distance: self.distance(exact.model),
             inputs: inputs.clone(),
-            measures: shares.iter().map(|s| s.0).collect(),
         };
         let mut table = compressor.table(exact.model, warnings)?;
         if let Some((method, reason)) = asked.iter().find_map(|&method| Some((method, table.unmet(method)?))) {
@@ -205,11 +205,11 @@ impl Job<'_> {
         let mut limits = Vec::new();
         for (measure, share) in shares {
             let (original, left) = self.totals(measure, exact, &inputs)?;
-            if measure == Measure::Latency {
+            if measure == Quantity::Latency {
                 table.scale_latency(MOST_OF_LATENCY * left);
             }
             let kept = table.kept();
-            limits.push(Limit { measure, share, original, exact: left, kept: kept[measure as usize] });
+            limits.push(Limit { measure, share, original, exact: left, kept: kept.of(measure) });
         }
         let attempt = Attempt { exact, table: &table, inputs: &inputs, solver, loosens: !least };
         if least {
@@ -313,9 +313,9 @@ impl Job<'_> {
     }
 
     /// What the original and the exact result take.
-    fn totals(&self, measure: Measure, exact: &Exact<'_>, inputs: &BenchInputs) -> Result<(f64, f64), Failure> {
+    fn totals(&self, measure: Quantity, exact: &Exact<'_>, inputs: &BenchInputs) -> Result<(f64, f64), Failure> {
         Ok(match measure {
-            Measure::Latency => {
+            Quantity::Latency => {
                 let latency = self.time(exact.staged.path(), inputs)?;
                 (latency.before_ms * 1e6, latency.after_ms.unwrap_or(f64::NAN) * 1e6)
             }
@@ -347,7 +347,7 @@ impl Job<'_> {
         let mut within: Option<Candidate> = None;
         for _ in 0..ATTEMPTS {
             Failure::if_stopped(&self.options.run.progress)?;
-            let mut budget = allocate::Budget::default();
+            let mut budget = allocate::Limits::default();
             for (limit, &most) in limits.iter().zip(&most) {
                 budget.set(limit.measure, most);
             }
@@ -370,10 +370,10 @@ impl Job<'_> {
                 Err(error) => return Err(Failure::Error(anyhow!(error))),
             };
             // Between what is within and what is not there is nothing.
-            if within.is_some() && limits.iter().zip(&aims).all(|(l, aim)| aim.knows(plan.used[l.measure as usize])) {
+            if within.is_some() && limits.iter().zip(&aims).all(|(l, aim)| aim.knows(plan.used.of(l.measure))) {
                 break;
             }
-            let found = attempt.table.carry_out(exact.model, &plan, &cx)?;
+            let found = attempt.table.carry_out(exact.model, &plan)?;
             let mut model = found.model;
             tidy(&mut model, &cx)?;
             model.check().context("the result is not a valid model; this is a fault of this program")?;
@@ -383,7 +383,7 @@ impl Job<'_> {
             reached.clear();
             for ((limit, aim), most) in limits.iter().zip(&mut aims).zip(&mut most) {
                 let took = match limit.measure {
-                    Measure::Latency => {
+                    Quantity::Latency => {
                         let measured = self.time(staged.path(), attempt.inputs)?;
                         let ratio = measured.ratio.unwrap_or(f64::NAN);
                         latency = Some(measured);
@@ -393,9 +393,9 @@ impl Job<'_> {
                 };
                 reached.push(took / limit.original);
                 let allowed = limit.share * limit.original;
-                let used = plan.used[limit.measure as usize];
+                let used = plan.used.of(limit.measure);
                 let next = aim.next(used, took);
-                let is_latency = limit.measure == Measure::Latency;
+                let is_latency = limit.measure == Quantity::Latency;
                 match next {
                     Some(next) if is_latency && (took > allowed || loosenings > 0) => *most = next,
                     // Names and attributes take a little more than was reckoned; a plan may have left part of its budget,
@@ -411,10 +411,10 @@ impl Job<'_> {
                 plan.seconds = seconds;
                 plan.budget =
                     limits.iter().zip(&reached).map(|(l, &share)| (l.key().to_owned(), l.row(share))).collect();
-                plan.used = [Measure::Bytes, Measure::Parameters, Measure::Flops]
+                plan.used = [Quantity::Size, Quantity::Parameters, Quantity::Flops]
                     .map(|measure| (key(measure).to_owned(), taken(measure, &model, &staged)))
                     .into_iter()
-                    .chain(latency.iter().filter_map(|l| Some((key(Measure::Latency).to_owned(), l.after_ms?))))
+                    .chain(latency.iter().filter_map(|l| Some((key(Quantity::Latency).to_owned(), l.after_ms?))))
                     .collect();
                 within = Some(Candidate { model, staged, plan, records: found.records, latency });
             }
@@ -471,37 +471,37 @@ fn relaxed(limits: &[Limit], part: f64) -> Vec<Limit> {
 }
 
 /// The name of a quantity in the report.
-fn key(measure: Measure) -> &'static str {
+fn key(measure: Quantity) -> &'static str {
     match measure {
-        Measure::Bytes => "size",
-        Measure::Parameters => "parameters",
-        Measure::Flops => "flops",
-        Measure::Latency => "latency",
+        Quantity::Size => "size",
+        Quantity::Parameters => "parameters",
+        Quantity::Flops => "flops",
+        Quantity::Latency => "latency",
     }
 }
 
 /// What a side of the report takes.
-fn of_side(measure: Measure, side: &Side) -> f64 {
+fn of_side(measure: Quantity, side: &Side) -> f64 {
     match measure {
-        Measure::Bytes => side.file_bytes as f64,
-        Measure::Parameters => side.parameters as f64,
-        Measure::Flops => side.flops as f64,
-        Measure::Latency => f64::NAN,
+        Quantity::Size => side.file_bytes as f64,
+        Quantity::Parameters => side.parameters as f64,
+        Quantity::Flops => side.flops as f64,
+        Quantity::Latency => f64::NAN,
     }
 }
 
 /// What a model that is written aside takes.
-fn taken(measure: Measure, model: &Model, staged: &Staged) -> f64 {
+fn taken(measure: Quantity, model: &Model, staged: &Staged) -> f64 {
     match measure {
-        Measure::Bytes => (staged.written().file_bytes + staged.written().data_bytes) as f64,
-        Measure::Parameters => super::cost(model).parameters as f64,
-        Measure::Flops => super::cost(model).flops as f64,
-        Measure::Latency => f64::NAN,
+        Quantity::Size => (staged.written().file_bytes + staged.written().data_bytes) as f64,
+        Quantity::Parameters => super::cost(model).parameters as f64,
+        Quantity::Flops => super::cost(model).flops as f64,
+        Quantity::Latency => f64::NAN,
     }
 }
 
 /// Drops what methods left unread, and casts that cancel between layers of one type.
-fn tidy(model: &mut Model, cx: &Context) -> Result<(), Failure> {
+fn tidy(model: &mut Model, cx: &PassContext) -> Result<(), Failure> {
     let passes: [&dyn Pass; 2] = [&DropNoopLayout, &DropDead];
     for pass in passes {
         pass.apply(model, cx).map_err(anyhow::Error::from)?;

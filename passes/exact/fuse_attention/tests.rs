@@ -3,8 +3,8 @@
 use super::*;
 use crate::testing::{check, check_in, check_refuses, check_refuses_in};
 
-fn ort() -> Context<'static> {
-    Context { target: Target::Ort, ..Context::default() }
+fn ort() -> PassContext<'static> {
+    PassContext::default().with_target(Target::Ort)
 }
 
 /// Two heads of four from values of three axes, with a mask.
@@ -603,7 +603,7 @@ fn onnx_runtime_holds_the_standard_attention_to_more() {
 
 #[test]
 fn writes_what_is_not_slower() {
-    let slow = |op: &str| Context { slow_kernels: [op.to_owned()].into(), ..ort() };
+    let slow = |op: &str| ort().with_slow_kernels([op.to_owned()].into());
     assert!(check_in(&FuseAttention, PROJECTED, &slow("Attention")).contains("MultiHeadAttention"));
     check_refuses_in(&FuseAttention, &plain(17), "is slower than its steps", &slow("MultiHeadAttention"));
     let grouped = check_in(&FuseAttention, &grouped_fixed("given"), &slow("GroupQueryAttention"));
@@ -880,7 +880,7 @@ fn only_one_operator_caps_scores() {
     let body = format!("a = Tanh (s) {SOFTMAX} (a)");
     let known = scored("", "", &body).replace("[B,2,S,", "[2,2,3,").replace("[B,2,T,", "[2,2,3,");
     check_refuses(&FuseAttention, &known.replace(": 18", ": 23"), "ONNX Runtime caps the scores after the mask");
-    let slow = Context { slow_kernels: ["GroupQueryAttention".to_owned()].into(), ..ort() };
+    let slow = ort().with_slow_kernels(["GroupQueryAttention".to_owned()].into());
     check_refuses_in(&FuseAttention, &known, "MultiHeadAttention has no soft cap", &slow);
     let shared = known.replace("float[2,2,3,8] k", "float[2,1,3,8] k").replace("float[2,2,3,8] v", "float[2,1,3,8] v");
     check_refuses_in(&FuseAttention, &shared, "MultiHeadAttention has no soft cap", &slow);

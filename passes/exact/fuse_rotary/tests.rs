@@ -81,8 +81,8 @@ fn repeats_angles_that_all_batches_share() {
     ");
 }
 
-fn ort() -> Context<'static> {
-    Context { target: Target::Ort, ..Context::default() }
+fn ort() -> PassContext<'static> {
+    PassContext::default().with_target(Target::Ort)
 }
 
 #[test]

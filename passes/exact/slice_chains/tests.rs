@@ -1,6 +1,6 @@
 use super::SliceChains;
 use crate::testing::{check_in, check_refuses_in, model};
-use crate::{Context, Outcome, Pass};
+use crate::{Outcome, Pass, PassContext};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::ScopeId;
 
@@ -8,14 +8,14 @@ const WEIGHTS: &str = "float[2] one = {1, 2}, float[2] zero = {0.5, 0.25},
     float[2,6] w = {1, -2, 3, -4, 5, -6, 0.5, 0.25, -1, 2, -0.5, 1},
     float[6,2] v = {0.5, -1, 2, 1, -0.25, 3, 1, -2, 0.75, 1, -1, 0.5}";
 
-fn settings(all: &[(&str, &str)]) -> Context<'static> {
+fn settings(all: &[(&str, &str)]) -> PassContext<'static> {
     let named = |(name, value): &(&str, &str)| (format!("slice-chains.{name}"), (*value).to_owned());
-    let settings = [("enabled", "true")].iter().chain(all).map(named).collect();
-    Context { settings, evaluator: Some(lathe_testkit::evaluator()), ..Context::default() }
+    let settings = [("enabled", "true")].iter().chain(all).map(named).collect::<crate::Settings>();
+    PassContext::default().with_settings(settings).with_evaluator(lathe_testkit::evaluator())
 }
 
 /// Every chain that saves anything, in at most four pieces.
-fn small() -> Context<'static> {
+fn small() -> PassContext<'static> {
     settings(&[("pieces", "4"), ("min-bytes", "1")])
 }
 
@@ -124,5 +124,5 @@ fn rows_that_meet_stay_together() {
 #[test]
 fn is_off_by_default() {
     let mut sliced = model(&graph("8,2", "float[8,2] y", MLP));
-    assert_eq!(SliceChains.apply(&mut sliced, &Context::default()).unwrap(), Outcome::default());
+    assert_eq!(SliceChains.apply(&mut sliced, &PassContext::default()).unwrap(), Outcome::default());
 }

@@ -6,7 +6,8 @@
 
 use super::greedy::{allowed, at_prices, bound, improve, price_beside};
 use super::pareto::share;
-use super::table::{Measure, Pick, Plan, SolveError, Status, Tree};
+use super::table::{Pick, Plan, SolveError, Status, Tree};
+use crate::Quantity;
 use good_lp::{
     Expression, ProblemVariables, ResolutionError, Solution, SolutionStatus, SolverModel, Variable, WithMipGap,
     WithTimeLimit, variable,
@@ -24,11 +25,11 @@ const RETRIES: i32 = 3;
 /// The plan of least error within `limits`, each of which can be met by itself; `seconds` are allowed.
 pub(super) fn solve(
     tree: &Tree,
-    limits: &[(Measure, u64)],
+    limits: &[(Quantity, u64)],
     conflicts: &[[Pick; 2]],
     seconds: f64,
 ) -> Result<Plan, SolveError> {
-    let mut prices: Vec<(Measure, f64)> = limits.iter().map(|&(m, _)| (m, 0.0)).collect();
+    let mut prices: Vec<(Quantity, f64)> = limits.iter().map(|&(m, _)| (m, 0.0)).collect();
     let mut least: f64 = 0.0;
     for _ in 0..ROUNDS {
         for at in 0..prices.len() {
@@ -80,7 +81,7 @@ pub(super) fn solve(
 }
 
 /// What is taken at the prices, group by group, without options that exclude one already taken.
-fn start(tree: &Tree, prices: &[(Measure, f64)], conflicts: &[[Pick; 2]]) -> Vec<usize> {
+fn start(tree: &Tree, prices: &[(Quantity, f64)], conflicts: &[[Pick; 2]]) -> Vec<usize> {
     let mut picks = at_prices(tree, prices).picks;
     for at in 0..picks.len() {
         let excluded = |option: usize, picks: &[usize]| {
@@ -92,8 +93,9 @@ fn start(tree: &Tree, prices: &[(Measure, f64)], conflicts: &[[Pick; 2]]) -> Vec
         };
         if excluded(picks[at], &picks) {
             let options = &tree.nodes[at].group.options;
-            let value =
-                |o: usize| options[o].error + prices.iter().map(|&(m, p)| p * options[o].cost(m) as f64).sum::<f64>();
+            let value = |o: usize| {
+                options[o].error + prices.iter().map(|&(m, p)| p * options[o].cost.of(m) as f64).sum::<f64>()
+            };
             let free = (0..options.len()).filter(|&o| !excluded(o, &picks));
             if let Some(best) = free.min_by(|&a, &b| value(a).total_cmp(&value(b))) {
                 picks[at] = best;
@@ -103,8 +105,8 @@ fn start(tree: &Tree, prices: &[(Measure, f64)], conflicts: &[[Pick; 2]]) -> Vec
     picks
 }
 
-fn infeasible(tree: &Tree, limits: &[(Measure, u64)]) -> SolveError {
-    let least = |of: Measure| {
+fn infeasible(tree: &Tree, limits: &[(Quantity, u64)]) -> SolveError {
+    let least = |of: Quantity| {
         let smallest = tree.smallest(of);
         tree.outer.iter().map(|&n| smallest[n]).sum()
     };
@@ -112,7 +114,7 @@ fn infeasible(tree: &Tree, limits: &[(Measure, u64)]) -> SolveError {
 }
 
 /// Options that another of their group matches in every limited quantity and beats in one, and that hold no groups.
-fn useful(tree: &Tree, limits: &[(Measure, u64)], conflicts: &[[Pick; 2]]) -> Vec<Vec<bool>> {
+fn useful(tree: &Tree, limits: &[(Quantity, u64)], conflicts: &[[Pick; 2]]) -> Vec<Vec<bool>> {
     let named = |pick: Pick| conflicts.iter().flatten().any(|p| *p == pick);
     let nodes = tree.nodes.iter().enumerate();
     nodes
@@ -122,7 +124,7 @@ fn useful(tree: &Tree, limits: &[(Measure, u64)], conflicts: &[[Pick; 2]]) -> Ve
             let beaten = |o: usize| {
                 (0..options.len()).any(|other| {
                     let (a, b) = (&options[other], &options[o]);
-                    let costs = || limits.iter().map(|&(m, _)| (a.cost(m), b.cost(m)));
+                    let costs = || limits.iter().map(|&(m, _)| (a.cost.of(m), b.cost.of(m)));
                     let no_worse = a.error <= b.error && costs().all(|(a, b)| a <= b);
                     let better = a.error < b.error || costs().any(|(a, b)| a < b) || other < o;
                     other != o && plain(other) && no_worse && better
@@ -137,7 +139,7 @@ type Found = (Vec<Option<usize>>, SolutionStatus);
 
 fn programme(
     tree: &Tree,
-    limits: &[(Measure, u64)],
+    limits: &[(Quantity, u64)],
     conflicts: &[[Pick; 2]],
     room: f64,
     start: Option<&[Option<usize>]>,
@@ -191,7 +193,7 @@ fn programme(
     }
     for &(measure, limit) in limits {
         let unit = 1.0 / limit.max(1) as f64;
-        let spent: Expression = all().map(|(at, o, v)| v * (option(at, o).cost(measure) as f64 * unit)).sum();
+        let spent: Expression = all().map(|(at, o, v)| v * (option(at, o).cost.of(measure) as f64 * unit)).sum();
         problem.add_constraint(spent.leq(limit as f64 * unit * room));
     }
     for pair in conflicts {

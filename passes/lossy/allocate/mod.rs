@@ -7,9 +7,9 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use table::{Budget, Choice, Group, Measure, Pick, Plan, SolveError, Status, Table};
+pub use table::{Group, Item, Limits, Pick, Plan, Problem, SolveError, Status};
 
-use crate::{Info, Kind, Opt, Quantity};
+use crate::{Info, Kind, Opt, Quantity, Saving};
 use table::Tree;
 
 /// How to choose.
@@ -56,7 +56,7 @@ pub static INFO: Info = Info {
               weight, and random takes anything, whatever the budget",
     }],
     kind: Kind::Lossy,
-    lowers: &[Quantity::Parameters, Quantity::Flops],
+    lowers: &[Saving::Parameters, Saving::Flops],
     source: Some("Sinha and Zoltners 1979, multiple-choice knapsack; ROCKET, arXiv:2602.11008"),
 };
 
@@ -76,16 +76,16 @@ impl Solver {
 /// Seconds that the integer programme may take.
 const SECONDS: f64 = 10.0;
 
-/// Chooses the plan of least error within `budget`; without any limit the least error there is.
+/// Chooses the plan of least error within `limits`; without any limit the least error there is.
 ///
-/// The same table, budget and solver give the same plan, unless the time runs out.
-pub fn solve(table: &Table, budget: &Budget, solver: Solver) -> Result<Plan, SolveError> {
-    let tree = Tree::new(table, budget)?;
-    let limits = reachable(&tree, budget)?;
-    let conflicts = &table.conflicts;
+/// The same problem, limits and solver give the same plan, unless the time runs out.
+pub fn solve(problem: &Problem, limits: &Limits, solver: Solver) -> Result<Plan, SolveError> {
+    let tree = Tree::new(problem, limits)?;
+    let limits = reachable(&tree, limits)?;
+    let conflicts = &problem.conflicts;
     match (solver, limits.as_slice()) {
         (Solver::Auto | Solver::Pareto, []) if conflicts.is_empty() => {
-            Ok(pareto::solve(&tree, Measure::Bytes, u64::MAX >> 1))
+            Ok(pareto::solve(&tree, Quantity::Size, u64::MAX >> 1))
         }
         (Solver::Auto | Solver::Pareto, &[(of, limit)]) if conflicts.is_empty() => Ok(pareto::solve(&tree, of, limit)),
         (Solver::Uniform, &[(of, limit)]) if conflicts.is_empty() => Ok(greedy::uniform(&tree, of, limit)),
@@ -98,10 +98,10 @@ pub fn solve(table: &Table, budget: &Budget, solver: Solver) -> Result<Plan, Sol
 }
 
 /// The limits, where each can be met on its own.
-fn reachable(tree: &Tree, budget: &Budget) -> Result<Vec<(Measure, u64)>, SolveError> {
-    let limits = budget.limits();
-    let least = |of: Measure| tree.smallest(of);
-    let smallest: Vec<(Measure, u64, u64)> = limits
+fn reachable(tree: &Tree, limits: &Limits) -> Result<Vec<(Quantity, u64)>, SolveError> {
+    let limits: Vec<(Quantity, u64)> = limits.iter().collect();
+    let least = |of: Quantity| tree.smallest(of);
+    let smallest: Vec<(Quantity, u64, u64)> = limits
         .iter()
         .map(|&(m, limit)| {
             let least = least(m);
@@ -112,40 +112,4 @@ fn reachable(tree: &Tree, budget: &Budget) -> Result<Vec<(Measure, u64)>, SolveE
         true => Err(SolveError::Infeasible { smallest }),
         false => Ok(limits),
     }
-}
-
-/// Every cost of one quantity worth paying, rising, each with the least error it buys; conflicts are not looked at.
-///
-/// Says `false` where some points were left out because there are too many; those that are there can be reached.
-pub fn frontier(table: &Table, of: Measure) -> Result<(Vec<(u64, f64)>, bool), SolveError> {
-    let tree = Tree::new(table, &Budget::of(of, u64::MAX >> 1))?;
-    Ok(pareto::frontier(&tree, of))
-}
-
-/// The plan that takes least of one quantity with an error of at most `limit`, by bisection over the budget.
-///
-/// The cheapest there is where its status is optimal; `bound` is about its error, as everywhere.
-pub fn cheapest(table: &Table, of: Measure, limit: f64) -> Result<Plan, SolveError> {
-    let within = |most: u64| solve(table, &Budget::of(of, most), Solver::Auto);
-    let mut best = within(u64::MAX >> 1)?;
-    if limit.is_nan() || best.objective > limit {
-        return Err(SolveError::TooExact { limit, least: best.objective });
-    }
-    let (mut low, mut proven) = (0, best.status == Status::Optimal);
-    while low < best.used[of as usize] {
-        let middle = low + (best.used[of as usize] - low) / 2;
-        match within(middle) {
-            Ok(plan) if plan.objective <= limit => best = plan,
-            Ok(plan) => {
-                proven &= plan.bound > limit;
-                low = middle + 1;
-            }
-            Err(SolveError::Infeasible { .. }) => low = middle + 1,
-            Err(other) => return Err(other),
-        }
-    }
-    if !proven && best.status == Status::Optimal {
-        best.status = Status::Gap(pareto::share(best.objective, best.bound));
-    }
-    Ok(best)
 }

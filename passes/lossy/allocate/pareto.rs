@@ -5,7 +5,8 @@
 //! best price for the budget (a Lagrangian bound) it cannot beat a greedy plan. No grid, so nothing is rounded.
 
 use super::greedy::{Priced, at_prices, bound, improve, price};
-use super::table::{Measure, Pick, Plan, Status, Tree};
+use super::table::{Pick, Plan, Status, Tree};
+use crate::Quantity;
 
 /// Points of one frontier above which only the most promising stay, and nothing is proven.
 const MOST_POINTS: usize = 200_000;
@@ -28,7 +29,7 @@ enum Step {
 /// What prunes: nothing is pruned by a bound where `price` is 0 and `known` is infinite.
 struct Search<'a> {
     tree: &'a Tree<'a>,
-    of: Measure,
+    of: Quantity,
     limit: u64,
     price: f64,
     known: f64,
@@ -46,7 +47,7 @@ struct Outside {
 }
 
 /// The plan of least error with at most `limit` of one quantity, which can be reached.
-pub(super) fn solve(tree: &Tree, of: Measure, limit: u64) -> Plan {
+pub(super) fn solve(tree: &Tree, of: Quantity, limit: u64) -> Plan {
     let price = price(tree, of, limit);
     let prices = [(of, price)];
     let priced = at_prices(tree, &prices);
@@ -72,16 +73,8 @@ pub(super) fn share(objective: f64, bound: f64) -> f64 {
     if objective > bound { (objective - bound) / objective } else { 0.0 }
 }
 
-/// Costs in rising and errors in falling order, and whether none was left out.
-pub(super) fn frontier(tree: &Tree, of: Measure) -> (Vec<(u64, f64)>, bool) {
-    let priced = at_prices(tree, &[(of, 0.0)]);
-    let mut search = Search::new(tree, of, u64::MAX >> 1, 0.0, f64::INFINITY, &priced);
-    let points = search.all().into_iter().map(|p| (p.cost, p.error)).collect();
-    (points, search.complete)
-}
-
 impl<'a> Search<'a> {
-    fn new(tree: &'a Tree, of: Measure, limit: u64, price: f64, known: f64, priced: &'a Priced) -> Self {
+    fn new(tree: &'a Tree, of: Quantity, limit: u64, price: f64, known: f64, priced: &'a Priced) -> Self {
         let (smallest, steps) = (tree.smallest(of), vec![Step::Start]);
         Search { tree, of, limit, price, known, priced, smallest, steps, complete: true }
     }
@@ -96,7 +89,7 @@ impl<'a> Search<'a> {
         let node = &self.tree.nodes[at];
         let mut points = Vec::new();
         for (option, choice) in node.group.options.iter().enumerate() {
-            let start = vec![Point { cost: choice.cost(self.of), error: choice.error, from: 0 }];
+            let start = vec![Point { cost: choice.cost.of(self.of), error: choice.error, from: 0 }];
             for mut point in self.join(start, &node.inner[option], outside) {
                 self.steps.push(Step::Take(Pick { group: at, option }, point.from));
                 point.from = (self.steps.len() - 1) as u32;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::QuantityMap;
 
 /// A small generator: splitmix64.
 struct Seeded(u64);
@@ -26,18 +27,19 @@ impl Seeded {
             let removed = i as f64 / options as f64;
             let bytes = (size as f64 * (1.0 - removed)) as u64 + 1;
             let error = scale * removed.powf(power) * (0.95 + 0.1 * self.unit());
-            let latency_ns = Some(1 + self.next() % 1000);
-            Choice { bytes, flops: self.next() % 5000, error, latency_ns, ..Choice::default() }
+            let ns = 1 + self.next() % 1000;
+            let cost = QuantityMap::default().with(Quantity::Size, bytes).with(Quantity::Latency, ns);
+            Item { cost: cost.with(Quantity::Flops, self.next() % 5000), error, inner: Vec::new() }
         };
         Group { name: "g".into(), options: (0..options).map(option).collect() }
     }
 
-    fn table(&mut self, groups: usize, options: usize) -> Table {
-        Table { groups: (0..groups).map(|_| self.group(options)).collect(), conflicts: Vec::new() }
+    fn table(&mut self, groups: usize, options: usize) -> Problem {
+        Problem { groups: (0..groups).map(|_| self.group(options)).collect(), conflicts: Vec::new() }
     }
 
     /// Up to three outer groups, some of whose options hold groups.
-    fn nested(&mut self) -> Table {
+    fn nested(&mut self) -> Problem {
         let outer = 1 + self.below(3);
         let mut table = self.table(outer, 3);
         for group in &mut table.groups {
@@ -52,17 +54,17 @@ impl Seeded {
     }
 }
 
-fn tree(table: &Table) -> Tree<'_> {
-    Tree::new(table, &Budget::default()).unwrap()
+fn tree(table: &Problem) -> Tree<'_> {
+    Tree::new(table, &Limits::default()).unwrap()
 }
 
-fn full(table: &Table) -> u64 {
+fn full(table: &Problem) -> u64 {
     let tree = tree(table);
-    tree.totals(&tree.existing(&vec![0; tree.nodes.len()])).0[0]
+    tree.totals(&tree.existing(&vec![0; tree.nodes.len()])).0.of(Quantity::Size)
 }
 
 /// The least error over every plan there is.
-fn brute_force(table: &Table, limits: &[(Measure, u64)]) -> Option<f64> {
+fn brute_force(table: &Problem, limits: &[(Quantity, u64)]) -> Option<f64> {
     let tree = tree(table);
     let mut picks = vec![0; tree.nodes.len()];
     let mut best: Option<f64> = None;
@@ -80,14 +82,14 @@ fn brute_force(table: &Table, limits: &[(Measure, u64)]) -> Option<f64> {
     }
 }
 
-fn assert_best(table: &Table, budget: Budget, solver: Solver, tolerance: f64) {
-    match (brute_force(table, &budget.limits()), solve(table, &budget, solver)) {
+fn assert_best(table: &Problem, limits: Limits, solver: Solver, tolerance: f64) {
+    match (brute_force(table, &limits.iter().collect::<Vec<_>>()), solve(table, &limits, solver)) {
         (Some(best), Ok(plan)) => {
             assert!(plan.objective - best <= tolerance * best + 1e-12, "{} {best}", plan.objective);
             assert!(plan.bound <= best + 1e-9 && best <= plan.objective + 1e-12, "{plan:?} {best}");
             let tree = tree(table);
             assert_eq!(tree.totals(&plan.choices), (plan.used, plan.objective));
-            assert!(greedy::allowed(&tree, &plan.choices, &budget.limits(), &table.conflicts));
+            assert!(greedy::allowed(&tree, &plan.choices, &limits.iter().collect::<Vec<_>>(), &table.conflicts));
         }
         (None, Err(SolveError::Infeasible { .. })) => {}
         (best, found) => panic!("{best:?} {found:?}"),
@@ -102,7 +104,7 @@ fn pareto_is_as_good_as_trying_everything() {
         for table in [flat, random.nested()] {
             for share in [0.1, 0.4, 0.7, 0.9] {
                 let bytes = (full(&table) as f64 * share) as u64;
-                assert_best(&table, Budget::of(Measure::Bytes, bytes), Solver::Auto, 1e-12);
+                assert_best(&table, Limits::default().with(Quantity::Size, bytes), Solver::Auto, 1e-12);
             }
         }
     }
@@ -112,13 +114,13 @@ fn pareto_is_as_good_as_trying_everything() {
 fn the_bound_is_below_and_the_greedy_plan_above() {
     for seed in 0..20 {
         let table = Seeded(seed).table(30, 8);
-        let (tree, limits) = (tree(&table), [(Measure::Bytes, full(&table) * 6 / 10)]);
-        let prices = [(Measure::Bytes, greedy::price(&tree, Measure::Bytes, limits[0].1))];
+        let (tree, limits) = (tree(&table), [(Quantity::Size, full(&table) * 6 / 10)]);
+        let prices = [(Quantity::Size, greedy::price(&tree, Quantity::Size, limits[0].1))];
         let mut priced = greedy::at_prices(&tree, &prices);
         let bound = greedy::bound(&tree, &priced, &prices, &limits);
         greedy::improve(&tree, &mut priced.picks, &limits, &[]);
         let above = tree.totals(&tree.existing(&priced.picks)).1;
-        let best = pareto::solve(&tree, Measure::Bytes, limits[0].1);
+        let best = pareto::solve(&tree, Quantity::Size, limits[0].1);
         assert!(best.status == Status::Optimal && bound <= best.objective && best.objective <= above);
     }
 }
@@ -128,7 +130,8 @@ fn a_larger_budget_never_loses_more_and_the_whole_changes_nothing() {
     let table = Seeded(11).table(60, 12);
     let mut last = f64::INFINITY;
     for share in [40, 50, 60, 70, 80, 90, 100] {
-        let plan = solve(&table, &Budget::of(Measure::Bytes, full(&table) * share / 100), Solver::Auto).unwrap();
+        let plan =
+            solve(&table, &Limits::default().with(Quantity::Size, full(&table) * share / 100), Solver::Auto).unwrap();
         assert!(plan.objective <= last);
         last = plan.objective;
         if share == 100 {
@@ -138,56 +141,45 @@ fn a_larger_budget_never_loses_more_and_the_whole_changes_nothing() {
 }
 
 #[test]
-fn the_cheapest_plan_lies_on_the_frontier() {
-    for seed in 0..40 {
-        let table = Seeded(seed).nested();
-        let (points, complete) = frontier(&table, Measure::Bytes).unwrap();
-        assert!(complete && points.is_sorted_by(|a, b| a.0 < b.0 && a.1 > b.1));
-        let limit = points[points.len() / 2].1 + 1e-9;
-        let plan = cheapest(&table, Measure::Bytes, limit).unwrap();
-        let first = points.iter().find(|p| p.1 <= limit).unwrap();
-        assert_eq!((plan.used[0], plan.status), (first.0, Status::Optimal));
-    }
-    let table = Seeded(1).table(2, 3);
-    assert_eq!(cheapest(&table, Measure::Bytes, -1.0), Err(SolveError::TooExact { limit: -1.0, least: 0.0 }));
-}
-
-#[test]
 fn says_what_can_be_reached() {
-    let option = |bytes, error| Choice { bytes, error, ..Choice::default() };
+    let option =
+        |bytes: u64, error| Item { cost: QuantityMap::default().with(Quantity::Size, bytes), error, ..Item::default() };
     let group = Group { name: "g".into(), options: vec![option(10, 0.0), option(4, 1.0)] };
-    let table = Table { groups: vec![group.clone(), group], conflicts: Vec::new() };
-    let message = solve(&table, &Budget::of(Measure::Bytes, 7), Solver::Auto).unwrap_err().to_string();
+    let table = Problem { groups: vec![group.clone(), group], conflicts: Vec::new() };
+    let message = solve(&table, &Limits::default().with(Quantity::Size, 7), Solver::Auto).unwrap_err().to_string();
     assert_eq!(message, "no plan fits: at least 8 bytes, 7 allowed");
 }
 
 #[test]
 fn refuses_a_table_that_is_not_sound() {
-    let message = |choice: Choice, budget: Budget| {
+    let message = |choice: Item, limits: Limits| {
         let groups = vec![Group { name: "mlp".into(), options: vec![choice] }];
-        let table = Table { groups, conflicts: Vec::new() };
-        solve(&table, &budget, Solver::Auto).unwrap_err().to_string()
+        let table = Problem { groups, conflicts: Vec::new() };
+        solve(&table, &limits, Solver::Auto).unwrap_err().to_string()
     };
     for error in [f64::NAN, -1.0, f64::INFINITY] {
         assert_eq!(
-            message(Choice { error, ..Choice::default() }, Budget::default()),
+            message(Item { error, ..Item::default() }, Limits::default()),
             "group `mlp` has an option whose error is negative or not a finite number"
         );
     }
     assert_eq!(
-        message(Choice::default(), Budget::of(Measure::Latency, 5)),
+        message(Item::default(), Limits::default().with(Quantity::Latency, 5)),
         "group `mlp` has an option whose latency was not measured"
     );
     assert_eq!(
-        message(Choice { bytes: 1 << 53, ..Choice::default() }, Budget::default()),
+        message(
+            Item { cost: QuantityMap::default().with(Quantity::Size, 1 << 53), ..Item::default() },
+            Limits::default()
+        ),
         "group `mlp` takes the sum of all costs beyond 2^53"
     );
-    let empty = Table { groups: vec![Group { name: "mlp".into(), options: vec![] }], conflicts: Vec::new() };
-    let message = solve(&empty, &Budget::default(), Solver::Auto).unwrap_err().to_string();
+    let empty = Problem { groups: vec![Group { name: "mlp".into(), options: vec![] }], conflicts: Vec::new() };
+    let message = solve(&empty, &Limits::default(), Solver::Auto).unwrap_err().to_string();
     assert_eq!(message, "group `mlp` has no options");
     let pick = |group| Pick { group, option: 0 };
-    let table = Table { conflicts: vec![[pick(0), pick(9)]], ..Seeded(1).table(2, 2) };
-    let message = solve(&table, &Budget::default(), Solver::Auto).unwrap_err().to_string();
+    let table = Problem { conflicts: vec![[pick(0), pick(9)]], ..Seeded(1).table(2, 2) };
+    let message = solve(&table, &Limits::default(), Solver::Auto).unwrap_err().to_string();
     assert_eq!(message, "conflict 0 names a group or an option that does not exist");
 }
 
@@ -197,8 +189,8 @@ fn the_integer_programme_finds_what_the_pareto_programme_finds() {
         let mut random = Seeded(seed);
         let flat = random.table(2 + seed as usize % 9, 2 + seed as usize % 4);
         for table in [flat, random.nested()] {
-            let budget = Budget::of(Measure::Bytes, full(&table) * (4 + seed % 5) / 10);
-            match (solve(&table, &budget, Solver::Pareto), solve(&table, &budget, Solver::Ilp)) {
+            let limits = Limits::default().with(Quantity::Size, full(&table) * (4 + seed % 5) / 10);
+            match (solve(&table, &limits, Solver::Pareto), solve(&table, &limits, Solver::Ilp)) {
                 (Ok(exact), Ok(ilp)) => {
                     assert!(ilp.objective <= exact.objective * (1.0 + 2e-4) + 1e-9, "{seed} {exact:?} {ilp:?}");
                     assert!(exact.objective <= ilp.objective + 1e-12 && ilp.bound <= exact.objective + 1e-12);
@@ -223,8 +215,10 @@ fn several_budgets_and_conflicts_are_as_good_as_trying_everything() {
             }
             let tree = tree(&table);
             let all = tree.totals(&tree.existing(&vec![0; groups])).0;
-            let budget = Budget { bytes: Some(all[0] * 7 / 10), latency_ns: Some(all[3]), ..Budget::default() };
-            assert_best(&table, budget, Solver::Auto, 2e-4);
+            let limits = Limits::default()
+                .with(Quantity::Size, all.of(Quantity::Size) * 7 / 10)
+                .with(Quantity::Latency, all.of(Quantity::Latency));
+            assert_best(&table, limits, Solver::Auto, 2e-4);
         }
     }
 }
@@ -232,8 +226,8 @@ fn several_budgets_and_conflicts_are_as_good_as_trying_everything() {
 #[test]
 fn the_pareto_programme_says_where_it_does_not_apply() {
     let table = Seeded(1).table(2, 2);
-    let budget = Budget { bytes: Some(1 << 40), flops: Some(1 << 40), ..Budget::default() };
-    let message = solve(&table, &budget, Solver::Pareto).unwrap_err().to_string();
+    let limits = Limits::default().with(Quantity::Size, 1 << 40).with(Quantity::Flops, 1 << 40);
+    let message = solve(&table, &limits, Solver::Pareto).unwrap_err().to_string();
     assert_eq!(message, "this solver takes one budget and no conflicts, found 2 and 0");
 }
 
@@ -243,9 +237,9 @@ fn many_sites_are_solved_to_the_end() {
     let allowance = if cfg!(debug_assertions) { 20.0 } else { 1.0 };
     for (groups, options, seconds) in [(300, 40, 1.0), (5000, 15, 10.0)] {
         let table = Seeded(3).table(groups, options);
-        let budget = Budget::of(Measure::Bytes, full(&table) * 7 / 10);
+        let limits = Limits::default().with(Quantity::Size, full(&table) * 7 / 10);
         let start = std::time::Instant::now();
-        let plan = solve(&table, &budget, Solver::Auto).unwrap();
+        let plan = solve(&table, &limits, Solver::Auto).unwrap();
         let (took, gap) = (start.elapsed().as_secs_f64(), pareto::share(plan.objective, plan.bound));
         assert!(plan.objective > 0.0 && gap <= 1e-3 && took < seconds * allowance, "{groups}: {took} s, {gap}");
     }
@@ -255,10 +249,10 @@ fn many_sites_are_solved_to_the_end() {
 fn one_share_for_all_is_never_better_than_the_best_plan() {
     for seed in 0..50 {
         let table = Seeded(seed).table(12, 8);
-        let budget = Budget::of(Measure::Bytes, full(&table) * 7 / 10);
+        let limits = Limits::default().with(Quantity::Size, full(&table) * 7 / 10);
         let (even, best) =
-            (solve(&table, &budget, Solver::Uniform).unwrap(), solve(&table, &budget, Solver::Auto).unwrap());
-        assert!(even.used[0] <= budget.bytes.unwrap() && even.objective >= best.objective);
+            (solve(&table, &limits, Solver::Uniform).unwrap(), solve(&table, &limits, Solver::Auto).unwrap());
+        assert!(even.used.of(Quantity::Size) <= limits.of(Quantity::Size) && even.objective >= best.objective);
         assert!(even.bound <= best.objective + 1e-12);
     }
 }

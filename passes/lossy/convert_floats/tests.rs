@@ -45,8 +45,9 @@ fn parse(opset: i64, inputs: &str, sizes: &str, body: &str) -> Model {
 
 fn propose(model: &Model, largest: Option<f64>) -> Proposal {
     let calibration = Same { largest };
-    let measures = vec![Measure::Latency];
-    let cx = Context { calibration: Some(&calibration), half_precision: true, measures, ..Context::default() };
+    let measures = vec![Quantity::Latency];
+    let cx =
+        MethodContext::default().with_calibration(&calibration).with_half_precision(true).with_quantities(measures);
     ConvertFloats.propose(model, &cx).unwrap()
 }
 
@@ -59,27 +60,28 @@ fn check(inputs: &str, sizes: &str, body: &str, forms: &[&str]) -> Vec<Model> {
     let model = parse(21, inputs, sizes, body);
     let proposal = propose(&model, Some(10.0));
     let [site] = proposal.sites.as_slice() else { panic!("{body}: {proposal:?}") };
-    let names: Vec<&str> = site.choices.iter().map(|c| c.name.as_str()).collect();
+    let names: Vec<&str> = site.candidates.iter().map(|c| c.label.as_str()).collect();
     assert_eq!(names, forms, "{body}");
-    let carry_out = |(index, choice): (usize, &Choice)| {
+    let carry_out = |(index, choice): (usize, &Candidate)| {
         let mut changed = model.clone();
-        let outcome = ConvertFloats.rewrite(&mut changed, site, index, &Context::default()).unwrap();
+        let outcome =
+            ConvertFloats.apply(&mut changed, site, &site.candidates[index], &MethodContext::default()).unwrap();
         assert_eq!(outcome.changes.len(), 1);
         changed.check().unwrap();
-        let bound = if choice.name == "bfloat16" { 1e-2 } else { 1.5e-3 };
+        let bound = if choice.label == "bfloat16" { 1e-2 } else { 1.5e-3 };
         lathe_testkit::equivalent(&model, &changed, Some(bound), 1)
-            .unwrap_or_else(|why| panic!("{body} as {}: {why}", choice.name));
+            .unwrap_or_else(|why| panic!("{body} as {}: {why}", choice.label));
         // What it takes is what was told, but for names and attributes; the weight is gone, the bias is as it was.
         let bytes = |model: &Model| model.to_bytes().len() as f64;
-        let saved = site.kept.bytes as f64 - choice.spent.bytes as f64;
+        let saved = site.baseline.bytes as f64 - choice.cost.bytes as f64;
         let names = 200.0 * operators(&changed).len() as f64;
-        assert!((bytes(&model) - bytes(&changed) - saved).abs() < names, "{body} as {}", choice.name);
+        assert!((bytes(&model) - bytes(&changed) - saved).abs() < names, "{body} as {}", choice.label);
         let stored = changed.graph.initializers(ScopeId::MAIN).map(|v| changed.graph.constant(v).unwrap());
         let wide: Vec<_> = stored.filter(|t| t.dtype() == DataType::Float).map(|t| t.len()).collect();
-        assert_eq!(wide, [64], "{body} as {}", choice.name);
+        assert_eq!(wide, [64], "{body} as {}", choice.label);
         changed
     };
-    site.choices.iter().enumerate().map(carry_out).collect()
+    site.candidates.iter().enumerate().map(carry_out).collect()
 }
 
 const ALL: [&str; 3] = ["float16", "float16 products", "bfloat16"];
@@ -123,7 +125,7 @@ fn layers_that_follow_each_other_lose_the_casts_between_them() {
     assert_eq!(operators(&changed).iter().filter(|op| **op == "Cast").count(), 3);
     let body = "a64 = MatMul (x64, w) b64 = MatMul (a64, w) y = Add (b64, c)";
     let [_, mut changed, _] = check("float[3, 64] x64", "64, 64", body, &ALL).try_into().unwrap();
-    DropNoopLayout.apply(&mut changed, &Context::default()).unwrap();
+    DropNoopLayout.apply(&mut changed, &crate::PassContext::default()).unwrap();
     let casts = operators(&changed).iter().filter(|op| **op == "Cast").count();
     assert_eq!(casts, 2, "one before and one behind: {:?}", operators(&changed));
 }
@@ -131,7 +133,7 @@ fn layers_that_follow_each_other_lose_the_casts_between_them() {
 /// The reasons why forms are not offered, and the forms that are.
 fn refused(model: &Model, largest: Option<f64>) -> (Vec<String>, Vec<String>) {
     let proposal = propose(model, largest);
-    let names = proposal.sites.iter().flat_map(|s| &s.choices).map(|c| c.name.clone()).collect();
+    let names = proposal.sites.iter().flat_map(|s| &s.candidates).map(|c| c.label.clone()).collect();
     (proposal.outcome.refusals.into_keys().collect(), names)
 }
 
@@ -168,9 +170,9 @@ fn what_a_type_cannot_hold_is_not_stored_in_it() {
     assert_eq!(refused(&model, Some(1.0)).0, ["the constant holds a NaN or an infinity"]);
     let ancient = parse(8, "float[3, 72] x72", "72, 64", body);
     assert_eq!(refused(&ancient, Some(1.0)).0, ["it needs operator set 9; --opset 9 upgrades"]);
-    let idle = ConvertFloats.propose(&layer(), &Context::default()).unwrap();
+    let idle = ConvertFloats.propose(&layer(), &MethodContext::default()).unwrap();
     assert_eq!(idle.outcome.refusals.keys().collect::<Vec<_>>(), ["it saves bytes and time, and neither is limited"]);
-    let bytes = Context { measures: vec![Measure::Bytes], ..Context::default() };
+    let bytes = MethodContext::default().with_quantities(vec![Quantity::Size]);
     let unseen = ConvertFloats.propose(&layer(), &bytes).unwrap();
     assert_eq!(unseen.outcome.refusals.keys().collect::<Vec<_>>(), ["nothing was seen of it on the calibration set"]);
 }
@@ -183,10 +185,13 @@ fn layer() -> Model {
 fn products_are_offered_only_where_they_can_save_time() {
     let model = layer();
     let calibration = Same { largest: Some(1.0) };
-    for (half_precision, measures) in [(false, vec![Measure::Latency]), (true, vec![Measure::Bytes])] {
-        let cx = Context { calibration: Some(&calibration), half_precision, measures, ..Context::default() };
+    for (half_precision, measures) in [(false, vec![Quantity::Latency]), (true, vec![Quantity::Size])] {
+        let cx = MethodContext::default()
+            .with_calibration(&calibration)
+            .with_half_precision(half_precision)
+            .with_quantities(measures);
         let proposal = ConvertFloats.propose(&model, &cx).unwrap();
-        let names: Vec<&str> = proposal.sites[0].choices.iter().map(|c| c.name.as_str()).collect();
+        let names: Vec<&str> = proposal.sites[0].candidates.iter().map(|c| c.label.as_str()).collect();
         assert_eq!(names, ["float16", "bfloat16"]);
         assert!(proposal.outcome.refusals.is_empty());
     }

@@ -115,15 +115,15 @@ impl Bench {
     }
 }
 
-fn turned_on(known: &Known) -> Context<'_> {
-    let settings = [("drop-inputs.enabled".to_owned(), "true".to_owned())].into();
-    Context { calibration: Some(known), settings, ..Context::default() }
+fn turned_on(known: &Known) -> MethodContext<'_> {
+    let settings = [("drop-inputs.enabled".to_owned(), "true".to_owned())];
+    MethodContext::default().with_calibration(known).with_settings(settings)
 }
 
 #[test]
 fn it_is_off_unless_it_is_asked_for() {
     let bench = Bench::plain(64, 64, 16);
-    let cx = Context { calibration: Some(&bench.known), ..Context::default() };
+    let cx = MethodContext::default().with_calibration(&bench.known);
     assert!(DropInputs.magnitudes(&bench.model, &cx).unwrap().is_empty());
     let proposal = DropInputs.propose(&bench.model, &cx).unwrap();
     assert!(proposal.sites.is_empty());
@@ -137,17 +137,20 @@ fn it_is_off_unless_it_is_asked_for() {
 fn check(bench: &Bench) -> Model {
     let proposal = bench.propose();
     let [site] = proposal.sites.as_slice() else { panic!("{proposal:?}") };
-    let names: Vec<&str> = site.choices.iter().map(|c| c.name.as_str()).collect();
+    let names: Vec<&str> = site.candidates.iter().map(|c| c.label.as_str()).collect();
     assert_eq!(names, ["drop 16 of 64 inputs"]);
-    assert!(site.choices[0].spent.bytes < site.kept.bytes && site.choices[0].errors[0] < 1e-3, "{site:?}");
+    assert!(
+        site.candidates[0].cost.bytes < site.baseline.bytes && site.candidates[0].loss.per_tap().unwrap()[0] < 1e-3,
+        "{site:?}"
+    );
     let mut changed = bench.model.clone();
     let cx = turned_on(&bench.known);
-    let outcome = DropInputs.rewrite(&mut changed, site, 0, &cx).unwrap();
+    let outcome = DropInputs.apply(&mut changed, site, &site.candidates[0], &cx).unwrap();
     assert_eq!(outcome.changes.len(), 1, "{outcome:?}");
     changed.check().unwrap();
     lathe_testkit::equivalent(&bench.model, &changed, Some(5e-3), 1).unwrap();
     let bytes = |model: &Model| model.to_bytes().len() as f64;
-    let saved = site.kept.bytes as f64 - site.choices[0].spent.bytes as f64;
+    let saved = site.baseline.bytes as f64 - site.candidates[0].cost.bytes as f64;
     assert!((bytes(&bench.model) - bytes(&changed) - saved).abs() < 600.0);
     changed
 }

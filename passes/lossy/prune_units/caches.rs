@@ -1,7 +1,7 @@
 //! Key-value caches of attention that goes: inputs and outputs of the model that nothing computes with any more.
 
 use super::surgery::maker;
-use crate::{Context, Error, Pass as _, exact::DropDead};
+use crate::{Error, Pass as _, exact::DropDead, lossy::MethodContext};
 use lathe_analysis::may_leave;
 use lathe_ir::{AttributeValue, Graph, Model, Node, NodeId, RENAMED, ScopeId, Tensor, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,7 +33,7 @@ pub(super) fn settle(
     model: &mut Model,
     nodes: &BTreeSet<NodeId>,
     mode: Caches,
-    cx: &Context,
+    cx: &MethodContext,
 ) -> Result<Result<usize, &'static str>, Error> {
     let graph = &mut model.graph;
     let name = |graph: &Graph, v: ValueId| graph.value(v).name.clone();
@@ -66,7 +66,7 @@ pub(super) fn settle(
     }
     // Removed values lose their names.
     let mut gone: Vec<String> = going.iter().map(|&v| name(graph, v)).collect();
-    DropDead.apply(model, cx)?;
+    DropDead.apply(model, &cx.pass_context())?;
     if mode == Caches::KeepIo {
         return Ok(Ok(going.len()));
     }

@@ -1,7 +1,7 @@
 //! Which units could be left out, and why others could not.
 
 use super::surgery::{can_go, norm_after, read_shapes_elsewhere};
-use lathe_analysis::{Bindings, Cost, Facts, PostOp, Unit, UnitKind, Units};
+use lathe_analysis::{Bindings, Cost as ModelCost, Facts, PostOp, Unit, UnitKind, Units};
 use lathe_ir::{DataType, Model, NodeId, ScopeId, ValueId};
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ const LARGEST_SHARE: f64 = 0.25;
 
 /// A unit that can be left out.
 #[derive(Debug, Clone)]
-pub(super) struct Candidate {
+pub(super) struct RemovableUnit {
     /// As reports call it.
     pub name: String,
     pub kind: UnitKind,
@@ -29,10 +29,10 @@ pub(super) struct Candidate {
 
 /// The units that can be left out, in order, and reasons with names for those that cannot. With `ends` the first and the
 /// last block of every chain can too.
-pub(super) fn candidates(model: &Model, ends: bool) -> (Vec<Candidate>, Vec<(String, String)>) {
+pub(super) fn candidates(model: &Model, ends: bool) -> (Vec<RemovableUnit>, Vec<(String, String)>) {
     let facts = Facts::infer(model);
     let units = Units::find(model, &facts);
-    let cost = Cost::of(model, &facts, &Bindings::default());
+    let cost = ModelCost::of(model, &facts, &Bindings::default());
     let (mut found, mut refused) = (Vec::new(), Vec::new());
     for (id, unit) in units.iter() {
         let name = units.label(&model.graph, id);
@@ -43,7 +43,7 @@ pub(super) fn candidates(model: &Model, ends: bool) -> (Vec<Candidate>, Vec<(Str
         let share = flops as f64 / cost.flops.max(1) as f64;
         match refusal(model, &facts, &units, unit, share, ends) {
             Some(reason) => refused.push((reason, name)),
-            None => found.push(Candidate {
+            None => found.push(RemovableUnit {
                 name,
                 kind: unit.kind,
                 gone: unit.branch.clone(),

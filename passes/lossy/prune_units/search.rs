@@ -1,7 +1,7 @@
 //! In which order units go: by what the model loses, or by how little they turn the stream.
 
-use super::{candidates::Candidate, surgery::gate};
-use crate::lossy::allocate::Measure;
+use super::{candidates::RemovableUnit, surgery::gate};
+use crate::Quantity;
 use lathe_analysis::{Calibrate, Rows, UnitKind};
 use lathe_ir::{Model, ValueId};
 
@@ -83,7 +83,7 @@ impl<'a> Gated<'a> {
     /// Where a unit has a normalization that can go or stay, the better of both is kept in its `gone`.
     pub fn new(
         model: &Model,
-        candidates: &mut [Candidate],
+        candidates: &mut [RemovableUnit],
         calibration: &'a dyn Calibrate,
     ) -> Result<Gated<'a>, crate::Error> {
         let mut gated = model.clone();
@@ -135,18 +135,18 @@ impl<'a> Gated<'a> {
     }
 
     /// Removes the candidate again and again that costs least, until `counts` are met; without them until the loss is
-    /// large or half of the candidates are gone, and by loss for what `measures` save.
+    /// large or half of the candidates are gone, and by loss for what `quantities` save.
     ///
     /// A candidate is tried anew only where what was last found for it, among the units gone by then, is no worse than
     /// what the best one costs now: units rarely cost less where others are gone.
     pub fn greedy(
         &self,
-        candidates: &[Candidate],
+        candidates: &[RemovableUnit],
         counts: Option<&Counts>,
-        measures: &[Measure],
+        quantities: &[Quantity],
     ) -> Result<Vec<Step>, crate::Error> {
         let saving: Vec<f64> =
-            candidates.iter().map(|c| if counts.is_some() { 1.0 } else { saving(c, measures) }).collect();
+            candidates.iter().map(|c| if counts.is_some() { 1.0 } else { saving(c, quantities) }).collect();
         let wanted = |&i: &usize| counts.is_none_or(|c| c.clone().take(candidates[i].kind));
         let single: Vec<usize> = (0..candidates.len()).filter(wanted).collect();
         let sets: Vec<Vec<usize>> = single.iter().map(|&i| vec![i]).collect();
@@ -194,7 +194,7 @@ impl<'a> Gated<'a> {
     /// The candidates that turn the stream least, all chosen at once.
     pub fn by_cosine(
         &self,
-        candidates: &[Candidate],
+        candidates: &[RemovableUnit],
         counts: Option<&Counts>,
         rows: &dyn Fn(ValueId) -> Rows,
     ) -> Result<Vec<Step>, crate::Error> {
@@ -212,12 +212,12 @@ impl<'a> Gated<'a> {
 }
 
 /// What leaving a candidate out saves of what is limited; the operations where nothing is.
-fn saving(candidate: &Candidate, measures: &[Measure]) -> f64 {
-    let of = |measure: &Measure| match measure {
-        Measure::Bytes => candidate.bytes,
-        Measure::Parameters => candidate.parameters,
+fn saving(candidate: &RemovableUnit, quantities: &[Quantity]) -> f64 {
+    let of = |measure: &Quantity| match measure {
+        Quantity::Size => candidate.bytes,
+        Quantity::Parameters => candidate.parameters,
         // How long a unit takes grows with what it computes, as far as can be told without running it.
-        Measure::Flops | Measure::Latency => candidate.flops,
+        Quantity::Flops | Quantity::Latency => candidate.flops,
     };
-    measures.first().map_or(candidate.flops, of).max(1) as f64
+    quantities.first().map_or(candidate.flops, of).max(1) as f64
 }

@@ -80,7 +80,7 @@ fn check(name: &str, model: &Model, gone: &[ValueId]) {
     gated.check().unwrap();
     let mut without = model.clone();
     leave_out(&mut without, gone).unwrap();
-    DropDead.apply(&mut without, &Context::default()).unwrap();
+    DropDead.apply(&mut without, &crate::PassContext::default()).unwrap();
     without.check().unwrap();
     lathe_testkit::equivalent(model, &with(gated.clone(), &input, 1.0), Some(1e-5), 1)
         .unwrap_or_else(|e| panic!("{name}, a factor of 1: {e}"));

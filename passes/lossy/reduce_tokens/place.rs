@@ -1,7 +1,7 @@
 //! Where tokens can become fewer, and what then has to change.
 
 use super::emit::mean_part;
-use crate::lossy::{ends_of, held_by};
+use crate::lossy::regions::{ends_of, held_by};
 use lathe_analysis::{Facts, Keys, Tokens, UnitKind, Units};
 use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -202,7 +202,7 @@ impl Chain {
     }
 
     /// What these nodes read that is constant, and what they give.
-    pub fn covers(&self, graph: &Graph) -> Vec<ValueId> {
+    pub fn footprint(&self, graph: &Graph) -> Vec<ValueId> {
         held_by(graph, &self.nodes(graph))
     }
 

@@ -1,18 +1,18 @@
 //! Merging in small transformers.
 
 use super::{
-    ReduceTokens, Work, choice_name, counts_of,
+    ReduceTokens, Schedule, Work,
     emit::{Form, emit, most},
-    name,
+    label, name,
     place::{Chain, Wish, chains},
     reduce,
 };
 use crate::{
-    Context, Pass as _,
+    Pass as _,
     exact::DropDead,
-    lossy::{Choice, Method as _, PruneUnits, Site, Spent, Within},
+    lossy::{Candidate, Cost, Edit, Loss, Method as _, MethodContext, NestedCost, PruneUnits, Site},
 };
-use lathe_analysis::{Bindings, Calibrate, Cost, EvaluateError, Facts, Gram, Moments, Rows};
+use lathe_analysis::{Bindings, Calibrate, Cost as ModelCost, EvaluateError, Facts, Gram, Moments, Rows};
 use lathe_ir::{Initializer, Model, Tensor, text};
 use std::fmt::Write as _;
 
@@ -276,10 +276,9 @@ fn at_most_half_of_the_tokens_can_merge() {
 }
 
 #[test]
-fn schedules_are_told_by_their_names() {
-    let name = choice_name(197, &[0, 24, 0, 86], Form::Merge);
-    assert_eq!(name, "197 tokens to 197, 173, 173, 87");
-    assert_eq!(counts_of(&name), [0, 24, 0, 86]);
+fn labels_count_the_tokens_that_are_left_and_what_does_not_fit_is_not_carried_out() {
+    let label = label(197, &[0, 24, 0, 86], Form::Merge);
+    assert_eq!(label, "197 tokens to 197, 173, 173, 87");
     let model = twins(Style::Spelled, "batch, 8", PICK);
     let chain = super::name(&model, &only(&model));
     for wrong in [&[5, 0][..], &[1][..], &[4, 3][..]] {
@@ -350,10 +349,10 @@ fn what_is_left_is_counted_in_full() {
                 continue;
             }
             let changed = reduced_by(&model, &counts, form);
-            let cost = |model: &Model| Cost::of(model, &Facts::infer(model), &Bindings::default());
+            let cost = |model: &Model| ModelCost::of(model, &Facts::infer(model), &Bindings::default());
             let (before, after) = (cost(&model), cost(&changed));
             let known =
-                |cost: &Cost| cost.uncounted.iter().map(|(op, count)| format!("{op} {count}")).collect::<Vec<_>>();
+                |cost: &ModelCost| cost.uncounted.iter().map(|(op, count)| format!("{op} {count}")).collect::<Vec<_>>();
             assert_eq!(known(&before), known(&after));
             let shapes = Facts::infer(&changed);
             let unknown: Vec<String> = changed
@@ -412,44 +411,51 @@ fn idle(style: Style) -> Model {
         let left: Vec<f32> = left.collect();
         model.graph.set_initializer(value, Initializer::Dense(Tensor::from_f32s(&dims, &left)));
     }
-    DropDead.apply(&mut model, &Context::default()).unwrap();
+    DropDead.apply(&mut model, &crate::PassContext::default()).unwrap();
     model
 }
 
 /// Units that could be left out, those that are missed least first; the last place holds as many as can go.
-fn units(model: &Model, cx: &Context) -> Vec<Site> {
+fn units(model: &Model, cx: &MethodContext) -> Vec<Site> {
     PruneUnits.propose(model, cx).unwrap().sites
 }
 
 /// A place with one schedule.
 fn schedule(model: &Model, counts: &[usize], form: Form) -> Site {
     let (chain, work) = (only(model), Work::of(model));
-    let (nodes, covers) = (chain.nodes(&model.graph), chain.covers(&model.graph));
-    let kept = work.spent(model, &nodes);
-    let spent = work.left(&kept, &reduced_by(model, counts, form));
-    let choice = choice_name(chain.tokens.count, counts, form);
-    let choice = Choice { name: choice, spent, errors: Vec::new(), measured: Some(0.0), fitted: None };
+    let (nodes, footprint) = (chain.nodes(&model.graph), chain.footprint(&model.graph));
+    let baseline = work.cost(model, &nodes);
+    let candidate = Candidate {
+        label: label(chain.tokens.count, counts, form),
+        cost: work.left(&baseline, &reduced_by(model, counts, form)),
+        loss: Loss::Measured(0.0),
+        edit: Edit::new(Schedule { counts: counts.to_vec(), form }),
+    };
+    let candidates = vec![candidate];
     let (name, taps) = (name(model, &chain), chain.ends(&model.graph));
-    Site { weight: None, covers, nodes, name, taps, kept, choices: vec![choice], forced: false, apart: false }
+    Site { weight: None, footprint, nodes, name, taps, baseline, candidates, required: false, isolatable: false }
 }
 
 /// Both carried out, fewer tokens first, and what the units take among them.
-fn both(model: &Model, tokens: &Site, units: &Site, cx: &Context) -> (Model, Within) {
-    let around = ReduceTokens.around(model, tokens, 0, cx).unwrap().unwrap();
-    let within = PruneUnits.within(units, &around, cx).unwrap().unwrap();
+fn both(model: &Model, tokens: &Site, units: &Site, cx: &MethodContext) -> (Model, NestedCost) {
+    let effect = ReduceTokens.effect_on_nested(model, tokens, &tokens.candidates[0], cx).unwrap().unwrap();
+    let nested = PruneUnits.cost_under(units, &effect, cx).unwrap().unwrap();
     let mut joint = model.clone();
-    for done in [ReduceTokens.rewrite(&mut joint, tokens, 0, cx), PruneUnits.rewrite(&mut joint, units, 0, cx)] {
+    for done in [
+        ReduceTokens.apply(&mut joint, tokens, &tokens.candidates[0], cx),
+        PruneUnits.apply(&mut joint, units, &units.candidates[0], cx),
+    ] {
         assert_eq!(done.unwrap().changes.len(), 1);
     }
-    DropDead.apply(&mut joint, cx).unwrap();
+    DropDead.apply(&mut joint, &cx.pass_context()).unwrap();
     joint.check().unwrap_or_else(|error| panic!("{error}\n{}", text::print(&joint)));
-    (joint, within)
+    (joint, nested)
 }
 
-fn context(calibration: &Runs) -> Context<'_> {
+fn context(calibration: &Runs) -> MethodContext<'_> {
     let settings = [("prune-units.patch", "none"), ("reduce-tokens.temperature", "0.01")];
     let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
-    Context { calibration: Some(calibration), settings: settings.into(), ..Context::default() }
+    MethodContext::default().with_calibration(calibration).with_settings(settings)
 }
 
 fn runs(model: &Model) -> Runs {
@@ -464,17 +470,17 @@ fn fewer_tokens_and_units_that_go_add_up_in_one_plan() {
         let cx = context(&calibration);
         let found = units(&model, &cx);
         let both_idle = found.iter().find(|site| site.taps.len() == 2).unwrap();
-        assert!(both_idle.choices[0].measured.unwrap() < 1e-10, "{}", both_idle.name);
+        assert!(both_idle.candidates[0].loss.measured().unwrap() < 1e-10, "{}", both_idle.name);
         // Merging before, in and after the attention that goes.
         for counts in [[4, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0], [0, 2, 0, 0]] {
             let tokens = schedule(&model, &counts, Form::Merge);
-            let (joint, within) = both(&model, &tokens, both_idle, &cx);
+            let (joint, nested) = both(&model, &tokens, both_idle, &cx);
             assert_equivalent(&model, &joint);
-            let cost = |model: &Model| Cost::of(model, &Facts::infer(model), &Bindings::default());
-            let (before, after, left) = (cost(&model), cost(&joint), within.choices[0].unwrap());
-            let schedule = tokens.choices[0].spent;
-            let told = |of: &dyn Fn(&Spent) -> u64, whole: u64| {
-                whole - of(&tokens.kept) + of(&schedule) - of(&within.kept) + of(&left)
+            let cost = |model: &Model| ModelCost::of(model, &Facts::infer(model), &Bindings::default());
+            let (before, after, left) = (cost(&model), cost(&joint), nested.candidates[0].unwrap());
+            let schedule = tokens.candidates[0].cost;
+            let told = |of: &dyn Fn(&Cost) -> u64, whole: u64| {
+                whole - of(&tokens.baseline) + of(&schedule) - of(&nested.baseline) + of(&left)
             };
             assert_eq!(told(&|s| s.flops_per_row, before.flops), after.flops, "{counts:?}");
             assert_eq!(told(&|s| s.parameters, before.parameters), after.parameters, "{counts:?}");
@@ -483,8 +489,8 @@ fn fewer_tokens_and_units_that_go_add_up_in_one_plan() {
             assert_eq!(bytes, after.weight_bytes, "{counts:?}");
             // The keys of an attention that goes stay where tokens merge by them.
             assert_eq!(left.flops_per_row > 0, counts[1] > 0, "{counts:?}");
-            let alone = both_idle.kept.flops_per_row;
-            assert!(within.kept.flops_per_row < alone, "{counts:?}: {} of {alone}", within.kept.flops_per_row);
+            let alone = both_idle.baseline.flops_per_row;
+            assert!(nested.baseline.flops_per_row < alone, "{counts:?}: {} of {alone}", nested.baseline.flops_per_row);
         }
     }
 }
@@ -498,7 +504,7 @@ fn units_go_after_tokens_as_they_would_before() {
         let tokens = schedule(&model, &[4, 0, 0, 0], Form::Merge);
         let (joint, _) = both(&model, &tokens, &units, &cx);
         let mut first = model.clone();
-        PruneUnits.rewrite(&mut first, &units, 0, &cx).unwrap();
+        PruneUnits.apply(&mut first, &units, &units.candidates[0], &cx).unwrap();
         // An attention that goes has no place for a schedule.
         let mut counts = vec![0; only(&first).cuts.len()];
         counts[0] = 4;
@@ -516,10 +522,10 @@ fn weights_that_tokens_mix_by_stay_when_their_attention_goes() {
     // Only the keys of the second attention are needed to merge there, and its queries too to mix there.
     let left = |form: Form| {
         let tokens = schedule(&model, &[0, 2, 0, 0], form);
-        let (joint, within) = both(&model, &tokens, idle, &cx);
+        let (joint, nested) = both(&model, &tokens, idle, &cx);
         let alone = reduced_by(&model, &[0, 2, 0, 0], form);
         assert_equivalent(&alone, &joint);
-        within.choices[0].unwrap().flops_per_row
+        nested.candidates[0].unwrap().flops_per_row
     };
     assert!(left(Form::Mix(0.01)) > left(Form::Merge));
 }
@@ -538,7 +544,7 @@ fn a_bias_of_a_fused_sum_goes_with_its_unit() {
     let attention =
         units(&model, &cx).into_iter().find(|site| site.name.contains("a1") || site.taps.len() == 2).unwrap();
     let mut without = model.clone();
-    PruneUnits.rewrite(&mut without, &attention, 0, &cx).unwrap();
+    PruneUnits.apply(&mut without, &attention, &attention.candidates[0], &cx).unwrap();
     let tokens = schedule(&model, &[0, 4, 0, 0], Form::Merge);
     assert_equivalent(&without, &both(&model, &tokens, &attention, &cx).0);
 }

@@ -1,6 +1,6 @@
 //! Which tokens are visual, what looks at them, and whether what follows works with fewer.
 
-use crate::lossy::ends_of;
+use crate::lossy::regions::ends_of;
 use lathe_analysis::{Facts, Tokens, UnitKind, Units};
 use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, ValueId};
 use std::collections::BTreeSet;

@@ -109,8 +109,12 @@ fn off(whole: &Tensor, found: &Tensor) -> f64 {
 
 fn propose(model: &Model, settings: &[(&str, &str)]) -> Proposal {
     let runs = Runs(model.clone());
-    let settings = settings.iter().map(|(k, v)| (format!("select-visual-tokens.{k}"), (*v).to_owned())).collect();
-    let cx = Context { calibration: Some(&runs), measures: vec![Measure::Flops], settings, ..Context::default() };
+    let settings = settings
+        .iter()
+        .map(|(k, v)| (format!("select-visual-tokens.{k}"), (*v).to_owned()))
+        .collect::<crate::Settings>();
+    let cx =
+        MethodContext::default().with_calibration(&runs).with_quantities(vec![Quantity::Flops]).with_settings(settings);
     SelectVisualTokens.propose(model, &cx).unwrap()
 }
 
@@ -174,7 +178,7 @@ fn tokens_that_are_there_twice_go_without_loss_if_they_are_counted() {
         let positions = stream.contains("table");
         let found = propose(&model, &[("span", span), ("keep", "4"), ("key", "1"), ("task", "0")]);
         let [site] = found.sites.as_slice() else { panic!("{:?}", found.outcome) };
-        let names: Vec<&str> = site.choices.iter().map(|c| c.name.as_str()).collect();
+        let names: Vec<&str> = site.candidates.iter().map(|c| c.label.as_str()).collect();
         assert_eq!(
             names,
             [
@@ -183,15 +187,18 @@ fn tokens_that_are_there_twice_go_without_loss_if_they_are_counted() {
                 "4 of 8 visual tokens spread out, others counted"
             ]
         );
-        let lost: Vec<f64> = site.choices.iter().map(|c| c.measured.unwrap()).collect();
+        let lost: Vec<f64> = site.candidates.iter().map(|c| c.loss.measured().unwrap()).collect();
         assert!(lost[0] > 1e-4, "{lost:?}");
         assert_eq!(lost[1..].iter().all(|&l| l < 1e-10), !positions, "{lost:?}");
-        assert!(site.choices.iter().all(|c| c.spent.flops_per_row < site.kept.flops_per_row));
+        assert!(site.candidates.iter().all(|c| c.cost.flops_per_row < site.baseline.flops_per_row));
         let settings = [("span", span), ("keep", "4"), ("key", "1"), ("task", "0")];
-        let settings = settings.iter().map(|(k, v)| (format!("select-visual-tokens.{k}"), (*v).to_owned())).collect();
-        let cx = Context { settings, ..Context::default() };
+        let settings = settings
+            .iter()
+            .map(|(k, v)| (format!("select-visual-tokens.{k}"), (*v).to_owned()))
+            .collect::<crate::Settings>();
+        let cx = MethodContext::default().with_settings(settings);
         let mut changed = model.clone();
-        assert_eq!(SelectVisualTokens.rewrite(&mut changed, site, 1, &cx).unwrap().changes.len(), 1);
+        assert_eq!(SelectVisualTokens.apply(&mut changed, site, &site.candidates[1], &cx).unwrap().changes.len(), 1);
         changed.check().unwrap();
         assert!((off(&run(&model, true), &run(&changed, true)) - lost[1]).abs() < 1e-12);
     }
@@ -340,8 +347,8 @@ fn merging_over_time_is_offered_where_there_are_several_frames() {
         let settings = [&[("span", "3:8"), ("keep", "4"), ("frames", frames)], more].concat();
         let found = propose(&mixed(frames.parse().unwrap(), "s = Identity (h)"), &settings);
         let [site] = found.sites.as_slice() else { panic!("{:?}", found.outcome) };
-        assert!(site.choices.iter().all(|c| c.measured.is_some_and(f64::is_finite)));
-        site.choices.iter().map(|c| c.name.clone()).filter(|name| name.contains("over time")).collect()
+        assert!(site.candidates.iter().all(|c| c.loss.measured().is_some_and(f64::is_finite)));
+        site.candidates.iter().map(|c| c.label.clone()).filter(|name| name.contains("over time")).collect()
     };
     let both = ["4 of 8 visual tokens merged over time", "4 of 8 visual tokens merged over time, others counted"];
     assert_eq!(names("2", &[]), both);

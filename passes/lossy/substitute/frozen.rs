@@ -1,13 +1,13 @@
 //! Attention whose weights are constants: their mean over the calibration set.
 
-use super::Work;
+use super::{Work, fitted::Fitted};
 use crate::{
     Error,
-    lossy::{Choice, Fitted, Proposal, Site, Spent, prune_units::own_values},
+    lossy::{Candidate, Cost, Edit, Loss, Proposal, Site, prune_units::own_values},
 };
 use lathe_analysis::{Calibrate, Facts, Rows, Unit, UnitKind, Units};
 use lathe_ir::{DataType, Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
-use std::{collections::BTreeSet, sync::Arc};
+use std::collections::BTreeSet;
 
 /// Floating-point operations that trying all attentions may take.
 const MOST_FLOPS: f64 = 2e12;
@@ -113,10 +113,10 @@ fn site(
 ) -> Result<Result<Site, &'static str>, Error> {
     let graph = &work.model.graph;
     let numbers = mean.len() as u64;
-    let mut piece = Graph::new("piece");
-    let constant = piece.add_initializer(ScopeId::MAIN, "mean", mean);
-    piece.add_output(ScopeId::MAIN, constant);
-    let fitted = Fitted { reads: Vec::new(), gives: graph.value(attention.weights).name.clone(), piece };
+    let mut fragment = Graph::new("piece");
+    let constant = fragment.add_initializer(ScopeId::MAIN, "mean", mean);
+    fragment.add_output(ScopeId::MAIN, constant);
+    let fitted = Fitted { inputs: Vec::new(), output: graph.value(attention.weights).name.clone(), fragment };
     let mut variant = work.model.clone();
     if let Err(reason) = fitted.splice(&mut variant.graph) {
         return Ok(Err(reason));
@@ -129,30 +129,29 @@ fn site(
     let mut nodes = gone.clone();
     nodes.insert(attention.sums);
     let nodes: Vec<NodeId> = graph.nodes(ScopeId::MAIN).filter(|id| nodes.contains(id)).collect();
-    let kept = work.kept(&nodes);
-    let saved = work.kept(&gone.iter().copied().collect::<Vec<_>>());
-    let spent = Spent {
-        bytes: (kept.bytes + 4 * numbers).saturating_sub(saved.bytes),
-        parameters: (kept.parameters + numbers).saturating_sub(saved.parameters),
-        flops_per_row: kept.flops_per_row.saturating_sub(saved.flops_per_row),
+    let baseline = work.baseline(&nodes);
+    let saved = work.baseline(&gone.iter().copied().collect::<Vec<_>>());
+    let cost = Cost {
+        bytes: (baseline.bytes + 4 * numbers).saturating_sub(saved.bytes),
+        parameters: (baseline.parameters + numbers).saturating_sub(saved.parameters),
+        flops_per_row: baseline.flops_per_row.saturating_sub(saved.flops_per_row),
     };
     let taps = graph.node(attention.sums).output(0).into_iter().collect();
-    let choice = Choice {
-        name: "constant attention weights".to_owned(),
-        spent,
-        errors: Vec::new(),
-        measured: Some(loss),
-        fitted: Some(Arc::new(fitted)),
+    let candidate = Candidate {
+        label: "constant attention weights".to_owned(),
+        cost,
+        loss: Loss::Measured(loss),
+        edit: Edit::new(fitted),
     };
     Ok(Ok(Site {
         weight: None,
-        covers: own_values(graph, &gone).into_iter().collect(),
+        footprint: own_values(graph, &gone).into_iter().collect(),
         nodes,
         name: format!("{}, attention weights", attention.name),
         taps,
-        kept,
-        choices: vec![choice],
-        forced: false,
-        apart: true,
+        baseline,
+        candidates: vec![candidate],
+        required: false,
+        isolatable: true,
     }))
 }

@@ -113,7 +113,7 @@ pub(super) struct Place {
     pub gives: ValueId,
     /// The nodes between them, in order.
     pub nodes: Vec<NodeId>,
-    pub covers: Vec<ValueId>,
+    pub footprint: Vec<ValueId>,
     pub layout: Layout,
     /// Features read.
     pub inputs: usize,
@@ -212,7 +212,7 @@ fn convolution(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Place, &'stat
         reads,
         gives,
         nodes: vec![id],
-        covers: vec![weight],
+        footprint: vec![weight],
         layout: Layout::Image(Window { kernel, strides, shifts }),
         inputs,
         outputs,
@@ -304,13 +304,13 @@ fn pair(graph: &Graph, facts: &Facts, id: NodeId, first: &Place) -> Option<Place
         if !pointwise || !own || bias != node.input(2) || dims[1] != first.outputs {
             return None;
         }
-        let mut covers = vec![first.covers[0], weight];
-        covers.sort_unstable();
+        let mut footprint = vec![first.footprint[0], weight];
+        footprint.sort_unstable();
         return Some(Place {
             name: format!("{}, {}", first.name, graph.value(weight).name),
             gives,
             nodes,
-            covers,
+            footprint,
             outputs: dims[0],
             second: Some(Second { reads, inputs: dims[1], weight, bias }),
             ..first.clone()
@@ -352,7 +352,7 @@ fn branch(graph: &Graph, facts: &Facts, unit: &lathe_analysis::Unit, name: Strin
         name,
         reads,
         gives,
-        covers: own_values(graph, &all).into_iter().collect(),
+        footprint: own_values(graph, &all).into_iter().collect(),
         nodes: graph.nodes(ScopeId::MAIN).filter(|id| all.contains(id)).collect(),
         layout: Layout::Tokens(tokens.map(|count| Tokens { grid: grid(count) })),
         inputs,

@@ -122,14 +122,14 @@ fn off(whole: &Tensor, found: &Tensor) -> f64 {
 }
 
 fn proposal(model: &Model, runs: &Runs) -> Proposal {
-    let cx = Context { calibration: Some(runs), measures: vec![Measure::Latency], ..Context::default() };
+    let cx = MethodContext::default().with_calibration(runs).with_quantities(vec![Quantity::Latency]);
     Substitute.propose(model, &cx).unwrap()
 }
 
 /// Carries out a choice.
 fn replaced(model: &Model, site: &Site, choice: usize) -> Model {
     let mut changed = model.clone();
-    let done = Substitute.rewrite(&mut changed, site, choice, &Context::default()).unwrap();
+    let done = Substitute.apply(&mut changed, site, &site.candidates[choice], &MethodContext::default()).unwrap();
     assert_eq!(done.changes.len(), 1, "{:?}", done.refusals);
     changed.check().unwrap();
     changed
@@ -147,10 +147,14 @@ fn find<'a>(proposal: &'a Proposal, site: &str) -> &'a Site {
 /// The choice of this name, with an error that is only rounding, carried out: the same function.
 fn check(model: &Model, proposal: &Proposal, site: &str, choice: &str) -> Model {
     let site = find(proposal, site);
-    let told: Vec<(&str, &[f64])> = site.choices.iter().map(|c| (c.name.as_str(), c.errors.as_slice())).collect();
-    let at =
-        site.choices.iter().position(|c| c.name == choice).unwrap_or_else(|| panic!("{choice} is not among {told:?}"));
-    let error = site.choices[at].errors.first().copied().or(site.choices[at].measured).unwrap();
+    let told: Vec<(&str, &Loss)> = site.candidates.iter().map(|c| (c.label.as_str(), &c.loss)).collect();
+    let at = site
+        .candidates
+        .iter()
+        .position(|c| c.label == choice)
+        .unwrap_or_else(|| panic!("{choice} is not among {told:?}"));
+    let loss = &site.candidates[at].loss;
+    let error = loss.measured().unwrap_or_else(|| loss.per_tap().unwrap()[0]);
     assert!(error < 1e-5, "{choice}: {error}");
     let changed = replaced(model, site, at);
     lathe_testkit::equivalent(model, &changed, Some(1e-5), 1).unwrap_or_else(|why| panic!("{choice}: {why}"));
@@ -242,16 +246,16 @@ fn what_is_told_is_what_is_lost() {
     for site in &found.sites {
         let tap = model.graph.value(site.taps[0]).name.as_str();
         let whole = runs.values(&model, &[tap], 2).remove(0);
-        for (at, choice) in site.choices.iter().enumerate() {
+        for (at, choice) in site.candidates.iter().enumerate() {
             let lost = off(&whole, &runs.values(&replaced(&model, site, at), &[tap], 2)[0]).sqrt();
-            let told = choice.errors[0];
+            let told = choice.loss.per_tap().unwrap()[0];
             assert!(
                 (lost - told).abs() < 1e-3 * told.max(1e-3),
                 "{} {}: {lost} lost, {told} told",
                 site.name,
-                choice.name
+                choice.label
             );
-            seen.insert(choice.name.clone());
+            seen.insert(choice.label.clone());
         }
     }
     for name in ["max pool, one layer", "identity + average pool + max pool, one layer", "shift, one layer"] {
@@ -310,8 +314,8 @@ fn branches_that_are_layers_and_constant_attention_are_found() {
     let frozen = check(&model, &found, "one, attention weights", "constant attention weights");
     assert!(frozen.graph.find_value("wk").is_none() && frozen.graph.find_value("wv").is_some());
     // What is inside lies inside.
-    let covers = |name: &str| find(&found, name).covers.iter().copied().collect::<BTreeSet<ValueId>>();
-    assert!(covers("one, attention weights").is_subset(&covers("one")));
+    let footprint = |name: &str| find(&found, name).footprint.iter().copied().collect::<BTreeSet<ValueId>>();
+    assert!(footprint("one, attention weights").is_subset(&footprint("one")));
 }
 
 #[test]
@@ -395,7 +399,7 @@ fn a_causal_attention_is_no_average_of_all_tokens() {
 fn it_is_idle_under_a_budget_of_bytes() {
     let model = planted(&|_| one_at(4), false, "", "6,8,8", "y = Tanh (u)");
     let runs = Runs::of(&model, &IMAGE);
-    let cx = Context { calibration: Some(&runs), measures: vec![Measure::Bytes], ..Context::default() };
+    let cx = MethodContext::default().with_calibration(&runs).with_quantities(vec![Quantity::Size]);
     assert!(Substitute.propose(&model, &cx).unwrap().sites.is_empty());
-    assert!(Substitute.watched(&model, &cx).unwrap().is_empty());
+    assert!(Substitute.extra_taps(&model, &cx).unwrap().is_empty());
 }

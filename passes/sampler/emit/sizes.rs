@@ -2,7 +2,7 @@
 
 use super::{Emitter, Fragment, Variant};
 use crate::{
-    Context,
+    PassContext,
     exact::{DropDead, FoldConstants, SimplifyShapes},
     sampler::{
         Error, Sampler,
@@ -103,7 +103,7 @@ impl Emitter<'_> {
         net.dims = self.dims(size);
         let graph = &mut net.model.graph;
         graph.value_mut(net.latent).ty = Some(Type::tensor(net.dtype, net.dims.clone()));
-        let cx = Context { evaluator: Some(self.evaluator), max_growth: MOST_FOLDED, ..Context::default() };
+        let cx = PassContext::default().with_evaluator(self.evaluator).with_max_growth(MOST_FOLDED);
         for pass in [&SimplifyShapes as &dyn crate::Pass, &FoldConstants, &DropDead] {
             pass.apply(&mut net.model, &cx).map_err(|e| Error::Network(e.to_string()))?;
         }

@@ -1,0 +1,214 @@
+//! What a lossy method is, and what it may know.
+
+use super::{Candidate, Cost, Site};
+use crate::{Error, Info, Outcome, PassContext, Quantity, Settings, Target};
+use lathe_analysis::{Calibrate, Rows};
+use lathe_ir::{Model, ValueId};
+use std::{collections::BTreeMap, str::FromStr};
+
+/// The oldest operator set in which models are compressed.
+pub const OLDEST_OPSET: i64 = 13;
+
+/// What a method may know besides the model. It is made once in a run; calibration and incumbents join it as they become
+/// known.
+#[derive(Clone, Default)]
+pub struct MethodContext<'a> {
+    /// Which operators may be used.
+    pub target: Target,
+    /// What is limited: what saves none of it need not be proposed.
+    pub quantities: Vec<Quantity>,
+    /// Whether the execution provider computes in half precision.
+    pub half_precision: bool,
+    /// What was seen on the calibration set.
+    pub calibration: Option<&'a dyn Calibrate>,
+    /// Rows of all products with every weight in one run.
+    pub rows: BTreeMap<ValueId, u64>,
+    /// What other methods have proposed for the same constants: what these beat need not be proposed.
+    pub incumbents: BTreeMap<ValueId, Vec<Candidate>>,
+    settings: Settings,
+}
+
+impl<'a> MethodContext<'a> {
+    /// A context without calibration.
+    pub fn new(target: Target, quantities: Vec<Quantity>, settings: impl Into<Settings>) -> MethodContext<'a> {
+        MethodContext { target, quantities, settings: settings.into(), ..MethodContext::default() }
+    }
+
+    /// With quantities that are limited.
+    #[must_use]
+    pub fn with_quantities(self, quantities: Vec<Quantity>) -> Self {
+        MethodContext { quantities, ..self }
+    }
+
+    /// With values of options.
+    #[must_use]
+    pub fn with_settings(self, settings: impl Into<Settings>) -> Self {
+        MethodContext { settings: settings.into(), ..self }
+    }
+
+    /// With an execution provider that computes in half precision, or not.
+    #[must_use]
+    pub fn with_half_precision(self, half_precision: bool) -> Self {
+        MethodContext { half_precision, ..self }
+    }
+
+    /// With what was seen on a calibration set.
+    #[must_use]
+    pub fn with_calibration<'b>(&self, calibration: &'b dyn Calibrate) -> MethodContext<'b> {
+        MethodContext {
+            calibration: Some(calibration),
+            target: self.target,
+            quantities: self.quantities.clone(),
+            half_precision: self.half_precision,
+            rows: self.rows.clone(),
+            incumbents: self.incumbents.clone(),
+            settings: self.settings.clone(),
+        }
+    }
+
+    /// With the rows of all products with every weight.
+    #[must_use]
+    pub fn with_rows(self, rows: BTreeMap<ValueId, u64>) -> Self {
+        MethodContext { rows, ..self }
+    }
+
+    /// The value of an option: as set, else its default.
+    pub fn setting<T: FromStr>(&self, method: &Info, option: &str) -> Result<T, Error> {
+        self.settings.value(method, option)
+    }
+
+    /// The context of an exact pass that a method applies.
+    pub(super) fn pass_context(&self) -> PassContext<'static> {
+        PassContext::default().with_target(self.target).with_settings(self.settings.clone())
+    }
+}
+
+/// What a method needs before it can propose, and what its candidates need before they can be chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needs {
+    /// Statistics of what layers read and give, which take time to collect.
+    pub statistics: bool,
+    /// The largest magnitudes of what layers read, which second moments do not tell.
+    pub ranges: bool,
+    /// Errors are so large that the loss does not follow from those of the layer: every candidate is carried out alone
+    /// and its loss measured, where that takes no longer than other searches do.
+    pub trials: bool,
+    /// A candidate that is timed is worth nothing unless it is faster than what is there.
+    pub speedup: bool,
+}
+
+impl Default for Needs {
+    /// Statistics, and nothing else.
+    fn default() -> Needs {
+        Needs { statistics: true, ranges: false, trials: false, speedup: false }
+    }
+}
+
+/// What a method could do with a model.
+#[derive(Debug, Clone, Default)]
+pub struct Proposal {
+    /// Its sites.
+    pub sites: Vec<Site>,
+    /// Where it could not act, and why; it has made no changes.
+    pub outcome: Outcome,
+}
+
+impl Proposal {
+    /// Nothing is proposed anywhere, for a reason.
+    pub(super) fn refused(reason: &str, place: &str) -> Proposal {
+        let mut proposal = Proposal::default();
+        proposal.outcome.refuse(reason, place);
+        proposal
+    }
+}
+
+/// What a candidate leaves of the sites nested in its own.
+pub struct NestedEffect {
+    /// The model with the candidate carried out, and nothing else.
+    pub model: Model,
+    /// The share of its rows that the layer of every weight still has.
+    pub rows: BTreeMap<ValueId, f64>,
+}
+
+/// What a nested site takes where a candidate of the site around it is carried out.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NestedCost {
+    /// The share of its rows that operations are counted by.
+    pub rows: f64,
+    /// What it takes as it is.
+    pub baseline: Cost,
+    /// What every candidate takes; `None` for one that cannot be carried out there.
+    pub candidates: Vec<Option<Cost>>,
+}
+
+/// A lossy method: one idea, one file.
+pub trait Method: Sync {
+    /// The method as a user meets it.
+    fn info(&self) -> &'static Info;
+
+    /// What it needs to propose and to be chosen.
+    fn needs(&self, _cx: &MethodContext) -> Needs {
+        Needs::default()
+    }
+
+    /// Values whose magnitudes it wants, as far as second moments tell; they are collected before it proposes.
+    fn magnitudes(&self, _model: &Model, _cx: &MethodContext) -> Result<Vec<Rows>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// Values whose errors count beside those of the outputs of layers with weights.
+    fn extra_taps(&self, _model: &Model, _cx: &MethodContext) -> Result<Vec<Rows>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// Whether it may lower any of what is limited.
+    fn serves(&self, _quantities: &[Quantity]) -> bool {
+        true
+    }
+
+    /// The oldest operator set with everything it writes. Older models are upgraded to it where a budget is given that the
+    /// method may serve.
+    fn operator_set(&self) -> i64 {
+        OLDEST_OPSET
+    }
+
+    /// Whether settings ask for it where no budget is given.
+    fn is_requested(&self, _cx: &MethodContext) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    /// Every site this method could act on, and what it could do there. Reads the calibration of `cx`.
+    fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error>;
+
+    /// What a candidate leaves of the sites nested in its own, which are then still there; `None` where nothing of them is
+    /// left as it was.
+    fn effect_on_nested(
+        &self,
+        _model: &Model,
+        _site: &Site,
+        _candidate: &Candidate,
+        _cx: &MethodContext,
+    ) -> Result<Option<NestedEffect>, Error> {
+        Ok(None)
+    }
+
+    /// What a nested site takes under the effect of a candidate around it, which is carried out first; `None` where it is
+    /// no longer a site then.
+    ///
+    /// What concerns products of weights alone goes on with the rows that all of these have left.
+    fn cost_under(&self, site: &Site, effect: &NestedEffect, _cx: &MethodContext) -> Result<Option<NestedCost>, Error> {
+        let Some(&rows) = site.weight.and_then(|weight| effect.rows.get(&weight)) else { return Ok(None) };
+        let alike = site.footprint.iter().all(|value| effect.rows.get(value) == Some(&rows));
+        let candidates = site.candidates.iter().map(|candidate| Some(candidate.cost)).collect();
+        Ok(alike.then_some(NestedCost { rows, baseline: site.baseline, candidates }))
+    }
+
+    /// Carries out a candidate of a site that [`Method::propose`] named, for a model whose other sites may have changed.
+    fn apply(
+        &self,
+        model: &mut Model,
+        site: &Site,
+        candidate: &Candidate,
+        cx: &MethodContext,
+    ) -> Result<Outcome, Error>;
+}
