@@ -5,12 +5,13 @@
 //! out from what the sittings disagree about.
 
 use crate::{
-    Engine, InputError, InputSpec, LoadOptions, Profile, RuntimeError, Sample, SampleSet, SetError, SetSpec, Source,
-    Talk, Timed, generate, quantile, sizes_to_try,
+    Engine, InputError, InputSpec, LoadOptions, Profile, ProfileError, RuntimeError, Sample, SampleSet, SetError,
+    SetSpec, Source, Talk, Timed, generate, quantile, sizes_to_try,
 };
 use lathe_ir::{Model, ReadError};
 use serde::{Deserialize, Serialize};
 use std::{
+    io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -126,9 +127,29 @@ pub enum BenchError {
         /// How many nodes there are.
         nodes: usize,
     },
-    /// The profile cannot be read.
-    #[error("{0}")]
-    Profile(String),
+    /// There is nothing to measure.
+    #[error("no model is given")]
+    NoModel,
+    /// Nothing can be fed to a model.
+    #[error("no inputs could be made for the model")]
+    NoInputs,
+    /// The engine does not say where time goes.
+    #[error("{engine} has no profiler")]
+    NoProfiler {
+        /// The engine.
+        engine: String,
+    },
+    /// The profile is not where the engine says.
+    #[error("cannot read the profile `{}`: {source}", .path.display())]
+    Unreadable {
+        /// Where it should be.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The profile is none.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
 }
 
 /// Sessions are made anew this often.
@@ -159,7 +180,7 @@ pub fn bench(
     options: &LoadOptions,
     talk: &mut dyn Talk,
 ) -> Result<BenchResult, BenchError> {
-    let first = models.first().ok_or_else(|| BenchError::Profile("no model is given".to_owned()))?;
+    let first = models.first().ok_or(BenchError::NoModel)?;
     talk.stage("reading the model");
     let model = Model::read(first)?.model;
     let mut chosen = Chosen { model, inputs, fixed: None };
@@ -220,8 +241,7 @@ impl Chosen<'_> {
                 Err(error) => _ = refusal.get_or_insert(error),
             }
         }
-        let none = || BenchError::Profile("no inputs could be made for the model".to_owned());
-        Err(refusal.map_or_else(none, failed))
+        Err(refusal.map_or(BenchError::NoInputs, failed))
     }
 
     fn describe(&self) -> String {
@@ -341,13 +361,12 @@ impl Bench<'_> {
                 timed.run().map_err(failed)?;
             }
             let Some(file) = timed.profile().map_err(failed)? else {
-                return Err(BenchError::Profile(format!("{} has no profiler", self.engine.name())));
+                return Err(BenchError::NoProfiler { engine: self.engine.name() });
             };
-            let unreadable = |e| BenchError::Profile(format!("cannot read the profile `{}`: {e}", file.display()));
-            let json = std::fs::read(&file).map_err(unreadable)?;
+            let json = std::fs::read(&file).map_err(|source| BenchError::Unreadable { path: file.clone(), source })?;
             // The folder is the caller's and goes with everything in it.
             let _ = std::fs::remove_file(&file);
-            let profile = Profile::parse(&json, timed.provider()).map_err(BenchError::Profile)?;
+            let profile = Profile::parse(&json, timed.provider())?;
             let placement = &profile.placement;
             if placement.taken == 0 && !placement.elsewhere.is_empty() {
                 let (provider, nodes) = (placement.provider.clone(), placement.elsewhere.len());

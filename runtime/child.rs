@@ -4,7 +4,7 @@ use crate::{
     BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Inputs, Listener, LoadOptions, Measured, RuntimeError,
     Sample, SetSpec, Verdict,
     verify::{AT_EDGE, RESULT_AT_EDGE},
-    wire::{Answer, GatherJob, Gathered, InputHeads, Request, TrialJob, framing},
+    wire::{Answer, GatherJob, Gathered, InputHeads, MeasureJob, Request, SelectJob, TrialJob, framing},
 };
 use bytes::Bytes;
 use lathe_analysis::{Evaluate, EvaluateError};
@@ -193,7 +193,7 @@ impl Child {
         options: &LoadOptions,
     ) -> Result<ChosenSamples, RuntimeError> {
         let (model, set, options) = (model.to_owned(), set.clone(), options.clone());
-        match self.ask(&Request::Select { model, set, count, seed, options }, &[])? {
+        match self.ask(&Request::Select(SelectJob { model, set, count, seed, options }), &[])? {
             (Answer::Selected(selection), _) => Ok(selection),
             (other, _) => Err(unexpected(&other)),
         }
@@ -212,7 +212,7 @@ impl Child {
     ) -> Result<Result<Measured, Verdict>, RuntimeError> {
         let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
         let (set, metric, options) = (set.clone(), metric.to_owned(), options.clone());
-        match self.ask(&Request::Measure { reference, candidate, set, metric, options }, &[])? {
+        match self.ask(&Request::Measure(MeasureJob { reference, candidate, set, metric, options }), &[])? {
             (Answer::Measured(found), _) => Ok(found.map(|measured| *measured)),
             (other, _) => Err(unexpected(&other)),
         }

@@ -41,16 +41,6 @@ impl Datum {
             Datum::None => "nothing".to_owned(),
         }
     }
-
-    /// Bytes of all data inside.
-    pub fn byte_len(&self) -> usize {
-        match self {
-            Datum::Tensor(tensor) => tensor.byte_len(),
-            Datum::Sequence(members) => members.iter().map(Datum::byte_len).sum(),
-            Datum::Map { keys, values } => keys.byte_len() + values.byte_len(),
-            Datum::None => 0,
-        }
-    }
 }
 
 impl From<Tensor> for Datum {

@@ -190,7 +190,7 @@ fn from_tract(value: &tract_onnx::prelude::Tensor) -> Result<Tensor, String> {
 mod tests {
     use super::*;
     use crate::{
-        Claim, InputSpec, Inputs,
+        Claim, InputSpec, Inputs, VerifyTask,
         testing::{self, Build, unary},
         verify,
     };
@@ -221,8 +221,9 @@ mod tests {
         let inputs = Inputs::Random(InputSpec::default());
         let claim = Claim::Equivalent { rtol: None };
         let options = LoadOptions::default();
-        let verdict =
-            verify(&Embedded, &model, source(), source(), &inputs, claim, &options, &mut |_: &str| {}).unwrap();
+        let (reference, candidate, inputs, options) = (source(), source(), &inputs, &options);
+        let task = VerifyTask { model: &model, reference, candidate, inputs, claim, options };
+        let verdict = verify(&Embedded, &task, &mut |_: &str| {}).unwrap();
         assert!(verdict.holds(), "{}", verdict.describe());
     }
 

@@ -55,11 +55,11 @@ pub use in_process::{InProcess, start};
 pub use inputs::{InputError, InputSpec, Sizes, Style, classes, generate, required_inputs, sizes_to_try};
 pub use library::{Discovery, Found, Place, Search, Tried};
 pub use measure::{MeasureError, Measured, Scores};
-pub use metrics::{Metric, Score, metrics};
+pub use metrics::{Column, Metric, MetricError, Score, metric_columns, metrics};
 pub use npz::NpzWriter;
 pub use ort_engine::OrtEngine;
 pub use paired::{Pair, bootstrap, feature_distances, pairs};
-pub use profile::{NodeTime, Placement, Profile};
+pub use profile::{NodeTime, Placement, Profile, ProfileError};
 pub use progress::{Listener, Progress, Talk};
 pub use quantile::quantile;
 pub use select::ChosenSamples;
@@ -69,6 +69,6 @@ pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{
     CollectOptions, Counts, Cut, Field, MaskInput, Request, Skip, Statistics, StatisticsError, Work, quarter_of_memory,
 };
-pub use trials::trials;
-pub use verify::{Inputs, Report, Verdict, VerifyError, verify};
+pub use trials::Trials;
+pub use verify::{Inputs, Report, Verdict, VerifyError, VerifyTask, verify};
 pub use wire::{Distance, Gates};

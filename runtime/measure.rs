@@ -1,21 +1,24 @@
 //! How much a candidate loses against its reference on a set: both are run batch by batch, and only sums are kept.
 
 use crate::{
-    Batch, Claim, Datum, Engine, LoadOptions, RuntimeError, Sample, SampleSet, Session, SetSpec, Source, Talk, Verdict,
-    compare,
-    metrics::{Chosen, Kept, OutputMeter, Pair, Place, Score, choose, token_inputs},
+    Batch, Claim, Datum, Engine, LoadOptions, MetricError, RuntimeError, Sample, SampleSet, Session, SetError, Source,
+    Talk, Verdict, compare, elements,
+    metrics::{
+        Case, ChosenMetric, OutputInfo, OutputMeter, OutputPair, Refusal, Score, TokenMask, choose, token_inputs,
+    },
+    wire::MeasureJob,
 };
-use lathe_ir::{DataType, Model, Tensor};
+use lathe_ir::{DataType, Model, ReadError, Tensor};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, path::Path};
+use std::collections::BTreeMap;
 
 /// What one output came to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Scores {
     /// The output.
     pub name: String,
-    /// Every metric that can be measured on it.
-    pub scores: Vec<Score>,
+    /// Every metric that can be measured on it, by its name.
+    pub scores: BTreeMap<String, Score>,
 }
 
 /// What two models came to on a set.
@@ -49,111 +52,170 @@ pub struct Measured {
 }
 
 /// Why nothing could be measured.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum MeasureError {
+    /// A model cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// The engine cannot be used.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
-    /// The set cannot be read to its end.
-    #[error("{0}")]
-    Set(String),
+    /// The set does not fit or cannot be read to its end.
+    #[error(transparent)]
+    Set(#[from] SetError),
+    /// There is nothing to measure on.
+    #[error("the set has no samples")]
+    Empty,
     /// The metric says nothing about this model or set.
+    #[error(transparent)]
+    Metric(#[from] MetricError),
+    /// A batch is not what the metric needs.
     #[error("{0}")]
-    Metric(String),
+    Batch(Refusal),
+    /// Nothing is left to measure.
+    #[error("{0} cannot be measured: every element is left out")]
+    Nothing(&'static str),
 }
 
-/// [`measure`] on two files and a set that is opened here.
-pub(crate) fn measure_files(
+/// Measures two files on a set; what a worker does.
+pub(crate) fn serve(
     engine: &dyn Engine,
-    reference: &Path,
-    candidate: &Path,
-    set: &SetSpec,
-    metric: &str,
-    options: &LoadOptions,
+    job: &MeasureJob,
     talk: &mut dyn Talk,
-) -> Result<Result<Measured, Verdict>, String> {
+) -> Result<Result<Measured, Verdict>, MeasureError> {
     talk.stage("reading the models");
-    let model = Model::read(reference).map_err(|e| e.to_string())?.model;
-    let other = Model::read(candidate).map_err(|e| e.to_string())?.model.renamed();
+    let model = Model::read(&job.reference)?.model;
+    let other = Model::read(&job.candidate)?.model.renamed();
     // A note that the original has too is about what it was made of itself.
     let renamed = if other == model.renamed() { Renamed::new() } else { other };
     talk.stage("opening the set");
-    let set = SampleSet::open(set, &model).map_err(|e| e.to_string())?;
-    let mut batches = set.batches().map(|batch| batch.map_err(|e| e.to_string()));
-    let (reference, candidate) = (Source::Path(reference), Source::Path(candidate));
-    let found = measure(engine, &model, reference, candidate, &mut batches, set.len(), metric, &renamed, options, talk);
-    found.map_err(|e| e.to_string())
+    let set = SampleSet::open(&job.set, &model)?;
+    let measurement = Measurement {
+        engine,
+        model: &model,
+        reference: Source::Path(&job.reference),
+        candidate: Source::Path(&job.candidate),
+        renamed,
+        metric: &job.metric,
+        options: LoadOptions { optimize: false, ..job.options.clone() },
+        total: set.len(),
+    };
+    measurement.run(&mut set.batches(), talk)
 }
 
-/// Runs both models on every batch and measures `metric` (or what `auto` finds).
-///
-/// `model` is the reference as read; `renamed` are its inputs and outputs that the candidate has not under their names.
-/// The reference is run twice on the first batch. A model that does not run is a [`Verdict`]. `talk` hears of every batch: `samples 8 to 15 of 64`.
-#[allow(clippy::too_many_arguments)] // Two models, what to run them on, what to measure, and how.
-pub(crate) fn measure(
-    engine: &dyn Engine,
-    model: &Model,
-    reference: Source<'_>,
-    candidate: Source<'_>,
-    batches: &mut dyn Iterator<Item = Result<Batch, String>>,
+/// Two models, and what is measured on them.
+struct Measurement<'a> {
+    engine: &'a dyn Engine,
+    /// The reference as read.
+    model: &'a Model,
+    reference: Source<'a>,
+    candidate: Source<'a>,
+    /// Inputs and outputs of the reference that the candidate has not under their names.
+    renamed: Renamed,
+    /// The name of a metric, or `auto`.
+    metric: &'a str,
+    options: LoadOptions,
+    /// Samples of the set.
     total: usize,
-    metric: &str,
-    renamed: &Renamed,
-    options: &LoadOptions,
-    talk: &mut dyn Talk,
-) -> Result<Result<Measured, Verdict>, MeasureError> {
-    let options = LoadOptions { optimize: false, ..options.clone() };
-    talk.stage("loading the original");
-    let mut original = match engine.load(reference, &options) {
-        Ok(session) => session,
-        Err(RuntimeError::Load { message, .. }) => {
-            return Ok(Err(Verdict::ReferenceRefused { message, tried: Vec::new() }));
-        }
-        Err(error) => return Err(error.into()),
-    };
-    talk.stage("loading the result");
-    let mut result = match engine.load(candidate, &options) {
-        Ok(session) => session,
-        Err(RuntimeError::Load { message, .. }) => {
-            return Ok(Err(Verdict::CandidateRefused { message, sizes: String::new() }));
-        }
-        Err(error) => return Err(error.into()),
-    };
-    let mut state: Option<State> = None;
-    let mut samples = 0;
-    for batch in batches {
-        let batch = batch.map_err(MeasureError::Set)?;
-        let range = format!("samples {samples} to {} of {total}", samples + batch.samples.max(1) - 1);
-        talk.stage(&range);
-        let before: Vec<(String, Datum)> = match original.run(&batch.inputs) {
-            Ok(outputs) => outputs.into_iter().filter(|(name, _)| renamed.get(name) != Some(&None)).collect(),
-            Err(error) => {
-                let message = error.to_string();
-                return Ok(Err(Verdict::ReferenceRefused { message, tried: vec![range] }));
+}
+
+impl Measurement<'_> {
+    /// Runs both models on every batch and measures the metric.
+    ///
+    /// The reference is run twice on the first batch. A model that does not run is a [`Verdict`]. `talk` hears of every
+    /// batch: `samples 8 to 15 of 64`.
+    fn run(
+        &self,
+        batches: &mut dyn Iterator<Item = Result<Batch, SetError>>,
+        talk: &mut dyn Talk,
+    ) -> Result<Result<Measured, Verdict>, MeasureError> {
+        talk.stage("loading the original");
+        let mut original = match self.engine.load(self.reference, &self.options) {
+            Ok(session) => session,
+            Err(RuntimeError::Load { message, .. }) => {
+                return Ok(Err(Verdict::ReferenceRefused { message, tried: Vec::new() }));
             }
+            Err(error) => return Err(error.into()),
         };
-        if state.is_none() {
-            if let Some(verdict) = repeat(original.as_mut(), &batch.inputs, &before, &options) {
-                return Ok(Err(verdict));
+        talk.stage("loading the result");
+        let mut result = match self.engine.load(self.candidate, &self.options) {
+            Ok(session) => session,
+            Err(RuntimeError::Load { message, .. }) => {
+                return Ok(Err(Verdict::CandidateRefused { message, sizes: String::new() }));
             }
-            let mut probe = |place: &Place<'_>| is_causal(original.as_mut(), &batch.inputs, &before, place);
-            state = Some(State::new(model, &batch, &before, total, metric, &mut probe)?);
-        }
-        let after: Vec<(String, Datum)> = match result.run(&translated(&batch.inputs, renamed)) {
-            Ok(outputs) => outputs.into_iter().map(|(name, datum)| (original_name(name, renamed), datum)).collect(),
-            Err(error) => return Ok(Err(Verdict::CandidateRefused { message: error.to_string(), sizes: range })),
+            Err(error) => return Err(error.into()),
         };
-        let state = state.as_mut().expect("made in the first round");
-        state.add(&batch, samples, &before, &after)?;
-        samples += batch.samples;
-        talk.progress(samples, total, "samples");
-        // A candidate whose outputs have another shape stays wrong on every further batch.
-        if !state.failures.is_empty() {
-            break;
+        let renamed = &self.renamed;
+        let mut state: Option<State> = None;
+        let mut samples = 0;
+        for batch in batches {
+            let batch = batch?;
+            let range = format!("samples {samples} to {} of {}", samples + batch.samples.max(1) - 1, self.total);
+            talk.stage(&range);
+            let before: Vec<(String, Datum)> = match original.run(&batch.inputs) {
+                Ok(outputs) => outputs.into_iter().filter(|(name, _)| renamed.get(name) != Some(&None)).collect(),
+                Err(error) => {
+                    let message = error.to_string();
+                    return Ok(Err(Verdict::ReferenceRefused { message, tried: vec![range] }));
+                }
+            };
+            if state.is_none() {
+                if let Some(verdict) = repeat(original.as_mut(), &batch.inputs, &before, &self.options) {
+                    return Ok(Err(verdict));
+                }
+                let mut probe = |output: &OutputInfo<'_>| {
+                    is_causal(original.as_mut(), &batch.inputs, &before, output).unwrap_or(false)
+                };
+                state = Some(self.start(&batch, &before, &mut probe)?);
+            }
+            let after: Vec<(String, Datum)> = match result.run(&translated(&batch.inputs, renamed)) {
+                Ok(outputs) => outputs.into_iter().map(|(name, datum)| (original_name(name, renamed), datum)).collect(),
+                Err(error) => return Ok(Err(Verdict::CandidateRefused { message: error.to_string(), sizes: range })),
+            };
+            let state = state.as_mut().expect("made in the first round");
+            state.add(&batch, samples, &before, &after)?;
+            samples += batch.samples;
+            talk.progress(samples, self.total, "samples");
+            // A candidate whose outputs have another shape stays wrong on every further batch.
+            if !state.failures.is_empty() {
+                break;
+            }
         }
+        state.ok_or(MeasureError::Empty)?.finish(samples, self.engine.name()).map(Ok)
     }
-    let state = state.ok_or_else(|| MeasureError::Set("the set has no samples".to_owned()))?;
-    state.finish(samples, engine.name()).map(Ok)
+
+    /// Chooses the metric by the first batch, and starts to measure every output.
+    fn start(
+        &self,
+        batch: &Batch,
+        outputs: &[(String, Datum)],
+        is_causal: &mut dyn FnMut(&OutputInfo<'_>) -> bool,
+    ) -> Result<State, MeasureError> {
+        let graph = &self.model.graph;
+        let tokens = token_inputs(graph, &batch.inputs);
+        let labels = batch.labels.as_ref();
+        let numbers = |(name, datum): &'_ (String, Datum)| -> Option<(String, Tensor)> {
+            numbers_in(datum)?.first().map(|&tensor| (name.clone(), tensor.clone()))
+        };
+        let tensors: Vec<(String, Tensor)> = outputs.iter().filter_map(numbers).collect();
+        let info: Vec<OutputInfo<'_>> = tensors
+            .iter()
+            .map(|(name, t)| OutputInfo { name, dtype: t.dtype(), dims: t.dims(), labels, tokens })
+            .collect();
+        let mut case = Case { graph, outputs: &info, samples: self.total, is_causal };
+        let chosen = choose(self.metric, &mut case)?;
+        let meter = |output: &OutputInfo<'_>| {
+            let single: Vec<&'static str> =
+                chosen.outputs.iter().filter(|o| *o == output.name).map(|_| chosen.metric).collect();
+            OutputMeter::new(output, &single)
+        };
+        let meters: Vec<OutputMeter> = info.iter().map(meter).collect();
+        let is_other = |(name, _): &&(String, Datum)| !tensors.iter().any(|(n, _)| n == name);
+        let others = outputs.iter().filter(is_other).map(|(name, _)| name.clone()).collect();
+        let ids = tokens.map(|tokens| tokens.ids.to_owned());
+        let mask = tokens.and_then(|tokens| tokens.mask).map(str::to_owned);
+        Ok(State { chosen, ids, mask, meters, others, failures: Vec::new() })
+    }
 }
 
 /// Names of a model's inputs and outputs in another one, as [`Model::renamed`] gives them.
@@ -190,62 +252,63 @@ fn repeat(
     (!failures.is_empty()).then_some(Verdict::Nondeterministic { failures })
 }
 
-/// Whether changing the last token of every sequence leaves the logits before it as they are.
+/// Whether changing the last token of every sequence leaves the logits before it as they are; `None` where that cannot be
+/// found out.
 fn is_causal(
     session: &mut dyn Session,
     inputs: &Sample,
     outputs: &[(String, Datum)],
-    place: &Place<'_>,
-) -> Result<bool, String> {
+    output: &OutputInfo<'_>,
+) -> Option<bool> {
     let input = |name: &str| inputs.iter().position(|(n, _)| n == name);
-    let (Some(tokens), &[_, length, vocabulary]) = (place.tokens, place.dims) else { return Ok(false) };
-    let Some(at) = input(tokens.ids) else { return Ok(false) };
+    let (tokens, &[_, length, vocabulary]) = (output.tokens?, output.dims) else { return None };
+    let at = input(tokens.ids)?;
     let tensor = &inputs[at].1;
-    let Some(mut ids) = tensor.to_f64s().filter(|_| tensor.dims() == &place.dims[..2]) else { return Ok(false) };
+    let mut ids = tensor.to_f64s().filter(|_| tensor.dims() == &output.dims[..2])?;
     let outside = |id: &f64| *id >= vocabulary as f64 || *id < -(tokens.vocabulary.unwrap_or(vocabulary) as f64);
     if length == 0 || ids.iter().any(outside) {
-        return Ok(false);
+        return None;
     }
-    let kept = tokens.mask.and_then(input).and_then(|at| Kept::of(&inputs[at].1));
-    let mut flags = vec![true; ids.len()];
-    if let Some(kept) = kept.filter(|k| k.flags.len() == ids.len()) {
-        flags = kept.flags;
+    let mask = tokens.mask.and_then(input).and_then(|at| TokenMask::of(&inputs[at].1));
+    let mut compared = vec![true; ids.len()];
+    if let Some(mask) = mask.filter(|mask| mask.flags.len() == ids.len()) {
+        compared = mask.flags;
     }
-    let (sequences, ends) = (ids.chunks_mut(length), flags.chunks_mut(length));
-    for (sequence, flags) in sequences.zip(ends) {
-        let last = flags.iter().rposition(|&kept| kept).unwrap_or(0);
+    for (sequence, compared) in ids.chunks_mut(length).zip(compared.chunks_mut(length)) {
+        let last = compared.iter().rposition(|&kept| kept).unwrap_or(0);
         // Towards zero, where there is another token on either side.
         sequence[last] -= if sequence[last] == 0.0 { -1.0 } else { sequence[last].signum() };
         // Only positions before the changed one are compared.
-        flags[last..].fill(false);
+        compared[last..].fill(false);
     }
-    if !flags.contains(&true) {
-        return Ok(false);
+    if !compared.contains(&true) {
+        return None;
     }
-    let Some(ids) = Tensor::from_f64s(tensor.dtype(), tensor.dims(), &ids) else { return Ok(false) };
     let mut changed = inputs.clone();
-    changed[at].1 = ids;
+    changed[at].1 = Tensor::from_f64s(tensor.dtype(), tensor.dims(), &ids)?;
     // Another token may be one that the model cannot take.
-    let Ok(again) = session.run(&changed) else { return Ok(false) };
+    let again = session.run(&changed).ok()?;
     let find =
-        |all: &[(String, Datum)]| all.iter().find(|(n, _)| n == place.name).and_then(|(_, d)| d.tensor().cloned());
-    let (Some(before), Some(after)) = (find(outputs), find(&again)) else { return Ok(false) };
+        |all: &[(String, Datum)]| all.iter().find(|(n, _)| n == output.name).and_then(|(_, d)| d.tensor().cloned());
+    let (before, after) = (find(outputs)?, find(&again)?);
     if before.dims() != after.dims() {
-        return Ok(false);
+        return None;
     }
     let (mut difference, mut total) = (0.0, 0.0);
-    let (reference, candidate, name) = (&before, &after, place.name);
-    let pair = Pair { name, reference, candidate, first: 0, samples: 1, labels: None, ids: None, kept: None };
-    pair.rows(|start, a, b| {
-        if flags[start / vocabulary] {
+    elements::rows(
+        &before,
+        &after,
+        vocabulary.max(1),
+        |row| compared[row],
+        |_, a, b| {
             for (x, y) in a.iter().zip(b).filter(|(x, y)| x.is_finite() && y.is_finite()) {
                 difference += (x - y) * (x - y);
                 total += x * x;
             }
-        }
-    });
+        },
+    );
     // Rounding may differ where another token takes another path through a kernel.
-    Ok(difference <= total * 1e-10)
+    Some(difference <= total * 1e-10)
 }
 
 /// The tensors of numbers that an output is, or is made of; `None` where there is something else in it.
@@ -272,7 +335,7 @@ fn is_alike(a: &Datum, b: &Datum) -> bool {
 
 /// What is kept from batch to batch.
 struct State {
-    chosen: Chosen,
+    chosen: ChosenMetric,
     ids: Option<String>,
     mask: Option<String>,
     meters: Vec<OutputMeter>,
@@ -282,36 +345,6 @@ struct State {
 }
 
 impl State {
-    fn new(
-        model: &Model,
-        batch: &Batch,
-        outputs: &[(String, Datum)],
-        total: usize,
-        metric: &str,
-        causal: &mut dyn FnMut(&Place<'_>) -> Result<bool, String>,
-    ) -> Result<State, MeasureError> {
-        let tokens = token_inputs(&model.graph, &batch.inputs);
-        let labels = batch.labels.as_ref();
-        let place = |(name, datum): &'_ (String, Datum)| -> Option<(String, Tensor)> {
-            numbers_in(datum)?.first().map(|&tensor| (name.clone(), tensor.clone()))
-        };
-        let tensors: Vec<(String, Tensor)> = outputs.iter().filter_map(place).collect();
-        let places: Vec<Place<'_>> =
-            tensors.iter().map(|(name, t)| Place { name, dtype: t.dtype(), dims: t.dims(), labels, tokens }).collect();
-        let chosen = choose(metric, &model.graph, &places, total, causal).map_err(MeasureError::Metric)?;
-        let meter = |place: &Place<'_>| {
-            let single: Vec<&'static str> =
-                chosen.outputs.iter().filter(|o| *o == place.name).map(|_| chosen.metric).collect();
-            OutputMeter::new(place, &single)
-        };
-        let meters: Vec<OutputMeter> = places.iter().map(meter).collect();
-        let is_other = |(name, _): &&(String, Datum)| !tensors.iter().any(|(n, _)| n == name);
-        let others = outputs.iter().filter(is_other).map(|(name, _)| name.clone()).collect();
-        let ids = tokens.map(|tokens| tokens.ids.to_owned());
-        let mask = tokens.and_then(|tokens| tokens.mask).map(str::to_owned);
-        Ok(State { chosen, ids, mask, meters, others, failures: Vec::new() })
-    }
-
     fn add(
         &mut self,
         batch: &Batch,
@@ -323,7 +356,7 @@ impl State {
             batch.inputs.iter().find(|(n, _)| Some(n) == name.as_ref()).map(|(_, tensor)| tensor)
         };
         let ids = input(&self.ids);
-        let kept = input(&self.mask).and_then(Kept::of);
+        let kept = input(&self.mask).and_then(TokenMask::of);
         let (samples, labels, kept) = (batch.samples, batch.labels.as_ref(), kept.as_ref());
         let find = |all: &'_ [(String, Datum)], name: &str| all.iter().position(|(n, _)| n == name);
         for meter in &mut self.meters {
@@ -337,8 +370,8 @@ impl State {
                 (Some(references), Some(candidates)) if is_alike(a, b) => {
                     for (reference, candidate) in references.into_iter().zip(candidates) {
                         let name = &name;
-                        let pair = Pair { name, reference, candidate, first, samples, labels, ids, kept };
-                        meter.add(&pair).map_err(MeasureError::Metric)?;
+                        let pair = OutputPair { name, reference, candidate, first, samples, labels, ids, kept };
+                        meter.add(&pair).map_err(MeasureError::Batch)?;
                     }
                 }
                 _ => self.failures.push(format!(
@@ -363,18 +396,19 @@ impl State {
         let broken = !failures.is_empty();
         failures.extend(meters.iter().flat_map(OutputMeter::failures));
         let notes = meters.iter().flat_map(OutputMeter::notes).collect();
-        let outputs: Vec<Scores> = meters.iter().map(|m| Scores { name: m.name.clone(), scores: m.scores() }).collect();
+        let scores = |meter: &OutputMeter| -> BTreeMap<String, Score> {
+            meter.scores().into_iter().map(|(metric, score)| (metric.to_owned(), score)).collect()
+        };
+        let outputs: Vec<Scores> =
+            meters.iter().map(|meter| Scores { name: meter.name.clone(), scores: scores(meter) }).collect();
         let counted = outputs.iter().filter(|o| chosen.outputs.contains(&o.name));
-        let scores = counted.flat_map(|o| o.scores.iter().filter(|s| s.metric == chosen.metric));
-        let worst = scores.reduce(|worst, next| if next.drop > worst.drop { next } else { worst });
+        let counted = counted.filter_map(|o| o.scores.get(chosen.metric));
+        let worst = counted.reduce(|worst, next| if next.drop > worst.drop { next } else { worst });
         let worst = match worst.cloned() {
             // What could not be compared counts as lost, however well the rest did.
-            _ if broken => Score::unmeasured(chosen.metric),
+            _ if broken => Score::unmeasured(),
             Some(score) => score,
-            None => {
-                let message = format!("{} cannot be measured: every element is left out", chosen.metric);
-                return Err(MeasureError::Metric(message));
-            }
+            None => return Err(MeasureError::Nothing(chosen.metric)),
         };
         Ok(Measured {
             metric: chosen.metric.to_owned(),
@@ -402,28 +436,25 @@ mod tests {
     use crate::testing::{Build, engine};
     use lathe_ir::{DataType, Node, Type};
 
-    fn stacks(inputs: &[(&str, Tensor)], labels: Option<Tensor>, samples: usize) -> Vec<Result<Batch, String>> {
+    fn stacks(inputs: &[(&str, Tensor)], labels: Option<Tensor>, samples: usize) -> Vec<Result<Batch, SetError>> {
         let inputs = inputs.iter().map(|(name, t)| ((*name).to_owned(), t.clone())).collect();
         vec![Ok(Batch { inputs, labels, samples, first: 0 })]
     }
 
-    fn run(a: &Model, b: &Model, stacks: Vec<Result<Batch, String>>, metric: &str) -> Result<Measured, String> {
+    fn run(a: &Model, b: &Model, stacks: Vec<Result<Batch, SetError>>, metric: &str) -> Result<Measured, String> {
         let total = stacks.iter().flatten().map(|s| s.samples).sum();
         let (x, y) = (a.to_bytes(), b.to_bytes());
-        let options = LoadOptions { threads: 1, ..LoadOptions::default() };
-        let (x, y) = (Source::Bytes(&x), Source::Bytes(&y));
-        let found = measure(
-            engine(),
-            a,
-            x,
-            y,
-            &mut stacks.into_iter(),
-            total,
+        let measurement = Measurement {
+            engine: engine(),
+            model: a,
+            reference: Source::Bytes(&x),
+            candidate: Source::Bytes(&y),
+            renamed: Renamed::new(),
             metric,
-            &Renamed::new(),
-            &options,
-            &mut |_: &str| {},
-        );
+            options: LoadOptions { threads: 1, ..LoadOptions::default() },
+            total,
+        };
+        let found = measurement.run(&mut stacks.into_iter(), &mut |_: &str| {});
         found.map_err(|e| e.to_string())?.map_err(|verdict| verdict.describe())
     }
 
@@ -471,8 +502,8 @@ mod tests {
         assert_eq!((&whole, whole.metric.as_str()), (&parts, "accuracy"));
         assert_eq!(whole.detail.as_deref(), Some("1 of 6 labels before, 2 after"));
         assert_eq!(whole.drop, -1.0 / 6.0);
-        let names: Vec<&str> = whole.outputs[0].scores.iter().map(|s| s.metric.as_str()).collect();
-        assert_eq!(names, ["max-abs", "rel-l2", "cosine", "snr", "kl", "top1", "accuracy"]);
+        let names: Vec<&String> = whole.outputs[0].scores.keys().collect();
+        assert_eq!(names, ["accuracy", "cosine", "kl", "max-abs", "rel-l2", "snr", "top1"]);
     }
 
     #[test]

@@ -63,6 +63,11 @@ impl Placement {
     }
 }
 
+/// A profile that is none.
+#[derive(Debug, thiserror::Error)]
+#[error("the profile of the runtime cannot be read: {0}")]
+pub struct ProfileError(#[from] serde_json::Error);
+
 #[derive(Deserialize)]
 struct Event {
     #[serde(default)]
@@ -92,9 +97,8 @@ const CONTAINERS: [&str; 3] = ["If", "Loop", "Scan"];
 
 impl Profile {
     /// Reads the JSON that a session wrote. `provider` is the name of the provider that was asked for.
-    pub fn parse(json: &[u8], provider: &str) -> Result<Profile, String> {
-        let events: Vec<Event> =
-            serde_json::from_slice(json).map_err(|e| format!("the profile of the runtime cannot be read: {e}"))?;
+    pub fn parse(json: &[u8], provider: &str) -> Result<Profile, ProfileError> {
+        let events: Vec<Event> = serde_json::from_slice(json)?;
         let mut runs: Vec<&Event> = events.iter().filter(|e| e.cat == "Session" && e.name == "model_run").collect();
         runs.sort_by(|a, b| a.ts.total_cmp(&b.ts));
         let measured = &runs[usize::from(runs.len() > 1)..];

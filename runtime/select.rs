@@ -6,16 +6,17 @@
 mod eigen;
 mod leverage;
 
-use crate::{Datum, Engine, LoadOptions, SampleSet, SetSpec, Source, Talk};
+use crate::{Datum, Engine, RuntimeError, SampleSet, SetError, Source, Talk, wire::SelectJob};
 use lathe_analysis::{Facts, dead_nodes, unused_initializers};
-use lathe_ir::{DataType, Graph, Model, ScopeId, Tensor, ValueId, WriteOptions};
+use lathe_ir::{DataType, Graph, Model, ReadError, ScopeId, Tensor, ValueId, WriteError, WriteOptions};
 use leverage::Features;
 use serde::{Deserialize, Serialize};
+use std::io;
 
 /// What was chosen from a pool, and by what.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ChosenSamples {
-    /// The numbers of the chosen samples in the set, in ascending order: for [`SetSpec::chosen`]. Where a model takes
+    /// The numbers of the chosen samples in the set, in ascending order: for [`crate::SetSpec::chosen`]. Where a model takes
     /// several rows at a time, those count as one sample.
     pub chosen: Vec<usize>,
     /// How many samples there were to choose from.
@@ -41,43 +42,63 @@ enum Channels {
     Last,
 }
 
-/// Chooses `count` samples of `set`; what a worker does.
-pub(crate) fn select(
-    engine: &dyn Engine,
-    mut model: Model,
-    set: &SetSpec,
-    count: usize,
-    seed: u64,
-    options: &LoadOptions,
-    talk: &mut dyn Talk,
-) -> Result<ChosenSamples, String> {
-    let set = SampleSet::open(set, &model).map_err(|e| e.to_string())?;
-    let (value, channels) = feature(&model).ok_or("the model has no float value that could stand for a sample")?;
+/// Why no samples could be chosen.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SelectError {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Set(#[from] SetError),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("the model has no float value that could stand for a sample")]
+    NoFeature,
+    #[error("cannot make a temporary folder: {0}")]
+    Folder(io::Error),
+    #[error("cannot write the first layers: {0}")]
+    Write(WriteError),
+    #[error("the runtime does not give `{0}`")]
+    Missing(String),
+    #[error("`{value}` has the shape {shape:?} for {samples} samples")]
+    Shape { value: String, shape: Vec<usize>, samples: usize },
+    #[error("`{value}` has {found} features for one sample and {expected} for another")]
+    Width { value: String, found: usize, expected: usize },
+}
+
+/// Chooses samples of a set; what a worker does.
+pub(crate) fn serve(engine: &dyn Engine, job: &SelectJob, talk: &mut dyn Talk) -> Result<ChosenSamples, SelectError> {
+    talk.stage("reading the model");
+    let mut model = Model::read(&job.model)?.model;
+    let set = SampleSet::open(&job.set, &model)?;
+    let (value, channels) = feature(&model).ok_or(SelectError::NoFeature)?;
     let name = model.graph.value(value).name.clone();
     cut(&mut model.graph, value);
     talk.stage("loading the first layers");
-    let folder = tempfile::tempdir().map_err(|e| format!("cannot make a temporary folder: {e}"))?;
+    let folder = tempfile::tempdir().map_err(SelectError::Folder)?;
     let path = folder.path().join("layers.onnx");
-    model.write(&path, &WriteOptions::default()).map_err(|e| format!("cannot write the first layers: {e}"))?;
+    model.write(&path, &WriteOptions::default()).map_err(SelectError::Write)?;
     drop(model);
-    let mut session = engine.load(Source::Path(&path), options).map_err(|e| e.to_string())?;
+    let mut session = engine.load(Source::Path(&path), &job.options)?;
     let mut features = Features { width: 0, values: Vec::new() };
     let mut units = Vec::new();
     for (number, batch) in set.batches().enumerate() {
-        let batch = batch.map_err(|e| e.to_string())?;
+        let batch = batch?;
         let here = set.units(number);
         talk.stage(&format!("running samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len()));
-        let outputs = session.run(&batch.inputs).map_err(|e| e.to_string())?;
+        let outputs = session.run(&batch.inputs)?;
         let Some(Datum::Tensor(tensor)) = outputs.into_iter().find(|(n, _)| *n == name).map(|(_, datum)| datum) else {
-            return Err(format!("the runtime does not give `{name}`"));
+            return Err(SelectError::Missing(name));
         };
         let mask = batch.inputs.iter().find(|(n, t)| n.contains("mask") && t.dims().len() == 2).map(|(_, t)| t);
         let rows = pooled(&tensor, here.len(), channels, mask);
-        let rows =
-            rows.ok_or_else(|| format!("`{name}` has the shape {:?} for {} samples", tensor.dims(), here.len()))?;
+        let rows = rows.ok_or_else(|| SelectError::Shape {
+            value: name.clone(),
+            shape: tensor.dims().to_vec(),
+            samples: here.len(),
+        })?;
         let width = rows.len() / here.len().max(1);
         if features.width != 0 && features.width != width {
-            return Err(format!("`{name}` has {width} features for one sample and {} for another", features.width));
+            return Err(SelectError::Width { value: name, found: width, expected: features.width });
         }
         talk.progress(batch.first + batch.samples - 1, set.len(), "samples");
         features.width = width;
@@ -85,7 +106,7 @@ pub(crate) fn select(
         units.extend(here);
     }
     talk.stage("choosing samples");
-    let choice = features.choose(count, seed);
+    let choice = features.choose(job.count, job.seed);
     Ok(ChosenSamples {
         chosen: choice.chosen.iter().map(|&row| units[row]).collect(),
         pool: units.len(),
@@ -185,7 +206,10 @@ fn pooled(tensor: &Tensor, samples: usize, channels: Channels, mask: Option<&Ten
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Build, engine};
+    use crate::{
+        LoadOptions, SetSpec,
+        testing::{Build, engine},
+    };
     use lathe_ir::{Node, Type};
     use std::path::Path;
 
@@ -228,8 +252,12 @@ mod tests {
         let model = build.output(y, Type::unshaped(DataType::Float)).model();
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/sets/good.npz");
         let set = SetSpec { part: crate::Part::Calibration, batch: Some(4), ..SetSpec::all(path) };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("abs.onnx");
+        std::fs::write(&path, model.to_bytes()).unwrap();
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
-        let found = select(engine(), model.clone(), &set, 3, 0, &options, &mut |_: &str| {}).unwrap();
+        let job = SelectJob { model: path, set: set.clone(), count: 3, seed: 0, options };
+        let found = serve(engine(), &job, &mut |_: &str| {}).unwrap();
         assert_eq!((found.pool, found.chosen.len(), found.feature.as_str()), (6, 3, "y"));
         // Rows that lie on a line: its ends have the most leverage.
         assert!(found.chosen.contains(&0) || found.chosen.contains(&5), "{found:?}");

@@ -196,11 +196,12 @@ mod tests {
             let (batched, single) = (Cell::new(false), Cell::new(false));
             let gather = |job: &GatherJob| {
                 batched.set(true);
-                serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child)
+                serve(engine(), job, &mut |_: &str| {}).map_err(|e| RuntimeError::Child(e.to_string()))
             };
             let tries = |job: &TrialJob| {
                 single.set(true);
-                let found = trials::serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child)?;
+                let found =
+                    trials::serve(engine(), job, &mut |_: &str| {}).map_err(|e| RuntimeError::Child(e.to_string()))?;
                 Ok(found.into_iter().map(|rise| rise.unwrap_or(f64::INFINITY)).collect())
             };
             let runs = Runs { gather: &gather, tries: &tries };

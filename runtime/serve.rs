@@ -1,15 +1,21 @@
 //! The worker's side: reads requests, runs models, writes answers, until the stream ends.
 
 use crate::{
-    Engine, Inputs, Progress, RuntimeError, Source, Talk, bench,
+    Engine, Inputs, Progress, RuntimeError, Source, Talk, VerifyTask, bench,
     datum::only_tensors,
     measure, select, statistics, trials,
     verify::{Edges, verify_at},
-    wire::{Answer, InputHeads, Request, framing},
+    wire::{
+        Answer, InputHeads, Request,
+        framing::{self, PayloadError},
+    },
 };
 use bytes::Bytes;
 use lathe_ir::Model;
-use std::io::{self, BufReader, Read, Write};
+use std::{
+    error::Error,
+    io::{self, BufReader, Read, Write},
+};
 
 /// Serves requests on standard input and output. What the hidden subcommand of the program calls.
 ///
@@ -50,40 +56,41 @@ fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, out
                 let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
                 framing::write(output, &answer, &parts)?;
             }
-            Err(message) => framing::write(output, &Answer::Error(message), &[])?,
+            Err(error) => framing::write(output, &Answer::Error(error.to_string()), &[])?,
         }
     }
     Ok(())
 }
 
+/// Answers one request. Of whatever goes wrong the program hears the sentence.
 fn answer(
     engine: &dyn Engine,
     request: Request,
     mut payload: Bytes,
     output: &mut dyn Write,
-) -> Result<(Answer, Vec<Bytes>), String> {
+) -> Result<(Answer, Vec<Bytes>), Box<dyn Error>> {
     let mut talk = Pipe(output);
     match request {
         Request::Hello => Ok((Answer::Hello { name: engine.name(), providers: engine.providers() }, Vec::new())),
         Request::Evaluate { model, inputs, options } => {
             let length = usize::try_from(model).ok().filter(|&l| l <= payload.len());
-            let model = payload.split_to(length.ok_or("a message holds less data than it says")?);
-            let inputs = framing::unpack(inputs, &mut payload).map_err(|e| e.to_string())?;
+            let model = payload.split_to(length.ok_or(PayloadError::Short)?);
+            let inputs = framing::unpack(inputs, &mut payload)?;
             talk.stage("loading the model");
-            let mut session = engine.load(Source::Bytes(&model), &options).map_err(|e| e.to_string())?;
+            let mut session = engine.load(Source::Bytes(&model), &options)?;
             talk.stage("running the model");
-            let outputs = only_tensors(session.run(&inputs).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
+            let outputs = only_tensors(session.run(&inputs)?)?;
             let (heads, parts) = framing::pack(&outputs);
             Ok((Answer::Outputs(heads), parts))
         }
         Request::Run { model, inputs, options } => {
-            let inputs = framing::unpack_all(inputs, &mut payload).map_err(|e| e.to_string())?;
+            let inputs = framing::unpack_all(inputs, &mut payload)?;
             talk.stage("loading the model");
-            let mut session = engine.load(Source::Path(&model), &options).map_err(|e| e.to_string())?;
+            let mut session = engine.load(Source::Path(&model), &options)?;
             let mut outputs = Vec::new();
             for sample in &inputs {
                 talk.stage("running the model");
-                outputs.push(only_tensors(session.run(sample).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?);
+                outputs.push(only_tensors(session.run(sample)?)?);
             }
             let (heads, parts) = framing::pack_all(&outputs);
             Ok((Answer::Ran(heads), parts))
@@ -92,32 +99,30 @@ fn answer(
             let inputs = match inputs {
                 InputHeads::Random(spec) => Inputs::Random(spec),
                 InputHeads::Set(spec) => Inputs::Set(spec),
-                InputHeads::Given(samples) => {
-                    Inputs::Given(framing::unpack_all(samples, &mut payload).map_err(|e| e.to_string())?)
-                }
+                InputHeads::Given(samples) => Inputs::Given(framing::unpack_all(samples, &mut payload)?),
             };
             talk.stage("reading the original");
-            let model = Model::read(&reference).map_err(|e| e.to_string())?.model;
-            let (a, b) = (Source::Path(&reference), Source::Path(&candidate));
-            let verdict =
-                verify_at(Edges::AllBut(&left_out), engine, &model, a, b, &inputs, claim, &options, &mut talk);
-            Ok((Answer::Verdict(verdict.map_err(|e| e.to_string())?), Vec::new()))
+            let model = Model::read(&reference)?.model;
+            let task = VerifyTask {
+                model: &model,
+                reference: Source::Path(&reference),
+                candidate: Source::Path(&candidate),
+                inputs: &inputs,
+                claim,
+                options: &options,
+            };
+            let verdict = verify_at(Edges::AllBut(&left_out), engine, &task, &mut talk)?;
+            Ok((Answer::Verdict(verdict), Vec::new()))
         }
-        Request::Select { model, set, count, seed, options } => {
-            talk.stage("reading the model");
-            let model = Model::read(&model).map_err(|e| e.to_string())?.model;
-            let selection = select::select(engine, model, &set, count, seed, &options, &mut talk)?;
-            Ok((Answer::Selected(selection), Vec::new()))
-        }
+        Request::Select(job) => Ok((Answer::Selected(select::serve(engine, &job, &mut talk)?), Vec::new())),
         Request::Gather(job) => Ok((Answer::Gathered(statistics::serve(engine, &job, &mut talk)?), Vec::new())),
         Request::Trials(job) => Ok((Answer::Tried(trials::serve(engine, &job, &mut talk)?), Vec::new())),
-        Request::Measure { reference, candidate, set, metric, options } => {
-            let found = measure::measure_files(engine, &reference, &candidate, &set, &metric, &options, &mut talk)?;
-            Ok((Answer::Measured(found.map(Box::new)), Vec::new()))
+        Request::Measure(job) => {
+            let measured = measure::serve(engine, &job, &mut talk)?;
+            Ok((Answer::Measured(measured.map(Box::new)), Vec::new()))
         }
         Request::Bench { models, inputs, task, options } => {
-            let measured = bench(engine, &models, &inputs, &task, &options, &mut talk);
-            Ok((Answer::Timed(measured.map_err(|e| e.to_string())?), Vec::new()))
+            Ok((Answer::Timed(bench(engine, &models, &inputs, &task, &options, &mut talk)?), Vec::new()))
         }
     }
 }

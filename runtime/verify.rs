@@ -121,8 +121,40 @@ pub enum VerifyError {
     Set(#[from] SetError),
 }
 
-/// What was learnt about the reference: inputs it accepts, with the outputs it gives.
-struct Ran {
+/// Why a comparison ends before its end.
+enum Stop {
+    /// A model does not run, and that is the answer.
+    Verdict(Box<Verdict>),
+    /// Nothing can be said.
+    Error(VerifyError),
+}
+
+impl From<Verdict> for Stop {
+    fn from(verdict: Verdict) -> Stop {
+        Stop::Verdict(Box::new(verdict))
+    }
+}
+
+impl From<InputError> for Stop {
+    fn from(error: InputError) -> Stop {
+        Stop::Error(error.into())
+    }
+}
+
+impl From<RuntimeError> for Stop {
+    fn from(error: RuntimeError) -> Stop {
+        Stop::Error(error.into())
+    }
+}
+
+impl From<SetError> for Stop {
+    fn from(error: SetError) -> Stop {
+        Stop::Error(error.into())
+    }
+}
+
+/// A run of the reference: inputs that it accepts, with the outputs it gives.
+struct ReferenceRun {
     inputs: Sample,
     outputs: Vec<(String, Datum)>,
     sizes: String,
@@ -130,14 +162,28 @@ struct Ran {
     edge: bool,
 }
 
-/// The two models of a comparison and how they are run.
+/// Two models to compare, what to run them on, and what to hold the second one to.
+#[derive(Debug, Clone, Copy)]
+pub struct VerifyTask<'a> {
+    /// The reference as read; random inputs are made from it.
+    pub model: &'a Model,
+    /// Where the reference is loaded from.
+    pub reference: Source<'a>,
+    /// Where the candidate is loaded from.
+    pub candidate: Source<'a>,
+    /// What both are run on. Under [`Claim::Identical`] random inputs include floats at the edges of their types too.
+    pub inputs: &'a Inputs,
+    /// What the candidate is held to.
+    pub claim: Claim,
+    /// How both are loaded, but with the engine's optimizations off.
+    pub options: &'a LoadOptions,
+}
+
+/// A comparison and how far it has prepared its models.
 struct Pair<'a> {
     engine: &'a dyn Engine,
-    model: &'a Model,
-    reference: Source<'a>,
-    candidate: Source<'a>,
+    task: VerifyTask<'a>,
     options: LoadOptions,
-    claim: Claim,
     edges: Edges<'a>,
     /// Copies of both whose random operators draw the same numbers; `None` where nothing is random.
     seeded: Option<Seeded>,
@@ -149,66 +195,55 @@ struct Seeded {
     candidate: ModelCopy,
 }
 
-/// Runs `reference` (twice, but for edges) and `candidate` on the same inputs, with the engine's optimizations off, and compares.
+/// Runs the reference (twice, but for edges) and the candidate on the same inputs, with the engine's optimizations off, and
+/// compares.
 ///
-/// `model` is the reference as read; random inputs are made from it. Under [`Claim::Identical`] random inputs include
-/// floats at the edges of their types too. The first run in which the two differ is the last. Random operators are seeded alike in copies of both models; of an output that still differs between
-/// two runs of the reference only type and shape are compared. An output beyond its bound passes where rounding in the
-/// reference, which is measured then, accounts for it ([`crate::Excuse`]). `talk` hears about what is to happen next.
+/// The first run in which the two differ is the last. Random operators are seeded alike in copies of both models; of an
+/// output that still differs between two runs of the reference only type and shape are compared. An output beyond its
+/// bound passes where rounding in the reference, which is measured then, accounts for it ([`crate::Excuse`]). `talk` hears
+/// about what is to happen next.
 ///
 /// Engines may crash where a size is 0, and this process with them: only [`crate::Child::verify`] runs there.
-#[allow(clippy::too_many_arguments)] // Two models, what to run them on, what to hold them to, and how.
-pub fn verify(
-    engine: &dyn Engine,
-    model: &Model,
-    reference: Source<'_>,
-    candidate: Source<'_>,
-    inputs: &Inputs,
-    claim: Claim,
-    options: &LoadOptions,
-    talk: &mut dyn Talk,
-) -> Result<Verdict, VerifyError> {
-    verify_at(Edges::Safe, engine, model, reference, candidate, inputs, claim, options, talk)
+pub fn verify(engine: &dyn Engine, task: &VerifyTask<'_>, talk: &mut dyn Talk) -> Result<Verdict, VerifyError> {
+    verify_at(Edges::Safe, engine, task, talk)
 }
 
 /// [`verify`] with these runs at edges.
-#[allow(clippy::too_many_arguments)]
 pub(crate) fn verify_at(
     edges: Edges<'_>,
     engine: &dyn Engine,
-    model: &Model,
-    reference: Source<'_>,
-    candidate: Source<'_>,
-    inputs: &Inputs,
-    claim: Claim,
-    options: &LoadOptions,
+    task: &VerifyTask<'_>,
     talk: &mut dyn Talk,
 ) -> Result<Verdict, VerifyError> {
-    let options = LoadOptions { optimize: false, ..options.clone() };
-    let mut pair = Pair { engine, model, reference, candidate, options, claim, edges, seeded: None };
+    let options = LoadOptions { optimize: false, ..task.options.clone() };
+    let mut pair = Pair { engine, task: *task, options, edges, seeded: None };
     let mut judge = Judge::new(&pair);
     pair.seed(&mut judge);
-    let outcome = match inputs {
-        Inputs::Set(spec) => pair.on_set(&SampleSet::open(spec, model)?, &mut judge, talk)?,
-        Inputs::Given(_) | Inputs::Random(_) => pair.on_samples(inputs, &mut judge, talk)?,
+    let compared = match task.inputs {
+        Inputs::Set(spec) => pair.on_set(&SampleSet::open(spec, task.model)?, &mut judge, talk),
+        Inputs::Given(_) | Inputs::Random(_) => pair.on_samples(&mut judge, talk),
     };
-    Ok(outcome.map_or_else(|verdict| verdict, |()| Verdict::Compared(judge.report)))
+    match compared {
+        Ok(()) => Ok(Verdict::Compared(judge.report)),
+        Err(Stop::Verdict(verdict)) => Ok(*verdict),
+        Err(Stop::Error(error)) => Err(error),
+    }
 }
 
-impl<'a> Pair<'a> {
+impl Pair<'_> {
     /// Makes copies that are seeded alike where the reference is random. Without them outputs that differ from run to
     /// run are found all the same.
     fn seed(&mut self, judge: &mut Judge) {
-        if !seeding::has_random(self.model) {
+        if !seeding::has_random(self.task.model) {
             return;
         }
-        let read = match self.candidate {
+        let read = match self.task.candidate {
             Source::Path(path) => Model::read(path),
             Source::Bytes(bytes) => Model::from_bytes(Bytes::copy_from_slice(bytes)),
         };
         // What cannot be read is not loaded either, which is told then.
         let Ok(candidate) = read else { return };
-        let seeded = seeding::seeded(self.model, &candidate.model);
+        let seeded = seeding::seeded(self.task.model, &candidate.model);
         let copies = ModelCopy::write(&seeded.reference).zip(ModelCopy::write(&seeded.candidate));
         if let Some((reference, candidate)) = copies {
             judge.random(&seeded.drawn, &seeded.loose);
@@ -217,194 +252,135 @@ impl<'a> Pair<'a> {
     }
 
     /// A session of the reference whose random operators start from their seeds.
-    fn load_reference(&self) -> Result<Result<Box<dyn Session>, Verdict>, VerifyError> {
-        let source = self.seeded.as_ref().map_or(self.reference, |seeded| seeded.reference.source());
+    fn load_reference(&self) -> Result<Box<dyn Session>, Stop> {
+        let source = self.seeded.as_ref().map_or(self.task.reference, |seeded| seeded.reference.source());
         self.load(source, |message| Verdict::ReferenceRefused { message, tried: Vec::new() })
     }
 
-    fn load_candidate(&self) -> Result<Result<Box<dyn Session>, Verdict>, VerifyError> {
-        let source = self.seeded.as_ref().map_or(self.candidate, |seeded| seeded.candidate.source());
+    fn load_candidate(&self) -> Result<Box<dyn Session>, Stop> {
+        let source = self.seeded.as_ref().map_or(self.task.candidate, |seeded| seeded.candidate.source());
         self.load(source, |message| Verdict::CandidateRefused { message, sizes: String::new() })
     }
 
-    fn load(
-        &self,
-        source: Source<'_>,
-        refused: impl Fn(String) -> Verdict,
-    ) -> Result<Result<Box<dyn Session>, Verdict>, VerifyError> {
-        match self.engine.load(source, &self.options) {
-            Ok(session) => Ok(Ok(session)),
-            Err(RuntimeError::Load { message, .. }) => Ok(Err(refused(message))),
-            Err(error) => Err(error.into()),
-        }
+    fn load(&self, source: Source<'_>, refused: impl Fn(String) -> Verdict) -> Result<Box<dyn Session>, Stop> {
+        self.engine.load(source, &self.options).map_err(|error| match error {
+            RuntimeError::Load { message, .. } => refused(message).into(),
+            error => error.into(),
+        })
     }
 
     /// A session in which the reference runs a second time, in the state in which it was run first.
-    fn load_again(&self, session: Box<dyn Session>) -> Result<Result<Box<dyn Session>, Verdict>, VerifyError> {
+    fn load_again(&self, session: Box<dyn Session>) -> Result<Box<dyn Session>, Stop> {
         if self.seeded.is_none() {
-            return Ok(Ok(session));
+            return Ok(session);
         }
         drop(session);
         self.load_reference()
     }
 
     /// Compares on samples that are in memory together; one model is loaded at a time.
-    fn on_samples(
-        &self,
-        inputs: &Inputs,
-        judge: &mut Judge,
-        talk: &mut dyn Talk,
-    ) -> Result<Result<(), Verdict>, VerifyError> {
-        talk.stage("loading the original");
-        let mut session = match self.load_reference()? {
-            Ok(session) => session,
-            Err(verdict) => return Ok(Err(verdict)),
-        };
-        talk.stage("running the original");
-        let runs = match inputs {
-            Inputs::Random(spec) => {
-                let found = search::run_random(session.as_mut(), self.model, spec, self.claim, self.edges, talk)?;
-                found.map(|found| {
-                    judge.report.left_out =
-                        found.left_out.into_iter().map(|(at, why)| format!("{at}: {why}")).collect();
-                    found.runs
-                })
-            }
-            Inputs::Given(samples) => run_given(session.as_mut(), samples)
-                .map_err(|error| Verdict::ReferenceRefused { message: error.to_string(), tried: Vec::new() }),
-            Inputs::Set(_) => unreachable!("sets are read batch by batch"),
-        };
-        let mut runs = match runs {
-            Ok(runs) => runs,
-            Err(verdict) => return Ok(Err(verdict)),
-        };
-        if self.seeded.is_some() {
-            // The search for sizes has drawn numbers; the samples start over.
-            session = match self.load_again(session)? {
-                Ok(session) => session,
-                Err(verdict) => return Ok(Err(verdict)),
-            };
-            for ran in &mut runs {
-                ran.outputs = match session.run(&ran.inputs) {
-                    Ok(outputs) => outputs,
-                    Err(error) => return Ok(Err(reference_refused(&error, &ran.sizes))),
-                };
-            }
-        }
-        let mut session = match self.load_again(session)? {
-            Ok(session) => session,
-            Err(verdict) => return Ok(Err(verdict)),
-        };
-        for ran in runs.iter().filter(|ran| !ran.edge) {
-            match session.run(&ran.inputs) {
-                Ok(again) => judge.repeated(&ran.outputs, &again),
-                Err(error) => return Ok(Err(reference_refused(&error, &ran.sizes))),
-            }
-        }
-        if let (Some(_), Some(ran)) = (&self.seeded, runs.iter().rfind(|ran| !ran.edge))
-            && let Ok(further) = session.run(&ran.inputs)
-        {
-            judge.redrawn(&ran.outputs, &further);
-        }
-        drop(session);
+    fn on_samples(&self, judge: &mut Judge, talk: &mut dyn Talk) -> Result<(), Stop> {
+        let runs = self.run_reference(judge, talk)?;
         talk.stage("loading the result");
-        let mut session = match self.load_candidate()? {
-            Ok(session) => session,
-            Err(verdict) => return Ok(Err(verdict)),
-        };
+        let mut session = self.load_candidate()?;
         let mut last = None;
-        for ran in runs {
-            talk.stage(&if ran.edge {
-                format!("{RESULT_AT_EDGE}{}", ran.sizes)
+        for run in runs {
+            talk.stage(&if run.edge {
+                format!("{RESULT_AT_EDGE}{}", run.sizes)
             } else {
                 "running the result".to_owned()
             });
-            let outputs = match session.run(&ran.inputs) {
-                Ok(outputs) => outputs,
-                Err(error) => {
-                    return Ok(Err(Verdict::CandidateRefused { message: error.to_string(), sizes: ran.sizes }));
-                }
-            };
-            judge.compare(&ran.inputs, &ran.outputs, &outputs, talk);
+            let outputs = session.run(&run.inputs).map_err(|error| candidate_refused(&error, &run.sizes))?;
+            judge.compare(&run.inputs, &run.outputs, &outputs, talk);
             judge.report.samples += 1;
-            judge.report.sizes.push(ran.sizes);
+            judge.report.sizes.push(run.sizes);
             if !judge.report.comparison.holds() {
-                return Ok(Ok(()));
+                return Ok(());
             }
-            if !ran.edge {
-                last = Some((ran.inputs, outputs));
+            if !run.edge {
+                last = Some((run.inputs, outputs));
             }
         }
         if let Some((inputs, outputs)) = last {
             judge.still_random(session.as_mut(), &inputs, &outputs);
         }
-        Ok(Ok(()))
+        Ok(())
+    }
+
+    /// Runs of the reference, and what a second run of each says about it.
+    fn run_reference(&self, judge: &mut Judge, talk: &mut dyn Talk) -> Result<Vec<ReferenceRun>, Stop> {
+        talk.stage("loading the original");
+        let mut session = self.load_reference()?;
+        talk.stage("running the original");
+        let mut runs = match self.task.inputs {
+            Inputs::Random(spec) => {
+                let task = &self.task;
+                let found = search::run_random(session.as_mut(), task.model, spec, task.claim, self.edges, talk)?;
+                let left_out = found.left_out.into_iter().map(|(at, why)| format!("{at}: {why}"));
+                judge.report.left_out = left_out.collect();
+                found.runs
+            }
+            Inputs::Given(samples) => run_given(session.as_mut(), samples)
+                .map_err(|error| Verdict::ReferenceRefused { message: error.to_string(), tried: Vec::new() })?,
+            Inputs::Set(_) => unreachable!("sets are read batch by batch"),
+        };
+        if self.seeded.is_some() {
+            // The search for sizes has drawn numbers; the samples start over.
+            session = self.load_again(session)?;
+            for run in &mut runs {
+                run.outputs = session.run(&run.inputs).map_err(|error| reference_refused(&error, &run.sizes))?;
+            }
+        }
+        session = self.load_again(session)?;
+        for run in runs.iter().filter(|run| !run.edge) {
+            let again = session.run(&run.inputs).map_err(|error| reference_refused(&error, &run.sizes))?;
+            judge.repeated(&run.outputs, &again);
+        }
+        if let (Some(_), Some(run)) = (&self.seeded, runs.iter().rfind(|run| !run.edge))
+            && let Ok(further) = session.run(&run.inputs)
+        {
+            judge.redrawn(&run.outputs, &further);
+        }
+        Ok(runs)
     }
 
     /// Compares on a set, of which one batch is in memory at a time: both models stay loaded.
-    fn on_set(
-        &self,
-        set: &SampleSet,
-        judge: &mut Judge,
-        talk: &mut dyn Talk,
-    ) -> Result<Result<(), Verdict>, VerifyError> {
+    fn on_set(&self, set: &SampleSet, judge: &mut Judge, talk: &mut dyn Talk) -> Result<(), Stop> {
         talk.stage("loading the original");
-        let mut original = match self.load_reference()? {
-            Ok(session) => session,
-            Err(verdict) => return Ok(Err(verdict)),
-        };
+        let mut original = self.load_reference()?;
         talk.stage("loading the result");
-        let mut result = match self.load_candidate()? {
-            Ok(session) => session,
-            Err(verdict) => return Ok(Err(verdict)),
-        };
+        let mut result = self.load_candidate()?;
         for batch in set.batches() {
             let batch = batch?;
-            let place = format!("samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len());
-            talk.stage(&format!("running {place}"));
-            let before = match original.run(&batch.inputs) {
-                Ok(outputs) => outputs,
-                Err(error) => return Ok(Err(reference_refused(&error, &place))),
-            };
+            let range = format!("samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len());
+            talk.stage(&format!("running {range}"));
+            let before = original.run(&batch.inputs).map_err(|error| reference_refused(&error, &range))?;
             let first = judge.report.samples == 0;
             if first {
-                let mut fresh = match self.seeded.as_ref().map(|_| self.load_reference()).transpose()?.transpose() {
-                    Ok(fresh) => fresh,
-                    Err(verdict) => return Ok(Err(verdict)),
-                };
+                let mut fresh = self.seeded.as_ref().map(|_| self.load_reference()).transpose()?;
                 let session = fresh.as_mut().unwrap_or(&mut original);
-                match session.run(&batch.inputs) {
-                    Ok(again) => judge.repeated(&before, &again),
-                    Err(error) => return Ok(Err(reference_refused(&error, &place))),
-                }
+                let again = session.run(&batch.inputs).map_err(|error| reference_refused(&error, &range))?;
+                judge.repeated(&before, &again);
                 if let Some(session) = &mut fresh
                     && let Ok(further) = session.run(&batch.inputs)
                 {
                     judge.redrawn(&before, &further);
                 }
             }
-            let after = match result.run(&batch.inputs) {
-                Ok(outputs) => outputs,
-                Err(error) => {
-                    return Ok(Err(Verdict::CandidateRefused { message: error.to_string(), sizes: place }));
-                }
-            };
+            let after = result.run(&batch.inputs).map_err(|error| candidate_refused(&error, &range))?;
             judge.compare(&batch.inputs, &before, &after, talk);
             judge.report.samples += batch.samples;
             talk.progress(judge.report.samples, set.len(), "samples");
             if !judge.report.comparison.holds() {
-                judge.report.sizes.push(place);
+                judge.report.sizes.push(range);
                 break;
             }
             if first && judge.has_random() {
-                let mut fresh = match self.load_candidate()? {
-                    Ok(session) => session,
-                    Err(verdict) => return Ok(Err(verdict)),
-                };
+                let mut fresh = self.load_candidate()?;
                 judge.still_random(fresh.as_mut(), &batch.inputs, &after);
             }
         }
-        Ok(Ok(()))
+        Ok(())
     }
 }
 
@@ -412,10 +388,14 @@ fn reference_refused(error: &RuntimeError, at: &str) -> Verdict {
     Verdict::ReferenceRefused { message: error.to_string(), tried: vec![at.to_owned()] }
 }
 
-fn run_given(session: &mut dyn Session, samples: &[Sample]) -> Result<Vec<Ran>, RuntimeError> {
+fn candidate_refused(error: &RuntimeError, at: &str) -> Verdict {
+    Verdict::CandidateRefused { message: error.to_string(), sizes: at.to_owned() }
+}
+
+fn run_given(session: &mut dyn Session, samples: &[Sample]) -> Result<Vec<ReferenceRun>, RuntimeError> {
     let run = |sample: &Sample| {
         let outputs = session.run(sample)?;
-        Ok(Ran { inputs: sample.clone(), outputs, sizes: String::new(), edge: false })
+        Ok(ReferenceRun { inputs: sample.clone(), outputs, sizes: String::new(), edge: false })
     };
     samples.iter().map(run).collect()
 }
@@ -430,8 +410,10 @@ mod tests {
         let (a, b) = (reference.to_bytes(), candidate.to_bytes());
         let inputs = Inputs::Random(InputSpec { seed: 1, shapes: Vec::new() });
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
-        verify(engine(), reference, Source::Bytes(&a), Source::Bytes(&b), &inputs, claim, &options, &mut |_: &str| {})
-            .unwrap()
+        let (inputs, options) = (&inputs, &options);
+        let (a, b) = (Source::Bytes(&a), Source::Bytes(&b));
+        let task = VerifyTask { model: reference, reference: a, candidate: b, inputs, claim, options };
+        verify(engine(), &task, &mut |_: &str| {}).unwrap()
     }
 
     fn plus(value: f32) -> Model {

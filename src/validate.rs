@@ -60,7 +60,7 @@ fn verify(measured: Measured, bound: &Bound) -> Verify {
 }
 
 fn line(output: &Scores) -> OutputLine {
-    let score = |metric: &str| output.scores.iter().find(|s| s.metric == metric).map(|s| s.after);
+    let score = |metric: &str| output.scores.get(metric).map(|s| s.after);
     OutputLine {
         name: output.name.clone(),
         max_abs: score("max-abs").unwrap_or(0.0),
@@ -120,7 +120,7 @@ mod tests {
             after: 0.9178 - drop,
             drop,
             detail: None,
-            outputs: vec![Scores { name: "logits".to_owned(), scores: Vec::new() }],
+            outputs: vec![Scores { name: "logits".to_owned(), scores: Default::default() }],
             failures: failures.iter().map(|&f| f.to_owned()).collect(),
             notes: Vec::new(),
             engine: "an engine".to_owned(),

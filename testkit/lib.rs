@@ -6,7 +6,9 @@
 
 use lathe_analysis::Evaluate;
 use lathe_ir::Model;
-use lathe_runtime::{Engine, InProcess, InputSpec, Inputs, LoadOptions, OrtEngine, Search, Source, Verdict, verify};
+use lathe_runtime::{
+    InProcess, InputSpec, Inputs, LoadOptions, OrtEngine, Search, Source, Verdict, VerifyTask, verify,
+};
 use std::{
     path::{Path, PathBuf},
     sync::LazyLock,
@@ -60,16 +62,13 @@ pub fn verdict(reference: &Model, candidate: &Model, claim: Claim, seed: u64) ->
     let (expected, found) = (reference.to_bytes(), candidate.to_bytes());
     let inputs = Inputs::Random(InputSpec { seed, shapes: Vec::new() });
     let options = LoadOptions { threads: 1, ..LoadOptions::default() };
-    let engine: &dyn Engine = engine();
-    verify(
-        engine,
-        reference,
-        Source::Bytes(&expected),
-        Source::Bytes(&found),
-        &inputs,
+    let task = VerifyTask {
+        model: reference,
+        reference: Source::Bytes(&expected),
+        candidate: Source::Bytes(&found),
+        inputs: &inputs,
         claim,
-        &options,
-        &mut |_: &str| {},
-    )
-    .map_err(|e| e.to_string())
+        options: &options,
+    };
+    verify(engine(), &task, &mut |_: &str| {}).map_err(|e| e.to_string())
 }

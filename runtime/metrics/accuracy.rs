@@ -1,7 +1,8 @@
 //! The share of labels that each model predicts.
 
-use super::{Accumulator, Family, Metric, Pair, Place, Score};
+use super::{Accumulator, Case, Family, METRIC, Metric, OutputInfo, OutputPair, Refusal, Score, Suggestion};
 use crate::divergence::largest;
+use lathe_ir::{DataType, Tensor};
 
 pub(super) struct Labelled;
 
@@ -9,9 +10,34 @@ const METRICS: &[Metric] = &[Metric {
     name: "accuracy",
     summary: "the share of labels that are predicted (--labels)",
     drop: "accuracy lost, as a share of all labels: 0.01 is one percentage point",
+    of_logits: true,
+    ..METRIC
 }];
 
-/// Marks a place without a label, as training code does.
+/// Why there are no labels to count, or none that can be.
+#[derive(Debug, thiserror::Error)]
+enum LabelError {
+    #[error("there are no labels (--labels NAME names them)")]
+    None,
+    #[error("the labels hold {0}, expected whole numbers")]
+    Type(DataType),
+    #[error("output `{output}` of shape {dims:?} has no axis of classes for labels of shape {labels:?}")]
+    NoAxis { output: String, dims: Vec<usize>, labels: Vec<usize> },
+    #[error("a batch has no labels")]
+    Missing,
+    #[error("the labels are not whole numbers")]
+    NotWhole,
+    #[error("the classes are not whole numbers")]
+    ClassesNotWhole,
+    #[error("the scores are no real numbers")]
+    NotReal,
+    #[error("labels of shape {labels:?} do not fit output `{output}`")]
+    Unfit { output: String, labels: Vec<usize> },
+    #[error("label {label} of sample {sample} is none of the {classes} classes of output `{output}`")]
+    NoClass { label: i64, sample: usize, classes: usize, output: String },
+}
+
+/// Marks a output without a label, as training code does.
 const NO_LABEL: i64 = -100;
 
 /// Where the classes of an output are, given the labels.
@@ -44,23 +70,37 @@ impl Family for Labelled {
         METRICS
     }
 
-    fn fits(&self, place: &Place<'_>) -> Result<(), String> {
-        let labels = place.labels.ok_or("there are no labels (--labels NAME names them)")?;
-        if !(labels.dtype().is_integer() || labels.dtype() == lathe_ir::DataType::Bool) {
-            return Err(format!("the labels hold {}, expected whole numbers", labels.dtype()));
+    fn fits(&self, output: &OutputInfo<'_>) -> Result<(), Refusal> {
+        let labels = output.labels.ok_or(LabelError::None)?;
+        if !(labels.dtype().is_integer() || labels.dtype() == DataType::Bool) {
+            return Err(LabelError::Type(labels.dtype()).into());
         }
-        let (name, found, dims) = (place.name, labels.dims(), place.dims);
-        layout(dims, place.dtype.is_integer(), found).map(|_| ()).ok_or_else(|| {
-            format!("output `{name}` of shape {dims:?} has no axis of classes for labels of shape {found:?}")
-        })
+        match layout(output.dims, output.dtype.is_integer(), labels.dims()) {
+            Some(_) => Ok(()),
+            None => Err(LabelError::NoAxis {
+                output: output.name.to_owned(),
+                dims: output.dims.to_vec(),
+                labels: labels.dims().to_vec(),
+            }
+            .into()),
+        }
     }
 
-    fn start(&self, _: &Place<'_>) -> Box<dyn Accumulator> {
+    fn start(&self, _: &OutputInfo<'_>) -> Box<dyn Accumulator> {
         Box::new(Counts::default())
     }
 
     fn single(&self) -> bool {
         true
+    }
+
+    fn precedence(&self) -> u8 {
+        40
+    }
+
+    fn suggest(&self, case: &mut Case<'_>) -> Option<Suggestion> {
+        let labelled = case.outputs.iter().any(|output| output.labels.is_some());
+        labelled.then(|| ("accuracy", "labels are given".to_owned()))
     }
 }
 
@@ -80,15 +120,15 @@ impl Counts {
 }
 
 impl Accumulator for Counts {
-    fn add(&mut self, pair: &Pair<'_>) -> Result<(), String> {
-        let tensor = pair.labels.ok_or("a batch has no labels")?;
-        let labels = tensor.to_i64s().ok_or("the labels are not whole numbers")?;
+    fn add(&mut self, pair: &OutputPair<'_>) -> Result<(), Refusal> {
+        let tensor = pair.labels.ok_or(LabelError::Missing)?;
+        let labels = tensor.to_i64s().ok_or(LabelError::NotWhole)?;
         let dims = pair.reference.dims();
         let layout = layout(dims, pair.reference.dtype().is_integer(), tensor.dims());
         let axis = match layout {
             Some(Layout::Axis(axis)) => axis,
             Some(Layout::Classes) => {
-                let classes = |t: &lathe_ir::Tensor| t.to_i64s().ok_or("the classes are not whole numbers");
+                let classes = |t: &Tensor| t.to_i64s().ok_or(LabelError::ClassesNotWhole);
                 for ((&label, a), b) in labels.iter().zip(classes(pair.reference)?).zip(classes(pair.candidate)?) {
                     if label != NO_LABEL {
                         self.count(label, a, b);
@@ -96,16 +136,16 @@ impl Accumulator for Counts {
                 }
                 return Ok(());
             }
-            None => return Err(format!("labels of shape {:?} do not fit output `{}`", tensor.dims(), pair.name)),
+            None => {
+                let (output, labels) = (pair.name.to_owned(), tensor.dims().to_vec());
+                return Err(LabelError::Unfit { output, labels }.into());
+            }
         };
         let classes = dims[axis];
-        let outside = |index: usize, label: i64| {
-            let sample = pair.first + index * pair.samples / labels.len().max(1);
-            format!("label {label} of sample {sample} is none of the {classes} classes of output `{}`", pair.name)
-        };
         for (index, &label) in labels.iter().enumerate() {
             if label != NO_LABEL && !usize::try_from(label).is_ok_and(|l| l < classes) {
-                return Err(outside(index, label));
+                let sample = pair.first + index * pair.samples / labels.len().max(1);
+                return Err(LabelError::NoClass { label, sample, classes, output: pair.name.to_owned() }.into());
             }
         }
         if axis + 1 == dims.len() {
@@ -117,7 +157,7 @@ impl Accumulator for Counts {
             });
             return Ok(());
         }
-        let all = |t: &lathe_ir::Tensor| t.to_f64s().ok_or("the scores are no real numbers");
+        let all = |t: &Tensor| t.to_f64s().ok_or(LabelError::NotReal);
         let (a, b) = (all(pair.reference)?, all(pair.candidate)?);
         let inner: usize = dims[axis + 1..].iter().product();
         let column = |all: &[f64], at: usize| -> i64 {
@@ -133,28 +173,27 @@ impl Accumulator for Counts {
         Ok(())
     }
 
-    fn scores(&self) -> Vec<Score> {
+    fn scores(&self) -> Vec<(&'static str, Score)> {
         if self.labels == 0 {
             return Vec::new();
         }
         let share = |count: u64| count as f64 / self.labels as f64;
         let drop = (self.before as f64 - self.after as f64) / self.labels as f64;
         let detail = format!("{} of {} labels before, {} after", self.before, self.labels, self.after);
-        vec![Score::new("accuracy", share(self.before), share(self.after), drop).with(detail)]
+        vec![("accuracy", Score::new(share(self.before), share(self.after), drop).with(detail))]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::{super::testing::scores, *};
-    use lathe_ir::Tensor;
 
     #[test]
     fn counts_both_models() {
         let before = Tensor::from_f32s(&[4, 2], &[1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.5, 0.5]);
         let after = Tensor::from_f32s(&[4, 2], &[1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.5]);
         let labels = Tensor::int64s(&[0, 1, NO_LABEL, 0]);
-        let score = &scores(&Labelled, &[(before, after)], Some(&labels))[0];
+        let score = &scores(&Labelled, &[(before, after)], Some(&labels))["accuracy"];
         assert_eq!(score.detail.as_deref(), Some("3 of 3 labels before, 1 after"));
         assert_eq!((score.before, score.after, score.drop), (1.0, 1.0 / 3.0, 2.0 / 3.0));
     }
@@ -171,10 +210,10 @@ mod tests {
 
     #[test]
     fn reads_maps_of_classes() {
-        // Two classes, three places: the second class wins at the middle place only.
+        // Two classes, three outputs: the second class wins at the middle output only.
         let map = Tensor::from_f32s(&[1, 2, 3], &[1.0, 0.0, 1.0, 0.0, 1.0, 0.0]);
         let labels = Tensor::from_i64s(&[1, 3], &[0, 1, 1]);
-        let score = &scores(&Labelled, &[(map.clone(), map)], Some(&labels))[0];
+        let score = &scores(&Labelled, &[(map.clone(), map)], Some(&labels))["accuracy"];
         assert_eq!(score.detail.as_deref(), Some("2 of 3 labels before, 2 after"));
     }
 
@@ -183,8 +222,8 @@ mod tests {
         let t = Tensor::from_f32s(&[2, 2], &[0.0; 4]);
         let labels = Tensor::int64s(&[1, 2]);
         let (reference, candidate, labels) = (&t, &t, Some(&labels));
-        let pair = Pair { name: "y", reference, candidate, first: 6, samples: 2, labels, ids: None, kept: None };
-        let error = Counts::default().add(&pair).unwrap_err();
+        let pair = OutputPair { name: "y", reference, candidate, first: 6, samples: 2, labels, ids: None, kept: None };
+        let error = Counts::default().add(&pair).unwrap_err().to_string();
         assert_eq!(error, "label 2 of sample 7 is none of the 2 classes of output `y`");
     }
 }

@@ -1,39 +1,73 @@
 //! How far apart the elements of an output are: max-abs, rel-l2, cosine, snr. Pooled over the whole set, so that the
 //! size of a batch changes nothing.
 
-use super::{Accumulator, Family, Metric, Pair, Place, Score};
+use super::{Accumulator, Case, Column, Family, METRIC, Metric, OutputInfo, OutputPair, Refusal, Score, Suggestion};
 use crate::differences::{ElementSums, Meeting};
 use lathe_ir::DataType;
 
 pub(super) struct Distances;
 
 const METRICS: &[Metric] = &[
-    Metric { name: "max-abs", summary: "the largest difference of two elements", drop: "the difference" },
+    Metric {
+        name: "max-abs",
+        summary: "the largest difference of two elements",
+        drop: "the difference",
+        is_error: true,
+        column: Some(Column { heading: "max abs", order: 0, unit: "" }),
+        ..METRIC
+    },
     Metric {
         name: "rel-l2",
         summary: "the L2 norm of the difference over that of the original's output",
         drop: "the error",
+        is_error: true,
+        column: Some(Column { heading: "relative L2", order: 0, unit: "" }),
+        ..METRIC
     },
-    Metric { name: "cosine", summary: "the cosine of the angle between the outputs", drop: "1 − cosine" },
+    Metric {
+        name: "cosine",
+        summary: "the cosine of the angle between the outputs",
+        drop: "1 − cosine",
+        column: Some(Column { heading: "cosine", order: 0, unit: "" }),
+        ..METRIC
+    },
     Metric {
         name: "snr",
         summary: "the signal-to-noise ratio in dB",
         drop: "noise over signal as amplitudes: 0.01 is 40 dB",
+        column: Some(Column { heading: "SNR", order: 3, unit: "dB" }),
+        ..METRIC
     },
 ];
+
+/// Elements that have no distance.
+#[derive(Debug, thiserror::Error)]
+#[error("output `{output}` holds {dtype}, no real numbers")]
+struct NotReal {
+    output: String,
+    dtype: DataType,
+}
 
 impl Family for Distances {
     fn metrics(&self) -> &'static [Metric] {
         METRICS
     }
 
-    fn fits(&self, place: &Place<'_>) -> Result<(), String> {
-        let no = matches!(place.dtype, DataType::String | DataType::Complex64 | DataType::Complex128);
-        if no { Err(format!("output `{}` holds {}, no real numbers", place.name, place.dtype)) } else { Ok(()) }
+    fn fits(&self, output: &OutputInfo<'_>) -> Result<(), Refusal> {
+        match output.dtype {
+            DataType::String | DataType::Complex64 | DataType::Complex128 => {
+                Err(NotReal { output: output.name.to_owned(), dtype: output.dtype }.into())
+            }
+            _ => Ok(()),
+        }
     }
 
-    fn start(&self, place: &Place<'_>) -> Box<dyn Accumulator> {
-        Box::new(Sums { name: place.name.to_owned(), ..Sums::default() })
+    fn suggest(&self, _: &mut Case<'_>) -> Option<Suggestion> {
+        Some(("rel-l2", "no output is known to be logits or images".to_owned()))
+    }
+
+    fn start(&self, output: &OutputInfo<'_>) -> Box<dyn Accumulator> {
+        Box::new(Sums { name: output.name.to_owned(), ..Sums::default() })
     }
 }
 
@@ -64,7 +98,7 @@ struct Sums {
 }
 
 impl Accumulator for Sums {
-    fn add(&mut self, pair: &Pair<'_>) -> Result<(), String> {
+    fn add(&mut self, pair: &OutputPair<'_>) -> Result<(), Refusal> {
         pair.rows(|start, a, b| {
             let mut row = ElementSums::default();
             for (offset, (&x, &y)) in a.iter().zip(b).enumerate() {
@@ -82,13 +116,13 @@ impl Accumulator for Sums {
         Ok(())
     }
 
-    fn scores(&self) -> Vec<Score> {
+    fn scores(&self) -> Vec<(&'static str, Score)> {
         let (max_abs, rel_l2, cosine) = (self.elements.max_abs(), self.elements.rel_l2(), self.elements.cosine());
         vec![
-            Score::new("max-abs", 0.0, max_abs, max_abs),
-            Score::new("rel-l2", 0.0, rel_l2, rel_l2),
-            Score::new("cosine", 1.0, cosine, 1.0 - cosine),
-            Score::new("snr", f64::INFINITY, -20.0 * rel_l2.log10(), rel_l2),
+            ("max-abs", Score::new(0.0, max_abs, max_abs)),
+            ("rel-l2", Score::new(0.0, rel_l2, rel_l2)),
+            ("cosine", Score::new(1.0, cosine, 1.0 - cosine)),
+            ("snr", Score::new(f64::INFINITY, -20.0 * rel_l2.log10(), rel_l2)),
         ]
     }
 
@@ -111,9 +145,10 @@ impl Accumulator for Sums {
 mod tests {
     use super::{super::testing::scores, *};
     use lathe_ir::Tensor;
+    use std::collections::BTreeMap;
 
-    fn value(scores: &[Score], metric: &str) -> f64 {
-        scores.iter().find(|s| s.metric == metric).unwrap().after
+    fn value(scores: &BTreeMap<&str, Score>, metric: &str) -> f64 {
+        scores[metric].after
     }
 
     #[test]
@@ -133,17 +168,18 @@ mod tests {
         let t = Tensor::from_f32s(&[1, 2], &[0.0, 0.0]);
         let all = scores(&Distances, &[(t.clone(), t)], None);
         assert_eq!((value(&all, "snr"), value(&all, "cosine"), value(&all, "rel-l2")), (f64::INFINITY, 1.0, 0.0));
-        assert!(all.iter().all(|s| s.drop == 0.0));
+        assert!(all.values().all(|s| s.drop == 0.0));
     }
 
     #[test]
     fn a_nan_is_named_with_its_sample() {
         let t = |v: &[f32]| Tensor::from_f32s(&[2, 2], v);
         let (reference, candidate) = (t(&[1.0, f32::INFINITY, 2.0, 3.0]), t(&[1.0, f32::INFINITY, 2.0, f32::NAN]));
-        let place = Place { name: "y", dtype: DataType::Float, dims: &[2, 2], labels: None, tokens: None };
-        let mut sums = Distances.start(&place);
+        let output = OutputInfo { name: "y", dtype: DataType::Float, dims: &[2, 2], labels: None, tokens: None };
+        let mut sums = Distances.start(&output);
         let (reference, candidate) = (&reference, &candidate);
-        let pair = Pair { name: "y", reference, candidate, first: 8, samples: 2, labels: None, ids: None, kept: None };
+        let pair =
+            OutputPair { name: "y", reference, candidate, first: 8, samples: 2, labels: None, ids: None, kept: None };
         sums.add(&pair).unwrap();
         assert_eq!(
             sums.failures(),

@@ -1,7 +1,8 @@
 //! How alike images are: psnr and ssim, over the range of values that the first batch of the original shows.
 
-use super::{Accumulator, Family, Metric, Pair, Place, Score};
+use super::{Accumulator, Case, Column, Family, METRIC, Metric, OutputInfo, OutputPair, Refusal, Score, Suggestion};
 use crate::similarity::{layout, similarities};
+use lathe_ir::Tensor;
 
 pub(super) struct Images;
 
@@ -10,23 +11,54 @@ const METRICS: &[Metric] = &[
         name: "psnr",
         summary: "the peak signal-to-noise ratio of images in dB",
         drop: "root mean square error over peak: 0.01 is 40 dB",
+        column: Some(Column { heading: "PSNR", order: 4, unit: "dB" }),
+        ..METRIC
     },
-    Metric { name: "ssim", summary: "the mean structural similarity of images", drop: "1 − similarity" },
+    Metric {
+        name: "ssim",
+        summary: "the mean structural similarity of images",
+        drop: "1 − similarity",
+        column: Some(Column { heading: "SSIM", order: 4, unit: "" }),
+        ..METRIC
+    },
 ];
+
+/// An output that is no picture.
+#[derive(Debug, thiserror::Error)]
+enum ImageError {
+    #[error("output `{output}` of shape {dims:?} is no batch of images")]
+    NoBatch { output: String, dims: Vec<usize> },
+    #[error("output `{output}` of shape {dims:?} is no image")]
+    NoImage { output: String, dims: Vec<usize> },
+    #[error("the output holds no real numbers")]
+    NotReal,
+}
 
 impl Family for Images {
     fn metrics(&self) -> &'static [Metric] {
         METRICS
     }
 
-    fn fits(&self, place: &Place<'_>) -> Result<(), String> {
-        match (place.dtype.is_float() || place.dtype.is_integer()) && layout(place.dims).is_some() {
+    fn fits(&self, output: &OutputInfo<'_>) -> Result<(), Refusal> {
+        match (output.dtype.is_float() || output.dtype.is_integer()) && layout(output.dims).is_some() {
             true => Ok(()),
-            false => Err(format!("output `{}` of shape {:?} is no batch of images", place.name, place.dims)),
+            false => {
+                let (output, dims) = (output.name.to_owned(), output.dims.to_vec());
+                Err(ImageError::NoBatch { output, dims }.into())
+            }
         }
     }
 
-    fn start(&self, _: &Place<'_>) -> Box<dyn Accumulator> {
+    fn precedence(&self) -> u8 {
+        10
+    }
+
+    fn suggest(&self, case: &mut Case<'_>) -> Option<Suggestion> {
+        let images = case.outputs.iter().find(|o| o.dtype.is_float() && layout(o.dims).is_some())?;
+        Some(("psnr", format!("`{}` of shape {:?} holds images", images.name, images.dims)))
+    }
+
+    fn start(&self, _: &OutputInfo<'_>) -> Box<dyn Accumulator> {
         Box::new(Sums::default())
     }
 }
@@ -54,10 +86,11 @@ fn peak(values: &[f64]) -> f64 {
 }
 
 impl Accumulator for Sums {
-    fn add(&mut self, pair: &Pair<'_>) -> Result<(), String> {
+    fn add(&mut self, pair: &OutputPair<'_>) -> Result<(), Refusal> {
         let dims = pair.reference.dims();
-        let layout = layout(dims).ok_or_else(|| format!("output `{}` of shape {dims:?} is no image", pair.name))?;
-        let all = |t: &lathe_ir::Tensor| t.to_f64s().ok_or("the output holds no real numbers");
+        let unfit = || ImageError::NoImage { output: pair.name.to_owned(), dims: dims.to_vec() };
+        let layout = layout(dims).ok_or_else(unfit)?;
+        let all = |t: &Tensor| t.to_f64s().ok_or(ImageError::NotReal);
         let (a, b) = (all(pair.reference)?, all(pair.candidate)?);
         let peak = *self.peak.get_or_insert_with(|| peak(&a));
         for (&x, &y) in a.iter().zip(&b).filter(|(x, y)| x.is_finite() && y.is_finite()) {
@@ -74,14 +107,14 @@ impl Accumulator for Sums {
         Ok(())
     }
 
-    fn scores(&self) -> Vec<Score> {
+    fn scores(&self) -> Vec<(&'static str, Score)> {
         let Some(peak) = self.peak.filter(|_| self.elements > 0 && self.planes > 0) else { return Vec::new() };
         let noise = (self.squares / self.elements as f64).sqrt() / peak;
         let similarity = self.similarity / self.planes as f64;
         let detail = format!("values are taken to span {peak}");
         vec![
-            Score::new("psnr", f64::INFINITY, -20.0 * noise.log10(), noise).with(detail.clone()),
-            Score::new("ssim", 1.0, similarity, 1.0 - similarity).with(detail),
+            ("psnr", Score::new(f64::INFINITY, -20.0 * noise.log10(), noise).with(detail.clone())),
+            ("ssim", Score::new(1.0, similarity, 1.0 - similarity).with(detail)),
         ]
     }
 }
@@ -89,7 +122,6 @@ impl Accumulator for Sums {
 #[cfg(test)]
 mod tests {
     use super::{super::testing::scores, *};
-    use lathe_ir::Tensor;
 
     /// A smooth picture and the same with a pattern on it. NumPy gives their similarity by the two-dimensional definition.
     fn pictures(channels_last: bool) -> (Tensor, Tensor) {
@@ -107,8 +139,8 @@ mod tests {
     fn agrees_with_the_definition() {
         for channels_last in [false, true] {
             let all = scores(&Images, &[pictures(channels_last)], None);
-            assert!((all[0].after - 20.0 * 20f64.log10()).abs() < 1e-5, "{:?}", all[0]);
-            assert!((all[1].after - SSIM).abs() < 1e-6, "{:?}", all[1]);
+            assert!((all["psnr"].after - 20.0 * 20f64.log10()).abs() < 1e-5, "{:?}", all["psnr"]);
+            assert!((all["ssim"].after - SSIM).abs() < 1e-6, "{:?}", all["ssim"]);
         }
     }
 
@@ -118,7 +150,7 @@ mod tests {
     fn equal_images_are_alike() {
         let (a, _) = pictures(false);
         let all = scores(&Images, &[(a.clone(), a)], None);
-        assert_eq!((all[0].after, all[0].drop), (f64::INFINITY, 0.0));
-        assert!((all[1].after - 1.0).abs() < 1e-12);
+        assert_eq!((all["psnr"].after, all["psnr"].drop), (f64::INFINITY, 0.0));
+        assert!((all["ssim"].after - 1.0).abs() < 1e-12);
     }
 }

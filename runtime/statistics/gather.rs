@@ -2,11 +2,36 @@
 
 use super::store::{self, Array, Head};
 use crate::{
-    Datum, Engine, Sample, SampleSet, Session, Source, Talk,
+    Datum, Engine, RuntimeError, Sample, SampleSet, Session, SetError, Source, Talk,
     wire::{Fold, GatherJob, Gathered, Output},
 };
-use lathe_ir::{DataType, Model, Tensor};
-use std::collections::BTreeMap;
+use lathe_ir::{DataType, Model, ReadError, Tensor};
+use std::{collections::BTreeMap, io, path::PathBuf};
+
+/// Why sums could not be gathered.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum GatherError {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Set(#[from] SetError),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("the set holds no samples")]
+    Empty,
+    #[error("the runtime does not give `{0}`")]
+    Missing(String),
+    #[error("cannot write `{}`: {source}", .path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("`{value}` is {found}, not a tensor")]
+    NotATensor { value: String, found: String },
+    #[error("`{value}` is {found}, not a square matrix")]
+    NotSquare { value: String, found: String },
+    #[error("the features of a tensor vary from batch to batch: {expected:?} first, now {found:?}")]
+    Varying { expected: Vec<usize>, found: Vec<usize> },
+    #[error("a statistic is of type {0}")]
+    Type(DataType),
+}
 
 /// Sums of one output.
 struct Sums {
@@ -16,28 +41,25 @@ struct Sums {
 }
 
 /// Loads the copy of a job and runs it on the job's set.
-pub(crate) fn serve(engine: &dyn Engine, job: &GatherJob, talk: &mut dyn Talk) -> Result<Gathered, String> {
+pub(crate) fn serve(engine: &dyn Engine, job: &GatherJob, talk: &mut dyn Talk) -> Result<Gathered, GatherError> {
     talk.stage("opening the set");
-    let model = Model::read(&job.model).map_err(|e| e.to_string())?.model;
-    let set = SampleSet::open(&job.set, &model).map_err(|e| e.to_string())?;
+    let model = Model::read(&job.model)?.model;
+    let set = SampleSet::open(&job.set, &model)?;
     drop(model);
     talk.stage("loading the model that computes statistics");
-    let mut session = engine.load(Source::Path(&job.model), &job.options).map_err(|e| e.to_string())?;
-    let mut batches = set.batches().map(|batch| match batch {
-        Ok(batch) => Ok((batch.inputs, batch.samples)),
-        Err(error) => Err(error.to_string()),
-    });
+    let mut session = engine.load(Source::Path(&job.model), &job.options)?;
+    let mut batches = set.batches().map(|batch| batch.map(|batch| (batch.inputs, batch.samples)));
     gather(session.as_mut(), &mut batches, set.len(), job, talk)
 }
 
 /// Runs `session` on every batch and writes the sums. `batches` come with their number of samples, `total` in all.
 fn gather(
     session: &mut dyn Session,
-    batches: &mut dyn Iterator<Item = Result<(Sample, usize), String>>,
+    batches: &mut dyn Iterator<Item = Result<(Sample, usize), SetError>>,
     total: usize,
     job: &GatherJob,
     talk: &mut dyn Talk,
-) -> Result<Gathered, String> {
+) -> Result<Gathered, GatherError> {
     let outputs = job.entries.iter().flat_map(|e| &e.outputs).chain(&job.direct);
     let folds: BTreeMap<&str, Fold> = outputs.map(|o| (o.value.as_str(), o.fold)).collect();
     let mut sums: BTreeMap<String, Sums> = BTreeMap::new();
@@ -46,15 +68,13 @@ fn gather(
         let (inputs, samples) = batch?;
         talk.stage(&format!("collecting statistics of batch {}", gathered.batches + 1));
         let mut wrong = None;
-        session
-            .visit(&inputs, &mut |name, datum| {
-                let (Some(&fold), None) = (folds.get(name), &wrong) else { return Ok(()) };
-                wrong = add(&mut sums, name, fold, &datum).err();
-                Ok(())
-            })
-            .map_err(|e| e.to_string())?;
-        if let Some(message) = wrong {
-            return Err(message);
+        session.visit(&inputs, &mut |name, datum| {
+            let (Some(&fold), None) = (folds.get(name), &wrong) else { return Ok(()) };
+            wrong = add(&mut sums, name, fold, &datum).err();
+            Ok(())
+        })?;
+        if let Some(error) = wrong {
+            return Err(error);
         }
         gathered.samples += samples;
         gathered.batches += 1;
@@ -64,9 +84,9 @@ fn gather(
         }
     }
     if gathered.batches == 0 {
-        return Err("the set holds no samples".to_owned());
+        return Err(GatherError::Empty);
     }
-    let missing = |o: &Output| format!("the runtime does not give `{}`", o.value);
+    let missing = |o: &Output| GatherError::Missing(o.value.clone());
     for entry in &job.entries {
         talk.stage("writing statistics");
         let taken = entry.outputs.iter().map(|o| sums.remove(&o.value).ok_or_else(|| missing(o)));
@@ -80,7 +100,8 @@ fn gather(
         let arrays = entry.outputs.iter().zip(&taken).map(array).collect();
         let head = Head { request: entry.request.clone(), arrays };
         let data: Vec<&[f64]> = taken.iter().map(|s| &s.data[..]).collect();
-        store::write(&entry.file, &head, &data).map_err(|e| format!("cannot write `{}`: {e}", entry.file.display()))?;
+        store::write(&entry.file, &head, &data)
+            .map_err(|source| GatherError::Write { path: entry.file.clone(), source })?;
     }
     for output in &job.direct {
         gathered.direct.push(sums.remove(&output.value).ok_or_else(|| missing(output))?.data);
@@ -89,13 +110,18 @@ fn gather(
 }
 
 /// Adds what one batch gave for one output.
-fn add(sums: &mut BTreeMap<String, Sums>, name: &str, fold: Fold, datum: &Datum) -> Result<(), String> {
-    let tensor = datum.tensor().ok_or_else(|| format!("`{name}` is {}, not a tensor", datum.describe()))?;
+fn add(sums: &mut BTreeMap<String, Sums>, name: &str, fold: Fold, datum: &Datum) -> Result<(), GatherError> {
+    let described = || (name.to_owned(), datum.describe());
+    let tensor = datum.tensor().ok_or_else(|| {
+        let (value, found) = described();
+        GatherError::NotATensor { value, found }
+    })?;
     let dims = tensor.dims();
     let Some(known) = sums.get_mut(name) else {
         let square = matches!(dims, [rows, columns] if rows == columns);
         if fold == Fold::Triangle && !square {
-            return Err(format!("`{name}` is {}, not a square matrix", datum.describe()));
+            let (value, found) = described();
+            return Err(GatherError::NotSquare { value, found });
         }
         let length = if fold == Fold::Triangle { dims[0] * (dims[0] + 1) / 2 } else { tensor.len() };
         let start = if fold == Fold::Max { f64::NEG_INFINITY } else { 0.0 };
@@ -108,19 +134,18 @@ fn add(sums: &mut BTreeMap<String, Sums>, name: &str, fold: Fold, datum: &Datum)
         return Ok(());
     }
     if known.dims != dims {
-        let expected = &known.dims;
-        return Err(format!("the features of a tensor vary from batch to batch: {expected:?} first, now {dims:?}"));
+        return Err(GatherError::Varying { expected: known.dims.clone(), found: dims.to_vec() });
     }
     join(known, tensor)
 }
 
-fn join(sums: &mut Sums, tensor: &Tensor) -> Result<(), String> {
+fn join(sums: &mut Sums, tensor: &Tensor) -> Result<(), GatherError> {
     let bytes = tensor.bytes();
     match tensor.dtype() {
         DataType::Float => fold(sums, bytes.as_chunks::<4>().0, |b| f64::from(f32::from_le_bytes(b))),
         DataType::Double => fold(sums, bytes.as_chunks::<8>().0, f64::from_le_bytes),
         DataType::Int64 => fold(sums, bytes.as_chunks::<8>().0, |b| i64::from_le_bytes(b) as f64),
-        other => return Err(format!("a statistic is of type {other}")),
+        other => return Err(GatherError::Type(other)),
     }
     Ok(())
 }

@@ -41,7 +41,7 @@ impl Bench {
     fn collect(&self, requests: &[Request]) -> Result<Statistics, StatisticsError> {
         let run = |job: &GatherJob| {
             self.runs.set(self.runs.get().checked_sub(1).ok_or(RuntimeError::Child("interrupted".into()))?);
-            gather::serve(engine(), job, &mut |_: &str| {}).map_err(RuntimeError::Child)
+            gather::serve(engine(), job, &mut |_: &str| {}).map_err(|e| RuntimeError::Child(e.to_string()))
         };
         let worker = Worker { engine: "test".into(), gather: &run };
         let load = LoadOptions { threads: 1, ..LoadOptions::default() };

@@ -28,11 +28,11 @@ impl<'a> Judge<'a> {
     pub fn new(pair: &Pair<'a>) -> Judge<'a> {
         Judge {
             report: Report { engine: pair.engine.name(), ..Report::default() },
-            claim: pair.claim,
+            claim: pair.task.claim,
             unsteady: Unsteadies::new(),
             varying: BTreeSet::new(),
             drawn: BTreeSet::new(),
-            rounding: Rounding::new(pair.engine, pair.model, &pair.options),
+            rounding: Rounding::new(pair.engine, pair.task.model, &pair.options),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Runs of a reference on inputs that are made up: the search for sizes it accepts, and the edges of sizes and types.
 
-use super::{Ran, Verdict};
+use super::{ReferenceRun, Stop, Verdict};
 use crate::{
     Claim, InputError, Session, Talk,
     inputs::{Estimate, InputSpec, Sizes, Style, Work, edge_sizes, generate, has_mask, has_whole, sizes_to_try},
@@ -40,8 +40,8 @@ pub(crate) enum Edges<'a> {
 }
 
 /// Runs of the reference, and what it does not run on.
-pub(super) struct Found {
-    pub runs: Vec<Ran>,
+pub(super) struct ReferenceRuns {
+    pub runs: Vec<ReferenceRun>,
     pub left_out: Vec<LeftOut>,
 }
 
@@ -54,20 +54,12 @@ pub(super) fn run_random(
     claim: Claim,
     edges: Edges<'_>,
     talk: &mut dyn Talk,
-) -> Result<Result<Found, Verdict>, InputError> {
+) -> Result<ReferenceRuns, Stop> {
     let left_out = if let Edges::AllBut(left_out) = edges { left_out.to_vec() } else { Vec::new() };
-    let found = Found { runs: Vec::new(), left_out };
+    let found = ReferenceRuns { runs: Vec::new(), left_out };
     let estimate = Estimate::of(model);
-    let mut search = Search { session, model, spec, estimate, left: MOST_OPERATIONS, found };
-    let candidates = sizes_to_try(model, spec);
-    let open = candidates.iter().any(|sizes| !sizes.describe().is_empty());
-    let all_accepted = match search.sizes(candidates)? {
-        Ok(accepted) => accepted,
-        Err(Refused { message, tried }) => {
-            let hint = if open { "; --input-shape states its sizes" } else { "" };
-            return Ok(Err(Verdict::ReferenceRefused { message: format!("{message}{hint}"), tried }));
-        }
-    };
+    let mut search = InputSearch { session, model, spec, estimate, operations_left: MOST_OPERATIONS, found };
+    let all_accepted = search.sizes(sizes_to_try(model, spec))?;
     let accepted = all_accepted.last().expect("a search that ends well has accepted sizes");
     if has_mask(model) {
         search.edge(&accepted.with_masked_row(), spec, talk)?;
@@ -90,29 +82,24 @@ pub(super) fn run_random(
             _ => search.edge(&sizes, spec, talk)?,
         }
     }
-    Ok(Ok(search.found))
-}
-
-/// What the reference said to the first sizes that it did not accept, where it accepts none, and all that were tried.
-struct Refused {
-    message: String,
-    tried: Vec<String>,
+    Ok(search.found)
 }
 
 /// A search for inputs and what it has come to.
-struct Search<'a> {
+struct InputSearch<'a> {
     session: &'a mut dyn Session,
     model: &'a Model,
     spec: &'a InputSpec,
     estimate: Estimate<'a>,
     /// Operations that may still be done.
-    left: u64,
-    found: Found,
+    operations_left: u64,
+    found: ReferenceRuns,
 }
 
-impl Search<'_> {
+impl InputSearch<'_> {
     /// Runs at the first sizes that the reference accepts, and returns them.
-    fn sizes(&mut self, candidates: Vec<Sizes>) -> Result<Result<Vec<Sizes>, Refused>, InputError> {
+    fn sizes(&mut self, candidates: Vec<Sizes>) -> Result<Vec<Sizes>, Stop> {
+        let open = candidates.iter().any(|sizes| !sizes.describe().is_empty());
         let (mut accepted, mut tried, mut first_error) = (Vec::new(), Vec::new(), None);
         let mut heavy: Vec<(Work, Sizes)> = Vec::new();
         let mut run = |search: &mut Self, sizes: Sizes, work: Work| {
@@ -125,10 +112,10 @@ impl Search<'_> {
             if tried.last() != Some(&sizes.describe()) {
                 tried.push(sizes.describe());
             }
-            search.left = search.left.saturating_sub(work.operations);
+            search.operations_left = search.operations_left.saturating_sub(work.operations);
             match search.session.run(&inputs) {
                 Ok(outputs) => {
-                    search.found.runs.push(Ran { inputs, outputs, sizes: sizes.label(), edge: false });
+                    search.found.runs.push(ReferenceRun { inputs, outputs, sizes: sizes.label(), edge: false });
                     accepted.push(sizes);
                 }
                 Err(error) => _ = first_error.get_or_insert(error.to_string()),
@@ -151,12 +138,16 @@ impl Search<'_> {
                 run(self, sizes, work)?;
             }
         }
-        let message = first_error.unwrap_or_else(|| "no inputs could be made for it".to_owned());
-        Ok(if accepted.is_empty() { Err(Refused { message, tried }) } else { Ok(accepted) })
+        if accepted.is_empty() {
+            let message = first_error.unwrap_or_else(|| "no inputs could be made for it".to_owned());
+            let hint = if open { "; --input-shape states its sizes" } else { "" };
+            return Err(Verdict::ReferenceRefused { message: format!("{message}{hint}"), tried }.into());
+        }
+        Ok(accepted)
     }
 
     fn affords(&self, work: Work) -> bool {
-        work.operations <= self.left / 2 && work.bytes <= MOST_BYTES
+        work.operations <= self.operations_left / 2 && work.bytes <= MOST_BYTES
     }
 
     /// Small inputs hold few elements, so more of them are needed to meet every special value.
@@ -178,11 +169,11 @@ impl Search<'_> {
             self.found.left_out.push((label, "that would take too long".to_owned()));
             return Ok(());
         }
-        self.left = self.left.saturating_sub(work.operations);
+        self.operations_left = self.operations_left.saturating_sub(work.operations);
         talk.stage(&format!("{AT_EDGE}{label}"));
         let inputs = generate(self.model, spec, sizes)?;
         match self.session.run(&inputs) {
-            Ok(outputs) => self.found.runs.push(Ran { inputs, outputs, sizes: label, edge: true }),
+            Ok(outputs) => self.found.runs.push(ReferenceRun { inputs, outputs, sizes: label, edge: true }),
             Err(error) => self.found.left_out.push((label, error.to_string())),
         }
         Ok(())

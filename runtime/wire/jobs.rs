@@ -63,6 +63,36 @@ pub(crate) struct Gathered {
     pub direct: Vec<Vec<f64>>,
 }
 
+/// Samples to choose from a larger set.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct SelectJob {
+    /// The model, whose first layers say which samples are alike.
+    pub model: PathBuf,
+    /// What is chosen from.
+    pub set: SetSpec,
+    /// How many samples.
+    pub count: usize,
+    /// Seeds what is drawn evenly.
+    pub seed: u64,
+    /// How to run the model.
+    pub options: LoadOptions,
+}
+
+/// A candidate whose loss against its reference is measured on a set.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct MeasureJob {
+    /// The original.
+    pub reference: PathBuf,
+    /// The result.
+    pub candidate: PathBuf,
+    /// The inputs, and labels.
+    pub set: SetSpec,
+    /// The name of a metric, or `auto`.
+    pub metric: String,
+    /// How to run both.
+    pub options: LoadOptions,
+}
+
 /// A model and a variant of it with gates, on disk, and what to run them on.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct TrialJob {

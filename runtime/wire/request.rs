@@ -2,7 +2,7 @@
 
 use super::{
     framing::Head,
-    jobs::{GatherJob, TrialJob},
+    jobs::{GatherJob, MeasureJob, SelectJob, TrialJob},
 };
 use crate::{BenchInputs, BenchTask, Claim, InputSpec, LoadOptions, SetSpec, verify::LeftOut};
 use serde::{Deserialize, Serialize};
@@ -27,13 +27,13 @@ pub(crate) enum Request {
         left_out: Vec<LeftOut>,
     },
     /// Choose some samples of a set.
-    Select { model: PathBuf, set: SetSpec, count: usize, seed: u64, options: LoadOptions },
+    Select(SelectJob),
     /// Run a model that computes statistics over a set.
     Gather(GatherJob),
     /// Run variants of a model over a set.
     Trials(TrialJob),
     /// Measure what the candidate loses on a set.
-    Measure { reference: PathBuf, candidate: PathBuf, set: SetSpec, metric: String, options: LoadOptions },
+    Measure(MeasureJob),
     /// Time one or two models on disk.
     Bench { models: Vec<PathBuf>, inputs: BenchInputs, task: BenchTask, options: LoadOptions },
 }

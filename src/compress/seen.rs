@@ -6,7 +6,7 @@ use lathe_analysis::{Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gra
 use lathe_ir::Model;
 use lathe_passes::lossy::{Weight, gram_rows};
 use lathe_runtime::{
-    CollectOptions, Distance, LoadOptions, Request, SampleSet, SetError, SetSpec, Statistics, StatisticsError, trials,
+    CollectOptions, Distance, LoadOptions, Request, SampleSet, SetError, SetSpec, Statistics, StatisticsError, Trials,
 };
 use std::collections::BTreeSet;
 
@@ -128,10 +128,15 @@ impl Seen<'_> {
     pub fn lost(&self, variant: &Model) -> Result<f64, StatisticsError> {
         let mut most = 0.0f64;
         for set in [&self.split.trials, &self.split.unmeasured] {
-            let lost = trials(self.runner.child(), &self.model, variant, set, &[Vec::new()], self.distance, self.load)?;
+            let lost = self.trials_of(variant, set).run(self.runner.child(), &[Vec::new()])?;
             most = lost.into_iter().fold(most, f64::max);
         }
         Ok(most)
+    }
+
+    /// Runs of a variant beside the model.
+    fn trials_of<'t>(&'t self, variant: &'t Model, set: &'t SetSpec) -> Trials<'t> {
+        Trials { reference: &self.model, variant, set, distance: self.distance, load: self.load }
     }
 
     /// What these weights read and give in a variant of the model, with everything else as it was.
@@ -369,9 +374,7 @@ impl Calibrate for Seen<'_> {
     }
 
     fn trials(&self, variant: &Model, gates: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
-        let child = self.runner.child();
-        let found = trials(child, &self.model, variant, &self.split.trials, gates, self.distance, self.load);
-        found.map_err(failed)
+        self.trials_of(variant, &self.split.trials).run(self.runner.child(), gates).map_err(failed)
     }
 }
 
