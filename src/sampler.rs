@@ -1,13 +1,13 @@
 //! The sampler compiler's job: read a denoiser, simplify it, compile its sampling loop, prove it step by step, write it.
 
 mod check;
-mod draws;
+mod compare;
 mod evaluator;
 mod features;
-mod pairs;
 mod picture;
 mod preview;
 mod report;
+mod seeded_inputs;
 mod tune;
 
 use crate::{
@@ -32,7 +32,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(crate) use pairs::{FEWEST, SamplerPair, compare_samplers};
+pub(crate) use compare::{FEWEST, SamplerPair, compare_samplers};
 pub use report::{SamplerReport, SamplerSide};
 pub use tune::{Eyes, Search, Tune};
 

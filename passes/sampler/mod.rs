@@ -3,7 +3,6 @@
 //! A [`Scheduler`] gives a [`Table`] of numbers, a [`StepPlan`] says what each step computes, and one emitter turns both
 //! into a graph. Methods that make sampling faster only write plan entries or other tables.
 
-mod config;
 mod emit;
 mod error;
 mod grid;
@@ -14,6 +13,7 @@ pub mod planner;
 mod reference;
 mod roles;
 mod schedule;
+mod scheduler;
 pub mod search;
 mod sizes;
 mod solvers;
@@ -22,7 +22,6 @@ mod table;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use config::{BetaSchedule, Class, Clip, DynamicShift, Prediction, Scheduler, Sigmas, Spacing, Variance};
 pub use emit::{Form, Guidance, OPSET, Sampler, Scale, emit};
 pub use error::Error;
 pub use grid::Steps;
@@ -30,6 +29,7 @@ pub use plan::{Adaptive, Key, Kind, Mode, Pass, Ref, StepPlan, Substitution, Ter
 pub use reference::{Sampled, sample};
 pub use roles::{Condition, Roles, Uncond, Wishes};
 pub use schedule::Schedule;
+pub use scheduler::{BetaSchedule, Class, Clip, DynamicShift, Prediction, Scheduler, Sigmas, Spacing, Variance};
 pub use sizes::{Sizes, Up};
 pub use solvers::Level;
 pub use table::{Flow, Request, Row, Table};

@@ -1,6 +1,6 @@
 //! A compiled sampler beside the loop that it replaces.
 
-use super::{Job, draws::SCALE, evaluator::Evaluator};
+use super::{Job, evaluator::Evaluator, seeded_inputs::SCALE};
 use crate::{Failure, job, report::Verify, runner::Runner};
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Evaluate as _, Random};

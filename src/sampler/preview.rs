@@ -3,9 +3,9 @@
 use super::{
     Job, SamplerOptions, Tune,
     check::named,
-    draws::{Draws, SCALE},
     evaluator::Evaluator,
     picture::{self, Half},
+    seeded_inputs::{Draws, SCALE},
     tune,
 };
 use crate::Failure;

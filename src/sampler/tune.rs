@@ -1,13 +1,13 @@
 //! Plans that are found by running the denoiser: searched timesteps, methods by name, and the planner.
 
-mod auto;
-mod contest;
-mod methods;
+mod acceptance;
+mod by_name;
+mod plan_compiler;
+mod plan_runner;
+mod planner;
 mod search;
-mod trial;
-mod workshop;
 
-pub use contest::Eyes;
+pub use acceptance::Eyes;
 pub(super) use search::REFERENCE_STEPS;
 pub use search::Search;
 
@@ -16,8 +16,8 @@ use crate::{Failure, job, runner::Runner};
 use anyhow::Context as _;
 use lathe_ir::Model;
 use lathe_passes::sampler::{Roles, Scheduler, StepPlan};
-use trial::Trial;
-use workshop::Workshop;
+use plan_compiler::Workshop;
+use plan_runner::Trial;
 
 /// Where a plan comes from that no file holds.
 #[derive(Debug, Clone)]
@@ -60,12 +60,12 @@ pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<(StepPlan, O
     };
     let (mut plan, sentence) = match tune {
         Tune::Search(search) => (search::run(&trial, search, &options.run.progress)?, None),
-        Tune::Methods(text) => methods::run(&trial, text)?,
+        Tune::Methods(text) => by_name::run(&trial, text)?,
         Tune::Auto { latency, eyes } => {
             let all = trial.plain(&trial.asked()?);
             let form = options.form.unwrap_or_else(|| likely_form(&denoiser, &all, options.run.memory));
             let shop = Workshop::new(&trial, &runner, &options.run.load, form)?;
-            auto::run(&trial, &shop, *latency, eyes.as_ref(), &options.run.progress)?
+            planner::run(&trial, &shop, *latency, eyes.as_ref(), &options.run.progress)?
         }
     };
     plan.key = trial.key();

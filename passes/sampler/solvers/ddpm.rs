@@ -1,7 +1,7 @@
 //! Ho et al. 2020, Denoising diffusion probabilistic models, arXiv:2006.11239.
 
 use super::{
-    super::{Request, Row, Scheduler, Steps, config::Variance, grid, schedule::Schedule},
+    super::{Request, Row, Scheduler, Steps, grid, schedule::Schedule, scheduler::Variance},
     Level,
 };
 

@@ -2,9 +2,9 @@
 
 mod ddim;
 mod ddpm;
-mod dpm;
+mod dpmpp;
 mod euler;
-mod flow;
+mod flow_euler;
 mod lcm;
 
 use super::{Class, Error, Prediction, Request, Row, Scheduler, Table, schedule::Schedule, table::Flow};
@@ -69,7 +69,7 @@ impl Level {
     }
 }
 
-pub(super) use flow::shift as flow_shift;
+pub(super) use flow_euler::shift as flow_shift;
 
 /// The table of the solver that the configuration names.
 pub(super) fn table(s: &Scheduler, schedule: &Schedule, request: &Request) -> Result<Table, Error> {
@@ -78,8 +78,8 @@ pub(super) fn table(s: &Scheduler, schedule: &Schedule, request: &Request) -> Re
         Class::Ddpm => (ddpm::rows(s, schedule, request), 1.0),
         Class::Lcm => (lcm::rows(s, schedule, request)?, 1.0),
         Class::Euler | Class::EulerAncestral => euler::rows(s, schedule, request),
-        Class::Dpm => (dpm::rows(s, schedule, request), 1.0),
-        Class::FlowEuler => (flow::rows(s, request)?, 1.0),
+        Class::Dpm => (dpmpp::rows(s, schedule, request), 1.0),
+        Class::FlowEuler => (flow_euler::rows(s, request)?, 1.0),
     };
     Ok(Table { rows, initial_scale, clip: s.clip })
 }

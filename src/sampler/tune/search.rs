@@ -2,7 +2,7 @@
 
 use super::{
     super::features::Extractor,
-    trial::{BATCH, Seen, Trial},
+    plan_runner::{BATCH, Seen, Trial},
 };
 use crate::Failure;
 use anyhow::{Context as _, anyhow};

@@ -1,8 +1,8 @@
 //! Samplers of plans as files: timed beside one another and drawn from.
 
 use super::{
-    super::{check::UNGUIDED, evaluator::Evaluator, pairs::Drawer},
-    trial::Trial,
+    super::{check::UNGUIDED, compare::Drawer, evaluator::Evaluator},
+    plan_runner::Trial,
 };
 use crate::{Failure, runner::Runner};
 use anyhow::{Context as _, anyhow};

@@ -1,6 +1,6 @@
 //! Runs of one denoiser on fixed noise with many plans.
 
-use super::super::draws::SCALE;
+use super::super::seeded_inputs::SCALE;
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Evaluate, EvaluateError, Random, StableHash};

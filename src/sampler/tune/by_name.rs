@@ -1,6 +1,6 @@
 //! Methods by name: `gate:at=30+forecast:every=2,order=1`.
 
-use super::trial::{Seen, Trial};
+use super::plan_runner::{Seen, Trial};
 use crate::Failure;
 use anyhow::anyhow;
 use lathe_ir::Tensor;

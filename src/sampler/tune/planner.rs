@@ -1,10 +1,10 @@
 //! The planner: which steps are guided, computed and forecast, for a share of the time of the plain loop.
 
 use super::{
-    contest::{self, Eyes, TOLERANCE, Whole},
-    methods::Calibration,
-    trial::{Seen, Trial},
-    workshop::Workshop,
+    acceptance::{self, Eyes, TOLERANCE, Whole},
+    by_name::Calibration,
+    plan_compiler::Workshop,
+    plan_runner::{Seen, Trial},
 };
 use crate::Failure;
 use anyhow::anyhow;
@@ -86,7 +86,7 @@ pub(super) fn run(
         // Evaluations are not all of the time.
         share *= latency / made.share;
     }
-    contest::plain(&whole, shop, latency)
+    acceptance::plain(&whole, shop, latency)
 }
 
 /// How much an error of the prediction at a step moves the sample: its factor there times the factors of later states.

@@ -4,8 +4,8 @@
 //! than the plain grid that takes as long, and as a set no further from real images. Otherwise that grid is used.
 
 use super::{
-    super::{features::Extractor, pairs::groups},
-    workshop::Workshop,
+    super::{compare::groups, features::Extractor},
+    plan_compiler::Workshop,
 };
 use crate::Failure;
 use anyhow::anyhow;

@@ -1,6 +1,6 @@
 //! Two samplers from the same noise: how far apart the samples of each seed are, and how far apart both sets are.
 
-use super::{draws::Draws, evaluator::Evaluator, features::Extractor};
+use super::{evaluator::Evaluator, features::Extractor, seeded_inputs::Draws};
 use crate::{Failure, RunOptions, runner::Runner, validate::significant};
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Model, Tensor};
@@ -192,7 +192,7 @@ pub(crate) fn compare_samplers(pair: &SamplerPair) -> Result<Compared, Failure> 
     let evaluator = Evaluator::fast(&runner, load);
     let extractor = pair.features.as_ref().map(|path| Extractor::read(path, &evaluator)).transpose()?;
     let mut notes = Vec::new();
-    let noises = [&a, &b].map(|sampler| super::draws::step_noises(&sampler.model).unwrap_or(0));
+    let noises = [&a, &b].map(|sampler| super::seeded_inputs::step_noises(&sampler.model).unwrap_or(0));
     if noises[0] != noises[1] {
         notes.push(format!("A adds noise in {} steps and B in {}, of which the first are equal", noises[0], noises[1]));
     }
