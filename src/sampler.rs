@@ -22,7 +22,7 @@ use lathe_ir::{Dim, Model, Staged, Type, WriteOptions};
 use lathe_passes::{
     PASSES, PassContext,
     sampler::{
-        Class, Error, Form, Guidance, Mode, OPSET, Request, Roles, Sampler, Scheduler, StepPlan, Table, Wishes, emit,
+        Error, Form, Guidance, Mode, OPSET, Request, Roles, Sampler, Scheduler, Solver, StepPlan, Table, Wishes, emit,
     },
 };
 use lathe_runtime::{Listener, LoadOptions, Progress};
@@ -58,7 +58,7 @@ pub struct SamplerOptions {
     /// The scheduler's configuration.
     pub scheduler: Value,
     /// A solver in the place of the one that the configuration names.
-    pub solver: Option<Class>,
+    pub solver: Option<&'static dyn Solver>,
     /// The steps and what else the solver needs.
     pub request: Request,
     /// A plan; without one, every step is computed.
@@ -176,7 +176,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         seed: options.run.inputs.seed,
         input,
         output,
-        solver: scheduler.class.name().to_owned(),
+        solver: scheduler.solver.name().to_owned(),
         roles: roles.describe(),
         passes: records.iter().map(job::pass_line).collect(),
         plan: serde_json::to_value(&plan).context("the plan has no JSON form")?,
@@ -191,8 +191,8 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
 /// The steps of a plan are those of its grid.
 fn request(options: &SamplerOptions, scheduler: &Scheduler) -> Result<Request, Failure> {
     let Some(plan) = &options.plan else { return Ok(options.request.clone()) };
-    if plan.solver != scheduler.class.name() {
-        let message = format!("the plan is for solver {}, and this is {}", plan.solver, scheduler.class.name());
+    if plan.solver != scheduler.solver.name() {
+        let message = format!("the plan is for solver {}, and this is {}", plan.solver, scheduler.solver.name());
         return Err(Failure::Usage(message));
     }
     // A grid that the configuration makes by itself follows the reference in everything, rounding included.
@@ -207,7 +207,7 @@ fn request(options: &SamplerOptions, scheduler: &Scheduler) -> Result<Request, F
 /// The numbers of the steps that were asked for.
 fn table(options: &SamplerOptions, scheduler: &Scheduler) -> Result<Table, Failure> {
     Ok(match options.plan.as_ref().and_then(|plan| Some((plan, plan.sizes.as_ref()?))) {
-        Some((plan, sizes)) if plan.solver == scheduler.class.name() => {
+        Some((plan, sizes)) if plan.solver == scheduler.solver.name() => {
             Table::staged(scheduler, &options.request, &plan.grid, sizes)?
         }
         _ => Table::new(scheduler, &request(options, scheduler)?)?,
@@ -240,7 +240,7 @@ fn drawn(original: &Model, roles: &Roles, plan: &StepPlan, shapes: &[(String, Ve
 fn plan(options: &SamplerOptions, scheduler: &Scheduler, table: &Table, roles: &Roles) -> Result<StepPlan, Failure> {
     let mode = if options.guidance.is_some() { Mode::Guided } else { Mode::Conditional };
     let grid: Vec<f64> = table.rows.iter().map(|row| row.time).collect();
-    let plan = options.plan.clone().unwrap_or_else(|| StepPlan::plain(scheduler.class.name(), grid, mode));
+    let plan = options.plan.clone().unwrap_or_else(|| StepPlan::plain(scheduler.solver.name(), grid, mode));
     let guided = plan.cfg.contains(&Mode::Guided);
     if guided && options.guidance.is_none() {
         return Err(Failure::Usage("the plan has guided steps, and no --guidance says how strongly".to_owned()));

@@ -1,53 +1,31 @@
 //! Which timesteps a sampler visits, noisy ones first. Every rounding is to even, as in the reference.
 
 use super::{
-    Class, Error, Scheduler, Sigmas, Spacing,
+    Error, Scheduler, Sigmas, Spacing, Steps,
     schedule::{Schedule, linspace},
 };
 
-/// Which timesteps a sampler visits.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Steps {
-    /// This many, spread as the configuration says.
-    Count(usize),
-    /// These, noisy ones first.
-    Times(Vec<f64>),
-}
-
-impl Steps {
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        match self {
-            Steps::Count(count) => *count,
-            Steps::Times(times) => times.len(),
-        }
+/// Checks that there are steps, that they go from noisy to clean, and that they lie in the schedule.
+pub(super) fn check(steps: &Steps, s: &Scheduler) -> Result<(), Error> {
+    let plan = |message: String| Err(Error::Plan(message));
+    let last = s.num_train_timesteps as f64 - if s.solver.info().flow { 0.0 } else { 1.0 };
+    if steps.count() == 0 || steps.count() > s.num_train_timesteps {
+        return plan(format!("{} steps are asked for, expected 1 to {}", steps.count(), s.num_train_timesteps));
     }
-
-    /// Checks that there are steps, that they go from noisy to clean, and that they lie in the schedule.
-    pub(super) fn check(&self, s: &Scheduler) -> Result<(), Error> {
-        let plan = |message: String| Err(Error::Plan(message));
-        let last = s.num_train_timesteps as f64 - if s.class == Class::FlowEuler { 0.0 } else { 1.0 };
-        if self.count() == 0 || self.count() > s.num_train_timesteps {
-            return plan(format!("{} steps are asked for, expected 1 to {}", self.count(), s.num_train_timesteps));
-        }
-        let Steps::Times(times) = self else { return Ok(()) };
-        if let Some(bad) = times.iter().find(|t| !(0.0..=last).contains(*t)) {
-            return plan(format!("timestep {bad} of the grid lies outside the schedule, expected 0 to {last}"));
-        }
-        if let Some(pair) = times.windows(2).find(|pair| pair[0] <= pair[1]) {
-            return plan(format!("timestep {} of the grid follows {}, expected a smaller one", pair[1], pair[0]));
-        }
-        if s.class != Class::FlowEuler && times.iter().any(|t| t.fract() != 0.0) && s.class != Class::Euler {
-            return plan("the grid has fractions, which only the Euler solvers can use".to_owned());
-        }
-        let levels = matches!(s.class, Class::Euler | Class::Dpm | Class::FlowEuler);
-        if levels && s.sigmas != Sigmas::Plain {
-            return plan(
-                "a grid of timesteps cannot be joined with Karras, exponential or flow noise levels".to_owned(),
-            );
-        }
-        Ok(())
+    let Steps::Times(times) = steps else { return Ok(()) };
+    if let Some(bad) = times.iter().find(|t| !(0.0..=last).contains(*t)) {
+        return plan(format!("timestep {bad} of the grid lies outside the schedule, expected 0 to {last}"));
     }
+    if let Some(pair) = times.windows(2).find(|pair| pair[0] <= pair[1]) {
+        return plan(format!("timestep {} of the grid follows {}, expected a smaller one", pair[1], pair[0]));
+    }
+    if !s.solver.info().fractions && times.iter().any(|t| t.fract() != 0.0) {
+        return plan("the grid has fractions, which only the Euler solvers can use".to_owned());
+    }
+    if s.sigmas != Sigmas::Plain {
+        return plan("a grid of timesteps cannot be joined with Karras, exponential or flow noise levels".to_owned());
+    }
+    Ok(())
 }
 
 /// Timesteps from the noisy end in strides of `total / count`.
@@ -160,7 +138,7 @@ mod tests {
         let name = "DPMSolverMultistepScheduler";
         let of = |json| {
             let s = scheduler(name, json);
-            dpm(&s, &Schedule::new(&s).unwrap(), 5)
+            dpm(&s, &Schedule::new(&s), 5)
         };
         assert_eq!(of(json!({})), [999.0, 799.0, 599.0, 400.0, 200.0]);
         assert_eq!(of(json!({"timestep_spacing": "leading"})), [830.0, 664.0, 498.0, 332.0, 166.0]);
@@ -170,10 +148,10 @@ mod tests {
     #[test]
     fn a_grid_must_go_from_noisy_to_clean() {
         let ddim = scheduler("DDIMScheduler", json!({}));
-        let refused = |times: &[f64]| Steps::Times(times.to_vec()).check(&ddim).unwrap_err().to_string();
+        let refused = |times: &[f64]| check(&Steps::Times(times.to_vec()), &ddim).unwrap_err().to_string();
         assert!(refused(&[10.0, 20.0]).contains("follows"));
         assert!(refused(&[1000.0]).contains("outside"));
         assert!(refused(&[10.5]).contains("fractions"));
-        assert!(Steps::Count(0).check(&ddim).is_err());
+        assert!(check(&Steps::Count(0), &ddim).is_err());
     }
 }

@@ -11,7 +11,9 @@ mod network;
 mod plan;
 pub mod planner;
 mod reference;
+mod request;
 mod roles;
+mod row;
 mod schedule;
 mod scheduler;
 pub mod search;
@@ -24,12 +26,15 @@ pub(crate) mod testing;
 
 pub use emit::{Form, Guidance, OPSET, Sampler, Scale, emit};
 pub use error::Error;
-pub use grid::Steps;
 pub use plan::{Adaptive, Key, Kind, Mode, Pass, Ref, StepPlan, Substitution, Terms};
 pub use reference::{Sampled, sample};
+pub use request::{Request, Steps};
 pub use roles::{Condition, Roles, Uncond, Wishes};
+pub use row::{Flow, Level, Prediction, Row};
 pub use schedule::Schedule;
-pub use scheduler::{BetaSchedule, Class, Clip, DynamicShift, Prediction, Scheduler, Sigmas, Spacing, Variance};
+pub use scheduler::{
+    BetaSchedule, Clip, DynamicShift, Fields, Scheduler, Sigmas, Solver, SolverInfo, Spacing, Variance,
+};
 pub use sizes::{Sizes, Up};
-pub use solvers::Level;
-pub use table::{Flow, Request, Row, Table};
+pub use solvers::{SOLVERS, solver, solver_names};
+pub use table::Table;

@@ -1,6 +1,6 @@
 //! The training schedule: cumulative alphas and noise levels by timestep.
 
-use super::{BetaSchedule, Class, Error, Scheduler};
+use super::{BetaSchedule, Scheduler};
 
 /// The cumulative alphas ᾱ of a training schedule, one per timestep, each a float32 number.
 #[derive(Debug, Clone, PartialEq)]
@@ -8,7 +8,7 @@ pub struct Schedule {
     alphas: Vec<f64>,
 }
 
-/// What Euler and DPM-Solver++ put in the place of a last cumulative alpha of zero, so that its noise level is finite.
+/// What solvers of noise levels put in the place of a last cumulative alpha of zero, so that its noise level is finite.
 const SMALLEST_ALPHA: f64 = 1.0 / 16_777_216.0;
 
 fn f32ed(x: f64) -> f64 {
@@ -42,7 +42,7 @@ fn betas(s: &Scheduler) -> Vec<f64> {
 
 impl Schedule {
     /// The schedule that a configuration describes.
-    pub fn new(s: &Scheduler) -> Result<Schedule, Error> {
+    pub fn new(s: &Scheduler) -> Schedule {
         let mut product = 1.0;
         let alphas = betas(s).into_iter().map(|beta| {
             product *= f32ed(1.0 - beta);
@@ -53,11 +53,11 @@ impl Schedule {
             let roots: Vec<f64> = alphas.iter().map(|a| a.sqrt()).collect();
             let (first, last) = (roots[0], roots[roots.len() - 1]);
             alphas = roots.iter().map(|a| f32ed(((a - last) * first / (first - last)).powi(2))).collect();
-            if matches!(s.class, Class::Euler | Class::EulerAncestral | Class::Dpm) {
+            if s.solver.info().finite_sigmas {
                 *alphas.last_mut().expect("a schedule has at least two timesteps") = SMALLEST_ALPHA;
             }
         }
-        Ok(Schedule { alphas })
+        Schedule { alphas }
     }
 
     /// How many timesteps there are.
@@ -111,7 +111,7 @@ mod tests {
     }
 
     fn schedule(json: serde_json::Value) -> Schedule {
-        Schedule::new(&scheduler("DDIMScheduler", json)).unwrap()
+        Schedule::new(&scheduler("DDIMScheduler", json))
     }
 
     #[test]
@@ -139,7 +139,7 @@ mod tests {
         let zero = schedule(settings.clone());
         near(zero.alpha(499), 0.242_358_93);
         assert_eq!(zero.alpha(999), 0.0);
-        let euler = Schedule::new(&scheduler("EulerDiscreteScheduler", settings)).unwrap();
+        let euler = Schedule::new(&scheduler("EulerDiscreteScheduler", settings));
         near(euler.sigmas()[999], 4096.0);
     }
 

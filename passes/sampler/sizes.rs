@@ -4,7 +4,7 @@
 //! `x' = resize(state·x + estimate·y) + noise·z`. From the estimate alone, any resize will do. With some of the state in
 //! it, which holds noise, growing by repetition leaves equal noise in each group, and what is added must lack just that.
 
-use super::{Class, Error, Request, Row, Scheduler, Steps, Table, solvers::Level};
+use super::{Error, Level, Request, Row, Scheduler, Steps, Table};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -184,8 +184,9 @@ impl Table {
     pub fn staged(s: &Scheduler, request: &Request, grid: &[f64], sizes: &Sizes) -> Result<Table, Error> {
         sizes.check(grid.len()).map_err(Error::Plan)?;
         let stages = sizes.stages();
-        if stages.len() > 1 && (s.class == Class::Lcm || s.invert_sigmas) {
-            let what = if s.invert_sigmas { "`invert_sigmas`" } else { "solver lcm" };
+        if stages.len() > 1 && (!s.solver.info().mixtures || s.invert_sigmas) {
+            let what =
+                if s.invert_sigmas { "`invert_sigmas`".to_owned() } else { format!("solver {}", s.solver.name()) };
             return Err(Error::Plan(format!("steps of several sizes are not defined for {what}")));
         }
         let mut tables = Vec::new();

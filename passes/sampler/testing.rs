@@ -17,7 +17,7 @@ pub(crate) fn scheduler(class: &str, settings: Value) -> Scheduler {
 
 /// Its training schedule.
 pub(crate) fn schedule(class: &str, settings: Value) -> Schedule {
-    Schedule::new(&scheduler(class, settings)).unwrap()
+    Schedule::new(&scheduler(class, settings))
 }
 
 /// Its table for this many steps.

@@ -413,7 +413,7 @@ fn euler_converges_with_first_order_to_the_closed_form() {
 #[test]
 fn multistep_converges_with_second_order_to_the_closed_form() {
     let s: Scheduler = scheduler("DPMSolverMultistepScheduler", json!({}));
-    let schedule = Schedule::new(&s).unwrap();
+    let schedule = Schedule::new(&s);
     let bars: Vec<String> = (0..1000).map(|t| format!("{:e}", schedule.alpha(t))).collect();
     let graph = format!(
         "g (float[n,4] x, int64[n] t) => (float[n,4] e) <float[1000] bars = {{{}}}, float one = {{1}}, float mean = {{0.5}}, float variance = {{0.25}}, int64[2] column = {{-1, 1}}> {{

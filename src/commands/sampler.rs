@@ -10,7 +10,9 @@ use crate::{
 };
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use lathe_passes::sampler::{Adaptive, Class, Form, Guidance, Mode, Request, Scale, StepPlan, Steps, Table, Wishes};
+use lathe_passes::sampler::{
+    Adaptive, Form, Guidance, Mode, Request, Scale, Solver, StepPlan, Steps, Table, Wishes, solver_names,
+};
 use lathe_runtime::{Listener, SetSpec};
 use serde_json::Value;
 use std::{ffi::OsString, path::PathBuf};
@@ -51,10 +53,8 @@ pub(crate) struct SamplerArgs {
     /// The scheduler_config.json that came with the denoiser.
     #[arg(long, value_name = "FILE")]
     scheduler: PathBuf,
-    /// Use this solver instead of the one that the configuration names: ddpm, ddim, euler, euler-ancestral, dpmpp,
-    /// flow-euler or lcm.
-    #[arg(long, value_name = "NAME", value_parser = solver)]
-    solver: Option<Class>,
+    #[arg(long, value_name = "NAME", value_parser = solver, help = solver_help())]
+    solver: Option<&'static dyn Solver>,
     /// How many steps.
     #[arg(long, value_name = "N", required_unless_present_any = ["grid", "plan", "search"], conflicts_with = "grid")]
     steps: Option<usize>,
@@ -217,8 +217,19 @@ fn is_file(plan: &str) -> bool {
     std::path::Path::new(plan).extension().is_some_and(|e| e == "json")
 }
 
-fn solver(name: &str) -> Result<Class, String> {
-    Class::from_name(name).ok_or_else(|| format!("expected one of {}", Class::names().join(", ")))
+fn solver(name: &str) -> Result<&'static dyn Solver, UnknownSolver> {
+    lathe_passes::sampler::solver(name).ok_or(UnknownSolver)
+}
+
+/// A name that no solver has.
+#[derive(Debug, thiserror::Error)]
+#[error("expected one of {}", solver_names().join(", "))]
+struct UnknownSolver;
+
+fn solver_help() -> String {
+    let mut names = solver_names();
+    let last = names.pop().unwrap_or_default();
+    format!("Use this solver instead of the one that the configuration names: {} or {last}", names.join(", "))
 }
 
 pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failure> {
@@ -345,7 +356,7 @@ fn adaptive(args: &SamplerArgs, scheduler: &Value, request: &Request, guided: bo
     let grid = table.rows.iter().map(|row| row.time).collect();
     let (threshold, warmup, tail) = (args.threshold.unwrap_or(0.05), args.warmup.unwrap_or(5), args.tail.unwrap_or(1));
     let adaptive = Adaptive { threshold, warmup, tail };
-    let plan = StepPlan { adaptive: Some(adaptive), ..StepPlan::plain(scheduler.class.name(), grid, mode) };
+    let plan = StepPlan { adaptive: Some(adaptive), ..StepPlan::plain(scheduler.solver.name(), grid, mode) };
     plan.check()?;
     Ok(plan)
 }

@@ -5,7 +5,7 @@
 //! the source was not seen.
 
 use crate::sampler::{
-    Class, Error, Request, Schedule, Scheduler, Sizes, StepPlan, Table, Up,
+    Error, Request, Schedule, Scheduler, Sizes, StepPlan, Table, Up,
     sizes::{share, side_ratio},
     solvers,
 };
@@ -46,7 +46,7 @@ struct Clock<'a> {
 
 impl Clock<'_> {
     fn is_flow(&self) -> bool {
-        self.scheduler.class == Class::FlowEuler
+        self.scheduler.solver.info().flow
     }
 
     /// The time at a share of noise, as the solver can use it.
@@ -57,8 +57,7 @@ impl Clock<'_> {
             (_, true) => self.schedule.time_of(share / (1.0 - share)),
             _ => total - 1.0,
         };
-        let fractions = matches!(self.scheduler.class, Class::FlowEuler | Class::Euler);
-        if fractions { time } else { time.round_ties_even() }
+        if self.scheduler.solver.info().fractions { time } else { time.round_ties_even() }
     }
 
     /// Where a share of noise lies on the line.
@@ -100,8 +99,8 @@ pub fn bottleneck(
             sizes.len()
         )));
     }
-    let shift = if scheduler.class == Class::FlowEuler { solvers::flow_shift(scheduler, request)? } else { 1.0 };
-    let clock = Clock { scheduler, schedule: Schedule::new(scheduler)?, shift };
+    let shift = if scheduler.solver.info().flow { solvers::flow_shift(scheduler, request)? } else { 1.0 };
+    let clock = Clock { scheduler, schedule: Schedule::new(scheduler), shift };
     let level = |step: usize| share(table.rows[step].level);
     let (mut grid, mut by_step) = (Vec::with_capacity(steps), Vec::with_capacity(steps));
     let (mut start, mut done) = (level(0), 0);
@@ -135,7 +134,7 @@ mod tests {
         let scheduler = scheduler(class, settings);
         let table = Table::new(&scheduler, request)?;
         let grid = table.rows.iter().map(|row| row.time).collect();
-        let mut plan = StepPlan::plain(scheduler.class.name(), grid, Mode::Conditional);
+        let mut plan = StepPlan::plain(scheduler.solver.name(), grid, Mode::Conditional);
         bottleneck(&mut plan, &scheduler, request, &table, options)?;
         plan.check()?;
         let sizes = plan.sizes.clone().unwrap();

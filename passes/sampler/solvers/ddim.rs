@@ -1,13 +1,33 @@
 //! Song et al. 2021, Denoising diffusion implicit models, arXiv:2010.02502.
 
-use super::{
-    super::{Request, Row, Scheduler, Steps, grid, schedule::Schedule},
-    Level,
-};
+use crate::sampler::{Error, Level, Request, Row, Schedule, Scheduler, Solver, SolverInfo, Spacing, Steps, grid};
+
+/// Denoising diffusion implicit models.
+pub(super) struct Ddim;
+
+impl Solver for Ddim {
+    fn info(&self) -> &'static SolverInfo {
+        &SolverInfo {
+            name: "ddim",
+            class: "DDIMScheduler",
+            summary: "DDIM, deterministic or with `--eta`",
+            source: "Song et al. 2021, arXiv:2010.02502",
+            spacing: Spacing::Leading,
+            clip_sample: Some(true),
+            thresholding: true,
+            eta: true,
+            ..SolverInfo::USUAL
+        }
+    }
+
+    fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
+        Ok((rows(scheduler, &Schedule::new(scheduler), request), 1.0))
+    }
+}
 
 /// A grid of one's own steps to its true successors; the grids of the configuration step by `⌊T/N⌋` as the reference
 /// does, even where that is not the next of its timesteps.
-pub(super) fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
+fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
     let last = if s.set_alpha_to_one { 1.0 } else { schedule.alpha(0) };
     let (times, nexts): (Vec<f64>, Vec<f64>) = match &request.steps {
         Steps::Count(count) => {

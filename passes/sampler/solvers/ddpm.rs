@@ -1,14 +1,49 @@
 //! Ho et al. 2020, Denoising diffusion probabilistic models, arXiv:2006.11239.
 
-use super::{
-    super::{Request, Row, Scheduler, Steps, grid, schedule::Schedule, scheduler::Variance},
-    Level,
+use crate::sampler::{
+    Error, Level, Request, Row, Schedule, Scheduler, Solver, SolverInfo, Spacing, Steps, Variance, grid,
+    scheduler::Fields,
 };
+use serde_json::Value;
+
+/// Ancestral sampling of the diffusion process.
+pub(super) struct Ddpm;
+
+impl Solver for Ddpm {
+    fn info(&self) -> &'static SolverInfo {
+        &SolverInfo {
+            name: "ddpm",
+            class: "DDPMScheduler",
+            summary: "ancestral sampling of the diffusion process",
+            source: "Ho et al. 2020, arXiv:2006.11239",
+            fields: &["variance_type"],
+            spacing: Spacing::Leading,
+            clip_sample: Some(true),
+            thresholding: true,
+            ..SolverInfo::USUAL
+        }
+    }
+
+    fn read(&self, fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
+        let words =
+            [("fixed_small", Variance::Small), ("fixed_small_log", Variance::Small), ("fixed_large", Variance::Large)];
+        let word = fields.get("variance_type").and_then(Value::as_str);
+        if let Some(word) = word.filter(|word| word.starts_with("learned") || *word == "fixed_large_log") {
+            return Err(Error::Unsupported(format!("`variance_type` = `{word}`")));
+        }
+        scheduler.variance = fields.word("variance_type", Variance::Small, &words)?;
+        Ok(())
+    }
+
+    fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
+        Ok((rows(scheduler, &Schedule::new(scheduler), request), 1.0))
+    }
+}
 
 /// The smallest variance of fresh noise.
 const SMALLEST_VARIANCE: f64 = 1e-20;
 
-pub(super) fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
+fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
     let times = match &request.steps {
         Steps::Count(count) => grid::whole(s, *count),
         Steps::Times(times) => times.clone(),

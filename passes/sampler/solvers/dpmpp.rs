@@ -1,9 +1,58 @@
 //! Lu et al. 2022, DPM-Solver++, arXiv:2211.01095: multistep solvers on estimates of the clean sample.
 
-use super::{
-    super::{Request, Row, Scheduler, Sigmas, Steps, grid, schedule::Schedule},
-    Level,
+use crate::sampler::{
+    BetaSchedule, Error, Level, Request, Row, Schedule, Scheduler, Sigmas, Solver, SolverInfo, Steps, grid,
+    schedule::linspace, scheduler::Fields,
 };
+use serde_json::Value;
+
+/// DPM-Solver++, of order 1 to 3.
+pub(super) struct DpmPp;
+
+impl Solver for DpmPp {
+    fn info(&self) -> &'static SolverInfo {
+        &SolverInfo {
+            name: "dpmpp",
+            class: "DPMSolverMultistepScheduler",
+            summary: "DPM-Solver++ of order 1 to 3, deterministic or stochastic",
+            source: "Lu et al. 2022, arXiv:2211.01095",
+            fields: &[
+                "algorithm_type",
+                "euler_at_final",
+                "flow_shift",
+                "lambda_min_clipped",
+                "lower_order_final",
+                "solver_order",
+                "solver_type",
+                "use_flow_sigmas",
+            ],
+            thresholding: true,
+            sigmas: &[Sigmas::Karras, Sigmas::Exponential, Sigmas::Flow],
+            finite_sigmas: true,
+            ..SolverInfo::USUAL
+        }
+    }
+
+    fn read(&self, fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
+        let algorithms = [("dpmsolver++", false), ("sde-dpmsolver++", true)];
+        scheduler.stochastic = fields.word("algorithm_type", false, &algorithms)?;
+        scheduler.solver_order = fields.count("solver_order", 2)?;
+        if scheduler.solver_order > 3 {
+            return Err(Fields::wrong("solver_order", &Value::from(scheduler.solver_order as f64), "1, 2 or 3"));
+        }
+        // Other names fall back to the midpoint rule in the reference as well.
+        scheduler.heun = fields.get("solver_type").and_then(Value::as_str) == Some("heun");
+        scheduler.lower_order_final = fields.flag("lower_order_final", true)?;
+        scheduler.euler_at_final = fields.flag("euler_at_final", false)?;
+        scheduler.lambda_min_clipped = fields.number("lambda_min_clipped", f64::NEG_INFINITY)?;
+        scheduler.shift = fields.number("flow_shift", 1.0)?;
+        Ok(())
+    }
+
+    fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
+        Ok((rows(scheduler, &Schedule::new(scheduler), request), 1.0))
+    }
+}
 
 /// Steps below which the last ones are of lower order.
 const FEW: usize = 15;
@@ -23,13 +72,13 @@ fn levels(s: &Scheduler, schedule: &Schedule, steps: &Steps) -> (Vec<f64>, Vec<f
     };
     let (mut sigmas, times): (Vec<f64>, Vec<f64>) = match (s.sigmas, steps) {
         (Sigmas::Karras, _) => {
-            let cosine = s.beta_schedule == super::super::BetaSchedule::SquaredCosine;
+            let cosine = s.beta_schedule == BetaSchedule::SquaredCosine;
             found(grid::karras(max, min, count), !cosine)
         }
         (Sigmas::Exponential, _) => found(grid::exponential(max, min, count), false),
         (Sigmas::Flow, _) => {
             let total = s.num_train_timesteps as f64;
-            let even = super::super::schedule::linspace(1.0 - 1.0 / total, 0.0, count + 1);
+            let even = linspace(1.0 - 1.0 / total, 0.0, count + 1);
             let shifted = even.iter().take(count).map(|&x| s.shift * x / (1.0 + (s.shift - 1.0) * x));
             let sigmas: Vec<f64> = shifted.collect();
             let times = sigmas.iter().map(|x| (x * total).trunc()).collect();
@@ -59,7 +108,7 @@ fn order(s: &Scheduler, index: usize, count: usize) -> usize {
     }
 }
 
-pub(super) fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
+fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
     let (sigmas, times) = levels(s, schedule, &request.steps);
     let level = |sigma: f64| match s.sigmas {
         Sigmas::Flow => Level { alpha: 1.0 - sigma, noise: sigma },
@@ -155,7 +204,7 @@ mod tests {
                 for algorithm in ["dpmsolver++", "sde-dpmsolver++"] {
                     let settings = json!({"solver_order": order, "solver_type": kind, "algorithm_type": algorithm});
                     let s = scheduler("DPMSolverMultistepScheduler", with(settings));
-                    let schedule = Schedule::new(&s).unwrap();
+                    let schedule = Schedule::new(&s);
                     let request = Request::steps(20);
                     let sigmas = levels(&s, &schedule, &request.steps).0;
                     for (row, pair) in rows(&s, &schedule, &request).iter().zip(sigmas.windows(2)) {

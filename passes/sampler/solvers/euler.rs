@@ -1,9 +1,40 @@
-//! Euler steps in the noise level, plain and ancestral: Karras et al. 2022, arXiv:2206.00364. States grow with the noise.
+//! Euler steps in the noise level: Karras et al. 2022, arXiv:2206.00364. States grow with the noise.
 
-use super::{
-    super::{Class, Prediction, Request, Row, Scheduler, Sigmas, Spacing, Steps, grid, schedule::Schedule},
-    Level,
+use crate::sampler::{
+    Error, Level, Prediction, Request, Row, Schedule, Scheduler, Sigmas, Solver, SolverInfo, Spacing, Steps, grid,
+    scheduler::Fields,
 };
+
+/// Euler steps in the noise level.
+pub(super) struct Euler;
+
+impl Solver for Euler {
+    fn info(&self) -> &'static SolverInfo {
+        &SolverInfo {
+            name: "euler",
+            class: "EulerDiscreteScheduler",
+            summary: "Euler steps in the noise level",
+            source: "Karras et al. 2022, arXiv:2206.00364",
+            fields: &["sigma_max", "sigma_min", "timestep_type"],
+            sigmas: &[Sigmas::Karras, Sigmas::Exponential],
+            fractions: true,
+            finite_sigmas: true,
+            ..SolverInfo::USUAL
+        }
+    }
+
+    fn read(&self, fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
+        scheduler.sigma_min = fields.optional("sigma_min")?;
+        scheduler.sigma_max = fields.optional("sigma_max")?;
+        let continuous = fields.word("timestep_type", false, &[("discrete", false), ("continuous", true)])?;
+        scheduler.continuous_time = continuous && scheduler.prediction == Prediction::Velocity;
+        Ok(())
+    }
+
+    fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
+        Ok(rows(scheduler, &request.steps, &|_, next| (next, 0.0)))
+    }
+}
 
 /// The estimate of the clean sample from a state that is not scaled down.
 fn estimate(prediction: Prediction, sigma: f64) -> [f64; 2] {
@@ -36,23 +67,18 @@ fn levels(s: &Scheduler, schedule: &Schedule, steps: &Steps) -> (Vec<f64>, Vec<f
     if s.continuous_time {
         times = sigmas.iter().map(|sigma| 0.25 * sigma.ln()).collect();
     }
-    let last = if s.final_sigma_zero || s.class == Class::EulerAncestral { 0.0 } else { schedule.sigma_at(0.0) };
+    let last = if s.final_sigma_zero { 0.0 } else { schedule.sigma_at(0.0) };
     sigmas.push(last);
     (sigmas, times)
 }
 
-/// The rows and the scale of the first state.
-pub(super) fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> (Vec<Row>, f64) {
-    let (sigmas, times) = levels(s, schedule, &request.steps);
+/// The rows and the scale of the first state. `split` says from a noise level and the next one down to which the step goes
+/// and how much fresh noise follows.
+pub(super) fn rows(s: &Scheduler, steps: &Steps, split: &dyn Fn(f64, f64) -> (f64, f64)) -> (Vec<Row>, f64) {
+    let (sigmas, times) = levels(s, &Schedule::new(s), steps);
     let row = |(pair, time): (&[f64], f64)| {
         let (sigma, next) = (pair[0], pair[1]);
-        let (down, up) = match s.class {
-            Class::EulerAncestral => {
-                let up = (next * next * (sigma * sigma - next * next) / (sigma * sigma)).max(0.0).sqrt();
-                ((next * next - up * up).max(0.0).sqrt(), up)
-            }
-            _ => (next, 0.0),
-        };
+        let (down, up) = split(sigma, next);
         let level = Level { alpha: 1.0, noise: sigma };
         Row {
             input_scale: 1.0 / (sigma * sigma + 1.0).sqrt(),
@@ -89,21 +115,6 @@ mod tests {
         assert_rows(&[sigmas(json!({"timestep_spacing": "leading", "steps_offset": 1}))], &[leading]);
         let karras = [14.614_648_8, 4.796_544_5, 1.274_105_5, 0.247_951_7, 0.029_167_5, 0.0];
         assert_rows(&[sigmas(json!({"use_karras_sigmas": true}))], &[karras]);
-    }
-
-    #[test]
-    fn ancestral_steps_are_the_golden_ones() {
-        let rows = table("EulerAncestralDiscreteScheduler", SD.clone(), 5).rows;
-        let sigmas = sigmas(json!({}));
-        let found: Vec<[f64; 2]> = rows.iter().zip(&sigmas).map(|(r, sigma)| [r.noise, r.state * sigma]).collect();
-        let golden = [
-            [3.923_136_6, 1.142_424_6],
-            [1.483_937_7, 0.638_779_3],
-            [0.627_510_1, 0.299_108_5],
-            [0.029_141_8, 0.001_223_8],
-            [0.0, 0.0],
-        ];
-        assert_rows(&found, &golden);
     }
 
     #[test]

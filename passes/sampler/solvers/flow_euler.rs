@@ -1,9 +1,69 @@
 //! Euler steps of a flow: Esser et al. 2024, arXiv:2403.03206.
 
-use super::{
-    super::{Error, Request, Row, Scheduler, Sigmas, Steps, grid, schedule::linspace},
-    Level,
+use crate::sampler::{
+    DynamicShift, Error, Flow, Level, Request, Row, Scheduler, Sigmas, Solver, SolverInfo, Steps, grid,
+    schedule::linspace, scheduler::Fields,
 };
+use serde_json::Value;
+
+/// Euler steps of a flow.
+pub(super) struct FlowEuler;
+
+impl Solver for FlowEuler {
+    fn info(&self) -> &'static SolverInfo {
+        &SolverInfo {
+            name: "flow-euler",
+            class: "FlowMatchEulerDiscreteScheduler",
+            summary: "Euler steps of a flow",
+            source: "Esser et al. 2024, arXiv:2403.03206",
+            fields: &[
+                "base_image_seq_len",
+                "base_shift",
+                "invert_sigmas",
+                "max_image_seq_len",
+                "max_shift",
+                "shift",
+                "shift_terminal",
+                "stochastic_sampling",
+                "time_shift_type",
+                "use_dynamic_shifting",
+            ],
+            sigmas: &[Sigmas::Karras, Sigmas::Exponential],
+            flow: true,
+            fractions: true,
+            ..SolverInfo::USUAL
+        }
+    }
+
+    fn read(&self, fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
+        scheduler.stochastic = fields.flag("stochastic_sampling", false)?;
+        scheduler.shift = fields.number("shift", 1.0)?;
+        scheduler.dynamic_shift = dynamic_shift(fields)?;
+        scheduler.shift_terminal = fields.optional("shift_terminal")?.filter(|&z| z != 0.0);
+        scheduler.invert_sigmas = fields.flag("invert_sigmas", false)?;
+        Ok(())
+    }
+
+    fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
+        Ok((rows(scheduler, request)?, 1.0))
+    }
+}
+
+fn dynamic_shift(f: &Fields) -> Result<Option<DynamicShift>, Error> {
+    if !f.flag("use_dynamic_shifting", false)? {
+        return Ok(None);
+    }
+    let shift = DynamicShift {
+        shifts: [f.number("base_shift", 0.5)?, f.number("max_shift", 1.15)?],
+        tokens: [f.number("base_image_seq_len", 256.0)?, f.number("max_image_seq_len", 4096.0)?],
+        exponential: f.word("time_shift_type", true, &[("exponential", true), ("linear", false)])?,
+    };
+    if shift.tokens[0] == shift.tokens[1] {
+        let expected = "another than `base_image_seq_len`";
+        return Err(Fields::wrong("max_image_seq_len", &Value::from(shift.tokens[1]), expected));
+    }
+    Ok(Some(shift))
+}
 
 fn shifted(sigma: f64, shift: f64) -> f64 {
     shift * sigma / (1.0 + (shift - 1.0) * sigma)
@@ -52,7 +112,7 @@ pub(in super::super) fn shift(s: &Scheduler, request: &Request) -> Result<f64, E
     Ok(if dynamic.exponential { mu.exp() } else { mu })
 }
 
-pub(super) fn rows(s: &Scheduler, request: &Request) -> Result<Vec<Row>, Error> {
+fn rows(s: &Scheduler, request: &Request) -> Result<Vec<Row>, Error> {
     let mut sigmas = sigmas(s, request)?;
     let mut last = 0.0;
     if s.invert_sigmas {
@@ -73,7 +133,7 @@ pub(super) fn rows(s: &Scheduler, request: &Request) -> Result<Vec<Row>, Error> 
     let mut rows: Vec<Row> = sigmas.windows(2).map(row).collect();
     for row in &mut rows {
         // The output is the flow itself, also at the ends, where levels have no ratio.
-        row.flow = super::Flow { scale: 1.0, flow: [0.0, 1.0] };
+        row.flow = Flow { scale: 1.0, flow: [0.0, 1.0] };
     }
     Ok(rows)
 }

@@ -1,14 +1,45 @@
 //! Luo et al. 2023, Latent consistency models, arXiv:2310.04378.
 
-use super::{
-    super::{Error, Request, Row, Scheduler, Steps, grid, schedule::Schedule},
-    Level,
+use crate::sampler::{
+    BetaSchedule, Error, Level, Request, Row, Schedule, Scheduler, Solver, SolverInfo, Spacing, Steps, grid,
+    scheduler::Fields,
 };
+
+/// Latent consistency models.
+pub(super) struct Lcm;
+
+impl Solver for Lcm {
+    fn info(&self) -> &'static SolverInfo {
+        &SolverInfo {
+            name: "lcm",
+            class: "LCMScheduler",
+            summary: "latent consistency models",
+            source: "Luo et al. 2023, arXiv:2310.04378",
+            fields: &["original_inference_steps", "timestep_scaling"],
+            spacing: Spacing::Leading,
+            betas: (0.000_85, 0.012, BetaSchedule::ScaledLinear),
+            clip_sample: Some(false),
+            thresholding: true,
+            mixtures: false,
+            ..SolverInfo::USUAL
+        }
+    }
+
+    fn read(&self, fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
+        scheduler.original_inference_steps = fields.count("original_inference_steps", 50)?;
+        scheduler.timestep_scaling = fields.number("timestep_scaling", 10.0)?;
+        Ok(())
+    }
+
+    fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
+        Ok((rows(scheduler, &Schedule::new(scheduler), request)?, 1.0))
+    }
+}
 
 /// The variance of data that the boundary condition is made for.
 const DATA_VARIANCE: f64 = 0.25;
 
-pub(super) fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Result<Vec<Row>, Error> {
+fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Result<Vec<Row>, Error> {
     let times = match &request.steps {
         Steps::Count(count) => grid::lcm(s, *count)?,
         Steps::Times(times) => times.clone(),

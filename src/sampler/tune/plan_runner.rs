@@ -66,7 +66,7 @@ impl Trial<'_> {
     pub fn plain(&self, table: &Table) -> StepPlan {
         let mode = if self.guidance.is_some() { Mode::Guided } else { Mode::Conditional };
         let grid = table.rows.iter().map(|row| row.time).collect();
-        StepPlan::plain(self.scheduler.class.name(), grid, mode)
+        StepPlan::plain(self.scheduler.solver.name(), grid, mode)
     }
 
     /// What a plan that is found here belongs to.

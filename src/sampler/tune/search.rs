@@ -346,7 +346,7 @@ fn decide(
 fn setting(trial: &Trial, wanted: &Search, layers: usize) -> Value {
     let key = trial.key();
     json!({
-        "denoiser": key.model, "guidance": key.guidance, "shape": key.shape, "solver": trial.scheduler.class.name(),
+        "denoiser": key.model, "guidance": key.guidance, "shape": key.shape, "solver": trial.scheduler.solver.name(),
         "scheduler": format!("{:?}", trial.scheduler), "eta": trial.request.eta, "seed": trial.inputs.seed, "pairs": wanted.pairs,
         "layers": layers, "reference": wanted.reference, "shapes": trial.inputs.shapes,
         "real": wanted.real.as_ref().map(|real| format!("{real:?}")),

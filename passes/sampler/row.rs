@@ -1,0 +1,128 @@
+//! The numbers of one step of a sampler, in the one form that every solver has.
+//!
+//! A step is `x' = state·x + output·m + Σ_j estimates[j]·y_{i−j} + noise·z`, where `m` is the output of the network and
+//! `y = u·x + w·m` the estimate of the clean sample, which may be clipped.
+
+/// The numbers of one step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// The timestep that the network is told.
+    pub time: f64,
+    /// How much signal and how much noise the state holds.
+    pub level: Level,
+    /// The network sees the state times this.
+    pub input_scale: f64,
+    /// The estimate of the clean sample: factors of the state and of the output.
+    pub estimate: [f64; 2],
+    /// Factor of the state.
+    pub state: f64,
+    /// Factor of the output of the network.
+    pub output: f64,
+    /// Factors of the estimate of this step and of the steps before it.
+    pub estimates: Vec<f64>,
+    /// Factor of fresh noise.
+    pub noise: f64,
+    /// This step as a flow.
+    pub flow: Flow,
+}
+
+/// A step in the coordinates of a flow, in which caches of whole outputs are kept.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Flow {
+    /// The state of the flow is the state times this.
+    pub scale: f64,
+    /// The flow `ε − x0`: factors of the state and of the output of the network.
+    pub flow: [f64; 2],
+}
+
+impl Row {
+    /// The update `x' = a·x + b·m + …` with the estimate of this step resolved, which is possible without clipping.
+    /// Returns `a`, `b` and the factors of the estimates of earlier steps.
+    pub fn affine(&self) -> (f64, f64, &[f64]) {
+        let own = self.estimates.first().copied().unwrap_or(0.0);
+        let (a, b) = (self.state + own * self.estimate[0], self.output + own * self.estimate[1]);
+        (a, b, self.estimates.get(1..).unwrap_or_default())
+    }
+}
+
+/// What the network's output is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prediction {
+    /// The noise.
+    Epsilon,
+    /// The velocity `α·ε − s·x0`.
+    Velocity,
+    /// The clean sample.
+    Sample,
+    /// The flow `ε − x0`.
+    Flow,
+}
+
+/// A point of the way from noise to sample: `x = alpha·x0 + noise·ε`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Level {
+    /// Factor of the clean sample.
+    pub alpha: f64,
+    /// Factor of the noise.
+    pub noise: f64,
+}
+
+impl Level {
+    /// The level at a cumulative alpha ᾱ.
+    pub fn of_alpha(bar: f64) -> Level {
+        Level { alpha: bar.sqrt(), noise: (1.0 - bar).sqrt() }
+    }
+
+    /// The variance preserving level at `noise / alpha`.
+    pub fn of_sigma(sigma: f64) -> Level {
+        let alpha = 1.0 / (sigma * sigma + 1.0).sqrt();
+        Level { alpha, noise: sigma * alpha }
+    }
+
+    /// The estimate of the clean sample: factors of the state and of the output of the network.
+    pub fn estimate(self, prediction: Prediction) -> [f64; 2] {
+        let Level { alpha, noise } = self;
+        match prediction {
+            Prediction::Epsilon => [1.0 / alpha, -noise / alpha],
+            Prediction::Velocity => [alpha, -noise],
+            Prediction::Sample => [0.0, 1.0],
+            Prediction::Flow => [1.0, -noise],
+        }
+    }
+
+    /// The estimate of the noise, before anything is clipped.
+    pub fn epsilon(self, prediction: Prediction) -> [f64; 2] {
+        let Level { alpha, noise } = self;
+        match prediction {
+            Prediction::Epsilon => [0.0, 1.0],
+            Prediction::Velocity => [noise, alpha],
+            Prediction::Sample => [1.0 / noise, -alpha / noise],
+            Prediction::Flow => [1.0, 1.0 - noise],
+        }
+    }
+
+    /// A row at this level that so far leaves the state as it is.
+    pub(super) fn row(self, time: f64, estimate: [f64; 2]) -> Row {
+        let flow = Flow::of(self, estimate);
+        Row {
+            time,
+            level: self,
+            input_scale: 1.0,
+            estimate,
+            state: 1.0,
+            output: 0.0,
+            estimates: vec![0.0],
+            noise: 0.0,
+            flow,
+        }
+    }
+}
+
+impl Flow {
+    /// The coordinates of a flow at a noise level, where the estimate of the clean sample is `u·x + w·m`.
+    pub(super) fn of(level: Level, [u, w]: [f64; 2]) -> Flow {
+        let Level { alpha, noise } = level;
+        let ratio = alpha / noise + 1.0;
+        Flow { scale: 1.0 / (alpha + noise), flow: [1.0 / noise - ratio * u, -ratio * w] }
+    }
+}
