@@ -40,4 +40,4 @@ pub use pipeline::{PassRecord, Selection};
 pub use report::Report;
 pub use run_options::RunOptions;
 pub use runner::{Host, set_host};
-pub use sampler::{Eyes, SamplerDone, SamplerOptions, SamplerReport, SamplerSide, Search, Tune, compile};
+pub use sampler::{ImageReference, SamplerDone, SamplerOptions, SamplerReport, SamplerSide, Search, Tune, compile};

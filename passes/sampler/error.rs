@@ -1,5 +1,6 @@
 //! Why no sampler can be made.
 
+use super::methods::OptionError;
 use lathe_analysis::EvaluateError;
 
 /// What is wrong with the description of a sampler, the plan or the denoiser.
@@ -21,6 +22,9 @@ pub enum Error {
     /// The plan cannot be carried out.
     #[error("{0}")]
     Plan(String),
+    /// A method, or an option of one, cannot be read.
+    #[error(transparent)]
+    Options(#[from] OptionError),
     /// The inputs of the denoiser are not what a sampler needs.
     #[error("{0}")]
     Roles(String),

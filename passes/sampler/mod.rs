@@ -29,7 +29,7 @@ pub use error::Error;
 pub use plan::{Adaptive, Key, Kind, Mode, Pass, Ref, StepPlan, Substitution, Terms};
 pub use reference::{Sampled, sample};
 pub use request::{Request, Steps};
-pub use roles::{Condition, Roles, Uncond, Wishes};
+pub use roles::{Condition, RoleOptions, Roles, Uncond};
 pub use row::{Flow, Level, Prediction, Row};
 pub use schedule::Schedule;
 pub use scheduler::{

@@ -190,12 +190,12 @@ pub fn within(errors: &[Vec<f64>], cost: StepCost, budget: f64, bounds: Bounds) 
 /// Moves computed steps to neighbours as long as that lowers a measured loss, with at most `evaluations` measurements.
 ///
 /// `measure` gets a mask of as many computed steps. Returns the best mask and its loss.
-pub fn refine(
+pub fn refine<E>(
     computed: Vec<bool>,
     bounds: Bounds,
     evaluations: usize,
-    measure: &mut dyn FnMut(&[bool]) -> Result<f64, Error>,
-) -> Result<(Vec<bool>, f64), Error> {
+    measure: &mut dyn FnMut(&[bool]) -> Result<f64, E>,
+) -> Result<(Vec<bool>, f64), E> {
     let steps = computed.len();
     let mut left = evaluations.saturating_sub(1);
     let mut loss = measure(&computed)?;
@@ -341,7 +341,7 @@ mod tests {
             let inner: Vec<usize> = (1..7).filter(|&i| mask[i]).collect();
             Ok(inner.iter().zip([3, 5]).map(|(&a, b): (&usize, usize)| a.abs_diff(b) as f64).sum())
         };
-        let (mask, loss) = refine(start.clone(), bounds, 100, &mut measure).unwrap();
+        let (mask, loss) = refine::<Error>(start.clone(), bounds, 100, &mut measure).unwrap();
         assert_eq!((told(&mask).as_str(), loss), ("x..x.x.x", 0.0));
         assert!(asked < 100);
         let mut asked = 0;
@@ -349,7 +349,7 @@ mod tests {
             asked += 1;
             Ok(1.0)
         };
-        refine(start, bounds, 2, &mut count).unwrap();
+        refine::<Error>(start, bounds, 2, &mut count).unwrap();
         assert_eq!(asked, 2);
     }
 }

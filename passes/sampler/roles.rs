@@ -50,7 +50,7 @@ const TIME_NAMES: &[&str] = &["timestep", "timesteps", "time_step", "time", "t",
 /// What the user said about roles: `latent=x`, `time=t`, `time-scale=0.001`, `output=eps`, `cond=label`,
 /// `uncond:label=10`, `uncond:label=input`.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Wishes {
+pub struct RoleOptions {
     latent: Option<String>,
     time: Option<String>,
     time_scale: Option<f64>,
@@ -59,23 +59,23 @@ pub struct Wishes {
     uncond: Vec<(String, Uncond)>,
 }
 
-impl Wishes {
+impl RoleOptions {
     /// Reads what the user said.
-    pub fn parse(texts: &[String]) -> Result<Wishes, Error> {
-        let mut wishes = Wishes::default();
+    pub fn parse(texts: &[String]) -> Result<RoleOptions, Error> {
+        let mut options = RoleOptions::default();
         for text in texts {
             let wrong =
                 |expected: &str| Error::Roles(format!("`{text}` says nothing about a role, expected {expected}"));
             let (role, value) =
                 text.split_once('=').filter(|(_, v)| !v.is_empty()).ok_or_else(|| wrong("ROLE=NAME"))?;
             match role {
-                "latent" => wishes.latent = Some(value.to_owned()),
-                "time" => wishes.time = Some(value.to_owned()),
-                "output" => wishes.output = Some(value.to_owned()),
-                "cond" => wishes.conditions.push(value.to_owned()),
+                "latent" => options.latent = Some(value.to_owned()),
+                "time" => options.time = Some(value.to_owned()),
+                "output" => options.output = Some(value.to_owned()),
+                "cond" => options.conditions.push(value.to_owned()),
                 "time-scale" => {
                     let scale = value.parse().ok().filter(|s: &f64| s.is_finite() && *s != 0.0);
-                    wishes.time_scale = Some(scale.ok_or_else(|| wrong("time-scale=NUMBER"))?);
+                    options.time_scale = Some(scale.ok_or_else(|| wrong("time-scale=NUMBER"))?);
                 }
                 _ => {
                     let name = role
@@ -84,11 +84,11 @@ impl Wishes {
                     let constant = || value.parse().ok().filter(|v: &f64| v.is_finite()).map(Uncond::Constant);
                     let uncond = if value == "input" { Some(Uncond::Input) } else { constant() };
                     let uncond = uncond.ok_or_else(|| wrong("uncond:NAME=NUMBER or uncond:NAME=input"))?;
-                    wishes.uncond.push((name.to_owned(), uncond));
+                    options.uncond.push((name.to_owned(), uncond));
                 }
             }
         }
-        Ok(wishes)
+        Ok(options)
     }
 }
 
@@ -122,7 +122,7 @@ fn choose(graph: &Graph, candidates: &[ValueId], names: &[&str]) -> Option<Value
 
 impl Roles {
     /// Finds out what the inputs are. What the user said comes first, then shapes, then names.
-    pub fn infer(model: &Model, wishes: &Wishes) -> Result<Roles, Error> {
+    pub fn infer(model: &Model, options: &RoleOptions) -> Result<Roles, Error> {
         let graph = &model.graph;
         let inputs: Vec<ValueId> =
             graph.main().inputs().iter().copied().filter(|&v| graph.value(v).initializer().is_none()).collect();
@@ -133,19 +133,19 @@ impl Roles {
             found.ok_or_else(|| Error::Roles(format!("the denoiser has no input `{wanted}`, it has {listed}")))
         };
         let outputs = graph.main().outputs();
-        let output = match &wishes.output {
+        let output = match &options.output {
             None => outputs.first().copied(),
             Some(wanted) => outputs.iter().find(|&&v| name(graph, v) == wanted).copied(),
         };
         let output = output.ok_or_else(|| {
-            Error::Roles(format!("the denoiser has no output `{}`", wishes.output.as_deref().unwrap_or_default()))
+            Error::Roles(format!("the denoiser has no output `{}`", options.output.as_deref().unwrap_or_default()))
         })?;
         let unclear = |what: &str| {
             Error::Roles(format!(
                 "which input is the {what} is not clear, --io {what}=NAME says it; there are {listed}"
             ))
         };
-        let latent = match &wishes.latent {
+        let latent = match &options.latent {
             Some(wanted) => find(wanted)?,
             None => {
                 let fits = |v: &ValueId| {
@@ -154,17 +154,18 @@ impl Roles {
                     let floats = elem(graph, *v).is_none_or(DataType::is_float);
                     floats && shapes.is_none_or(|(a, b)| wide(a) && alike(a, b))
                 };
-                let taken = |v: &&ValueId| !wishes.conditions.iter().chain(&wishes.time).any(|n| n == name(graph, **v));
+                let taken =
+                    |v: &&ValueId| !options.conditions.iter().chain(&options.time).any(|n| n == name(graph, **v));
                 let candidates: Vec<ValueId> = inputs.iter().filter(taken).copied().filter(fits).collect();
                 choose(graph, &candidates, LATENT_NAMES).ok_or_else(|| unclear("latent"))?
             }
         };
-        let time = match &wishes.time {
+        let time = match &options.time {
             Some(wanted) => find(wanted)?,
             None => {
                 let fits = |v: &ValueId| {
                     *v != latent
-                        && !wishes.conditions.iter().any(|n| n == name(graph, *v))
+                        && !options.conditions.iter().any(|n| n == name(graph, *v))
                         && shape(graph, *v).is_none_or(|s| s.dims.len() <= 2)
                 };
                 let candidates: Vec<ValueId> = inputs.iter().copied().filter(fits).collect();
@@ -174,20 +175,20 @@ impl Roles {
         if latent == time {
             return Err(Error::Roles(format!("`{}` cannot be both latent and time", name(graph, latent))));
         }
-        for wanted in wishes.conditions.iter().chain(wishes.uncond.iter().map(|(name, _)| name)) {
+        for wanted in options.conditions.iter().chain(options.uncond.iter().map(|(name, _)| name)) {
             let input = find(wanted)?;
             if input == latent || input == time {
                 return Err(Error::Roles(format!("`{wanted}` is the latent or the time, and no condition")));
             }
         }
         let condition = |&v: &ValueId| {
-            let said = wishes.uncond.iter().rev().find(|(n, _)| n == name(graph, v));
+            let said = options.uncond.iter().rev().find(|(n, _)| n == name(graph, v));
             Condition { name: name(graph, v).to_owned(), uncond: said.map_or(Uncond::Same, |(_, uncond)| *uncond) }
         };
         Ok(Roles {
             latent: name(graph, latent).to_owned(),
             time: name(graph, time).to_owned(),
-            time_scale: wishes.time_scale.unwrap_or(1.0),
+            time_scale: options.time_scale.unwrap_or(1.0),
             conditions: inputs.iter().filter(|&&v| v != latent && v != time).map(condition).collect(),
             output: name(graph, output).to_owned(),
         })
@@ -226,7 +227,7 @@ mod tests {
     fn infer(signature: &str, said: &[&str]) -> Result<Roles, Error> {
         let model = text::parse(&format!("g ({signature}) => (float[n,4,8,8] out) {{ out = Identity (a) }}")).unwrap();
         let said: Vec<String> = said.iter().map(|&s| s.to_owned()).collect();
-        Roles::infer(&model, &Wishes::parse(&said)?)
+        Roles::infer(&model, &RoleOptions::parse(&said)?)
     }
 
     #[test]

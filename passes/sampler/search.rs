@@ -43,10 +43,10 @@ impl Candidate {
     }
 }
 
-/// Says how good candidates are.
-pub trait Scorer {
+/// Says how good candidates are. `E` is why it cannot.
+pub trait Scorer<E = Error> {
     /// A distance from what is wanted; smaller is better. Not a number counts as worst.
-    fn score(&mut self, candidate: &Candidate) -> Result<f64, Error>;
+    fn score(&mut self, candidate: &Candidate) -> Result<f64, E>;
 }
 
 /// How to search.
@@ -88,21 +88,21 @@ const RISE: f64 = 5.0;
 ///
 /// In a first stage only timesteps change, until the best candidate stays or some generations have passed; in a second
 /// one, more and more layers may be left out. `tell` hears of every score, with the best so far.
-pub fn search(
+pub fn search<E: From<Error>>(
     options: &SearchOptions,
     seeds: &[Candidate],
-    scorer: &mut dyn Scorer,
+    scorer: &mut dyn Scorer<E>,
     tell: &mut dyn FnMut(usize, &Scored, &Scored),
-) -> Result<Vec<Scored>, Error> {
+) -> Result<Vec<Scored>, E> {
     if options.steps == 0 || options.steps > options.train || options.evaluations == 0 {
         let message = format!(
             "{} evaluations for {} of {} timesteps, expected at least one of each",
             options.evaluations, options.steps, options.train
         );
-        return Err(Error::Plan(message));
+        return Err(Error::Plan(message).into());
     }
     if let Some(bad) = seeds.iter().find(|s| !fits(s, options)) {
-        return Err(Error::Plan(format!("the search cannot start at `{}`", bad.key())));
+        return Err(Error::Plan(format!("the search cannot start at `{}`", bad.key())).into());
     }
     let size = (options.evaluations / 8).clamp(PARENTS.min(options.evaluations), POPULATION);
     let mut breeder = Breeder::new(options);
@@ -148,26 +148,26 @@ fn fits(candidate: &Candidate, options: &SearchOptions) -> bool {
 }
 
 /// Remembers scores, so that a candidate is scored once whoever asks.
-pub struct Remembering<'a> {
+pub struct Remembering<'a, E = Error> {
     known: BTreeMap<String, f64>,
-    scorer: &'a mut dyn Scorer,
+    scorer: &'a mut dyn Scorer<E>,
     /// Hears of every new score before it is used.
-    keep: &'a mut dyn FnMut(&str, f64) -> Result<(), Error>,
+    keep: &'a mut dyn FnMut(&str, f64) -> Result<(), E>,
 }
 
-impl<'a> Remembering<'a> {
+impl<'a, E> Remembering<'a, E> {
     /// Answers from `known` where it can, else from `scorer`, and tells `keep`.
     pub fn new(
         known: BTreeMap<String, f64>,
-        scorer: &'a mut dyn Scorer,
-        keep: &'a mut dyn FnMut(&str, f64) -> Result<(), Error>,
-    ) -> Remembering<'a> {
+        scorer: &'a mut dyn Scorer<E>,
+        keep: &'a mut dyn FnMut(&str, f64) -> Result<(), E>,
+    ) -> Remembering<'a, E> {
         Remembering { known, scorer, keep }
     }
 }
 
-impl Scorer for Remembering<'_> {
-    fn score(&mut self, candidate: &Candidate) -> Result<f64, Error> {
+impl<E> Scorer<E> for Remembering<'_, E> {
+    fn score(&mut self, candidate: &Candidate) -> Result<f64, E> {
         let key = candidate.key();
         if let Some(&score) = self.known.get(&key) {
             return Ok(score);

@@ -4,8 +4,8 @@
 
 use lathe_ir::{Model, ScopeId, Tensor, text};
 use lathe_passes::sampler::{
-    Adaptive, Condition, Form, Guidance, Kind, Mode, Pass, Ref, Request, Roles, Sampled, Sampler, Scale, Schedule,
-    Scheduler, StepPlan, Steps, Substitution, Table, Uncond, Wishes, emit, methods::easy, sample,
+    Adaptive, Condition, Form, Guidance, Kind, Mode, Pass, Ref, Request, RoleOptions, Roles, Sampled, Sampler, Scale,
+    Schedule, Scheduler, StepPlan, Steps, Substitution, Table, Uncond, emit, methods::easy, sample,
 };
 use serde_json::{Value, json};
 
@@ -61,8 +61,8 @@ impl Bench {
     /// A denoiser and a table, guided if a scale is given.
     fn new(graph: &str, table: Table, guided: Option<f64>) -> Bench {
         let denoiser = model(graph);
-        let wishes = if graph.contains("label") { vec!["uncond:label=2".to_owned()] } else { Vec::new() };
-        let roles = Roles::infer(&denoiser, &Wishes::parse(&wishes).unwrap()).unwrap();
+        let said = if graph.contains("label") { vec!["uncond:label=2".to_owned()] } else { Vec::new() };
+        let roles = Roles::infer(&denoiser, &RoleOptions::parse(&said).unwrap()).unwrap();
         let mode = if guided.is_some() { Mode::Guided } else { Mode::Conditional };
         let plan = StepPlan::plain("any", table.rows.iter().map(|r| r.time).collect(), mode);
         let guidance = Guidance { scale: Scale::Constant(guided.unwrap_or(1.0)), rescale: 0.0, batched: true };

@@ -4,8 +4,8 @@
 
 use lathe_ir::{Model, ScopeId, Tensor, text};
 use lathe_passes::sampler::{
-    Error, Form, Guidance, Kind, Mode, Request, Roles, Sampler, Scale, Scheduler, Sizes, StepPlan, Substitution, Table,
-    Up, Wishes, emit,
+    Error, Form, Guidance, Kind, Mode, Request, RoleOptions, Roles, Sampler, Scale, Scheduler, Sizes, StepPlan,
+    Substitution, Table, Up, emit,
     methods::{Bottleneck, Forecast, bottleneck, every, forecast},
     sample,
 };
@@ -85,7 +85,7 @@ impl Bench {
         let table = Table::staged(&scheduler, &request, &plan.grid, plan.sizes.as_ref().unwrap()).unwrap();
         let denoiser = text::parse(&graph()).unwrap_or_else(|error| panic!("{error}"));
         denoiser.check().unwrap();
-        let roles = Roles::infer(&denoiser, &Wishes::parse(&["uncond:label=2".to_owned()]).unwrap()).unwrap();
+        let roles = Roles::infer(&denoiser, &RoleOptions::parse(&["uncond:label=2".to_owned()]).unwrap()).unwrap();
         let guidance = Guidance { scale: Scale::Constant(2.0), rescale: 0.0, batched: true };
         let (count, noises) = (BATCH * 2 * SIDE * SIDE, table.noises());
         let inputs = vec![
@@ -368,7 +368,7 @@ fn what_cannot_have_several_sizes_is_refused() {
     );
     let masked = |bench: &mut Bench| {
         edit("label) =>", "label, float[n,1,h,w] mask) =>")(bench);
-        bench.roles = Roles::infer(&bench.denoiser, &Wishes::default()).unwrap();
+        bench.roles = Roles::infer(&bench.denoiser, &RoleOptions::default()).unwrap();
     };
     assert!(refused(&masked, Form::Unrolled).contains("the condition `mask` has the height or width of the latent"));
     assert!(

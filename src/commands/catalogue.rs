@@ -3,7 +3,7 @@
 use super::Answer;
 use crate::{Failure, cli::print};
 use clap::Args;
-use lathe_passes::{Info, Kind, PASSES, lossy::METHODS};
+use lathe_passes::{Info, Kind, PASSES, lossy::METHODS, sampler};
 use serde_json::json;
 use std::fmt::Write as _;
 
@@ -21,7 +21,7 @@ pub(crate) struct PassesArgs {
 /// Which pass to describe.
 #[derive(Debug, Args)]
 pub(crate) struct ExplainArgs {
-    /// The pass; with --markdown all of them without one.
+    /// The pass, or a method of `optimize sampler --plan`; with --markdown all passes without one.
     #[arg(required_unless_present = "markdown")]
     pass: Option<String>,
     /// As a chapter of the documentation.
@@ -77,6 +77,10 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<(), Failure> {
         print(&infos().map(chapter).collect::<String>());
         return Ok(());
     };
+    if let Some(method) = sampler::methods::METHODS.iter().find(|method| method.name == name) {
+        print(&method_page(method));
+        return Ok(());
+    }
     let Some(info) = infos().find(|i| i.name == name) else {
         return Err(Failure::Usage(format!("there is no pass `{name}`; `optimize passes` lists them")));
     };
@@ -102,6 +106,18 @@ fn page(info: &Info) -> String {
     out
 }
 
+/// A method of `optimize sampler`.
+fn method_page(method: &sampler::methods::Method) -> String {
+    let (name, source) = (method.name, method.source);
+    let mut out = format!("{name}: {}\n\n{}\n\nSource: {source}.\n", method.summary, method.doc);
+    for option in method.options {
+        let default = if option.default.is_empty() { "none" } else { option.default };
+        let _ =
+            writeln!(out, "\n--plan {name}:{}=… ({}, default {default})\n    {}", option.name, option.unit, option.doc);
+    }
+    out
+}
+
 /// The page as a chapter of the documentation. What reads as markup there is code here.
 fn chapter(info: &Info) -> String {
     let plain = |text: &str| text.replace('|', "\\|").replace('<', "&lt;");
@@ -123,4 +139,20 @@ fn chapter(info: &Info) -> String {
 fn capital(text: &str) -> String {
     let mut letters = text.chars();
     letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_method_of_samplers_is_explained_with_its_options() {
+        let methods = sampler::methods::METHODS;
+        assert!(methods.iter().all(|method| infos().all(|info| info.name != method.name)), "a name means one thing");
+        let gate = methods.iter().find(|method| method.name == "gate").unwrap();
+        let page = method_page(gate);
+        assert!(page.starts_with("gate: ends guidance\n\n") && page.contains("arXiv:2312.12487"), "{page}");
+        assert!(page.contains("\n--plan gate:threshold=… (a number, default 0.99)\n"), "{page}");
+        assert!(page.contains("\n--plan gate:at=… (a number, default none)\n"), "{page}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::Answer;
 use crate::{
-    Eyes, Failure, SamplerDone, SamplerOptions, Search, Tune,
+    Failure, ImageReference, SamplerDone, SamplerOptions, Search, Tune,
     cli::{TalkArgs, print, say},
     progress::Meter,
     run_options::RunArgs,
@@ -11,7 +11,8 @@ use crate::{
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lathe_passes::sampler::{
-    Adaptive, Form, Guidance, Mode, Request, Scale, Solver, StepPlan, Steps, Table, Wishes, solver_names,
+    Adaptive, Form, Guidance, Mode, Request, RoleOptions, Scale, Solver, StepPlan, Steps, Table, methods::METHODS,
+    solver_names,
 };
 use lathe_runtime::{Listener, SetSpec};
 use serde_json::Value;
@@ -95,10 +96,7 @@ pub(crate) struct SamplerArgs {
     /// For --form adaptive: last steps that are always computed, 1 unless given.
     #[arg(long, value_name = "N", conflicts_with = "plan")]
     tail: Option<usize>,
-    /// A step plan: a .json file; `auto` with --latency; or methods by name, on --steps: gate:at=30+forecast:every=2. They
-    /// are bottleneck, gate, linear-guidance, delta, arms, stack, forecast, deep, rehash, dual, easy and sada; bottleneck
-    /// goes through sizes of the latent (sizes=1/0.5/1,ends=4/16/21,up=linear), whose height and width must be open.
-    #[arg(long, value_name = "PLAN")]
+    #[arg(long, value_name = "PLAN", help = plan_help())]
     plan: Option<String>,
     /// For --plan auto: the share of the time of the plain loop that is left.
     #[arg(long, value_name = "R")]
@@ -195,17 +193,17 @@ fn tune(args: &SamplerArgs) -> Result<Option<Tune>, Failure> {
     }
     Ok(Some(match (plan.as_str(), args.latency) {
         ("auto", Some(latency)) => {
-            let eyes = search.reference.as_ref().zip(search.real.as_ref()).map(|(reference, real)| Eyes {
-                reference: reference.clone(),
+            let images = search.reference.as_ref().zip(search.real.as_ref()).map(|(reference, real)| ImageReference {
+                network: reference.clone(),
                 real: SetSpec::all(real),
-                draws: search.draws,
+                samples: search.draws,
             });
-            if search.reference.is_some() && eyes.is_none() {
+            if search.reference.is_some() && images.is_none() {
                 return usage(
                     "with --plan auto, --reference needs --real: sets are held against real images".to_owned(),
                 );
             }
-            Tune::Auto { latency, eyes }
+            Tune::Auto { latency, images }
         }
         ("auto", None) => return usage("--plan auto needs --latency, the share of time that is left".to_owned()),
         _ => Tune::Methods(plan.clone()),
@@ -227,9 +225,24 @@ fn solver(name: &str) -> Result<&'static dyn Solver, UnknownSolver> {
 struct UnknownSolver;
 
 fn solver_help() -> String {
-    let mut names = solver_names();
-    let last = names.pop().unwrap_or_default();
-    format!("Use this solver instead of the one that the configuration names: {} or {last}", names.join(", "))
+    format!("Use this solver instead of the one that the configuration names: {}", listed(&solver_names(), "or"))
+}
+
+fn plan_help() -> String {
+    let names: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
+    format!(
+        "A step plan: a .json file; `auto` with --latency; or methods by name, on --steps: gate:at=30+forecast:every=2. \
+         They are {}; `optimize explain METHOD` describes one",
+        listed(&names, "and")
+    )
+}
+
+/// `a, b and c`.
+fn listed(names: &[&str], last: &str) -> String {
+    match names.split_last() {
+        Some((end, names)) if !names.is_empty() => format!("{} {last} {end}", names.join(", ")),
+        _ => names.concat(),
+    }
 }
 
 pub(crate) fn run(args: &SamplerArgs, command: &[OsString]) -> Result<(), Failure> {
@@ -317,7 +330,7 @@ fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Resu
         plan,
         tune,
         guidance,
-        wishes: Wishes::parse(&args.io)?,
+        roles: RoleOptions::parse(&args.io)?,
         form: match args.form {
             FormArg::Auto => None,
             FormArg::Unrolled => Some(Form::Unrolled),

@@ -9,7 +9,7 @@ use crate::{
     report::{OutputLine, Verify},
     run_options::RunArgs,
     runner::Runner,
-    sampler::{self, FEWEST, SamplerPair},
+    sampler::{self, LEAST_SEEDS, SamplerComparison},
     validate::{self, Bound, significant},
 };
 use anyhow::anyhow;
@@ -128,14 +128,14 @@ fn samplers(args: &VerifyArgs, seeds: usize, progress: Listener) -> Result<Answe
             return usage(format!("--metric {other} is about a set; samplers are held to rel-l2, psnr or ssim"));
         }
     };
-    let least = if args.features.is_some() { FEWEST } else { 1 };
+    let least = if args.features.is_some() { LEAST_SEEDS } else { 1 };
     if seeds < least {
         return usage(format!("--seeds is {seeds}, expected at least {least}"));
     }
     if args.max_drop.is_some_and(f64::is_nan) {
         return usage("--max-drop is no number".to_owned());
     }
-    let pair = SamplerPair {
+    let pair = SamplerComparison {
         a: args.a.clone(),
         b: args.b.clone(),
         seeds,

@@ -1,11 +1,11 @@
 //! A compiled sampler beside the loop that it replaces.
 
-use super::{Job, evaluator::Evaluator, seeded_inputs::SCALE};
+use super::{Job, evaluator::Evaluator, seeded_inputs::LoopInputs};
 use crate::{Failure, job, report::Verify, runner::Runner};
 use anyhow::{Context as _, anyhow};
-use lathe_analysis::{Evaluate as _, Random};
+use lathe_analysis::Evaluate as _;
 use lathe_ir::{DataType, Model, Tensor, Type};
-use lathe_passes::sampler::{self, Guidance, Mode, Sampler, Scale, Sizes, StepPlan, Table, Uncond};
+use lathe_passes::sampler::{self, Guidance, Mode, Sampler, Scale, Sizes, StepPlan, Table};
 use lathe_runtime::{
     BenchInputs, BenchResult, BenchTask, Claim, Datum, InputSpec, LoadOptions, Progress, compare, default_rtol,
     generate, sizes_to_try,
@@ -83,40 +83,17 @@ pub(super) fn named(model: &Model, inputs: &[(String, Tensor)]) -> Vec<(String, 
 
 /// Seeded noise and conditions, for the sampler and the loop alike.
 fn inputs(job: &Job, sampler: &Sampler) -> Result<Vec<(String, Tensor)>, Failure> {
-    let options = job.options;
+    let run = &job.options.run.inputs;
     let make = |seed: u64| {
-        let spec = InputSpec { seed, ..options.run.inputs.clone() };
-        let sizes = sizes_to_try(job.drawn, &spec);
+        let spec = InputSpec { seed, ..run.clone() };
+        let sizes = sizes_to_try(job.sized, &spec);
         // The second sizes have a batch of several.
         let sizes = sizes.get(1).or(sizes.first()).ok_or_else(|| anyhow!("the denoiser accepts no sizes"))?;
-        generate(job.drawn, &spec, sizes).context("no inputs for the denoiser can be made up")
+        generate(job.sized, &spec, sizes).context("no inputs for the denoiser can be made up")
     };
-    let (given, others) = (make(options.run.inputs.seed)?, make(options.run.inputs.seed.wrapping_add(1))?);
-    let find = |from: &[(String, Tensor)], name: &str| {
-        let found = from.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor.clone());
-        found.ok_or_else(|| anyhow!("no value for `{name}` could be made up"))
-    };
-    let latent = find(&given, &sampler.roles.latent)?.dims().to_vec();
-    let normal = |name: &str, dims: &[usize]| {
-        let mut random = Random::named(options.run.inputs.seed, name);
-        let numbers: Vec<f32> = (0..dims.iter().product::<usize>()).map(|_| random.normal() as f32).collect();
-        (name.to_owned(), Tensor::from_f32s(dims, &numbers))
-    };
-    let mut inputs = vec![normal("noise", &latent)];
-    let noises = sampler.table.noises();
-    if noises > 0 {
-        inputs.push(normal("step_noise", &[&[noises], &latent[..]].concat()));
-    }
-    for condition in &sampler.roles.conditions {
-        inputs.push((condition.name.clone(), find(&given, &condition.name)?));
-        if condition.uncond == Uncond::Input {
-            inputs.push((format!("{}_uncond", condition.name), find(&others, &condition.name)?));
-        }
-    }
-    if sampler.guidance.scale == Scale::Input {
-        inputs.push(("guidance".to_owned(), Tensor::from_f32s(&[], &[SCALE])));
-    }
-    Ok(inputs)
+    let scale_is_input = sampler.guidance.scale == Scale::Input;
+    let inputs = LoopInputs { roles: sampler.roles, noises: sampler.table.noises(), scale_is_input };
+    Ok(inputs.from(run.seed, &make)?)
 }
 
 /// Runs the denoiser once at every size that steps have. Fails where it rejects one, or predicts another size.

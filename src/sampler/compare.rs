@@ -1,6 +1,6 @@
 //! Two samplers from the same noise: how far apart the samples of each seed are, and how far apart both sets are.
 
-use super::{evaluator::Evaluator, features::Extractor, seeded_inputs::Draws};
+use super::{evaluator::Evaluator, features::Extractor, seeded_inputs::SeededInputs};
 use crate::{Failure, RunOptions, runner::Runner, validate::significant};
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Model, Tensor};
@@ -24,11 +24,11 @@ const ROUNDS: usize = 1000;
 const LINES: usize = 256;
 const SUBSETS: usize = 20;
 /// Seeds that distances of sets need at least.
-pub(crate) const FEWEST: usize = 4;
+pub(crate) const LEAST_SEEDS: usize = 4;
 
 /// What to compare.
 #[derive(Debug, Clone)]
-pub(crate) struct SamplerPair {
+pub(crate) struct SamplerComparison {
     /// The reference.
     pub a: PathBuf,
     /// The candidate.
@@ -134,16 +134,16 @@ pub(crate) struct Compared {
 }
 
 /// A sampler on disk.
-pub(super) struct Drawer<'a> {
+pub(super) struct SamplerFile<'a> {
     path: PathBuf,
     model: Model,
     runner: &'a Runner,
     load: LoadOptions,
 }
 
-impl<'a> Drawer<'a> {
+impl<'a> SamplerFile<'a> {
     /// Reads a sampler; another model is a usage error.
-    pub fn open(path: &Path, runner: &'a Runner, load: &LoadOptions) -> Result<Drawer<'a>, Failure> {
+    pub fn open(path: &Path, runner: &'a Runner, load: &LoadOptions) -> Result<SamplerFile<'a>, Failure> {
         let model = Model::read(path).with_context(|| format!("cannot use `{}`", path.display()))?.model;
         let graph = &model.graph;
         let name = |v: &lathe_ir::ValueId| graph.value(*v).name.as_str();
@@ -155,18 +155,18 @@ impl<'a> Drawer<'a> {
             );
             return Err(Failure::Usage(message));
         }
-        Ok(Drawer { path: path.to_owned(), model, runner, load: LoadOptions { optimize: true, ..load.clone() } })
+        Ok(SamplerFile { path: path.to_owned(), model, runner, load: LoadOptions { optimize: true, ..load.clone() } })
     }
 
     /// Inputs as this sampler takes them.
-    pub fn draws(&self, inputs: &InputSpec) -> Result<Draws<'_>, Failure> {
-        Draws::new(&self.model, "noise", inputs)
+    pub fn seeded(&self, inputs: &InputSpec) -> Result<SeededInputs<'_>, Failure> {
+        SeededInputs::new(&self.model, "noise", inputs)
     }
 
     /// The samples of several ranges, one tensor for each.
-    pub fn samples(&self, draws: &Draws, ranges: &[Range<usize>]) -> Result<Vec<Tensor>, Failure> {
-        let inputs: Result<Vec<_>, _> = ranges.iter().map(|r| draws.of_sampler(&self.model, r.clone())).collect();
-        let outputs = self.runner.child().run_file(&self.path, &inputs?, &self.load)?;
+    pub fn samples(&self, inputs: &SeededInputs, ranges: &[Range<usize>]) -> Result<Vec<Tensor>, Failure> {
+        let all: Result<Vec<_>, _> = ranges.iter().map(|r| inputs.of_sampler(&self.model, r.clone())).collect();
+        let outputs = self.runner.child().run_file(&self.path, &all?, &self.load)?;
         let sample = |outputs: Vec<(String, Tensor)>| {
             let found = outputs.into_iter().find(|(name, _)| name == "sample").map(|(_, tensor)| tensor);
             found.ok_or_else(|| Failure::Error(anyhow!("`{}` gives no `sample`", self.path.display())))
@@ -176,19 +176,19 @@ impl<'a> Drawer<'a> {
 }
 
 /// Ranges of samples that run together, in groups that are sent together.
-pub(super) fn groups(draws: &Draws, samples: Range<usize>, noises: usize) -> Vec<Vec<Range<usize>>> {
-    let batch = draws.batch(BATCH.min(samples.len().max(1)));
-    let together = (MOST_SENT / (batch * draws.bytes() * (1 + noises)).max(1)).max(1);
+pub(super) fn batches(inputs: &SeededInputs, samples: Range<usize>, noises: usize) -> Vec<Vec<Range<usize>>> {
+    let batch = inputs.batch(BATCH.min(samples.len().max(1)));
+    let together = (MOST_SENT / (batch * inputs.bytes() * (1 + noises)).max(1)).max(1);
     let runs: Vec<Range<usize>> = samples.step_by(batch).map(|start| start..start + batch).collect();
     runs.chunks(together).map(<[_]>::to_vec).collect()
 }
 
 /// Draws from two samplers with the same seeds and compares. A candidate that does not run is refused.
-pub(crate) fn compare_samplers(pair: &SamplerPair) -> Result<Compared, Failure> {
+pub(crate) fn compare_samplers(pair: &SamplerComparison) -> Result<Compared, Failure> {
     let (load, seed) = (&pair.run.load, pair.run.inputs.seed);
     let runner = Runner::new(&pair.run)?;
-    let (a, b) = (Drawer::open(&pair.a, &runner, load)?, Drawer::open(&pair.b, &runner, load)?);
-    let draws = a.draws(&pair.run.inputs)?;
+    let (a, b) = (SamplerFile::open(&pair.a, &runner, load)?, SamplerFile::open(&pair.b, &runner, load)?);
+    let inputs = a.seeded(&pair.run.inputs)?;
     let evaluator = Evaluator::fast(&runner, load);
     let extractor = pair.features.as_ref().map(|path| Extractor::read(path, &evaluator)).transpose()?;
     let mut notes = Vec::new();
@@ -199,9 +199,10 @@ pub(crate) fn compare_samplers(pair: &SamplerPair) -> Result<Compared, Failure> 
     let mut all: Vec<Pair> = Vec::new();
     let mut seen = [Features::new(), Features::new()];
     let mut looks: Vec<f64> = Vec::new();
-    for group in groups(&draws, 0..pair.seeds, noises[0].max(noises[1])) {
-        let ours = a.samples(&draws, &group).map_err(|e| Failure::Error(anyhow!("`{}`: {e}", pair.a.display())))?;
-        let theirs = b.samples(&draws, &group).map_err(|e| Failure::Refused(format!("`{}`: {e}", pair.b.display())))?;
+    for group in batches(&inputs, 0..pair.seeds, noises[0].max(noises[1])) {
+        let ours = a.samples(&inputs, &group).map_err(|e| Failure::Error(anyhow!("`{}`: {e}", pair.a.display())))?;
+        let theirs =
+            b.samples(&inputs, &group).map_err(|e| Failure::Refused(format!("`{}`: {e}", pair.b.display())))?;
         for ((x, y), range) in ours.iter().zip(&theirs).zip(&group) {
             let left = pair.seeds - range.start;
             let (x, y) = (first(x, left)?, first(y, left)?);
@@ -281,8 +282,8 @@ fn not_finite(samples: &Tensor) -> Option<usize> {
 
 fn distances(seen: &[Features; 2], paired: Spread, seed: u64) -> Result<FeatureDistances, FeatureError> {
     let count = seen[0].len() / 2;
-    if count * 2 < FEWEST {
-        return Err(FeatureError::Few { found: seen[0].len(), expected: FEWEST });
+    if count * 2 < LEAST_SEEDS {
+        return Err(FeatureError::Few { found: seen[0].len(), expected: LEAST_SEEDS });
     }
     let halves = |of: &Features| [0..count, count..2 * count].map(|half| of.select(&half.collect::<Vec<_>>()));
     let ([a, c], [b, d]) = (halves(&seen[0]), halves(&seen[1]));

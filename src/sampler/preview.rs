@@ -5,8 +5,8 @@ use super::{
     check::named,
     evaluator::Evaluator,
     picture::{self, Half},
-    seeded_inputs::{Draws, SCALE},
-    tune,
+    seeded_inputs::{SCALE, SeededInputs},
+    steps, tune,
 };
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
@@ -45,7 +45,7 @@ pub(super) fn full(asked: &SamplerOptions, scheduler: &Scheduler) -> Result<Tabl
         (None, Some(plan)) if plan.sizes.is_some() => {
             Request { steps: Steps::Count(plan.grid.len()), ..asked.request.clone() }
         }
-        (None, Some(_)) => super::request(asked, scheduler)?,
+        (None, plan @ Some(_)) => steps::request(asked, plan.as_ref(), scheduler)?,
         _ => asked.request.clone(),
     };
     Ok(Table::new(scheduler, &request)?)
@@ -58,20 +58,20 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
     let plan = StepPlan::plain("", full.rows.iter().map(|row| row.time).collect(), mode);
     let whole = Sampler { table: full, plan: &plan, ..*sampler };
     let written = Model::read(path).context("the sampler that was written cannot be read")?.model;
-    let draws = Draws::new(job.drawn, &roles.latent, &options.run.inputs)?;
+    let seeded = SeededInputs::new(job.sized, &roles.latent, &options.run.inputs)?;
     let evaluator = Evaluator::fast(job.runner, &options.run.load);
     let load = LoadOptions { optimize: true, ..options.run.load.clone() };
     let (mut left, mut right) = (Half::default(), Half::default());
-    let (count, batch) = (picture::ROWS * picture::COLUMNS, draws.batch(picture::ROWS * picture::COLUMNS));
+    let (count, batch) = (picture::ROWS * picture::COLUMNS, seeded.batch(picture::ROWS * picture::COLUMNS));
     for start in (0..count).step_by(batch) {
         let samples = start..start + batch;
-        let mut inputs = vec![("noise".to_owned(), draws.noise(samples.clone()))];
+        let mut inputs = vec![("noise".to_owned(), seeded.noise(samples.clone()))];
         for condition in &roles.conditions {
             let none = if let Uncond::Constant(none) = condition.uncond { Some(none) } else { None };
-            let value = draws.condition(&condition.name, samples.clone(), none)?;
+            let value = seeded.condition(&condition.name, samples.clone(), none)?;
             if condition.uncond == Uncond::Input {
                 // Another condition than that of the sample itself.
-                let other = draws.condition(&condition.name, start + count..start + count + batch, none)?;
+                let other = seeded.condition(&condition.name, start + count..start + count + batch, none)?;
                 inputs.push((format!("{}_uncond", condition.name), other));
             }
             inputs.push((condition.name.clone(), value));
@@ -82,7 +82,7 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
         let with_noise = |steps: usize| {
             let mut all = inputs.clone();
             if steps > 0 {
-                all.push(("step_noise".to_owned(), draws.step_noise(steps, samples.clone())));
+                all.push(("step_noise".to_owned(), seeded.step_noise(steps, samples.clone())));
             }
             all
         };

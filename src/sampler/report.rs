@@ -1,9 +1,15 @@
 //! The report of a compiled sampler. The names are a contract with other programs; parts are those of the main report.
 
-use crate::report::{PassLine, Side, Verify, mib};
+use super::Compiled;
+use crate::{
+    job,
+    report::{PassLine, Side, Verify, mib},
+};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use lathe_ir::{Model, ValueId};
+use lathe_passes::sampler::StepPlan;
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 
 /// The sampler that was written.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -19,6 +25,20 @@ pub struct SamplerSide {
     pub outputs: Vec<String>,
     /// Evaluations of the network that the plan makes at most; a guided step makes two.
     pub evaluations: usize,
+}
+
+impl SamplerSide {
+    /// A sampler that is written to `path` by a plan.
+    pub(super) fn of(path: &Path, compiled: &Compiled, plan: &StepPlan) -> SamplerSide {
+        let (model, written) = (&compiled.model, compiled.staged.written());
+        SamplerSide {
+            side: job::side(path, model, written.file_bytes + written.data_bytes),
+            form: compiled.form.name().to_owned(),
+            inputs: signature(model, model.graph.main().inputs()),
+            outputs: signature(model, model.graph.main().outputs()),
+            evaluations: plan.cfg.iter().map(|mode| mode.passes().len()).sum(),
+        }
+    }
 }
 
 /// Everything about one run.
@@ -60,7 +80,7 @@ impl SamplerReport {
 }
 
 /// Values with their types: `noise float[N, 1, 28, 28]`.
-pub(super) fn signature(model: &Model, values: &[ValueId]) -> Vec<String> {
+fn signature(model: &Model, values: &[ValueId]) -> Vec<String> {
     let line = |&value: &ValueId| {
         let value = model.graph.value(value);
         let elem = value.ty.as_ref().and_then(|t| t.elem()).map_or("?", |elem| elem.name());

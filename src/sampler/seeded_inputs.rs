@@ -4,6 +4,7 @@ use crate::Failure;
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::Random;
 use lathe_ir::{Dim, Model, Tensor, Type};
+use lathe_passes::sampler::{Roles, Uncond};
 use lathe_runtime::{InputSpec, Sizes, classes, generate, required_inputs, sizes_to_try};
 use std::ops::Range;
 
@@ -17,8 +18,52 @@ pub(super) fn step_noises(sampler: &Model) -> Option<usize> {
     usize::try_from(dims.first()?.known()?).ok()
 }
 
-/// Makes inputs of a sampler, or of the denoiser that it is made of.
-pub(super) struct Draws<'a> {
+/// What a sampling loop takes besides the denoiser: noise, conditions and, where that is an input, the scale of guidance.
+pub(super) struct LoopInputs<'a> {
+    pub roles: &'a Roles,
+    /// How many steps add noise.
+    pub noises: usize,
+    pub scale_is_input: bool,
+}
+
+impl LoopInputs<'_> {
+    /// The inputs of a seed. `make` makes up inputs of the denoiser; those of the seed after it are what conditions are
+    /// where there is none.
+    pub fn from(
+        &self,
+        seed: u64,
+        make: &dyn Fn(u64) -> anyhow::Result<Vec<(String, Tensor)>>,
+    ) -> anyhow::Result<Vec<(String, Tensor)>> {
+        let (given, others) = (make(seed)?, make(seed.wrapping_add(1))?);
+        let find = |from: &[(String, Tensor)], name: &str| {
+            let found = from.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor.clone());
+            found.ok_or_else(|| anyhow!("no value for `{name}` could be made up"))
+        };
+        let latent = find(&given, &self.roles.latent)?.dims().to_vec();
+        let normal = |name: &str, dims: &[usize]| {
+            let mut random = Random::named(seed, name);
+            let numbers: Vec<f32> = (0..dims.iter().product::<usize>()).map(|_| random.normal() as f32).collect();
+            (name.to_owned(), Tensor::from_f32s(dims, &numbers))
+        };
+        let mut inputs = vec![normal("noise", &latent)];
+        if self.noises > 0 {
+            inputs.push(normal("step_noise", &[&[self.noises], &latent[..]].concat()));
+        }
+        for condition in &self.roles.conditions {
+            inputs.push((condition.name.clone(), find(&given, &condition.name)?));
+            if condition.uncond == Uncond::Input {
+                inputs.push((format!("{}_uncond", condition.name), find(&others, &condition.name)?));
+            }
+        }
+        if self.scale_is_input {
+            inputs.push(("guidance".to_owned(), Tensor::from_f32s(&[], &[SCALE])));
+        }
+        Ok(inputs)
+    }
+}
+
+/// Makes inputs of a sampler, or of the denoiser that it is made of, sample by sample.
+pub(super) struct SeededInputs<'a> {
     model: &'a Model,
     spec: InputSpec,
     sizes: Sizes,
@@ -28,9 +73,9 @@ pub(super) struct Draws<'a> {
     fixed: Option<usize>,
 }
 
-impl<'a> Draws<'a> {
+impl<'a> SeededInputs<'a> {
     /// Inputs of `model`, whose noise has the shape of its input `latent`. `inputs` has the shapes of `--input-shape`.
-    pub fn new(model: &'a Model, latent: &str, inputs: &InputSpec) -> Result<Draws<'a>, Failure> {
+    pub fn new(model: &'a Model, latent: &str, inputs: &InputSpec) -> Result<SeededInputs<'a>, Failure> {
         let shapes = &inputs.shapes;
         let first = |name: &str| -> Option<Dim> {
             let value = model.graph.find_value(name)?;
@@ -54,7 +99,7 @@ impl<'a> Draws<'a> {
         let dims = found.ok_or_else(|| anyhow!("the model has no input `{latent}`"))?;
         let (&whole, dims) = dims.split_first().ok_or_else(|| anyhow!("`{latent}` has no axes"))?;
         let fixed = if open(latent) { given } else { Some(whole) };
-        Ok(Draws { model, spec, sizes, dims: dims.to_vec(), fixed })
+        Ok(SeededInputs { model, spec, sizes, dims: dims.to_vec(), fixed })
     }
 
     /// Samples that run together: `most`, unless that is not free.

@@ -7,17 +7,15 @@ mod plan_runner;
 mod planner;
 mod search;
 
-pub use acceptance::Eyes;
+pub use acceptance::ImageReference;
 pub(super) use search::REFERENCE_STEPS;
 pub use search::Search;
 
-use super::{SamplerOptions, evaluator::Evaluator, likely_form, request, simplify};
-use crate::{Failure, job, runner::Runner};
-use anyhow::Context as _;
-use lathe_ir::Model;
-use lathe_passes::sampler::{Roles, Scheduler, StepPlan};
-use plan_compiler::Workshop;
-use plan_runner::Trial;
+use super::{SamplerOptions, denoiser::Denoiser, evaluator::Evaluator, form::likely_form, steps};
+use crate::{Failure, runner::Runner};
+use lathe_passes::sampler::{Scheduler, StepPlan};
+use plan_compiler::PlanCompiler;
+use plan_runner::PlanRunner;
 
 /// Where a plan comes from that no file holds.
 #[derive(Debug, Clone)]
@@ -31,43 +29,45 @@ pub enum Tune {
         /// The share.
         latency: f64,
         /// What sets of samples are held against besides.
-        eyes: Option<Eyes>,
+        images: Option<ImageReference>,
     },
 }
 
 /// Finds the plan that `tune` asks for, with a sentence where it is not what one would expect.
-pub(super) fn plan(options: &SamplerOptions, tune: &Tune) -> Result<(StepPlan, Option<String>), Failure> {
-    let (scheduler, _) = Scheduler::parse(&options.scheduler, options.solver)?;
-    let loaded = Model::read(&options.denoiser);
-    let mut original = loaded.with_context(|| format!("cannot use `{}`", options.denoiser.display()))?.model;
-    job::prepare(&mut original)?;
-    let roles = Roles::infer(&original, &options.wishes)?;
+pub(super) fn find_plan(
+    options: &SamplerOptions,
+    tune: &Tune,
+    scheduler: &Scheduler,
+    denoiser: &Denoiser,
+    runner: &Runner,
+) -> Result<(StepPlan, Option<String>), Failure> {
+    let roles = &denoiser.roles;
     if options.guidance.is_some() && !roles.guides() {
         let message = "guidance needs an unconditional pass; --io uncond:NAME=VALUE says what a condition is then";
         return Err(Failure::Usage(message.to_owned()));
     }
-    let runner = Runner::new(&options.run)?;
-    let (denoiser, _) = simplify(&original, &runner, &options.run.progress)?;
-    let evaluator = Evaluator::fast(&runner, &options.run.load);
-    let trial = Trial {
-        denoiser: &denoiser,
-        roles: &roles,
-        scheduler: &scheduler,
-        request: request(options, &scheduler)?,
+    let run = &options.run;
+    let simplified = denoiser.simplified(runner, &run.progress)?;
+    let evaluator = Evaluator::fast(runner, &run.load);
+    let plans = PlanRunner {
+        denoiser: &simplified.model,
+        roles,
+        scheduler,
+        request: steps::request(options, options.plan.as_ref(), scheduler)?,
         guidance: options.guidance,
-        inputs: &options.run.inputs,
+        inputs: &run.inputs,
         evaluator: &evaluator,
     };
     let (mut plan, sentence) = match tune {
-        Tune::Search(search) => (search::run(&trial, search, &options.run.progress)?, None),
-        Tune::Methods(text) => by_name::run(&trial, text)?,
-        Tune::Auto { latency, eyes } => {
-            let all = trial.plain(&trial.asked()?);
-            let form = options.form.unwrap_or_else(|| likely_form(&denoiser, &all, options.run.memory));
-            let shop = Workshop::new(&trial, &runner, &options.run.load, form)?;
-            planner::run(&trial, &shop, *latency, eyes.as_ref(), &options.run.progress)?
+        Tune::Search(search) => (search::find(&plans, search, &run.progress)?, None),
+        Tune::Methods(text) => by_name::find(&plans, text)?,
+        Tune::Auto { latency, images } => {
+            let all = plans.full_plan(&plans.table()?);
+            let form = options.form.unwrap_or_else(|| likely_form(&simplified.model, &all, run.memory));
+            let compiler = PlanCompiler::new(&plans, runner, &run.load, form)?;
+            planner::find(&compiler, *latency, images.as_ref(), &run.progress)?
         }
     };
-    plan.key = trial.key();
+    plan.key = plans.key();
     Ok((plan, sentence))
 }

@@ -4,11 +4,75 @@
 //! proportion to the side of the latent, as Esser et al. 2024, arXiv:2403.03206, shift them by resolution; the exact rule of
 //! the source was not seen.
 
-use crate::sampler::{
-    Error, Request, Schedule, Scheduler, Sizes, StepPlan, Table, Up,
-    sizes::{share, side_ratio},
-    solvers,
+use super::{Method, Options, PlanContext, Stages};
+use crate::{
+    Opt,
+    sampler::{
+        Error, Request, Schedule, Scheduler, Sizes, StepPlan, Table, Up,
+        sizes::{share, side_ratio},
+        solvers,
+    },
 };
+
+pub(super) const METHOD: Method = Method {
+    name: "bottleneck",
+    summary: "goes through the middle steps at a smaller size",
+    doc: "The latent is made smaller after the first stage of steps and larger again before the last. It needs a denoiser \
+          whose latent is `[n, c, h, w]` with open height and width, and `--input-shape` for the size of samples. It makes \
+          the steps that other methods then work on, so it comes first. Not for LCM and for `invert_sigmas`.",
+    options: &[
+        Opt {
+            name: "sizes",
+            unit: "numbers as 1/2/3",
+            default: "1/0.5/1",
+            doc: "shares of the sample's size, by stage",
+        },
+        Opt {
+            name: "ends",
+            unit: "numbers as 1/2/3",
+            default: "",
+            doc: "the steps after which stages end; of three stages as 4/16/21 of 21 unless given",
+        },
+        Opt { name: "up", unit: UPS, default: "linear", doc: "how latents grow" },
+    ],
+    stages: Stages::Any,
+    source: "Tian et al. 2025, Bottleneck Sampling, arXiv:2503.18940",
+    apply,
+};
+
+const UPS: &str = "nearest, linear, cubic or matched";
+
+fn apply(plan: &mut StepPlan, options: &Options, cx: &PlanContext) -> Result<(), Error> {
+    let steps = plan.grid.len();
+    let up: String = options.get("up")?;
+    let up = Up::from_name(&up).ok_or_else(|| options.wrong("up", &up, UPS))?;
+    let shares: Vec<f64> = options.several("sizes")?.unwrap_or_default();
+    let sizes = sizes(cx.calibration.sides()?, &shares)?;
+    let usual = if shares.len() == 3 { Bottleneck::usual_ends(steps) } else { None };
+    let ends = options.several("ends")?.or(usual).ok_or_else(|| {
+        let stages = shares.len();
+        Error::Plan(format!("bottleneck needs its option ends for {stages} stages of {steps} steps: 4/16/21"))
+    })?;
+    bottleneck(plan, cx.scheduler, cx.request, cx.table, &Bottleneck { sizes, ends, up })
+}
+
+/// Height and width of stages by their shares of those that samples have.
+fn sizes(full: [usize; 2], shares: &[f64]) -> Result<Vec<[usize; 2]>, Error> {
+    let side = |share: f64, whole: usize| {
+        let side = share * whole as f64;
+        let fits = side >= 1.0 && share <= 1.0 && side.fract() == 0.0;
+        fits.then_some(side as usize).ok_or_else(|| {
+            Error::Plan(format!(
+                "option sizes of bottleneck has {share} of {whole}, expected a whole number up to {whole}"
+            ))
+        })
+    };
+    if shares.last() != Some(&1.0) {
+        let message = "option sizes of bottleneck ends with 1, the size of the sample: 1/0.5/1";
+        return Err(Error::Plan(message.to_owned()));
+    }
+    shares.iter().map(|&share| Ok([side(share, full[0])?, side(share, full[1])?])).collect()
+}
 
 /// The stages.
 #[derive(Debug, Clone, PartialEq)]

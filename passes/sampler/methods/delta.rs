@@ -2,8 +2,47 @@
 //!
 //! Source: Chen et al. 2024, Δ-DiT, arXiv:2406.01125.
 
-use super::{Parts, substitute};
-use crate::sampler::{Error, Kind, StepPlan, Substitution};
+use super::{Method, Options, Parts, PlanContext, Stages, context::missing, substitute};
+use crate::{
+    Opt,
+    sampler::{Error, Kind, StepPlan, Substitution},
+};
+
+pub(super) const METHOD: Method = Method {
+    name: "delta",
+    summary: "keeps what a range of blocks added",
+    doc: "Some of the repeated blocks are left out at most steps: what they add to their stream is what they added at an \
+          earlier step. In early steps these are the last blocks, in late steps the first.",
+    options: &[
+        Opt {
+            name: "blocks",
+            unit: "a number",
+            default: "",
+            doc: "how many blocks; as many as `speed` needs unless given",
+        },
+        Opt { name: "speed", unit: "a number", default: "1.6", doc: "how many times as fast the network becomes" },
+        Opt { name: "every", unit: "a number", default: "2", doc: "one of so many steps is computed whole" },
+        Opt {
+            name: "switch",
+            unit: "a number",
+            default: "",
+            doc: "the step from which on the first blocks are left out; three fifths of all unless given",
+        },
+    ],
+    stages: Stages::One,
+    source: "Chen et al. 2024, Δ-DiT, arXiv:2406.01125",
+    apply,
+};
+
+fn apply(plan: &mut StepPlan, options: &Options, cx: &PlanContext) -> Result<(), Error> {
+    let steps = plan.grid.len();
+    let (every, speed) = (options.get("every")?, options.get("speed")?);
+    let fitted = Delta::for_speed(speed, cx.parts.blocks(), every, steps);
+    let blocks = options.optional("blocks")?.or(fitted.map(|d| d.blocks));
+    let blocks = blocks.ok_or_else(|| missing(METHOD.name, "more repeated blocks for that speed"))?;
+    let switch = options.optional("switch")?.unwrap_or(steps * 3 / 5);
+    delta(plan, cx.parts, &Delta { blocks, switch, every })
+}
 
 /// Which blocks are left out at which steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,8 +2,34 @@
 //!
 //! Source: Yu et al. 2025, DualFast, arXiv:2506.13058; the growth of the factor is a choice of this program.
 
-use super::substitute;
-use crate::sampler::{Error, Kind, Ref, StepPlan, Substitution};
+use super::{Method, Options, PlanContext, Stages, substitute};
+use crate::{
+    Opt,
+    sampler::{Error, Kind, Ref, StepPlan, Substitution},
+};
+
+pub(super) const METHOD: Method = Method {
+    name: "dual",
+    summary: "corrects a prediction by an earlier one",
+    doc: "A prediction moves away from an earlier one, by a factor that grows over the steps: the error of the network is \
+          smaller where there is more noise. No evaluation is saved; fewer steps become as good as more.",
+    options: &[
+        Opt { name: "most", unit: "a number", default: "0.3", doc: "the factor at the last step" },
+        Opt {
+            name: "first",
+            unit: "true or false",
+            default: "false",
+            doc: "whether the earlier prediction is that of the first step rather than of the step before",
+        },
+    ],
+    stages: Stages::One,
+    source: "Yu et al. 2025, DualFast, arXiv:2506.13058",
+    apply,
+};
+
+fn apply(plan: &mut StepPlan, options: &Options, cx: &PlanContext) -> Result<(), Error> {
+    dual(plan, &cx.parts.output, &Dual { most: options.get("most")?, first: options.get("first")? })
+}
 
 /// How strongly an earlier prediction counts against the current one.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -3,12 +3,51 @@
 //!
 //! Source: Zhou et al. 2025, EasyCache, arXiv:2507.02860.
 
-use super::substitute;
-use crate::sampler::{Adaptive, Error, Kind, Ref, StepPlan, Substitution, Table};
+use super::{Method, Options, PlanContext, Stages, substitute};
+use crate::{
+    Opt,
+    sampler::{Adaptive, Error, Kind, Ref, StepPlan, Substitution, Table},
+};
+
+pub(super) const METHOD: Method = Method {
+    name: "easy",
+    summary: "skips steps by EasyCache's rule, run ahead",
+    doc: "Steps at which the rule of the adaptive form computes nothing, in most runs of the plain loop, add to the latent \
+          what the network added at the last computed step. Where runs do not agree, `--form adaptive` lets each decide.",
+    options: &[
+        Opt {
+            name: "threshold",
+            unit: "a number",
+            default: "0.05",
+            doc: "the share of change at which a step is computed",
+        },
+        Opt { name: "warmup", unit: "a number", default: "5", doc: "first steps that are always computed" },
+        Opt { name: "tail", unit: "a number", default: "1", doc: "last steps that are always computed" },
+        Opt {
+            name: "share",
+            unit: "a number",
+            default: "0.3",
+            doc: "the share of runs that must want a step computed",
+        },
+    ],
+    stages: Stages::One,
+    source: "Zhou et al. 2025, EasyCache, arXiv:2507.02860",
+    apply,
+};
+
+fn apply(plan: &mut StepPlan, options: &Options, cx: &PlanContext) -> Result<(), Error> {
+    let rule =
+        Adaptive { threshold: options.get("threshold")?, warmup: options.get("warmup")?, tail: options.get("tail")? };
+    let runs: Vec<Vec<bool>> = cx.calibration.paths()?.iter().map(|p| follow(&rule, &p.states, &p.flows)).collect();
+    let (computed, agreement) = vote(&runs, options.get("share")?);
+    easy(plan, cx.table, cx.calibration.latent(), &cx.parts.output, &computed)?;
+    plan.evidence.insert("agreement".to_owned(), agreement.into());
+    Ok(())
+}
 
 /// Which steps the rule computes in one run that computed all: `states` and `flows` are, for every step, the latent and
 /// the prediction of the conditional pass in the coordinates of a flow.
-pub fn follow(rule: &Adaptive, states: &[Vec<f64>], flows: &[Vec<f64>]) -> Vec<bool> {
+fn follow(rule: &Adaptive, states: &[Vec<f64>], flows: &[Vec<f64>]) -> Vec<bool> {
     let size = |values: &[f64]| values.iter().map(|v| v.abs()).sum::<f64>();
     let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| (x - y).abs()).sum::<f64>();
     let steps = states.len();
@@ -34,7 +73,7 @@ pub fn follow(rule: &Adaptive, states: &[Vec<f64>], flows: &[Vec<f64>]) -> Vec<b
 }
 
 /// Which steps are computed when at least this share of runs wants it; and the mean share of runs that agree with that.
-pub fn vote(runs: &[Vec<bool>], share: f64) -> (Vec<bool>, f64) {
+fn vote(runs: &[Vec<bool>], share: f64) -> (Vec<bool>, f64) {
     let steps = runs.first().map_or(0, Vec::len);
     let wanted = |step: usize| runs.iter().filter(|run| run[step]).count() as f64 / runs.len() as f64;
     let computed: Vec<bool> = (0..steps).map(|step| step == 0 || wanted(step) >= share).collect();

@@ -2,7 +2,67 @@
 //!
 //! Source: Castillo et al. 2023, Adaptive Guidance, arXiv:2312.12487.
 
-use crate::sampler::{Error, Mode, StepPlan};
+use super::{Calibration, Method, Options, PlanContext, Stages, calibration::cosine};
+use crate::{
+    Opt,
+    sampler::{Error, Mode, StepPlan},
+};
+
+pub(super) const METHOD: Method = Method {
+    name: "gate",
+    summary: "ends guidance",
+    doc: "Steps from one on run the conditional pass alone. Which one is either given, or found on runs of the plain loop: \
+          the first after both passes agree.",
+    options: &[
+        Opt { name: "at", unit: "a number", default: "", doc: "the first step without guidance; found unless given" },
+        Opt { name: "threshold", unit: "a number", default: "0.99", doc: "the cosine at which passes agree" },
+        Opt { name: "share", unit: "a number", default: "0.9", doc: "the share of samples in which they must" },
+    ],
+    stages: Stages::AnyWith("at"),
+    source: "Castillo et al. 2023, Adaptive Guidance, arXiv:2312.12487",
+    apply,
+};
+
+fn apply(plan: &mut StepPlan, options: &Options, cx: &PlanContext) -> Result<(), Error> {
+    let at = match options.optional("at")? {
+        Some(at) => at,
+        None => {
+            let (threshold, share) = (options.get("threshold")?, options.get("share")?);
+            gate(&agreement_of_passes(cx.calibration)?, threshold, share)
+        }
+    };
+    guide_until(plan, at)
+}
+
+/// For every sample and step of the plain loop the cosine between the noise that both passes see.
+pub fn agreement_of_passes(calibration: &Calibration) -> Result<Vec<Vec<f64>>, Error> {
+    let mut all = Vec::new();
+    for run in calibration.runs()? {
+        let samples = run.first().map_or(0, |step| step.latent.dims()[0]);
+        let mut of: Vec<Vec<f64>> = vec![Vec::new(); samples];
+        for (step, row) in run.iter().zip(&calibration.table().rows) {
+            let outputs = step.passes(calibration.prediction())?;
+            let [cond, uncond] = outputs.as_slice() else {
+                let message = "there is no guidance to end; --guidance says how strong it is";
+                return Err(Error::Plan(message.to_owned()));
+            };
+            let state = step.latent.to_f64s().unwrap_or_default();
+            // The noise is the flow plus the clean sample.
+            let [on_state, on_output] = [0, 1].map(|i| row.flow.flow[i] + row.estimate[i]);
+            let noise = |m: &[f64]| -> Vec<f64> {
+                let pairs = m.iter().zip(&state);
+                pairs.map(|(m, x)| on_state * x / row.input_scale + on_output * m).collect()
+            };
+            let (cond, uncond) = (noise(cond), noise(uncond));
+            let size = (cond.len() / samples.max(1)).max(1);
+            for (sample, (a, b)) in cond.chunks(size).zip(uncond.chunks(size)).enumerate().take(samples) {
+                of[sample].push(cosine(a, b));
+            }
+        }
+        all.extend(of);
+    }
+    Ok(all)
+}
 
 /// The first step without guidance: one after that at which the passes of a share of the runs agree.
 ///

@@ -2,8 +2,52 @@
 //!
 //! Source: Castillo et al. 2023, Adaptive Guidance, arXiv:2312.12487.
 
-use super::substitute;
-use crate::sampler::{Error, Kind, Pass, Ref, StepPlan, Substitution};
+use super::{Calibration, Method, Options, PlanContext, Stages, substitute};
+use crate::{
+    Opt,
+    sampler::{Error, Kind, Pass, Ref, StepPlan, Substitution},
+};
+
+pub(super) const METHOD: Method = Method {
+    name: "linear-guidance",
+    summary: "estimates the unconditional pass",
+    doc: "The unconditional pass of some guided steps is a weighted sum of the predictions around it, with weights that are \
+          fitted to runs of the plain loop. They belong to the strength of guidance, the prompt of the unconditional pass and \
+          the steps they were fitted with.",
+    options: &[
+        Opt { name: "every", unit: "a number", default: "2", doc: "one of so many guided steps keeps the pass" },
+        Opt {
+            name: "residual",
+            unit: "a number",
+            default: "0.05",
+            doc: "where a sum stays farther away, the pass is kept",
+        },
+    ],
+    stages: Stages::One,
+    source: "Castillo et al. 2023, Adaptive Guidance, arXiv:2312.12487",
+    apply,
+};
+
+fn apply(plan: &mut StepPlan, options: &Options, cx: &PlanContext) -> Result<(), Error> {
+    let settings = LinearGuidance { every: options.get("every")?, most_residual: options.get("residual")? };
+    let inner = inner(cx.calibration, plan.grid.len())?;
+    linear_guidance(plan, &cx.parts.output, &inner, &settings)?;
+    Ok(())
+}
+
+/// Inner products over the runs of the plain loop.
+fn inner(calibration: &Calibration, steps: usize) -> Result<Inner, Error> {
+    let mut inner = Inner::new(steps);
+    for run in calibration.runs()? {
+        let mut both = Vec::with_capacity(steps);
+        for step in run {
+            let passes = <[Vec<f64>; 2]>::try_from(step.passes(calibration.prediction())?);
+            both.push(passes.map_err(|_| Error::Plan("linear-guidance needs --guidance".to_owned()))?);
+        }
+        inner.add(&both)?;
+    }
+    Ok(inner)
+}
 
 /// How far back a sum may look, in steps.
 const BACK: usize = 3;
@@ -183,7 +227,7 @@ mod tests {
     #[test]
     fn only_guided_steps_are_estimated() {
         let mut plan = guided(8);
-        super::super::guide_until(&mut plan, 4).unwrap();
+        super::super::gate::guide_until(&mut plan, 4).unwrap();
         let options = LinearGuidance { every: 2, most_residual: 0.05 };
         assert_eq!(linear_guidance(&mut plan, "eps", &inner(8, &[]), &options).unwrap(), [1, 3]);
         assert!(linear_guidance(&mut guided(5), "eps", &inner(8, &[]), &options).is_err());

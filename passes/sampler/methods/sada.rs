@@ -3,8 +3,62 @@
 //! The votes are those of the stability criterion on calibration runs. Forecasts are of the prediction.
 //! Source: Jiang et al. 2025, SADA, arXiv:2507.17135.
 
-use super::{Forecast, substitute};
-use crate::sampler::{Error, StepPlan, Substitution};
+use super::{Calibration, Forecast, Method, Options, PlanContext, Stages, calibration::Path, substitute};
+use crate::{
+    Opt,
+    sampler::{Error, StepPlan, Substitution},
+};
+
+pub(super) const METHOD: Method = Method {
+    name: "sada",
+    summary: "skips steps that are stable",
+    doc: "The prediction is forecast where sampling goes straight: in the first part where the criterion of stability holds in \
+          enough runs of the plain loop, in the second at a fixed stride. Where the parts begin is stretched from 50 steps.",
+    options: &[
+        Opt {
+            name: "stride",
+            unit: "a number",
+            default: "4",
+            doc: "one of so many steps of the second part is computed",
+        },
+        Opt { name: "nodes", unit: "a number", default: "4", doc: "computed steps that its forecasts look back to" },
+        Opt { name: "agreement", unit: "a number", default: "0.7", doc: "the share of runs that must be stable" },
+        Opt { name: "longest", unit: "a number", default: "4", doc: "the most steps in a row that are left out" },
+    ],
+    stages: Stages::One,
+    source: "Jiang et al. 2025, SADA, arXiv:2507.17135",
+    apply,
+};
+
+fn apply(plan: &mut StepPlan, options: &Options, cx: &PlanContext) -> Result<(), Error> {
+    let steps = plan.grid.len();
+    let settings = Sada {
+        stride: options.get("stride")?,
+        nodes: options.get("nodes")?,
+        agreement: options.get("agreement")?,
+        longest: options.get("longest")?,
+        ..Sada::stretched(steps)
+    };
+    sada(plan, &cx.parts.output, &stable(cx.calibration, steps)?, &settings)
+}
+
+/// At every step the share of samples for which the step can be left out by the criterion of stability.
+fn stable(calibration: &Calibration, steps: usize) -> Result<Vec<f64>, Error> {
+    let paths = calibration.paths()?;
+    // The time of the flow: its noise over signal and noise together.
+    let times: Vec<f64> = calibration.table().rows.iter().map(|row| -row.estimate[1] / row.flow.flow[1]).collect();
+    let mut votes = vec![0.0; steps];
+    for Path { states, flows } in &paths {
+        for step in 2..steps.saturating_sub(1) {
+            let gradients = [&flows[step][..], &flows[step - 1], &flows[step - 2]];
+            let width = times[step] - times[step + 1];
+            if is_stable(&states[step + 1], &states[step], gradients, width) {
+                votes[step + 1] += 1.0;
+            }
+        }
+    }
+    Ok(votes.into_iter().map(|v| v / paths.len().max(1) as f64).collect())
+}
 
 /// Where which rule holds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -73,7 +127,7 @@ pub fn sada(plan: &mut StepPlan, output: &str, stable: &[f64], options: &Sada) -
 ///
 /// `gradients` are those of this step and of the two before it; `next` is the state after this step, `state` before it,
 /// `width` the length of the step in the time of the gradients.
-pub fn is_stable(next: &[f64], state: &[f64], gradients: [&[f64]; 3], width: f64) -> bool {
+fn is_stable(next: &[f64], state: &[f64], gradients: [&[f64]; 3], width: f64) -> bool {
     let sum: f64 = (0..next.len())
         .map(|k| {
             let [y0, y1, y2] = gradients.map(|g| g[k]);

@@ -1,11 +1,11 @@
-//! The last step of a planner: whether a plan is worth it as measured, on seeds that nothing was chosen by.
+//! The last step of the planner: whether a plan is worth it as measured, on seeds that nothing was chosen by.
 //!
 //! Reuse of whole predictions is often no more than another grid, so a plan must draw what all steps draw more closely
 //! than the plain grid that takes as long, and as a set no further from real images. Otherwise that grid is used.
 
 use super::{
-    super::{compare::groups, features::Extractor},
-    plan_compiler::Workshop,
+    super::{compare::batches, features::Extractor},
+    plan_compiler::PlanCompiler,
 };
 use crate::Failure;
 use anyhow::anyhow;
@@ -30,17 +30,17 @@ const SUBSETS: (usize, usize) = (20, 500);
 
 /// A network and real images that sets of samples are held against.
 #[derive(Debug, Clone)]
-pub struct Eyes {
+pub struct ImageReference {
     /// A network that gives features of images.
-    pub reference: PathBuf,
+    pub network: PathBuf,
     /// Real images.
     pub real: SetSpec,
     /// Samples that are drawn from each sampler.
-    pub draws: usize,
+    pub samples: usize,
 }
 
 /// A plan with its numbers, compiled and timed.
-pub(super) struct Made {
+pub(super) struct TimedPlan {
     pub table: Table,
     pub plan: StepPlan,
     pub path: PathBuf,
@@ -49,41 +49,47 @@ pub(super) struct Made {
 }
 
 /// The sampler of all steps that others are measured against.
-pub(super) struct Whole {
+pub(super) struct Baseline {
     pub table: Table,
     pub path: PathBuf,
 }
 
-impl Whole {
+impl Baseline {
     /// Compiles all steps.
-    pub fn new(shop: &Workshop, table: &Table) -> Result<Whole, Failure> {
-        let path = shop.make("whole", table, &shop.trial.plain(table))?;
-        Ok(Whole { table: table.clone(), path })
+    pub fn new(compiler: &PlanCompiler, table: &Table) -> Result<Baseline, Failure> {
+        let path = compiler.compile("baseline", table, &compiler.plans.full_plan(table))?;
+        Ok(Baseline { table: table.clone(), path })
     }
 
     /// Compiles a plan and times it beside all steps.
-    pub fn measure(&self, shop: &Workshop, name: &str, table: Table, plan: StepPlan) -> Result<Made, Failure> {
-        let path = shop.make(name, &table, &plan)?;
-        let times = shop.times(&[&self.path, &path])?;
-        Ok(Made { share: times[1] / times[0], table, plan, path })
+    pub fn measure(
+        &self,
+        compiler: &PlanCompiler,
+        name: &str,
+        table: Table,
+        plan: StepPlan,
+    ) -> Result<TimedPlan, Failure> {
+        let path = compiler.compile(name, &table, &plan)?;
+        let times = compiler.times(&[&self.path, &path])?;
+        Ok(TimedPlan { share: times[1] / times[0], table, plan, path })
     }
 
     /// The plain grid of the most steps that takes no longer than `share` of the time of all steps, as measured.
-    pub fn grid(&self, shop: &Workshop, share: f64) -> Result<Made, Failure> {
+    pub fn grid(&self, compiler: &PlanCompiler, share: f64) -> Result<TimedPlan, Failure> {
         let all = self.table.rows.len();
         let mut steps = ((share * all as f64).round() as usize).clamp(1, all);
-        let mut best: Option<Made> = None;
+        let mut best: Option<TimedPlan> = None;
         for _ in 0..SEARCHES {
-            let table = shop.trial.spread(steps)?;
-            let plan = shop.trial.plain(&table);
-            let made = self.measure(shop, &format!("grid{steps}"), table, plan)?;
-            let fits = made.share <= share * (1.0 + TOLERANCE);
+            let table = compiler.plans.table_of(steps)?;
+            let plan = compiler.plans.full_plan(&table);
+            let timed = self.measure(compiler, &format!("grid{steps}"), table, plan)?;
+            let fits = timed.share <= share * (1.0 + TOLERANCE);
             // Time goes with the number of steps, so one measurement says where to look next.
-            let likely = (steps as f64 * share * (1.0 + TOLERANCE) / made.share).floor() as usize;
+            let likely = (steps as f64 * share * (1.0 + TOLERANCE) / timed.share).floor() as usize;
             let next = if fits { likely.max(steps) } else { likely.min(steps - 1) }.clamp(1, all);
-            let better = best.as_ref().is_none_or(|b| made.table.rows.len() > b.table.rows.len());
+            let better = best.as_ref().is_none_or(|b| timed.table.rows.len() > b.table.rows.len());
             if (fits && better) || (steps == 1 && best.is_none()) {
-                best = Some(made);
+                best = Some(timed);
             }
             let known = best.as_ref().map_or(0, |b| b.table.rows.len());
             if next == steps || next <= known {
@@ -98,22 +104,22 @@ impl Whole {
     /// the grid.
     pub fn decide(
         &self,
-        shop: &Workshop,
-        candidate: Made,
-        eyes: Option<&Eyes>,
+        compiler: &PlanCompiler,
+        candidate: TimedPlan,
+        images: Option<&ImageReference>,
         progress: &Listener,
     ) -> Result<(StepPlan, Option<String>), Failure> {
-        let grid = self.grid(shop, candidate.share)?;
-        let wanted = self.samples(shop, &self.path)?;
-        let ours = self.pairs(shop, &wanted, &candidate.path)?;
-        let theirs = self.pairs(shop, &wanted, &grid.path)?;
+        let grid = self.grid(compiler, candidate.share)?;
+        let wanted = self.samples(compiler, &self.path)?;
+        let ours = self.pairs(compiler, &wanted, &candidate.path)?;
+        let theirs = self.pairs(compiler, &wanted, &grid.path)?;
         let psnr = |of: &[Pair]| quantile(&of.iter().map(|p| p.psnr.min(200.0)).collect::<Vec<_>>(), 0.5);
         let p10 = |of: &[Pair]| quantile(&of.iter().map(|p| p.psnr.min(200.0)).collect::<Vec<_>>(), 0.1);
         // The same noise in both: what counts is the difference of each pair.
         let gained: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| b.rmse - a.rmse).collect();
-        let interval = bootstrap(&gained, 1000, shop.trial.inputs.seed);
-        let sets = match eyes {
-            Some(eyes) => Some(sets(shop, eyes, [&candidate.path, &grid.path], progress)?),
+        let interval = bootstrap(&gained, 1000, compiler.plans.inputs.seed);
+        let sets = match images {
+            Some(images) => Some(distances_to_real(compiler, images, [&candidate.path, &grid.path], progress)?),
             None => None,
         };
         let steps = grid.table.rows.len();
@@ -146,18 +152,18 @@ impl Whole {
         Ok((plan, sentence))
     }
 
-    fn samples(&self, shop: &Workshop, path: &Path) -> Result<Vec<Tensor>, Failure> {
-        let drawer = shop.drawer(path)?;
-        let draws = drawer.draws(&shop.inputs())?;
+    fn samples(&self, compiler: &PlanCompiler, path: &Path) -> Result<Vec<Tensor>, Failure> {
+        let sampler = compiler.open(path)?;
+        let inputs = sampler.seeded(&compiler.inputs())?;
         let mut all = Vec::new();
-        for group in groups(&draws, HELD_OUT..HELD_OUT + PAIRS, self.table.noises()) {
-            all.extend(drawer.samples(&draws, &group)?);
+        for group in batches(&inputs, HELD_OUT..HELD_OUT + PAIRS, self.table.noises()) {
+            all.extend(sampler.samples(&inputs, &group)?);
         }
         Ok(all)
     }
 
-    fn pairs(&self, shop: &Workshop, wanted: &[Tensor], path: &Path) -> Result<Vec<Pair>, Failure> {
-        let found = self.samples(shop, path)?;
+    fn pairs(&self, compiler: &PlanCompiler, wanted: &[Tensor], path: &Path) -> Result<Vec<Pair>, Failure> {
+        let found = self.samples(compiler, path)?;
         let mut all = Vec::new();
         for (wanted, found) in wanted.iter().zip(&found) {
             all.extend(pairs(wanted, found, 2.0)?);
@@ -166,36 +172,45 @@ impl Whole {
     }
 }
 
-/// Kernel distances to real images.
-struct Sets {
+/// Kernel distances of two sets of samples to real images.
+struct KernelDistances {
     kid: [f64; 2],
     deviation: f64,
 }
 
-fn sets(shop: &Workshop, eyes: &Eyes, paths: [&PathBuf; 2], progress: &Listener) -> Result<Sets, Failure> {
-    let evaluator = shop.evaluator();
-    let extractor = Extractor::read(&eyes.reference, &evaluator)?;
-    let real = extractor.of_set(&eyes.real, MOST_REAL)?;
+fn distances_to_real(
+    compiler: &PlanCompiler,
+    images: &ImageReference,
+    paths: [&PathBuf; 2],
+    progress: &Listener,
+) -> Result<KernelDistances, Failure> {
+    let evaluator = compiler.evaluator();
+    let extractor = Extractor::read(&images.network, &evaluator)?;
+    let real = extractor.of_set(&images.real, MOST_REAL)?;
     let mut found = Vec::new();
     for (index, path) in paths.into_iter().enumerate() {
         progress.hear(&Progress::new(index, 2, "sets of samples"));
-        let drawer = shop.drawer(path)?;
-        let draws = drawer.draws(&shop.inputs())?;
-        let mut seen = Features::new();
+        let sampler = compiler.open(path)?;
+        let inputs = sampler.seeded(&compiler.inputs())?;
+        let mut features = Features::new();
         let start = HELD_OUT + PAIRS;
-        for group in groups(&draws, start..start + eyes.draws, 0) {
-            for samples in drawer.samples(&draws, &group)? {
-                extractor.add(&samples, &mut seen)?;
+        for group in batches(&inputs, start..start + images.samples, 0) {
+            for samples in sampler.samples(&inputs, &group)? {
+                extractor.add(&samples, &mut features)?;
             }
         }
-        found.push(kernel(&seen, &real, SUBSETS.0, SUBSETS.1, shop.trial.inputs.seed)?);
+        found.push(kernel(&features, &real, SUBSETS.0, SUBSETS.1, compiler.plans.inputs.seed)?);
     }
-    Ok(Sets { kid: [found[0].mean, found[1].mean], deviation: found[1].deviation })
+    Ok(KernelDistances { kid: [found[0].mean, found[1].mean], deviation: found[1].deviation })
 }
 
 /// What is used where no plan is cheap enough: the plain grid that is.
-pub(super) fn plain(whole: &Whole, shop: &Workshop, latency: f64) -> Result<(StepPlan, Option<String>), Failure> {
-    let grid = whole.grid(shop, latency)?;
+pub(super) fn plain_grid(
+    baseline: &Baseline,
+    compiler: &PlanCompiler,
+    latency: f64,
+) -> Result<(StepPlan, Option<String>), Failure> {
+    let grid = baseline.grid(compiler, latency)?;
     let steps = grid.table.rows.len();
     let because = format!("no plan takes {latency} of the time");
     let evidence = json!({"grid_steps": steps, "grid_share": grid.share, "kept": "plain", "because": because});

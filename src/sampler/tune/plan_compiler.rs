@@ -1,8 +1,8 @@
-//! Samplers of plans as files: timed beside one another and drawn from.
+//! Plans compiled into files: timed beside one another and sampled from.
 
 use super::{
-    super::{check::UNGUIDED, compare::Drawer, evaluator::Evaluator},
-    plan_runner::Trial,
+    super::{check::UNGUIDED, compare::SamplerFile, evaluator::Evaluator},
+    plan_runner::PlanRunner,
 };
 use crate::{Failure, runner::Runner};
 use anyhow::{Context as _, anyhow};
@@ -11,33 +11,32 @@ use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, LoadOptions}
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// Makes samplers of plans.
-pub(super) struct Workshop<'a> {
-    pub trial: &'a Trial<'a>,
+/// Compiles plans into a temporary folder.
+pub(super) struct PlanCompiler<'a> {
+    pub plans: &'a PlanRunner<'a>,
     pub runner: &'a Runner,
     pub load: &'a LoadOptions,
     pub form: Form,
     folder: TempDir,
 }
 
-impl<'a> Workshop<'a> {
-    /// A workshop whose samplers are of this form.
+impl<'a> PlanCompiler<'a> {
+    /// A compiler whose samplers are of this form.
     pub fn new(
-        trial: &'a Trial<'a>,
+        plans: &'a PlanRunner<'a>,
         runner: &'a Runner,
         load: &'a LoadOptions,
         form: Form,
-    ) -> Result<Workshop<'a>, Failure> {
+    ) -> Result<PlanCompiler<'a>, Failure> {
         let folder = tempfile::tempdir().context("there is no place for samplers that are tried")?;
-        Ok(Workshop { trial, runner, load, form, folder })
+        Ok(PlanCompiler { plans, runner, load, form, folder })
     }
 
     /// Compiles a plan into a file of this name.
-    pub fn make(&self, name: &str, table: &Table, plan: &StepPlan) -> Result<PathBuf, Failure> {
-        let trial = self.trial;
-        let guidance = trial.guidance.unwrap_or(UNGUIDED);
-        let sampler = Sampler { denoiser: trial.denoiser, roles: trial.roles, table, plan, guidance };
-        let model = emit(&sampler, self.form, trial.evaluator)?;
+    pub fn compile(&self, name: &str, table: &Table, plan: &StepPlan) -> Result<PathBuf, Failure> {
+        let PlanRunner { denoiser, roles, guidance, evaluator, .. } = self.plans;
+        let sampler = Sampler { denoiser, roles, table, plan, guidance: guidance.unwrap_or(UNGUIDED) };
+        let model = emit(&sampler, self.form, *evaluator)?;
         // Each has its folder, because links to weights are named by their order.
         let folder = self.folder.path().join(name);
         std::fs::create_dir_all(&folder).context("there is no place for samplers that are tried")?;
@@ -56,19 +55,19 @@ impl<'a> Workshop<'a> {
         }
     }
 
-    /// Draws from a sampler.
-    pub fn drawer(&self, path: &Path) -> Result<Drawer<'a>, Failure> {
-        Drawer::open(path, self.runner, self.load)
+    /// A sampler to draw samples from.
+    pub fn open(&self, path: &Path) -> Result<SamplerFile<'a>, Failure> {
+        SamplerFile::open(path, self.runner, self.load)
     }
 
     /// The seed, and shapes of inputs by the names that samplers give them.
     pub fn inputs(&self) -> InputSpec {
-        let roles = self.trial.roles;
+        let roles = self.plans.roles;
         let named = |(name, dims): &(String, Vec<usize>)| {
             let name = if *name == roles.latent { "noise" } else { name.as_str() };
             (name != roles.time).then(|| (name.to_owned(), dims.clone()))
         };
-        let InputSpec { seed, shapes } = self.trial.inputs;
+        let InputSpec { seed, shapes } = self.plans.inputs;
         InputSpec { seed: *seed, shapes: shapes.iter().filter_map(named).collect() }
     }
 

@@ -1,12 +1,12 @@
-//! Runs of one denoiser on fixed noise with many plans.
+//! Runs of one denoiser under many plans, all from the same noise.
 
-use super::super::seeded_inputs::SCALE;
-use crate::Failure;
+use super::super::{check::UNGUIDED, seeded_inputs::LoopInputs};
 use anyhow::{Context as _, anyhow};
-use lathe_analysis::{Evaluate, EvaluateError, Random, StableHash};
-use lathe_ir::{Dim, Model, Tensor};
+use lathe_analysis::{Evaluate, EvaluateError, Facts, StableHash};
+use lathe_ir::{Dim, Model, ScopeId, Tensor};
 use lathe_passes::sampler::{
     self, Error, Guidance, Key, Mode, Pass, Request, Roles, Sampler, Scale, Scheduler, StepPlan, Steps, Table, Uncond,
+    methods::{PlainLoop, StepRecord},
 };
 use lathe_runtime::{InputSpec, generate, sizes_to_try};
 use std::{cell::RefCell, hash::Hasher as _};
@@ -15,7 +15,7 @@ use std::{cell::RefCell, hash::Hasher as _};
 pub(super) const BATCH: usize = 32;
 
 /// What stays the same from plan to plan.
-pub(super) struct Trial<'a> {
+pub(super) struct PlanRunner<'a> {
     /// The denoiser, simplified.
     pub denoiser: &'a Model,
     pub roles: &'a Roles,
@@ -28,42 +28,34 @@ pub(super) struct Trial<'a> {
     pub evaluator: &'a dyn Evaluate,
 }
 
-/// What the network was fed and said at one step.
-pub(super) struct Seen {
-    /// The latent as the network saw it.
-    pub latent: Tensor,
-    /// The outputs of the conditional pass and, where the step was guided, of the unconditional one.
-    pub outputs: Vec<Vec<(String, Tensor)>>,
-}
-
-impl Trial<'_> {
+impl PlanRunner<'_> {
     /// The numbers of the steps that were asked for.
-    pub fn asked(&self) -> Result<Table, Error> {
+    pub fn table(&self) -> Result<Table, Error> {
         Table::new(self.scheduler, &self.request)
     }
 
     /// The numbers of so many steps, spread as the scheduler spreads them.
-    pub fn spread(&self, count: usize) -> Result<Table, Error> {
+    pub fn table_of(&self, count: usize) -> Result<Table, Error> {
         Table::new(self.scheduler, &Request { steps: Steps::Count(count), ..self.request.clone() })
     }
 
     /// The numbers of these steps; of ones that the scheduler would choose itself, as it chooses them.
-    pub fn at(&self, times: &[f64]) -> Result<Table, Error> {
-        if let Ok(spread) = self.spread(times.len())
+    pub fn table_at(&self, times: &[f64]) -> Result<Table, Error> {
+        if let Ok(spread) = self.table_of(times.len())
             && spread.rows.iter().map(|row| row.time).eq(times.iter().copied())
         {
             return Ok(spread);
         }
-        self.at_exactly(times)
+        self.table_exactly_at(times)
     }
 
     /// The numbers of exactly these steps, whatever the scheduler would make of their number.
-    pub fn at_exactly(&self, times: &[f64]) -> Result<Table, Error> {
+    pub fn table_exactly_at(&self, times: &[f64]) -> Result<Table, Error> {
         Table::new(self.scheduler, &Request { steps: Steps::Times(times.to_vec()), ..self.request.clone() })
     }
 
     /// The plan that computes every step of a table.
-    pub fn plain(&self, table: &Table) -> StepPlan {
+    pub fn full_plan(&self, table: &Table) -> StepPlan {
         let mode = if self.guidance.is_some() { Mode::Guided } else { Mode::Conditional };
         let grid = table.rows.iter().map(|row| row.time).collect();
         StepPlan::plain(self.scheduler.solver.name(), grid, mode)
@@ -86,27 +78,29 @@ impl Trial<'_> {
         Some(graph.value(graph.find_value(input)?).ty.as_ref()?.shape()?.dims.clone())
     }
 
-    /// Height and width of samples.
-    pub fn sides(&self) -> Result<[usize; 2], Failure> {
-        let name = &self.roles.latent;
-        let given = self.inputs.shapes.iter().find(|(n, _)| n == name).map(|(_, dims)| dims.clone());
-        let stated = || {
-            let dims = self.dims(name)?;
-            dims.iter().skip(1).map(|d| d.known().and_then(|d| usize::try_from(d).ok())).collect::<Option<Vec<usize>>>()
+    /// Noise and conditions of a batch by its number: the same for every plan.
+    fn batch(&self, noises: usize, batch: u64) -> Result<Vec<(String, Tensor)>, Error> {
+        let seed = self.inputs.seed.wrapping_add(batch.wrapping_mul(0x9e37_79b9));
+        let shapes = self.shapes()?;
+        let make = |seed: u64| {
+            let spec = InputSpec { seed, shapes: shapes.clone() };
+            let sizes = sizes_to_try(self.denoiser, &spec);
+            let sizes = sizes.first().ok_or_else(|| anyhow!("the denoiser accepts no sizes"))?;
+            generate(self.denoiser, &spec, sizes).context("no inputs for the denoiser can be made up")
         };
-        match given.or_else(stated).as_deref() {
-            Some([.., height, width]) => Ok([*height, *width]),
-            _ => {
-                let message =
-                    format!("the shape of `{name}` is open; --input-shape {name}:... says how large samples are");
-                Err(Failure::Usage(message))
+        let scale_is_input = self.guidance.is_some_and(|g| g.scale == Scale::Input);
+        let inputs = LoopInputs { roles: self.roles, noises, scale_is_input }.from(seed, &make);
+        let mut inputs = inputs.map_err(|error| Error::Network(format!("{error:#}")))?;
+        for (name, value) in &mut inputs {
+            if let Some(condition) = self.roles.conditions.iter().find(|condition| condition.name == *name) {
+                *value = conditional(value.clone(), condition.uncond);
             }
         }
+        Ok(inputs)
     }
 
-    /// Noise and conditions of a batch, told apart by number: the same for every plan.
-    pub fn inputs(&self, noises: usize, batch: u64) -> Result<Vec<(String, Tensor)>, Failure> {
-        let seed = self.inputs.seed.wrapping_add(batch.wrapping_mul(0x9e37_79b9));
+    /// Shapes of all inputs of the denoiser, which are stated or given but for the number of samples.
+    fn shapes(&self) -> Result<Vec<(String, Vec<usize>)>, Error> {
         let graph = &self.denoiser.graph;
         let mut shapes = self.inputs.shapes.clone();
         for &input in graph.main().inputs() {
@@ -115,8 +109,7 @@ impl Trial<'_> {
                 continue;
             }
             let open = || {
-                let message = format!("the shape of `{name}` is open; --input-shape {name}:... says what to run with");
-                Failure::Usage(message)
+                Error::Roles(format!("the shape of `{name}` is open; --input-shape {name}:... says what to run with"))
             };
             let size = |(axis, dim): (usize, &Dim)| match dim.known() {
                 Some(known) => usize::try_from(known).map_err(|_| open()),
@@ -126,74 +119,74 @@ impl Trial<'_> {
             let dims = self.dims(name).ok_or_else(open)?;
             shapes.push((name.clone(), dims.iter().enumerate().map(size).collect::<Result<_, _>>()?));
         }
-        let make = |seed: u64| {
-            let spec = InputSpec { seed, shapes: shapes.clone() };
-            let sizes = sizes_to_try(self.denoiser, &spec);
-            let sizes = sizes.first().ok_or_else(|| anyhow!("the denoiser accepts no sizes"))?;
-            generate(self.denoiser, &spec, sizes).context("no inputs for the denoiser can be made up")
-        };
-        let (given, others) = (make(seed)?, make(seed.wrapping_add(1))?);
-        let find = |from: &[(String, Tensor)], name: &str| {
-            let found = from.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor.clone());
-            found.ok_or_else(|| anyhow!("no value for `{name}` could be made up"))
-        };
-        let latent = find(&given, &self.roles.latent)?.dims().to_vec();
-        let normal = |name: &str, dims: &[usize]| {
-            let mut random = Random::named(seed, name);
-            let numbers: Vec<f32> = (0..dims.iter().product::<usize>()).map(|_| random.normal() as f32).collect();
-            (name.to_owned(), Tensor::from_f32s(dims, &numbers))
-        };
-        let mut inputs = vec![normal("noise", &latent)];
-        if noises > 0 {
-            inputs.push(normal("step_noise", &[&[noises], &latent[..]].concat()));
-        }
-        for condition in &self.roles.conditions {
-            let value = find(&given, &condition.name)?;
-            inputs.push((condition.name.clone(), conditional(value, condition.uncond)));
-            if condition.uncond == Uncond::Input {
-                inputs.push((format!("{}_uncond", condition.name), find(&others, &condition.name)?));
-            }
-        }
-        if self.guidance.is_some_and(|g| g.scale == Scale::Input) {
-            inputs.push(("guidance".to_owned(), Tensor::from_f32s(&[], &[SCALE])));
-        }
-        Ok(inputs)
+        Ok(shapes)
     }
 
     fn sampler<'s>(&'s self, model: &'s Model, table: &'s Table, plan: &'s StepPlan) -> Sampler<'s> {
-        let guidance = self.guidance.unwrap_or(super::super::check::UNGUIDED);
+        let guidance = self.guidance.unwrap_or(UNGUIDED);
         Sampler { denoiser: model, roles: self.roles, table, plan, guidance }
     }
 
     /// The samples of a batch.
-    pub fn samples(&self, table: &Table, plan: &StepPlan, batch: u64) -> Result<Tensor, Failure> {
-        let inputs = self.inputs(table.noises(), batch)?;
+    pub fn samples(&self, table: &Table, plan: &StepPlan, batch: u64) -> Result<Tensor, Error> {
+        let inputs = self.batch(table.noises(), batch)?;
         let sampler = self.sampler(self.denoiser, table, plan);
         Ok(sampler::sample(&sampler, self.denoiser, &inputs, self.evaluator, &|_| {})?.sample)
     }
 
-    /// The samples of a batch under the plan that computes everything, with what was seen at every step. `watched` is the
-    /// denoiser, perhaps with further outputs.
-    pub fn watch(&self, watched: &Model, table: &Table, batch: u64) -> Result<(Tensor, Vec<Seen>), Failure> {
-        let plan = self.plain(table);
-        let inputs = self.inputs(table.noises(), batch)?;
+    /// The samples of a batch under the plan that computes everything, with a record of every step.
+    pub fn samples_and_record(&self, table: &Table, batch: u64) -> Result<(Tensor, Vec<StepRecord>), Error> {
+        self.record_of(self.denoiser, table, batch)
+    }
+
+    /// The same of `denoiser`, which may be the denoiser with further outputs.
+    fn record_of(&self, denoiser: &Model, table: &Table, batch: u64) -> Result<(Tensor, Vec<StepRecord>), Error> {
+        let plan = self.full_plan(table);
+        let inputs = self.batch(table.noises(), batch)?;
         let recorder = Recorder { evaluator: self.evaluator, calls: RefCell::default() };
-        let sampler = self.sampler(watched, table, &plan);
-        let sample = sampler::sample(&sampler, watched, &inputs, &recorder, &|_| {})?.sample;
+        let sampler = self.sampler(denoiser, table, &plan);
+        let sample = sampler::sample(&sampler, denoiser, &inputs, &recorder, &|_| {})?.sample;
         let passes = plan.cfg.first().map_or(1, |mode| mode.passes().len());
         debug_assert!(passes == 1 || Mode::Guided.passes()[0] == Pass::Cond, "the conditional pass runs first");
-        let mut seen: Vec<Seen> = Vec::new();
+        let mut record: Vec<StepRecord> = Vec::new();
         for (index, (inputs, outputs)) in recorder.calls.into_inner().into_iter().enumerate() {
-            match seen.last_mut().filter(|_| index % passes != 0) {
+            match record.last_mut().filter(|_| index % passes != 0) {
                 Some(step) => step.outputs.push(outputs),
                 None => {
                     let latent = inputs.into_iter().find(|(name, _)| *name == self.roles.latent);
-                    let latent = latent.ok_or_else(|| anyhow!("the network was run without its latent"))?.1;
-                    seen.push(Seen { latent, outputs: vec![outputs] });
+                    let missing = || Error::Network("the network was run without its latent".to_owned());
+                    record.push(StepRecord { latent: latent.ok_or_else(missing)?.1, outputs: vec![outputs] });
                 }
             }
         }
-        Ok((sample, seen))
+        Ok((sample, record))
+    }
+}
+
+impl PlainLoop for PlanRunner<'_> {
+    fn record(&self, table: &Table, batch: u64, value: Option<&str>) -> Result<Vec<StepRecord>, Error> {
+        let Some(name) = value else { return Ok(self.samples_and_record(table, batch)?.1) };
+        let mut denoiser = self.denoiser.clone();
+        let value = denoiser.graph.find_value(name);
+        let value = value.ok_or_else(|| Error::Network(format!("the denoiser has no value `{name}`")))?;
+        denoiser.graph.value_mut(value).ty = Facts::infer(self.denoiser).ty(value);
+        denoiser.graph.add_output(ScopeId::MAIN, value);
+        Ok(self.record_of(&denoiser, table, batch)?.1)
+    }
+
+    fn sides(&self) -> Result<[usize; 2], Error> {
+        let name = &self.roles.latent;
+        let given = self.inputs.shapes.iter().find(|(n, _)| n == name).map(|(_, dims)| dims.clone());
+        let stated = || {
+            let dims = self.dims(name)?;
+            dims.iter().skip(1).map(|d| d.known().and_then(|d| usize::try_from(d).ok())).collect::<Option<Vec<usize>>>()
+        };
+        match given.or_else(stated).as_deref() {
+            Some([.., height, width]) => Ok([*height, *width]),
+            _ => Err(Error::Roles(format!(
+                "the shape of `{name}` is open; --input-shape {name}:... says how large samples are"
+            ))),
+        }
     }
 }
 
@@ -209,12 +202,13 @@ fn conditional(value: Tensor, uncond: Uncond) -> Tensor {
     Tensor::from_f64s(value.dtype(), value.dims(), &numbers).unwrap_or(value)
 }
 
-type Call = (Vec<(String, Tensor)>, Vec<(String, Tensor)>);
+/// Inputs and outputs of one run.
+type Run = (Vec<(String, Tensor)>, Vec<(String, Tensor)>);
 
 /// Runs models and remembers what came in and went out.
 struct Recorder<'a> {
     evaluator: &'a dyn Evaluate,
-    calls: RefCell<Vec<Call>>,
+    calls: RefCell<Vec<Run>>,
 }
 
 impl Evaluate for Recorder<'_> {

@@ -1,16 +1,15 @@
 //! The planner: which steps are guided, computed and forecast, for a share of the time of the plain loop.
 
 use super::{
-    acceptance::{self, Eyes, TOLERANCE, Whole},
-    by_name::Calibration,
-    plan_compiler::Workshop,
-    plan_runner::{Seen, Trial},
+    acceptance::{self, Baseline, ImageReference, TOLERANCE},
+    plan_compiler::PlanCompiler,
+    plan_runner::PlanRunner,
 };
 use crate::Failure;
-use anyhow::anyhow;
+use lathe_ir::Tensor;
 use lathe_passes::sampler::{
     Error, StepPlan, Table,
-    methods::{Forecast, forecast, gate, guide_until},
+    methods::{Calibration, Forecast, agreement_of_passes, forecast, gate, guide_until},
     planner::{Bounds, Profile, StepCost, refine, within},
 };
 use lathe_runtime::{Listener, Progress, pairs};
@@ -32,11 +31,11 @@ const KINDS: [Forecast; 3] = [Forecast::Reuse, Forecast::Taylor(1), Forecast::La
 const BOUNDS: Bounds = Bounds { first: 3, last: 1, longest: 4 };
 
 struct Planner<'a> {
-    trial: &'a Trial<'a>,
+    plans: &'a PlanRunner<'a>,
     table: &'a Table,
     progress: &'a Listener,
     /// The samples of the plain loop.
-    wanted: lathe_ir::Tensor,
+    reference: Tensor,
     /// For every sample and step the cosine between both passes, where there is guidance.
     cosines: Option<Vec<Vec<f64>>>,
     profile: Profile,
@@ -48,7 +47,7 @@ struct Planner<'a> {
 
 /// A choice of the planner.
 #[derive(Debug, Clone)]
-struct Choice {
+struct RankedPlan {
     plan: StepPlan,
     gate: usize,
     kind: Forecast,
@@ -57,36 +56,36 @@ struct Choice {
 
 /// The best plan that takes `latency` of the time of the plain loop, or the best plain grid where no plan beats that; and
 /// a sentence where it is the grid.
-pub(super) fn run(
-    trial: &Trial,
-    shop: &Workshop,
+pub(super) fn find(
+    compiler: &PlanCompiler,
     latency: f64,
-    eyes: Option<&Eyes>,
+    images: Option<&ImageReference>,
     progress: &Listener,
 ) -> Result<(StepPlan, Option<String>), Failure> {
+    let plans = compiler.plans;
     if !(latency > 0.0 && latency < 1.0) {
         return Err(Failure::Usage(format!("--latency is {latency}, expected a share between 0 and 1")));
     }
-    let table = trial.asked()?;
+    let table = plans.table()?;
     let steps = table.rows.len();
     if steps < 2 * BOUNDS.first {
         return Err(Failure::Usage(format!(
             "a plan for {steps} steps saves nothing; --search finds timesteps for few steps"
         )));
     }
-    let planner = Planner::new(trial, &table, progress)?;
-    let whole = Whole::new(shop, &table)?;
+    let planner = Planner::new(plans, &table, progress)?;
+    let baseline = Baseline::new(compiler, &table)?;
     let mut share = latency;
     for attempt in 0..ATTEMPTS {
         let Some(plan) = planner.best(share)? else { break };
-        let made = whole.measure(shop, &format!("plan{attempt}"), table.clone(), plan)?;
-        if made.share <= latency * (1.0 + TOLERANCE) {
-            return whole.decide(shop, made, eyes, progress);
+        let timed = baseline.measure(compiler, &format!("plan{attempt}"), table.clone(), plan)?;
+        if timed.share <= latency * (1.0 + TOLERANCE) {
+            return baseline.decide(compiler, timed, images, progress);
         }
         // Evaluations are not all of the time.
-        share *= latency / made.share;
+        share *= latency / timed.share;
     }
-    acceptance::plain(&whole, shop, latency)
+    acceptance::plain_grid(&baseline, compiler, latency)
 }
 
 /// How much an error of the prediction at a step moves the sample: its factor there times the factors of later states.
@@ -109,26 +108,25 @@ fn weights(table: &Table) -> Vec<f64> {
 
 impl<'a> Planner<'a> {
     /// Runs the plain loop for everything that plans are made of.
-    fn new(trial: &'a Trial<'a>, table: &'a Table, progress: &'a Listener) -> Result<Planner<'a>, Failure> {
+    fn new(plans: &'a PlanRunner<'a>, table: &'a Table, progress: &'a Listener) -> Result<Planner<'a>, Failure> {
         let steps = table.rows.len();
-        let mut calibration = Calibration { trial, table, runs: Vec::new() };
+        let calibration = Calibration::new(plans, table, plans.roles);
         let mut planner = Planner {
-            trial,
+            plans,
             table,
             progress,
-            wanted: trial.samples(table, &trial.plain(table), RANKING)?,
-            cosines: trial.guidance.is_some().then(|| calibration.cosines()).transpose()?,
+            reference: plans.samples(table, &plans.full_plan(table), RANKING)?,
+            cosines: plans.guidance.is_some().then(|| agreement_of_passes(&calibration)).transpose()?,
             profile: Profile::new(&KINDS, BOUNDS.longest, steps),
             weights: weights(table),
-            passes: if trial.guidance.is_some() { 2.0 } else { 1.0 },
+            passes: if plans.guidance.is_some() { 2.0 } else { 1.0 },
         };
         // Errors of forecasts of the prediction, over both passes.
-        let (_, seen) = trial.watch(trial.denoiser, table, 1 << 24)?;
-        for pass in 0..seen.first().map_or(0, |step| step.outputs.len()) {
+        let record = calibration.first()?;
+        for pass in 0..record.first().map_or(0, |step| step.outputs.len()) {
             planner.profile.restart();
-            for step in &seen {
-                let output = planner.output(step, pass)?;
-                planner.profile.push(output)?;
+            for step in record {
+                planner.profile.push(step.numbers(pass, &plans.roles.output)?)?;
             }
         }
         Ok(planner)
@@ -145,7 +143,7 @@ impl<'a> Planner<'a> {
                 choices.extend(self.choose(end, kind, budget)?);
             }
         }
-        let mut best: Option<(f64, Choice)> = None;
+        let mut best: Option<(f64, RankedPlan)> = None;
         let count = choices.len();
         for (index, choice) in choices.into_iter().enumerate() {
             self.progress.hear(&Progress::new(index, count, "plans"));
@@ -160,7 +158,7 @@ impl<'a> Planner<'a> {
             self.progress.hear(&Progress::new(done, REFINEMENTS, "refinements"));
             done += 1;
             let plan = self.plan(choice.gate, choice.kind, computed)?;
-            self.loss(&plan).map_err(|e| Error::Plan(e.to_string()))
+            self.loss(&plan)
         };
         let (computed, loss) = refine(choice.computed.clone(), BOUNDS, REFINEMENTS, &mut measure)?;
         let mut plan = self.plan(choice.gate, choice.kind, &computed)?;
@@ -172,15 +170,8 @@ impl<'a> Planner<'a> {
         Ok(Some(plan))
     }
 
-    fn output(&self, step: &Seen, pass: usize) -> Result<Vec<f64>, Failure> {
-        let name = &self.trial.roles.output;
-        let found = step.outputs.get(pass).and_then(|outputs| outputs.iter().find(|(n, _)| n == name));
-        let numbers = found.and_then(|(_, tensor)| tensor.to_f64s());
-        numbers.ok_or_else(|| Failure::Error(anyhow!("the denoiser gave no numbers as `{name}`")))
-    }
-
     /// The plan of a gate and a kind of forecast that fits the budget, if there is one.
-    fn choose(&self, end: usize, kind: Forecast, budget: f64) -> Result<Option<Choice>, Failure> {
+    fn choose(&self, end: usize, kind: Forecast, budget: f64) -> Result<Option<RankedPlan>, Failure> {
         let (steps, passes) = (self.weights.len(), self.passes);
         let errors: Vec<Vec<f64>> = self
             .profile
@@ -215,23 +206,23 @@ impl<'a> Planner<'a> {
         }
         let Some(computed) = found else { return Ok(None) };
         let plan = self.plan(end, kind, &computed)?;
-        Ok(Some(Choice { plan, gate: end, kind, computed }))
+        Ok(Some(RankedPlan { plan, gate: end, kind, computed }))
     }
 
     fn plan(&self, end: usize, kind: Forecast, computed: &[bool]) -> Result<StepPlan, Error> {
-        let mut plan = self.trial.plain(self.table);
+        let mut plan = self.plans.full_plan(self.table);
         if end < computed.len() {
             guide_until(&mut plan, end)?;
         }
-        forecast(&mut plan, std::slice::from_ref(&self.trial.roles.output), computed, kind)?;
+        forecast(&mut plan, std::slice::from_ref(&self.plans.roles.output), computed, kind)?;
         plan.check()?;
         Ok(plan)
     }
 
     /// The root mean square distance to the samples of the plain loop.
     fn loss(&self, plan: &StepPlan) -> Result<f64, Failure> {
-        let found = self.trial.samples(self.table, plan, RANKING)?;
-        let all = pairs(&self.wanted, &found, 2.0)?;
+        let found = self.plans.samples(self.table, plan, RANKING)?;
+        let all = pairs(&self.reference, &found, 2.0)?;
         Ok((all.iter().map(|p| p.rmse * p.rmse).sum::<f64>() / all.len().max(1) as f64).sqrt())
     }
 }
