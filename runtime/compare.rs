@@ -322,14 +322,14 @@ pub(crate) fn compare_steady(
         if let Some(unsteady) = unsteady {
             error.uncompared = Some(unsteady.reason.clone());
         }
-        if let Err(apart) = outcome {
+        if let Err(mismatch) = outcome {
             if unsteady.is_some() {
                 error.fail();
             }
             let output = name.clone();
-            result.faults.push(match apart {
-                Apart::Differs(message) => Fault::Differs { output, message },
-                Apart::TooFar { error, limit } => Fault::TooFar { output, error, limit },
+            result.faults.push(match mismatch {
+                Mismatch::Differs(message) => Fault::Differs { output, message },
+                Mismatch::TooFar { error, limit } => Fault::TooFar { output, error, limit },
             });
         }
         result.outputs.push(error);
@@ -338,24 +338,24 @@ pub(crate) fn compare_steady(
 }
 
 /// How one output differs.
-enum Apart {
+enum Mismatch {
     /// In a way that no bound allows.
     Differs(String),
     /// By more than the bound.
     TooFar { error: f64, limit: f64 },
 }
 
-impl From<String> for Apart {
-    fn from(message: String) -> Apart {
-        Apart::Differs(message)
+impl From<String> for Mismatch {
+    fn from(message: String) -> Mismatch {
+        Mismatch::Differs(message)
     }
 }
 
-impl Apart {
-    fn in_member(self, index: usize) -> Apart {
-        Apart::Differs(match self {
-            Apart::Differs(message) => format!("member {index}: {message}"),
-            Apart::TooFar { error, limit } => {
+impl Mismatch {
+    fn in_member(self, index: usize) -> Mismatch {
+        Mismatch::Differs(match self {
+            Mismatch::Differs(message) => format!("member {index}: {message}"),
+            Mismatch::TooFar { error, limit } => {
                 format!("member {index}: the relative L2 error is {error:.3e}, the limit {limit:.1e}")
             }
         })
@@ -385,7 +385,7 @@ impl OutputError {
 }
 
 /// Compares types, and shapes unless they are random too.
-fn same_form(expected: &Datum, found: &Datum, any_shape: bool) -> Result<(), Apart> {
+fn same_form(expected: &Datum, found: &Datum, any_shape: bool) -> Result<(), Mismatch> {
     let same = match (expected, found) {
         (Datum::Tensor(a), Datum::Tensor(b)) => {
             let sizes = if any_shape { a.dims().len() == b.dims().len() } else { a.dims() == b.dims() };
@@ -401,7 +401,7 @@ fn same_form(expected: &Datum, found: &Datum, any_shape: bool) -> Result<(), Apa
     if same { Ok(()) } else { Err(format!("expected {}, found {}", expected.describe(), found.describe()).into()) }
 }
 
-fn compare_datum(expected: &Datum, found: &Datum, claim: Claim, error: &mut OutputError) -> Result<(), Apart> {
+fn compare_datum(expected: &Datum, found: &Datum, claim: Claim, error: &mut OutputError) -> Result<(), Mismatch> {
     match (expected, found) {
         (Datum::Tensor(a), Datum::Tensor(b)) => compare_tensor(a, b, claim, error),
         (Datum::Sequence(a), Datum::Sequence(b)) if a.len() == b.len() => {
@@ -409,7 +409,7 @@ fn compare_datum(expected: &Datum, found: &Datum, claim: Claim, error: &mut Outp
                 let mut inner = OutputError::none(&error.name);
                 let outcome = compare_datum(a, b, claim, &mut inner);
                 error.merge(&inner);
-                outcome.map_err(|apart| apart.in_member(index))?;
+                outcome.map_err(|mismatch| mismatch.in_member(index))?;
             }
             Ok(())
         }
@@ -428,14 +428,14 @@ fn compare_datum(expected: &Datum, found: &Datum, claim: Claim, error: &mut Outp
     }
 }
 
-fn compare_tensor(expected: &Tensor, found: &Tensor, claim: Claim, error: &mut OutputError) -> Result<(), Apart> {
+fn compare_tensor(expected: &Tensor, found: &Tensor, claim: Claim, error: &mut OutputError) -> Result<(), Mismatch> {
     if expected.dtype() != found.dtype() || expected.dims() != found.dims() {
         error.fail();
         let show = |t: &Tensor| format!("{}{:?}", t.dtype(), t.dims());
         return Err(format!("expected {}, found {}", show(expected), show(found)).into());
     }
     if !expected.dtype().is_float() {
-        return Ok(compare_exact(expected, found, error)?);
+        return compare_exact(expected, found, error);
     }
     let sums = Sums::over(expected, found);
     sums.report(error);
@@ -459,37 +459,37 @@ fn compare_tensor(expected: &Tensor, found: &Tensor, claim: Claim, error: &mut O
             Err(format!("{count} of {all} elements have other bits, at most {max:.3e} apart").into())
         }
         Some(limit) if error.rel_l2 > limit || error.rel_l2.is_nan() => {
-            Err(Apart::TooFar { error: error.rel_l2, limit })
+            Err(Mismatch::TooFar { error: error.rel_l2, limit })
         }
         _ => Ok(()),
     }
 }
 
 /// Compares whole numbers, booleans, strings and complex numbers, which must be the same.
-fn compare_exact(expected: &Tensor, found: &Tensor, error: &mut OutputError) -> Result<(), String> {
+fn compare_exact(expected: &Tensor, found: &Tensor, error: &mut OutputError) -> Result<(), Mismatch> {
     if expected.same_bits(found) {
         return Ok(());
     }
     error.fail();
     if let (Some(a), Some(b)) = (expected.string_data(), found.string_data()) {
         let differing = a.iter().zip(b).filter(|(a, b)| a != b).count();
-        return Err(format!("{differing} of {} strings differ", a.len()));
+        return Err(format!("{differing} of {} strings differ", a.len()).into());
     }
     let (Some(a), Some(b)) = (expected.to_f64s(), found.to_f64s()) else {
-        return Err("the elements differ".to_owned());
+        return Err("the elements differ".to_owned().into());
     };
     let sums = Sums::of(&a, &b);
     sums.report(error);
     // Large whole numbers are told apart by their own digits: widened to float64, neighbours may be equal.
     let differing = match (expected.to_i64s(), found.to_i64s()) {
         (Some(a), Some(b)) => {
-            let apart = || a.iter().zip(&b).map(|(a, b)| a.abs_diff(*b)).filter(|&distance| distance > 0);
-            error.max_abs = error.max_abs.max(apart().max().unwrap_or(0) as f64);
-            apart().count()
+            let distances = || a.iter().zip(&b).map(|(a, b)| a.abs_diff(*b)).filter(|&distance| distance > 0);
+            error.max_abs = error.max_abs.max(distances().max().unwrap_or(0) as f64);
+            distances().count()
         }
         _ => a.iter().zip(&b).filter(|(a, b)| a != b).count(),
     };
-    Err(format!("{differing} of {} elements differ, by at most {}", a.len(), error.max_abs))
+    Err(format!("{differing} of {} elements differ, by at most {}", a.len(), error.max_abs).into())
 }
 
 #[cfg(test)]

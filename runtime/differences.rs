@@ -101,12 +101,12 @@ pub(crate) fn root_mean_square(a: &Tensor, b: &Tensor) -> Option<f64> {
     if a.iter().zip(&b).any(|(&a, &b)| !finite(a, b) && !same(a, b)) {
         return None;
     }
-    let apart = || a.iter().zip(&b).filter(|&(&a, &b)| finite(a, b)).map(|(a, b)| (a - b).abs());
-    let most = apart().fold(0.0, f64::max);
+    let distances = || a.iter().zip(&b).filter(|&(&a, &b)| finite(a, b)).map(|(a, b)| (a - b).abs());
+    let most = distances().fold(0.0, f64::max);
     if most == 0.0 {
         return Some(0.0);
     }
-    let mean = apart().map(|d| (d / most).powi(2)).sum::<f64>() / a.len() as f64;
+    let mean = distances().map(|d| (d / most).powi(2)).sum::<f64>() / a.len() as f64;
     Some(most * mean.sqrt())
 }
 

@@ -1,6 +1,6 @@
 //! What `optimize doctor` shows, and installing ONNX Runtime from its pinned wheel.
 
-use crate::{Engine, OrtEngine, RuntimeError, Search};
+use crate::{Engine, LibrarySearch, OrtEngine, RuntimeError};
 use std::{
     fs, io,
     path::{Path, PathBuf},
@@ -36,7 +36,7 @@ pub struct Library {
 }
 
 /// Looks for ONNX Runtime, loads it and asks it about itself.
-pub fn diagnose(search: &Search) -> Diagnosis {
+pub fn diagnose(search: &LibrarySearch) -> Diagnosis {
     let embedded = cfg!(feature = "embedded");
     match OrtEngine::start(search) {
         Ok(engine) => {
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn the_library_in_use_is_described() {
         crate::testing::engine();
-        let diagnosis = diagnose(&Search::default());
+        let diagnosis = diagnose(&LibrarySearch::default());
         assert!(diagnosis.library.unwrap().providers.contains(&"cpu".to_owned()));
         assert!(diagnosis.tried.last().unwrap().ends_with("(used)"));
     }

@@ -8,14 +8,14 @@ use crate::{
 };
 use bytes::Bytes;
 use half::f16;
-use lathe_ir::{DataType, Model, Tensor};
+use lathe_ir::{DataType, Model, Tensor, TensorError};
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
 use tract_onnx::prelude::{
-    DatumType, Framework, InferenceFact, InferenceModel, InferenceModelExt, IntoRunnable, TValue, TractResult,
-    TypedRunnableModel,
+    DatumType, Framework, InferenceFact, InferenceModel, InferenceModelExt, IntoRunnable, TValue, TractError,
+    TractResult, TypedRunnableModel,
 };
 
 /// The engine that is always there.
@@ -48,7 +48,7 @@ impl Engine for Embedded {
             Source::Bytes(mut bytes) => tract_onnx::onnx().model_for_read(&mut bytes),
             Source::Path(path) => tract_onnx::onnx().model_for_path(path),
         };
-        let model = guarded(parse).map_err(|message| self.refuse(message))?;
+        let model = guarded(parse).map_err(|why| self.refuse(why.to_string()))?;
         Ok(Box::new(EmbeddedSession { model, outputs, optimize: options.optimize, engine: self.name(), plan: None }))
     }
 
@@ -76,8 +76,12 @@ struct EmbeddedSession {
 impl Session for EmbeddedSession {
     fn run(&mut self, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Datum)>, RuntimeError> {
         let failed = |message: String| RuntimeError::Run { engine: self.engine.clone(), node: None, message };
-        let value =
-            |value: String, message: String| RuntimeError::Value { value, engine: self.engine.clone(), message };
+        let refused = |why: Refused| failed(why.to_string());
+        let value = |value: String, why: ValueError| RuntimeError::Value {
+            value,
+            engine: self.engine.clone(),
+            message: why.to_string(),
+        };
         let mut ordered = Vec::new();
         for outlet in self.model.inputs.iter() {
             let name = &self.model.nodes[outlet.node].name;
@@ -87,22 +91,22 @@ impl Session for EmbeddedSession {
         let signature: Signature = ordered.iter().map(|(_, t)| (t.dtype(), t.dims().to_vec())).collect();
         let mut feeds = Vec::with_capacity(ordered.len());
         for (name, tensor) in &ordered {
-            let fed = to_tract(tensor).map_err(|message| value(format!("input `{name}`"), message))?;
+            let fed = to_tract(tensor).map_err(|why| value(format!("input `{name}`"), why))?;
             feeds.push(TValue::from(fed));
         }
         let known = self.plan.as_ref().filter(|(known, _)| *known == signature).map(|(_, plan)| Arc::clone(plan));
         let plan = match known {
             Some(plan) => plan,
             None => {
-                let plan = guarded(|| prepare(&self.model, &feeds, self.optimize)).map_err(&failed)?;
+                let plan = guarded(|| prepare(&self.model, &feeds, self.optimize)).map_err(refused)?;
                 self.plan = Some((signature, Arc::clone(&plan)));
                 plan
             }
         };
-        let results = guarded(|| plan.run(feeds.into_iter().collect())).map_err(&failed)?;
+        let results = guarded(|| plan.run(feeds.into_iter().collect())).map_err(refused)?;
         let mut outputs = Vec::with_capacity(results.len());
         for (name, result) in self.outputs.iter().zip(results) {
-            let tensor = from_tract(&result).map_err(|message| value(format!("output `{name}`"), message))?;
+            let tensor = from_tract(&result).map_err(|why| value(format!("output `{name}`"), why))?;
             outputs.push((name.clone(), Datum::Tensor(tensor)));
         }
         Ok(outputs)
@@ -118,20 +122,41 @@ fn prepare(model: &InferenceModel, feeds: &[TValue], optimize: bool) -> TractRes
     if optimize { model.into_optimized()?.into_runnable() } else { model.into_typed()?.into_runnable() }
 }
 
+/// What the engine does not do.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("{0} (an installed ONNX Runtime is used instead, and runs more)")]
+    Error(String),
+    #[error("it stopped on an internal check (an installed ONNX Runtime is used instead, and runs more)")]
+    Panic,
+}
+
 /// Runs something of the engine's; its errors and panics become one line.
-fn guarded<T>(work: impl FnOnce() -> TractResult<T>) -> Result<T, String> {
-    let done = match catch_unwind(AssertUnwindSafe(work)) {
+fn guarded<T>(work: impl FnOnce() -> TractResult<T>) -> Result<T, Refused> {
+    match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => {
             let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
-            Err(chain.join(": ").split_whitespace().collect::<Vec<_>>().join(" "))
+            Err(Refused::Error(chain.join(": ").split_whitespace().collect::<Vec<_>>().join(" ")))
         }
-        Err(_) => Err("it stopped on an internal check".to_owned()),
-    };
-    done.map_err(|message| format!("{message} (an installed ONNX Runtime is used instead, and runs more)"))
+        Err(_) => Err(Refused::Panic),
+    }
 }
 
-fn to_tract(tensor: &Tensor) -> Result<tract_onnx::prelude::Tensor, String> {
+/// Why a value cannot be handed over.
+#[derive(Debug, thiserror::Error)]
+enum ValueError {
+    #[error("it has no elements of type {0}")]
+    Elements(DataType),
+    #[error("elements of type {0} cannot be taken from it")]
+    Foreign(String),
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    #[error("{0}")]
+    Engine(#[from] TractError),
+}
+
+fn to_tract(tensor: &Tensor) -> Result<tract_onnx::prelude::Tensor, ValueError> {
     macro_rules! numbers {
         ($ty:ty) => {{
             let chunks = tensor.bytes().as_chunks::<{ size_of::<$ty>() }>().0;
@@ -139,7 +164,7 @@ fn to_tract(tensor: &Tensor) -> Result<tract_onnx::prelude::Tensor, String> {
             tract_onnx::prelude::Tensor::from_shape(tensor.dims(), &elements)
         }};
     }
-    let made = match tensor.dtype() {
+    let value = match tensor.dtype() {
         DataType::Float => numbers!(f32),
         DataType::Double => numbers!(f64),
         DataType::Float16 => numbers!(f16),
@@ -155,12 +180,12 @@ fn to_tract(tensor: &Tensor) -> Result<tract_onnx::prelude::Tensor, String> {
             let flags: Vec<bool> = tensor.bytes().iter().map(|&b| b != 0).collect();
             tract_onnx::prelude::Tensor::from_shape(tensor.dims(), &flags)
         }
-        other => return Err(format!("it has no elements of type {other}")),
+        other => return Err(ValueError::Elements(other)),
     };
-    made.map_err(|e| e.to_string())
+    Ok(value?)
 }
 
-fn from_tract(value: &tract_onnx::prelude::Tensor) -> Result<Tensor, String> {
+fn from_tract(value: &tract_onnx::prelude::Tensor) -> Result<Tensor, ValueError> {
     let dtype = match value.datum_type() {
         DatumType::F32 => DataType::Float,
         DatumType::F64 => DataType::Double,
@@ -176,14 +201,14 @@ fn from_tract(value: &tract_onnx::prelude::Tensor) -> Result<Tensor, String> {
         DatumType::Bool => DataType::Bool,
         // Sizes it keeps symbolic are numbers by the time they come out.
         DatumType::TDim => {
-            let sizes = value.cast_to::<i64>().map_err(|e| e.to_string())?;
-            let view = sizes.to_plain_array_view::<i64>().map_err(|e| e.to_string())?;
+            let sizes = value.cast_to::<i64>()?;
+            let view = sizes.to_plain_array_view::<i64>()?;
             let sizes: Vec<i64> = view.iter().copied().collect();
             return Ok(Tensor::from_i64s(value.shape(), &sizes));
         }
-        other => return Err(format!("elements of type {other:?} cannot be taken from it")),
+        other => return Err(ValueError::Foreign(format!("{other:?}"))),
     };
-    Tensor::new(dtype, value.shape().to_vec(), value.as_bytes().to_vec()).map_err(|e| e.to_string())
+    Ok(Tensor::new(dtype, value.shape().to_vec(), value.as_bytes().to_vec())?)
 }
 
 #[cfg(test)]

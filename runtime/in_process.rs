@@ -1,13 +1,13 @@
 //! Running models in this process: finding an engine, and answering passes with it.
 
-use crate::{Engine, LoadOptions, OrtEngine, RuntimeError, Search, Source, datum::only_tensors};
+use crate::{Engine, LibrarySearch, LoadOptions, OrtEngine, RuntimeError, Source, datum::only_tensors};
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 
 /// The engine to run models with: ONNX Runtime if it is found, else the embedded one if it is built in.
 ///
 /// A library that was asked for by name and cannot be used is an error either way.
-pub fn start(search: &Search) -> Result<&'static dyn Engine, RuntimeError> {
+pub fn start(search: &LibrarySearch) -> Result<&'static dyn Engine, RuntimeError> {
     match OrtEngine::start(search) {
         Ok(engine) => Ok(engine),
         #[cfg(feature = "embedded")]

@@ -2,14 +2,14 @@
 
 use crate::RuntimeError;
 use std::{
-    fmt, fs,
+    fmt, fs, io,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 /// The places to look at. Whoever calls reads the environment; nothing here does.
 #[derive(Debug, Clone, Default)]
-pub struct Search {
+pub struct LibrarySearch {
     /// The user's `--ort`: a library or the folder it lies in. Nothing else is tried when it is set.
     pub explicit: Option<PathBuf>,
     /// The value of `ORT_DYLIB_PATH`. Nothing after it is tried when it is set.
@@ -30,8 +30,8 @@ pub struct Search {
 
 /// Which place a library was found in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)] // The variants are the fields of `Search`.
-pub enum Place {
+#[allow(missing_docs)] // The variants are the fields of `LibrarySearch`.
+pub enum SearchPlace {
     Explicit,
     Variable,
     Executable,
@@ -40,40 +40,40 @@ pub enum Place {
     System,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for SearchPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Place::Explicit => "`--ort`",
-            Place::Variable => "`ORT_DYLIB_PATH`",
-            Place::Executable => "the folder of the executable",
-            Place::DataDir => "the data folder",
-            Place::Python => "an installed Python package",
-            Place::System => "the system's libraries",
+            SearchPlace::Explicit => "`--ort`",
+            SearchPlace::Variable => "`ORT_DYLIB_PATH`",
+            SearchPlace::Executable => "the folder of the executable",
+            SearchPlace::DataDir => "the data folder",
+            SearchPlace::Python => "an installed Python package",
+            SearchPlace::System => "the system's libraries",
         })
     }
 }
 
 /// A library that was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Found {
+pub struct FoundLibrary {
     /// The library itself.
     pub path: PathBuf,
     /// Where it was found.
-    pub place: Place,
+    pub place: SearchPlace,
 }
 
 /// One place that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tried {
+pub(crate) struct Attempt {
     /// The kind of place.
-    pub place: Place,
+    pub place: SearchPlace,
     /// The folder, file or interpreter; empty if there was none to look at.
     pub at: PathBuf,
     /// What was there.
     pub outcome: String,
 }
 
-impl fmt::Display for Tried {
+impl fmt::Display for Attempt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.at.as_os_str().is_empty() {
             return write!(f, "{} ({})", self.place, self.outcome);
@@ -82,16 +82,45 @@ impl fmt::Display for Tried {
     }
 }
 
-/// What a search came to.
-#[derive(Debug, Clone, Default)]
-pub struct Discovery {
-    /// The library, if there is a usable one.
-    pub found: Option<Found>,
-    /// Every place that was looked at, in order.
-    pub tried: Vec<Tried>,
+/// Why a library cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unusable {
+    /// There is nothing where it was asked for.
+    #[error("there is no such library")]
+    Absent,
+    /// Its version is before the first that serves.
+    #[error("it is ONNX Runtime {found}, and this program needs {needed} or later")]
+    TooOld { found: String, needed: String },
+    /// It lacks what every ONNX Runtime has.
+    #[error("it is not an ONNX Runtime this program understands")]
+    Foreign,
+    /// It says why itself.
+    #[error("{0}")]
+    Refused(String),
 }
 
-impl Search {
+/// Why an interpreter leads to no library.
+#[derive(Debug, thiserror::Error)]
+enum PythonError {
+    #[error("cannot be run: {0}")]
+    Run(io::Error),
+    #[error("has no package `onnxruntime`")]
+    NoPackage,
+}
+
+/// Whether a library can be used.
+type Usable<'a> = dyn FnMut(&Path) -> Result<(), Unusable> + 'a;
+
+/// What a search came to.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Discovery {
+    /// The library, if there is a usable one.
+    pub found: Option<FoundLibrary>,
+    /// Every place that was looked at, in order.
+    pub tried: Vec<Attempt>,
+}
+
+impl LibrarySearch {
     /// The usual folders of system libraries on this platform.
     pub fn usual_system_dirs() -> Vec<PathBuf> {
         let dirs: &[&str] = if cfg!(target_os = "linux") {
@@ -115,65 +144,70 @@ impl Search {
     /// Looks at the places in order and returns the first library that `usable` accepts.
     ///
     /// Fails when a library that was asked for by name cannot be used: falling back would hide a mistake.
-    pub fn find(&self, usable: &mut dyn FnMut(&Path) -> Result<(), String>) -> Result<Discovery, RuntimeError> {
+    pub(crate) fn find(&self, usable: &mut Usable<'_>) -> Result<Discovery, RuntimeError> {
         let mut discovery = Discovery::default();
-        for (place, given) in [(Place::Explicit, &self.explicit), (Place::Variable, &self.variable)] {
+        for (place, given) in [(SearchPlace::Explicit, &self.explicit), (SearchPlace::Variable, &self.variable)] {
             let Some(given) = given else { continue };
-            let failed = |message: String| RuntimeError::Library { path: given.clone(), message };
+            let failed = |why: Unusable| RuntimeError::Library { path: given.clone(), message: why.to_string() };
             let path = if given.is_dir() { library_in(given) } else { given.is_file().then(|| given.clone()) };
-            let path = path.ok_or_else(|| failed("there is no such library".to_owned()))?;
+            let path = path.ok_or_else(|| failed(Unusable::Absent))?;
             usable(&path).map_err(failed)?;
-            discovery.tried.push(Tried { place, at: given.clone(), outcome: "used".to_owned() });
-            discovery.found = Some(Found { path, place });
+            discovery.tried.push(Attempt { place, at: given.clone(), outcome: "used".to_owned() });
+            discovery.found = Some(FoundLibrary { path, place });
             return Ok(discovery);
         }
         let beside = self.executable_dir.iter().flat_map(|dir| [dir.clone(), dir.join("lib"), dir.join("../lib")]);
         let beside: Vec<PathBuf> = beside.collect();
         let data: Vec<PathBuf> = self.data_dir.iter().cloned().collect();
-        if discovery.look(Place::Executable, &beside, usable) || discovery.look(Place::DataDir, &data, usable) {
+        if discovery.look(SearchPlace::Executable, &beside, usable)
+            || discovery.look(SearchPlace::DataDir, &data, usable)
+        {
             return Ok(discovery);
         }
-        if !self.packages.is_empty() && discovery.look(Place::Python, &self.packages, usable) {
+        if !self.packages.is_empty() && discovery.look(SearchPlace::Python, &self.packages, usable) {
             return Ok(discovery);
         }
         for environment in &self.environments {
-            if discovery.look(Place::Python, &packages_of(environment), usable) {
+            if discovery.look(SearchPlace::Python, &packages_of(environment), usable) {
                 return Ok(discovery);
             }
         }
         for python in &self.pythons {
             match ask_python(python) {
-                Ok(folder) if discovery.look(Place::Python, std::slice::from_ref(&folder), usable) => {
+                Ok(folder) if discovery.look(SearchPlace::Python, std::slice::from_ref(&folder), usable) => {
                     return Ok(discovery);
                 }
                 Ok(_) => {}
-                Err(outcome) => discovery.tried.push(Tried { place: Place::Python, at: python.clone(), outcome }),
+                Err(error) => {
+                    let outcome = error.to_string();
+                    discovery.tried.push(Attempt { place: SearchPlace::Python, at: python.clone(), outcome });
+                }
             }
         }
-        discovery.look(Place::System, &self.system_dirs, usable);
+        discovery.look(SearchPlace::System, &self.system_dirs, usable);
         Ok(discovery)
     }
 }
 
 impl Discovery {
     /// Whether one of `folders` holds a usable library; notes what was seen.
-    fn look(&mut self, place: Place, folders: &[PathBuf], usable: &mut dyn FnMut(&Path) -> Result<(), String>) -> bool {
+    fn look(&mut self, place: SearchPlace, folders: &[PathBuf], usable: &mut Usable<'_>) -> bool {
         if folders.is_empty() {
-            self.tried.push(Tried { place, at: PathBuf::new(), outcome: "none known".to_owned() });
+            self.tried.push(Attempt { place, at: PathBuf::new(), outcome: "none known".to_owned() });
         }
         for folder in folders {
             let Some(path) = library_in(folder) else {
                 let outcome = "no library there".to_owned();
-                self.tried.push(Tried { place, at: folder.clone(), outcome });
+                self.tried.push(Attempt { place, at: folder.clone(), outcome });
                 continue;
             };
             match usable(&path) {
                 Ok(()) => {
-                    self.tried.push(Tried { place, at: path.clone(), outcome: "used".to_owned() });
-                    self.found = Some(Found { path, place });
+                    self.tried.push(Attempt { place, at: path.clone(), outcome: "used".to_owned() });
+                    self.found = Some(FoundLibrary { path, place });
                     return true;
                 }
-                Err(outcome) => self.tried.push(Tried { place, at: path, outcome }),
+                Err(why) => self.tried.push(Attempt { place, at: path, outcome: why.to_string() }),
             }
         }
         false
@@ -213,7 +247,7 @@ fn packages_of(environment: &Path) -> Vec<PathBuf> {
 }
 
 /// Where a Python interpreter has `onnxruntime`, found without importing it.
-fn ask_python(python: &Path) -> Result<PathBuf, String> {
+fn ask_python(python: &Path) -> Result<PathBuf, PythonError> {
     // The current folder is taken off the path first: a folder of that name there is not an installed package.
     const SCRIPT: &str = "import sys\n\
         sys.path = [p for p in sys.path if p not in ('', '.')]\n\
@@ -221,10 +255,10 @@ fn ask_python(python: &Path) -> Result<PathBuf, String> {
         spec = importlib.util.find_spec('onnxruntime')\n\
         print((list(spec.submodule_search_locations or []) or [''])[0] if spec else '')";
     let output = Command::new(python).args(["-c", SCRIPT]).stdin(Stdio::null()).stderr(Stdio::null()).output();
-    let output = output.map_err(|e| format!("cannot be run: {e}"))?;
+    let output = output.map_err(PythonError::Run)?;
     let text = String::from_utf8_lossy(&output.stdout);
     match text.trim() {
-        "" => Err("has no package `onnxruntime`".to_owned()),
+        "" => Err(PythonError::NoPackage),
         package => Ok(Path::new(package).join("capi")),
     }
 }
@@ -256,17 +290,18 @@ mod tests {
     fn places_are_tried_in_order_until_one_is_usable() {
         let beside = Folder::new("beside", &["libonnxruntime.so.1.9.0", "libonnxruntime_providers_shared.so"]);
         let data = Folder::new("data", &["libonnxruntime.so.1.9.0", "libonnxruntime.so.1.32.0"]);
-        let search = Search {
+        let search = LibrarySearch {
             executable_dir: Some(beside.0.clone()),
             data_dir: Some(data.0.clone()),
             packages: vec!["no/such/package".into()],
             pythons: vec!["no-such-python".into()],
-            ..Search::default()
+            ..LibrarySearch::default()
         };
-        let mut accept = |path: &Path| if path.starts_with(&data.0) { Ok(()) } else { Err("too old".to_owned()) };
+        let mut accept =
+            |path: &Path| if path.starts_with(&data.0) { Ok(()) } else { Err(Unusable::Refused("too old".to_owned())) };
         let found = search.find(&mut accept).unwrap().found.unwrap();
-        assert_eq!((found.path, found.place), (data.0.join("libonnxruntime.so.1.32.0"), Place::DataDir));
-        let nothing = search.find(&mut |_| Err("too old".to_owned())).unwrap();
+        assert_eq!((found.path, found.place), (data.0.join("libonnxruntime.so.1.32.0"), SearchPlace::DataDir));
+        let nothing = search.find(&mut |_| Err(Unusable::Refused("too old".to_owned()))).unwrap();
         assert!(nothing.found.is_none());
         let lines: Vec<String> = nothing.tried.iter().map(ToString::to_string).collect();
         assert!(lines[0].ends_with("libonnxruntime.so.1.9.0 (too old)"), "{lines:?}");
@@ -280,10 +315,10 @@ mod tests {
 
     #[test]
     fn a_library_asked_for_by_name_must_be_there() {
-        let search = Search { explicit: Some("no/such/library.so".into()), ..Search::default() };
+        let search = LibrarySearch { explicit: Some("no/such/library.so".into()), ..LibrarySearch::default() };
         let error = search.find(&mut |_| Ok(())).unwrap_err().to_string();
         assert_eq!(error, "cannot load ONNX Runtime from `no/such/library.so`: there is no such library");
-        let search = Search { variable: Some("no/such/library.so".into()), ..Search::default() };
+        let search = LibrarySearch { variable: Some("no/such/library.so".into()), ..LibrarySearch::default() };
         assert!(search.find(&mut |_| Ok(())).is_err());
     }
 }

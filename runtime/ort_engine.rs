@@ -1,16 +1,19 @@
 //! ONNX Runtime: the only module that mentions `ort`.
 
 mod providers;
+mod registration;
 mod timed;
+
+pub use providers::{PROVIDERS, Provider, provider_name};
 
 use crate::{
     Datum, RuntimeError,
     engine::{Engine, LoadOptions, Session, Source, Timed},
-    library::{Found, Search},
+    library::{FoundLibrary, LibrarySearch, Unusable},
 };
 use bytes::Bytes;
 use half::{bf16, f16};
-use lathe_ir::{DataType, Tensor};
+use lathe_ir::{DataType, Tensor, TensorError};
 use ort::{
     environment::Environment,
     logging::LogLevel,
@@ -22,8 +25,10 @@ use ort::{
 };
 use std::{
     borrow::Cow,
+    num::TryFromIntError,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
+    string::FromUtf8Error,
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
@@ -31,7 +36,7 @@ use std::{
 #[derive(Debug)]
 pub struct OrtEngine {
     environment: Environment,
-    found: Found,
+    found: FoundLibrary,
     version: String,
     tried: Vec<String>,
 }
@@ -41,7 +46,7 @@ static LOADING: Mutex<()> = Mutex::new(());
 
 impl OrtEngine {
     /// The ONNX Runtime of this process; the first call finds and loads it, later ones return what is loaded.
-    pub fn start(search: &Search) -> Result<&'static OrtEngine, RuntimeError> {
+    pub fn start(search: &LibrarySearch) -> Result<&'static OrtEngine, RuntimeError> {
         let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(engine) = ENGINE.get() {
             return Ok(engine);
@@ -61,7 +66,7 @@ impl OrtEngine {
     }
 
     /// The library and how it was found.
-    pub fn found(&self) -> &Found {
+    pub fn found(&self) -> &FoundLibrary {
         &self.found
     }
 
@@ -100,7 +105,7 @@ impl OrtEngine {
             .and_then(|b| if options.lean { b.with_execution_providers([unpooled()]) } else { Ok(b) })
             .and_then(|b| b.with_log_level(LogLevel::Fatal));
         let builder = configured.map_err(|e| refused(sentence(e.message())))?;
-        providers::register(&self.environment, builder, options, &self.name(), &self.found.path, timing)
+        registration::register(&self.environment, builder, options, &self.name(), &self.found.path, timing)
     }
 
     fn commit(&self, mut builder: SessionBuilder, source: Source<'_>) -> Result<ort::session::Session, RuntimeError> {
@@ -124,23 +129,26 @@ fn unpooled() -> ort::ep::ExecutionProviderDispatch {
 }
 
 /// Loads the library at `path` and creates the process's environment.
-fn load(path: &Path) -> Result<Environment, String> {
+fn load(path: &Path) -> Result<Environment, Unusable> {
     // A library that lacks the expected entry points makes the binding panic rather than fail.
-    let started = catch_unwind(|| {
-        let builder = ort::init_from(path).map_err(|e| too_old(&e.to_string()).unwrap_or(sentence(&e.to_string())))?;
+    let environment = catch_unwind(|| {
+        let builder = ort::init_from(path).map_err(|e| {
+            let message = e.to_string();
+            too_old(&message).unwrap_or_else(|| Unusable::Refused(sentence(&message)))
+        })?;
         // Whatever matters comes back as an error; the runtime's own log would only be printed a second time. What it
         // logs about a provider that it cannot load says more than its error, and is kept.
         let logger = Arc::new(|level: LogLevel, _: &str, _: &str, _: &str, message: &str| {
             if matches!(level, LogLevel::Error | LogLevel::Fatal) {
-                providers::complain(message);
+                registration::complain(message);
             }
         });
         let environment = builder.with_name("lathe").with_telemetry(false).with_logger(logger);
-        let environment = environment.build().map_err(|e| sentence(e.message()))?;
+        let environment = environment.build().map_err(|e| Unusable::Refused(sentence(e.message())))?;
         environment.set_log_level(LogLevel::Fatal);
         Ok(environment)
     });
-    started.unwrap_or_else(|_| Err("it is not an ONNX Runtime this program understands".to_owned()))
+    environment.unwrap_or(Err(Unusable::Foreign))
 }
 
 impl Engine for OrtEngine {
@@ -174,12 +182,12 @@ struct OrtSession {
 
 impl Session for OrtSession {
     fn run(&mut self, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Datum)>, RuntimeError> {
-        let mut found = Vec::new();
+        let mut outputs = Vec::new();
         self.visit(inputs, &mut |name, datum| {
-            found.push((name.to_owned(), datum));
+            outputs.push((name.to_owned(), datum));
             Ok(())
         })?;
-        Ok(found)
+        Ok(outputs)
     }
 
     fn visit(
@@ -187,11 +195,14 @@ impl Session for OrtSession {
         inputs: &[(String, Tensor)],
         take: &mut dyn FnMut(&str, Datum) -> Result<(), RuntimeError>,
     ) -> Result<(), RuntimeError> {
-        let value =
-            |value: String, message: String| RuntimeError::Value { value, engine: self.engine.clone(), message };
+        let value = |value: String, why: ValueError| RuntimeError::Value {
+            value,
+            engine: self.engine.clone(),
+            message: why.to_string(),
+        };
         let mut feeds: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::with_capacity(inputs.len());
         for (name, tensor) in inputs {
-            let fed = to_ort(tensor).map_err(|message| value(format!("input `{name}`"), message))?;
+            let fed = to_ort(tensor).map_err(|why| value(format!("input `{name}`"), why))?;
             feeds.push((Cow::Borrowed(name.as_str()), fed.into()));
         }
         // The binding panics on an output that is an absent optional.
@@ -208,7 +219,7 @@ impl Session for OrtSession {
             }
         };
         for (name, output) in outputs {
-            let datum = from_ort(output).map_err(|message| value(format!("output `{name}`"), message))?;
+            let datum = from_ort(output).map_err(|why| value(format!("output `{name}`"), why))?;
             take(name, datum)?;
         }
         Ok(())
@@ -228,15 +239,40 @@ macro_rules! elements {
     };
 }
 
-fn to_ort(tensor: &Tensor) -> Result<DynValue, String> {
-    let dims: Vec<i64> =
-        tensor.dims().iter().map(|&d| i64::try_from(d).map_err(|e| e.to_string())).collect::<Result<_, _>>()?;
+/// Why a value cannot be handed over.
+#[derive(Debug, thiserror::Error)]
+enum ValueError {
+    #[error(transparent)]
+    Size(#[from] TryFromIntError),
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    #[error("a string is not UTF-8")]
+    Text(#[from] FromUtf8Error),
+    #[error("elements of type {0} are not supported by the binding")]
+    Elements(String),
+    #[error("maps from {key} to {value} are not supported by the binding")]
+    Map { key: String, value: String },
+    #[error("it is not a tensor")]
+    NotATensor,
+    #[error("it is not a map")]
+    NotAMap,
+    #[error("{0}")]
+    Binding(String),
+}
+
+/// What the binding says about a value.
+fn unbound<T>(error: ort::Error<T>) -> ValueError {
+    ValueError::Binding(sentence(error.message()))
+}
+
+fn to_ort(tensor: &Tensor) -> Result<DynValue, ValueError> {
+    let dims: Vec<i64> = tensor.dims().iter().map(|&d| i64::try_from(d)).collect::<Result<_, _>>()?;
     macro_rules! numbers {
         ($ty:ty) => {
             ort::value::Tensor::from_array((dims, elements!($ty, tensor))).map(|t| t.into_dyn())
         };
     }
-    let made = match tensor.dtype() {
+    let value = match tensor.dtype() {
         DataType::Float => numbers!(f32),
         DataType::Double => numbers!(f64),
         DataType::Float16 => numbers!(f16),
@@ -255,22 +291,22 @@ fn to_ort(tensor: &Tensor) -> Result<DynValue, String> {
         }
         DataType::String => {
             let strings = tensor.string_data().unwrap_or_default();
-            let text = |s: &Bytes| String::from_utf8(s.to_vec()).map_err(|_| "a string is not UTF-8".to_owned());
+            let text = |s: &Bytes| String::from_utf8(s.to_vec());
             let strings: Vec<String> = strings.iter().map(text).collect::<Result<_, _>>()?;
             ort::value::Tensor::from_string_array((dims, strings.as_slice())).map(|t| t.into_dyn())
         }
-        other => return Err(format!("elements of type {other} are not supported by the binding")),
+        other => return Err(ValueError::Elements(other.to_string())),
     };
-    made.map_err(|e| sentence(e.message()))
+    value.map_err(unbound)
 }
 
-fn from_ort(value: DynValue) -> Result<Datum, String> {
+fn from_ort(value: DynValue) -> Result<Datum, ValueError> {
     match value.dtype() {
         ValueType::Tensor { .. } => tensor_from_ort(&value).map(Datum::Tensor),
         ValueType::Sequence(_) => {
-            let sequence: Value<DynSequenceValueType> = value.downcast().map_err(|e| sentence(e.message()))?;
+            let sequence: Value<DynSequenceValueType> = value.downcast().map_err(unbound)?;
             let members = sequence.try_extract_sequence::<ort::value::DynValueTypeMarker>();
-            let members = members.map_err(|e| sentence(e.message()))?;
+            let members = members.map_err(unbound)?;
             Ok(Datum::Sequence(members.into_iter().map(from_ort).collect::<Result<_, _>>()?))
         }
         ValueType::Map { .. } => map_from_ort(value),
@@ -279,15 +315,14 @@ fn from_ort(value: DynValue) -> Result<Datum, String> {
     }
 }
 
-fn tensor_from_ort(value: &DynValue) -> Result<Tensor, String> {
+fn tensor_from_ort(value: &DynValue) -> Result<Tensor, ValueError> {
     let ValueType::Tensor { ty, shape, .. } = value.dtype() else {
-        return Err("it is not a tensor".to_owned());
+        return Err(ValueError::NotATensor);
     };
-    let dims: Vec<usize> =
-        shape.iter().map(|&d| usize::try_from(d).map_err(|e| e.to_string())).collect::<Result<_, _>>()?;
+    let dims: Vec<usize> = shape.iter().map(|&d| usize::try_from(d)).collect::<Result<_, _>>()?;
     macro_rules! numbers {
         ($ty:ty, $dtype:ident) => {{
-            let (_, elements) = value.try_extract_tensor::<$ty>().map_err(|e| sentence(e.message()))?;
+            let (_, elements) = value.try_extract_tensor::<$ty>().map_err(unbound)?;
             let mut bytes = Vec::with_capacity(size_of_val(elements));
             for element in elements {
                 bytes.extend_from_slice(&element.to_le_bytes());
@@ -295,7 +330,7 @@ fn tensor_from_ort(value: &DynValue) -> Result<Tensor, String> {
             Tensor::new(DataType::$dtype, dims, bytes)
         }};
     }
-    let made = match ty {
+    let tensor = match ty {
         TensorElementType::Float32 => numbers!(f32, Float),
         TensorElementType::Float64 => numbers!(f64, Double),
         TensorElementType::Float16 => numbers!(f16, Float16),
@@ -309,30 +344,30 @@ fn tensor_from_ort(value: &DynValue) -> Result<Tensor, String> {
         TensorElementType::Uint32 => numbers!(u32, Uint32),
         TensorElementType::Uint64 => numbers!(u64, Uint64),
         TensorElementType::Bool => {
-            let (_, flags) = value.try_extract_tensor::<bool>().map_err(|e| sentence(e.message()))?;
+            let (_, flags) = value.try_extract_tensor::<bool>().map_err(unbound)?;
             let bytes: Vec<u8> = flags.iter().map(|&f| u8::from(f)).collect();
             Tensor::new(DataType::Bool, dims, bytes)
         }
         // Asking an empty tensor for its strings is an error in ONNX Runtime.
         TensorElementType::String if dims.contains(&0) => Tensor::strings(dims, Vec::new()),
         TensorElementType::String => {
-            let (_, strings) = value.try_extract_strings().map_err(|e| sentence(e.message()))?;
+            let (_, strings) = value.try_extract_strings().map_err(unbound)?;
             Tensor::strings(dims, strings.into_iter().map(Bytes::from).collect())
         }
-        other => return Err(format!("elements of type {other} are not supported by the binding")),
+        other => return Err(ValueError::Elements(other.to_string())),
     };
-    made.map_err(|e| e.to_string())
+    Ok(tensor?)
 }
 
-fn map_from_ort(value: DynValue) -> Result<Datum, String> {
+fn map_from_ort(value: DynValue) -> Result<Datum, ValueError> {
     use TensorElementType::{Float32, Float64, Int64, String as Text};
-    let map: Value<DynMapValueType> = value.downcast().map_err(|e| sentence(e.message()))?;
+    let map: Value<DynMapValueType> = value.downcast().map_err(unbound)?;
     let ValueType::Map { key, value } = map.dtype() else {
-        return Err("it is not a map".to_owned());
+        return Err(ValueError::NotAMap);
     };
     macro_rules! entries {
         ($key:ty, $value:ty, $dtype:ident, $keys:expr) => {{
-            let mut entries = map.try_extract_key_values::<$key, $value>().map_err(|e| sentence(e.message()))?;
+            let mut entries = map.try_extract_key_values::<$key, $value>().map_err(unbound)?;
             entries.sort_by(|a, b| a.0.cmp(&b.0));
             let (keys, values): (Vec<$key>, Vec<$value>) = entries.into_iter().unzip();
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -348,19 +383,18 @@ fn map_from_ort(value: DynValue) -> Result<Datum, String> {
         (Text, Float32) => entries!(String, f32, Float, texts),
         (Text, Float64) => entries!(String, f64, Double, texts),
         (Text, Int64) => entries!(String, i64, Int64, texts),
-        _ => return Err(format!("maps from {key} to {value} are not supported by the binding")),
+        _ => return Err(ValueError::Map { key: key.to_string(), value: value.to_string() }),
     };
-    Ok(Datum::Map { keys: keys.map_err(|e| e.to_string())?, values: values.map_err(|e| e.to_string())? })
+    Ok(Datum::Map { keys: keys?, values: values? })
 }
 
 /// What is wrong with a library of a version before the first that serves, out of what the binding says about it.
-fn too_old(message: &str) -> Option<String> {
+fn too_old(message: &str) -> Option<Unusable> {
     let (_, after) = message.split_once("expected version >= '")?;
     let (needed, after) = after.split_once('\'')?;
     let (_, after) = after.split_once("got '")?;
     let (found, _) = after.split_once('\'')?;
-    let needed = needed.trim_end_matches(".x");
-    Some(format!("it is ONNX Runtime {found}, and this program needs {needed} or later"))
+    Some(Unusable::TooOld { found: found.to_owned(), needed: needed.trim_end_matches(".x").to_owned() })
 }
 
 /// One line out of what ONNX Runtime says.
@@ -513,7 +547,7 @@ mod tests {
         let said = "ort 2.0 is not compatible with the ONNX Runtime binary found at `a.so`; expected version >= '1.22.x', \
                     but got '1.20.1'";
         let expected = "it is ONNX Runtime 1.20.1, and this program needs 1.22 or later";
-        assert_eq!(too_old(said).as_deref(), Some(expected));
+        assert_eq!(too_old(said).map(|why| why.to_string()).as_deref(), Some(expected));
         assert_eq!(too_old("no such file"), None);
     }
 

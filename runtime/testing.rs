@@ -1,17 +1,17 @@
 //! Engine and small models for the tests of this crate.
 
-use crate::{OrtEngine, Search};
+use crate::{LibrarySearch, OrtEngine};
 use lathe_ir::{DataType, Dim, Graph, Model, Node, ScopeId, Tensor, Type, ValueId};
 use std::path::{Path, PathBuf};
 
 /// The ONNX Runtime of this process.
 pub(crate) fn engine() -> &'static OrtEngine {
-    let search = Search {
+    let search = LibrarySearch {
         variable: std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from),
         environments: vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv")],
         pythons: vec![PathBuf::from("python3")],
-        system_dirs: Search::usual_system_dirs(),
-        ..Search::default()
+        system_dirs: LibrarySearch::usual_system_dirs(),
+        ..LibrarySearch::default()
     };
     OrtEngine::start(&search).expect("the tests need ONNX Runtime, which `./test` installs")
 }

@@ -109,12 +109,9 @@ const HELD_ROWS: usize = 2048;
 /// Samples in which positions that are read apart are looked at, at most: one position has one row in each.
 const MOST_ALONE: usize = 512;
 
-/// Execution providers on devices that multiply in half precision.
-const HALF: [&str; 7] = ["cuda", "tensorrt", "rocm", "migraphx", "directml", "webgpu", "coreml"];
-
 /// Whether an execution provider, which may be `NAME=path` of a plugin, computes in half precision.
 pub(crate) fn computes_in_half(provider: &str) -> bool {
-    HALF.contains(&provider.split_once('=').map_or(provider, |(name, _)| name))
+    lathe_runtime::Provider::asked(provider).is_some_and(|provider| provider.half)
 }
 
 impl<'a> Compressor<'a> {

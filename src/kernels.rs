@@ -6,7 +6,7 @@
 use crate::{RunOptions, latency::Measurement, runner};
 use anyhow::{Context as _, anyhow};
 use lathe_ir::text;
-use lathe_runtime::{BenchInputs, InputSpec};
+use lathe_runtime::{BenchInputs, InputSpec, provider_name};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, fs, path::PathBuf};
 
@@ -98,18 +98,13 @@ pub(crate) fn slower(provider: &str) -> BTreeSet<String> {
 }
 
 fn choose(provider: &str, kept: Vec<Verdict>) -> BTreeSet<String> {
-    let provider = name(provider);
+    let provider = provider_name(provider);
     let found: Vec<Verdict> = kept.into_iter().filter(|v| v.provider == provider).collect();
     let here = |kernel: &str| found.iter().any(|v| v.kernel == kernel);
     let default = MEASURED.iter().filter(|(at, kernel, _)| *at == provider && !here(kernel));
     let default = default.map(|&(_, kernel, ratio)| (kernel, ratio));
     let all = found.iter().map(|v| (v.kernel.as_str(), v.ratio)).chain(default);
     all.filter(|&(_, ratio)| ratio > EQUAL).map(|(kernel, _)| kernel.to_owned()).collect()
-}
-
-/// The provider without the path of a plugin.
-fn name(provider: &str) -> &str {
-    provider.split_once('=').map_or(provider, |(name, _)| name)
 }
 
 fn file() -> Option<PathBuf> {
@@ -138,7 +133,7 @@ pub(crate) fn measure(options: &RunOptions) -> anyhow::Result<Vec<Verdict>> {
         let models: Vec<&std::path::Path> = paths.iter().map(PathBuf::as_path).collect();
         let latency = Measurement { run: options, models: &models, inputs: &inputs, seconds: 2.0 }.run(&mut |_| {})?;
         found.push(Verdict {
-            provider: name(&options.load.provider).to_owned(),
+            provider: provider_name(&options.load.provider).into_owned(),
             kernel: kernel.name.to_owned(),
             ratio: latency.ratio.ok_or_else(|| anyhow!("the two models of `{}` were not timed", kernel.name))?,
             runtime: latency.runtime,

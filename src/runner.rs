@@ -5,8 +5,8 @@ use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Inputs, Limits, LoadOptions,
-    Measured, Request, Search, SetSpec, Statistics, StatisticsError, Verdict,
+    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Inputs, LibrarySearch, Limits,
+    LoadOptions, Measured, Request, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,
@@ -43,8 +43,8 @@ pub(crate) fn python() -> PathBuf {
 }
 
 /// Where ONNX Runtime may be: the command line, the environment, beside the program, the data folder, Python, the system.
-pub(crate) fn search(library: Option<PathBuf>) -> Search {
-    Search {
+pub(crate) fn search(library: Option<PathBuf>) -> LibrarySearch {
+    LibrarySearch {
         explicit: library,
         variable: std::env::var_os("ORT_DYLIB_PATH").filter(|v| !v.is_empty()).map(PathBuf::from),
         executable_dir: match HOST.get() {
@@ -58,7 +58,7 @@ pub(crate) fn search(library: Option<PathBuf>) -> Search {
             .flatten()
             .collect(),
         pythons: vec![PathBuf::from("python3")],
-        system_dirs: Search::usual_system_dirs(),
+        system_dirs: LibrarySearch::usual_system_dirs(),
     }
 }
 

@@ -7,7 +7,7 @@
 use lathe_analysis::Evaluate;
 use lathe_ir::Model;
 use lathe_runtime::{
-    InProcess, InputSpec, Inputs, LoadOptions, OrtEngine, Search, Source, Verdict, VerifyTask, verify,
+    InProcess, InputSpec, Inputs, LibrarySearch, LoadOptions, OrtEngine, Source, Verdict, VerifyTask, verify,
 };
 use std::{
     path::{Path, PathBuf},
@@ -23,12 +23,12 @@ pub use random::random_model;
 
 static ENGINE: LazyLock<&OrtEngine> = LazyLock::new(|| {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let search = Search {
+    let search = LibrarySearch {
         variable: std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from),
         environments: vec![workspace.join(".venv")],
         pythons: vec![PathBuf::from("python3")],
-        system_dirs: Search::usual_system_dirs(),
-        ..Search::default()
+        system_dirs: LibrarySearch::usual_system_dirs(),
+        ..LibrarySearch::default()
     };
     match OrtEngine::start(&search) {
         Ok(engine) => engine,

@@ -1,6 +1,6 @@
 //! Runs whose inputs and outputs stay on the device, for timing.
 
-use super::{OrtEngine, providers, sentence, to_ort};
+use super::{OrtEngine, PROVIDERS, Provider, sentence, to_ort};
 use crate::{
     RuntimeError, Sample,
     engine::{LoadOptions, Source, Timed},
@@ -47,6 +47,7 @@ pub(super) fn load(
             .map_err(|e| RuntimeError::Load { engine: name.clone(), message: sentence(e.message()) })?;
     }
     let session = engine.commit(builder, source)?;
+    let built_in = PROVIDERS.iter().find(|provider| provider.name == options.provider);
     let binding = session.create_binding().map_err(|e| refused(&e))?;
     let outputs = session.outputs().iter().map(|o| o.name().to_owned()).collect();
     Ok(Box::new(OrtTimed {
@@ -54,10 +55,10 @@ pub(super) fn load(
         session,
         values: Vec::new(),
         outputs,
-        memory: providers::memory(&options.provider),
+        memory: built_in.and_then(|provider| provider.memory.clone()),
         device: options.device,
         // A plugin may have memory of any name.
-        copies_in_run: !providers::is_built_in(&options.provider),
+        copies_in_run: !built_in.is_some_and(Provider::is_built_in),
         profiled: profile.is_some(),
         provider,
         engine: name,
@@ -114,10 +115,10 @@ impl Timed for OrtTimed {
     fn bind(&mut self, inputs: &Sample) -> Result<Option<Duration>, RuntimeError> {
         let mut values = Vec::with_capacity(inputs.len());
         for (name, tensor) in inputs {
-            let value = to_ort(tensor).map_err(|message| RuntimeError::Value {
+            let value = to_ort(tensor).map_err(|why| RuntimeError::Value {
                 value: format!("input `{name}`"),
                 engine: self.engine.clone(),
-                message,
+                message: why.to_string(),
             })?;
             values.push((name.clone(), value));
         }
