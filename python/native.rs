@@ -1,7 +1,7 @@
 //! `onnx_lathe._native`: the program for Python. Arguments are command lines, answers are JSON; the modules around it
 //! make both Pythonic.
 
-use onnx_lathe::{Call, Event, Failure, Host, Report};
+use onnx_lathe::{Call, Event, Failure, Host, PROVIDERS, Report};
 use pyo3::{
     create_exception,
     exceptions::{PyException, PyKeyboardInterrupt, PyOSError, PyValueError},
@@ -103,6 +103,13 @@ fn html(report: &str) -> PyResult<String> {
     Ok(report.to_html())
 }
 
+/// Every execution provider: ONNX Runtime's name, the name on command lines, and whether its devices are seldom those that
+/// models are optimized on.
+#[pyfunction]
+fn providers() -> Vec<(&'static str, &'static str, bool)> {
+    PROVIDERS.iter().map(|provider| (provider.runtime_name, provider.name, provider.elsewhere)).collect()
+}
+
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
@@ -115,5 +122,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(set_host, module)?)?;
     module.add_function(wrap_pyfunction!(run, module)?)?;
     module.add_function(wrap_pyfunction!(call, module)?)?;
-    module.add_function(wrap_pyfunction!(html, module)?)
+    module.add_function(wrap_pyfunction!(html, module)?)?;
+    module.add_function(wrap_pyfunction!(providers, module)?)
 }

@@ -35,6 +35,7 @@ pub use compress::Budget;
 pub use failure::Failure;
 pub use job::{Done, Options, optimize};
 pub use latency::{Latency, LatencySide};
+pub use lathe_runtime::{PROVIDERS, Provider};
 pub use layers::LayerLine;
 pub use pipeline::{PassRecord, Selection};
 pub use report::Report;

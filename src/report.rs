@@ -1,11 +1,13 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
 mod plan;
+mod scores;
 
 pub use plan::{BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
+pub use scores::OutputScores;
 
 use crate::{AutoReport, Latency, html, layers::LayerLine};
-use lathe_runtime::{ChosenSamples, Excuse};
+use lathe_runtime::{ChosenSamples, Excuse, metric_columns};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt::Write as _;
 
@@ -74,27 +76,10 @@ pub struct PassLine {
 pub struct OutputLine {
     /// The output.
     pub name: String,
-    /// The largest difference of two elements; `null` is infinite.
-    #[serde(deserialize_with = "null_is_infinite")]
-    pub max_abs: f64,
-    /// The relative L2 error; `null` is infinite.
-    #[serde(deserialize_with = "null_is_infinite")]
-    pub rel_l2: f64,
-    /// The cosine of the angle between the two.
-    pub cosine: f64,
-    /// The share of rows whose largest element is at the same place.
-    pub top1: Option<f64>,
-    /// The mean Kullback-Leibler divergence of rows, in nats.
-    pub kl: Option<f64>,
-    /// The signal-to-noise ratio in dB; only for sets, and `null` where there is no noise.
-    #[serde(default)]
-    pub snr: Option<f64>,
-    /// The peak signal-to-noise ratio of images in dB; only for sets, and `null` where there is no noise.
-    #[serde(default)]
-    pub psnr: Option<f64>,
-    /// The structural similarity of images; only for sets.
-    #[serde(default)]
-    pub ssim: Option<f64>,
+    /// What was measured on it: `max_abs`, `rel_l2` and `cosine`, and for some outputs and sets `top1`, `kl`, `snr`, `psnr`
+    /// and `ssim`, as [`lathe_runtime::metrics`] explains them.
+    #[serde(flatten)]
+    pub scores: OutputScores,
     /// The bound on the relative L2 error that the output was held to; `null` where all has to be the same, and for sets.
     #[serde(default)]
     pub limit: Option<f64>,
@@ -247,14 +232,21 @@ impl Report {
             if let Some(note) = &verify.note {
                 line(format!("{note}.\n"));
             }
-            line("| output | max abs | rel L2 | cosine | top-1 | KL |\n|---|---|---|---|---|---|".to_owned());
-            let optional = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.4}"));
-            for o in &verify.outputs {
-                let (top1, kl) = (optional(o.top1), optional(o.kl));
-                line(format!(
-                    "| {} | {:.2e} | {:.2e} | {:.6} | {top1} | {kl} |",
-                    o.name, o.max_abs, o.rel_l2, o.cosine
-                ));
+            let mut columns = metric_columns();
+            columns.retain(|(metric, column)| {
+                let is_measured = verify.outputs.iter().any(|o| o.scores.get(metric.name).is_some());
+                (1..=2).contains(&column.order) || column.order > 2 && is_measured
+            });
+            let headings: String = columns.iter().map(|(_, column)| format!(" {} |", column.heading)).collect();
+            line(format!(
+                "| output | max abs | rel L2 | cosine |{headings}\n|---|---|---|---|{}",
+                "---|".repeat(columns.len())
+            ));
+            for OutputLine { name, scores, .. } in &verify.outputs {
+                let cell = |metric: &str| scores.get(metric).map_or("–".to_owned(), |x| format!("{x:.4}"));
+                let cells: String = columns.iter().map(|(metric, _)| format!(" {} |", cell(metric.name))).collect();
+                let (max_abs, rel_l2, cosine) = (scores.max_abs(), scores.rel_l2(), scores.cosine());
+                line(format!("| {name} | {max_abs:.2e} | {rel_l2:.2e} | {cosine:.6} |{cells}"));
             }
         }
         if let Some(latency) = &self.latency {

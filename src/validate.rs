@@ -2,11 +2,11 @@
 
 use crate::{
     Failure,
-    report::{OutputLine, Verify},
+    report::{OutputLine, OutputScores, Verify},
     runner::Runner,
 };
 use anyhow::anyhow;
-use lathe_runtime::{Measured, Scores, SetSpec, Verdict};
+use lathe_runtime::{Measured, Scores, SetSpec, Verdict, metrics};
 use std::path::Path;
 
 /// What a candidate is held to.
@@ -60,17 +60,10 @@ fn verify(measured: Measured, bound: &Bound) -> Verify {
 }
 
 fn line(output: &Scores) -> OutputLine {
-    let score = |metric: &str| output.scores.get(metric).map(|s| s.after);
+    let scores = metrics().filter_map(|metric| Some((metric.name, output.scores.get(metric.name)?.after)));
     OutputLine {
         name: output.name.clone(),
-        max_abs: score("max-abs").unwrap_or(0.0),
-        rel_l2: score("rel-l2").unwrap_or(0.0),
-        cosine: score("cosine").unwrap_or(1.0),
-        top1: score("top1"),
-        kl: score("kl"),
-        snr: score("snr").filter(|x| x.is_finite()),
-        psnr: score("psnr").filter(|x| x.is_finite()),
-        ssim: score("ssim"),
+        scores: OutputScores::new(scores),
         limit: None,
         excuse: None,
         uncompared: None,

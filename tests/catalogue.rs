@@ -1,5 +1,6 @@
 //! The catalogue of passes agrees with the files and with the README.
 
+use lathe_runtime::{PROVIDERS, metrics};
 use std::{fs, path::Path, process::Command};
 
 fn table() -> String {
@@ -37,4 +38,43 @@ fn every_pass_is_the_file_of_its_name_and_every_such_file_is_registered() {
     files.sort();
     registered.sort();
     assert_eq!(registered, files);
+}
+
+/// Holds what stands in a page between a marker and the end to what it must be.
+fn shows(page: &str, marker: &str, table: &str) {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).expect("the page is there");
+    let shown = text.split(&format!("<!-- {marker} -->\n")).nth(1).expect("the table has a start");
+    let shown = shown.split("<!-- end -->").next().expect("the table has an end");
+    assert_eq!(shown, table, "put this into {page}");
+}
+
+#[test]
+fn the_book_shows_every_metric() {
+    let rows = metrics().map(|m| format!("| `{}` | {} | {} |\n", m.name, m.summary, m.drop));
+    let head = "| metric | what it is | drop |\n|---|---|---|\n".to_owned();
+    shows("docs/src/pipelines.md", "metrics", &std::iter::once(head).chain(rows).collect::<String>());
+}
+
+#[test]
+fn the_book_shows_every_execution_provider() {
+    let row = |p: &lathe_runtime::Provider| {
+        let (half, needs) = (if p.half { "yes" } else { "" }, if p.needs.is_empty() { "–" } else { p.needs });
+        format!("| `{}` | {} | {half} | {needs} | {} |\n", p.name, p.runtime_name, p.remedy)
+    };
+    let head =
+        "| `--ep` | ONNX Runtime's name | half precision | needs | where it is missing |\n|---|---|---|---|---|\n";
+    let table: String = std::iter::once(head.to_owned()).chain(PROVIDERS.iter().map(row)).collect();
+    shows("docs/src/faq.md", "providers", &table);
+}
+
+#[test]
+fn the_help_names_every_metric() {
+    let optimize = || Command::new(env!("CARGO_BIN_EXE_optimize"));
+    let output = optimize().args(["verify", "--help"]).output().expect("it runs");
+    let help = String::from_utf8(output.stdout).expect("help is text");
+    let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for metric in metrics() {
+        let line = format!("- {}: {} [drop: {}]", metric.name, metric.summary, metric.drop);
+        assert!(words.contains(&line), "{line} is not in {help}");
+    }
 }

@@ -35,3 +35,6 @@ def call(
 
 def html(report: str) -> str:
     """The HTML page of a report in JSON."""
+
+def providers() -> list[tuple[str, str, bool]]:
+    """Every execution provider: ONNX Runtime's name, the program's, and whether its devices are seldom this machine's."""

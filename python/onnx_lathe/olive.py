@@ -21,6 +21,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 import onnx_lathe
+from onnx_lathe import _native
 from onnx_lathe._models import data_of
 
 # Options of `onnx_lathe.optimize` that a workflow can give: type, and what they are.
@@ -51,17 +52,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "seed": (int, "Seed of random inputs."),
 }
 
-# Olive's names of execution providers, and the program's.
-PROVIDERS = {
-    "CUDAExecutionProvider": "cuda",
-    "TensorrtExecutionProvider": "tensorrt",
-    "OpenVINOExecutionProvider": "openvino",
-    "DmlExecutionProvider": "directml",
-    "WebGpuExecutionProvider": "webgpu",
-    "CoreMLExecutionProvider": "coreml",
-    "MIGraphXExecutionProvider": "migraphx",
-    "ROCMExecutionProvider": "rocm",
-}
+# Olive's names of execution providers, and the program's. The CPU is what runs without a name; a phone is not here to run on.
+PROVIDERS = {name: ours for name, ours, elsewhere in _native.providers() if ours != "cpu" and not elsewhere}
 
 
 class OnnxLathe(Pass):

@@ -9,6 +9,7 @@ import onnx_lathe
 import pytest
 from conftest import samples
 from onnx import TensorProto, helper
+from onnx_lathe import _native
 from onnx_lathe.compat import onnxsim, onnxslim
 
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
@@ -119,6 +120,12 @@ def test_a_check_that_fails_is_false(classifier: Path) -> None:
     assert not onnxsim.simplify(open_model(), check_n=1, check_rtol=1e-12)[1]
 
 
+def test_providers_are_those_of_the_program() -> None:
+    assert onnxsim.PROVIDERS["CPUExecutionProvider"] == "cpu"
+    assert onnxsim.PROVIDERS["DmlExecutionProvider"] == "directml"
+    assert len(onnxsim.PROVIDERS) == len(_native.providers())
+
+
 UNUSUAL = {
     "skipped_optimizers": ["fuse_bn_into_conv"], "skip_shape_inference": True, "custom_lib": "ops.so",
     "mutable_initializer": True, "initializers_as_constants": False, "extra_optimizers": ["x"],
@@ -138,7 +145,7 @@ def test_arguments_without_a_counterpart_are_refused(library: object, call: obje
         with pytest.raises(onnx_lathe.UsageError, match=f"`{name}` of .* has no counterpart in onnx_lathe"):
             call(classifier, **{name: UNUSUAL[name]})
     for model, options, message in [
-        (onnxsim, {"providers": ["QNNExecutionProvider"]}, "it knows CPUExecutionProvider"),
+        (onnxsim, {"providers": ["AbacusExecutionProvider"]}, "it knows CPUExecutionProvider"),
         (onnxsim, {"providers": [("CUDAExecutionProvider", {})]}, "name the provider alone"),
         (onnxsim, {"overwrite_input_shapes": {"z": [1]}}, "there is no input `z`; the model has x"),
         (onnxsim, {"unused_output": ["z"]}, "there is no output `z`; the model has logits"),

@@ -17,7 +17,7 @@ use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser},
 };
-use lathe_runtime::{BenchInputs, Claim, InputSpec, Inputs, Listener, Verdict};
+use lathe_runtime::{BenchInputs, Claim, InputSpec, Inputs, Listener, Verdict, metric_columns};
 use std::{fmt::Write as _, path::PathBuf};
 
 /// What to compare.
@@ -199,20 +199,16 @@ fn line(o: &OutputLine) -> String {
     if let Some(reason) = &o.uncompared {
         return format!("{}  type and shape only: {reason}", o.name);
     }
-    let mut line = format!("{}  max abs {:.2e}  rel L2 {:.2e}", o.name, o.max_abs, o.rel_l2);
+    let mut line = format!("{}  max abs {:.2e}  rel L2 {:.2e}", o.name, o.scores.max_abs(), o.scores.rel_l2());
     if let Some(limit) = o.limit {
         let _ = write!(line, " (limit {limit:.0e})");
     }
-    let _ = write!(line, "  cosine {:.6}", o.cosine);
-    let mut also = |name: &str, value: Option<f64>, unit: &str| {
-        if let Some(value) = value {
-            let _ = write!(line, "  {name} {}{unit}", significant(value));
+    let _ = write!(line, "  cosine {:.6}", o.scores.cosine());
+    for (metric, column) in metric_columns().into_iter().filter(|(_, column)| column.order > 0) {
+        if let Some(score) = o.scores.get(metric.name) {
+            let unit = if column.unit.is_empty() { String::new() } else { format!(" {}", column.unit) };
+            let _ = write!(line, "  {} {}{unit}", column.heading, significant(score));
         }
-    };
-    also("SNR", o.snr, " dB");
-    also("top-1", o.top1, "");
-    also("KL", o.kl, "");
-    also("PSNR", o.psnr, " dB");
-    also("SSIM", o.ssim, "");
+    }
     line
 }

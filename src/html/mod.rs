@@ -8,9 +8,10 @@ use crate::{
     Report,
     latency::{Latency, LatencySide, digits},
     layers::LayerLine,
-    report::{OutputLine, PassLine, Verify, grouped, mib, rows},
+    report::{PassLine, Verify, grouped, mib, rows},
 };
 use charts::{bar, decades, quartiles};
+use lathe_runtime::{metric_columns, metrics};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 const STYLE: &str = include_str!("style.css");
@@ -144,7 +145,7 @@ fn pair(name: &str, before: (f64, String), after: (f64, String), change: &str) -
 
 /// The metric beside its bound, both on a scale of decades where the metric is an error.
 fn error(verify: &Verify) -> Markup {
-    let is_error = matches!(verify.metric.as_str(), "rel-l2" | "max-abs" | "bits");
+    let is_error = verify.metric == "bits" || metrics().any(|m| m.name == verify.metric && m.is_error);
     if !is_error {
         let number = |x: f64| if x.is_finite() { format!("{x:.4}") } else { "∞".to_owned() };
         return multiple(
@@ -189,23 +190,16 @@ fn sizes(report: &Report) -> Markup {
     }
 }
 
-/// A measure that only some outputs have.
-type OutputFigure = fn(&OutputLine) -> Option<f64>;
-
 fn outputs(verify: &Verify) -> Markup {
     let on = match verify.set.as_str() {
         "random" => format!("{} sets of random inputs", verify.samples),
         set => format!("{} samples of the {set} set", verify.samples),
     };
-    let optional: [(&str, OutputFigure); 5] = [
-        ("top-1", |o| o.top1),
-        ("KL, nats", |o| o.kl),
-        ("SNR, dB", |o| o.snr),
-        ("PSNR, dB", |o| o.psnr),
-        ("SSIM", |o| o.ssim),
-    ];
-    let shown: Vec<_> =
-        optional.into_iter().filter(|(_, get)| verify.outputs.iter().any(|o| get(o).is_some())).collect();
+    // The first columns are there for every output.
+    let mut shown = metric_columns();
+    shown.retain(|(metric, column)| {
+        column.order > 0 && verify.outputs.iter().any(|o| o.scores.get(metric.name).is_some())
+    });
     let bounded = verify.outputs.iter().any(|o| o.limit.is_some());
     html! {
         h2 { "Error of every output" }
@@ -222,17 +216,19 @@ fn outputs(verify: &Verify) -> Markup {
                     th { "output" } th.number { "relative L2" } th { "" }
                     @if bounded { th.number { "limit" } }
                     th.number { "max abs" } th.number.wide { "cosine" }
-                    @for (name, _) in &shown { th.number { (name) } }
+                    @for (_, column) in &shown { th.number { (column.heading) @if !column.unit.is_empty() { ", " (column.unit) } } }
                 } }
                 tbody { @for o in &verify.outputs {
                     tr {
                         td.name { code { (breakable(&o.name)) } }
-                        td.number { (scientific(o.rel_l2)) }
-                        td.chart { (bar(decades(o.rel_l2), "after", &format!("relative L2 {}", scientific(o.rel_l2)))) }
+                        td.number { (scientific(o.scores.rel_l2())) }
+                        td.chart { (bar(decades(o.scores.rel_l2()), "after", &format!("relative L2 {}", scientific(o.scores.rel_l2())))) }
                         @if bounded { td.number { (o.limit.map_or("–".to_owned(), scientific)) } }
-                        td.number { (scientific(o.max_abs)) }
-                        td.number.wide { (format!("{:.6}", o.cosine)) }
-                        @for (_, get) in &shown { td.number { (get(o).map_or("–".to_owned(), |x| format!("{x:.4}"))) } }
+                        td.number { (scientific(o.scores.max_abs())) }
+                        td.number.wide { (format!("{:.6}", o.scores.cosine())) }
+                        @for (metric, _) in &shown {
+                            td.number { (o.scores.get(metric.name).map_or("–".to_owned(), |x| format!("{x:.4}"))) }
+                        }
                     }
                 } }
             } }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
     latency::{Latency, LatencySide},
-    report::{BudgetRow, Plan, PlanChoice, PlanCost, Refusal, Side},
+    report::{BudgetRow, OutputLine, OutputScores, Plan, PlanChoice, PlanCost, Refusal, Side},
 };
 use scraper::{Html, Selector};
 
@@ -23,14 +23,7 @@ fn report() -> Report {
     };
     let output = OutputLine {
         name: NASTY.to_owned(),
-        max_abs: 3e-6,
-        rel_l2: 1.25e-7,
-        cosine: 1.0,
-        top1: None,
-        kl: None,
-        snr: None,
-        psnr: None,
-        ssim: None,
+        scores: OutputScores::new([("max-abs", 3e-6), ("rel-l2", 1.25e-7), ("cosine", 1.0)]),
         limit: Some(1e-4),
         excuse: None,
         uncompared: None,

@@ -3,7 +3,7 @@
 use super::cost;
 use crate::{
     pipeline::{self, PassRecord},
-    report::{OutputLine, PassLine, Refusal, Side, Verify},
+    report::{OutputLine, OutputScores, PassLine, Refusal, Side, Verify},
 };
 use lathe_ir::{DataType, Model};
 use lathe_runtime::{Claim, Comparison, default_rtol};
@@ -56,14 +56,11 @@ pub(crate) fn verify(report: lathe_runtime::Report, claim: Claim, set: &str) -> 
     let after = worst.map_or(0.0, |output| output.rel_l2);
     let outputs = report.comparison.outputs.iter().map(|o| OutputLine {
         name: o.name.clone(),
-        max_abs: o.max_abs,
-        rel_l2: o.rel_l2,
-        cosine: o.cosine,
-        top1: o.top1,
-        kl: o.kl,
-        snr: None,
-        psnr: None,
-        ssim: None,
+        scores: {
+            let always = [("max-abs", o.max_abs), ("rel-l2", o.rel_l2), ("cosine", o.cosine)];
+            let rows = [o.top1.map(|x| ("top1", x)), o.kl.map(|x| ("kl", x))];
+            OutputScores::new(always.into_iter().chain(rows.into_iter().flatten()))
+        },
         limit: o.limit,
         excuse: o.excuse,
         uncompared: o.uncompared.clone(),

@@ -18,7 +18,7 @@ use lathe_passes::{
         allocate::{self, SolveError, Solver},
     },
 };
-use lathe_runtime::{BenchInputs, Distance, SetSpec};
+use lathe_runtime::{BenchInputs, Distance, SetSpec, metrics};
 use std::path::Path;
 
 /// Allocations that are tried until the result is as small and as fast as it must be.
@@ -454,7 +454,7 @@ impl Job<'_> {
         let graph = &model.graph;
         let logits = |&v: &lathe_ir::ValueId| graph.value(v).name.to_ascii_lowercase().contains("logit");
         let divergence = match self.options.budget.metric.as_deref() {
-            Some(metric) => matches!(metric, "perplexity" | "kl" | "top1" | "accuracy"),
+            Some(metric) => metrics().any(|m| m.name == metric && m.of_logits),
             None => {
                 self.set.as_ref().is_some_and(|(set, _)| set.labels.is_some())
                     || graph.main().outputs().iter().any(logits)

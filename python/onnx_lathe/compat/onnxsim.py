@@ -9,7 +9,7 @@ from typing import Any, Literal
 import onnx
 
 import onnx_lathe
-from onnx_lathe import Refused, UsageError
+from onnx_lathe import Refused, UsageError, _native
 from onnx_lathe.compat import _edits
 
 # What is left of the program when onnxsim's optimizer is turned off.
@@ -34,14 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "external_data_threshold": "100MB",
 }
 
-PROVIDERS = {
-    "CPUExecutionProvider": "cpu",
-    "CUDAExecutionProvider": "cuda",
-    "TensorrtExecutionProvider": "tensorrt",
-    "OpenVINOExecutionProvider": "openvino",
-    "DmlExecutionProvider": "directml",
-    "CoreMLExecutionProvider": "coreml",
-}
+PROVIDERS = {name: ours for name, ours, _ in _native.providers()}
 
 
 def simplify(
