@@ -3,13 +3,12 @@
 //!
 //! Source: ScalSelect, arXiv:2602.11636. Activations are pooled batch by batch; what is kept is one row per sample.
 
-mod eigen;
 mod leverage;
 
 use crate::{Datum, Engine, RuntimeError, SampleSet, SetError, Source, Talk, wire::SelectJob};
 use lathe_analysis::{Facts, dead_nodes, unused_initializers};
 use lathe_ir::{DataType, Graph, Model, ReadError, ScopeId, Tensor, ValueId, WriteError, WriteOptions};
-use leverage::Features;
+use leverage::{Features, NotConverged};
 use serde::{Deserialize, Serialize};
 use std::io;
 
@@ -57,6 +56,8 @@ pub(crate) enum SelectError {
     Folder(io::Error),
     #[error("cannot write the first layers: {0}")]
     Write(WriteError),
+    #[error(transparent)]
+    Decomposition(#[from] NotConverged),
     #[error("the runtime does not give `{0}`")]
     Missing(String),
     #[error("`{value}` has the shape {shape:?} for {samples} samples")]
@@ -106,7 +107,7 @@ pub(crate) fn serve(engine: &dyn Engine, job: &SelectJob, talk: &mut dyn Talk) -
         units.extend(here);
     }
     talk.stage("choosing samples");
-    let choice = features.choose(job.count, job.seed);
+    let choice = features.choose(job.count, job.seed)?;
     Ok(ChosenSamples {
         chosen: choice.chosen.iter().map(|&row| units[row]).collect(),
         pool: units.len(),

@@ -4,7 +4,7 @@
 //! near-duplicates of one outlier would all be chosen, so half of the choice is pivoted (each row for what the rows before
 //! it leave over) and the other half is drawn evenly from the rest, which keeps means unbiased.
 
-use super::eigen::eigen;
+use faer::{Accum, Mat, MatRef, Par, Side, linalg::matmul::matmul};
 use lathe_analysis::Random;
 use std::collections::BTreeMap;
 
@@ -23,9 +23,14 @@ pub(super) struct Features {
     pub(super) values: Vec<f32>,
 }
 
+/// The eigenvalues of the products of features were not found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the decomposition of the features did not converge")]
+pub(crate) struct NotConverged;
+
 /// What was chosen, by row.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Choice {
+pub(super) struct Selection {
     /// In ascending order.
     pub(super) chosen: Vec<usize>,
     /// Dimensions of the dominant subspace.
@@ -64,7 +69,7 @@ impl Features {
     }
 
     /// Chooses `count` rows, or all that are not broken if there are fewer.
-    pub(super) fn choose(&self, count: usize, seed: u64) -> Choice {
+    pub(super) fn choose(&self, count: usize, seed: u64) -> Result<Selection, NotConverged> {
         let mut first: BTreeMap<Vec<u32>, usize> = BTreeMap::new();
         let (mut distinct, mut copies, mut broken) = (Vec::new(), Vec::new(), 0);
         for index in 0..self.rows() {
@@ -77,12 +82,12 @@ impl Features {
                 distinct.push(index);
             }
         }
-        let whitened = self.whitened(&distinct, seed);
+        let whitened = self.whitened(&distinct, seed)?;
         let mut random = Random::named(seed, "calibration");
         let mut picked = pivots(&whitened, distinct.len(), count.div_ceil(2).min(distinct.len()));
-        let mut left: Vec<usize> = (0..distinct.len()).filter(|i| !picked.contains(i)).collect();
-        while picked.len() < count && !left.is_empty() {
-            picked.push(left.swap_remove(random.index(left.len())));
+        let mut others: Vec<usize> = (0..distinct.len()).filter(|i| !picked.contains(i)).collect();
+        while picked.len() < count && !others.is_empty() {
+            picked.push(others.swap_remove(random.index(others.len())));
         }
         let total: f64 = (0..distinct.len()).map(|i| whitened.leverage(i)).sum();
         let covered: f64 = picked.iter().map(|&i| whitened.leverage(i)).sum();
@@ -93,55 +98,61 @@ impl Features {
             chosen.push(copies.swap_remove(random.index(copies.len())));
         }
         chosen.sort_unstable();
-        Choice { chosen, components: whitened.width, coverage, duplicates, broken }
+        Ok(Selection { chosen, components: whitened.width, coverage, duplicates, broken })
     }
 
     /// The rows `kept`, centred, in the subspace of [`SHARE`] of their variance.
-    fn whitened(&self, kept: &[usize], seed: u64) -> Whitened {
+    fn whitened(&self, kept: &[usize], seed: u64) -> Result<Whitened, NotConverged> {
         let rows = kept.len();
-        let (mut z, d) = self.narrow(kept, seed);
+        let mut z = self.narrow(kept, seed);
+        let d = z.ncols();
         for column in 0..d {
-            let mean = (0..rows).map(|i| z[i * d + column]).sum::<f64>() / rows.max(1) as f64;
-            (0..rows).for_each(|i| z[i * d + column] -= mean);
+            let mean = (0..rows).map(|i| z[(i, column)]).sum::<f64>() / rows.max(1) as f64;
+            (0..rows).for_each(|i| z[(i, column)] -= mean);
+        }
+        if rows == 0 || d == 0 {
+            return Ok(Whitened { width: 0, values: Vec::new() });
         }
         // ZᵀZ and ZZᵀ have the same eigenvalues other than zero; the smaller one is taken apart.
         let tall = rows >= d;
-        let (size, product) = if tall { (d, inner(&z, rows, d)) } else { (rows, outer(&z, rows, d)) };
-        let (values, vectors) = eigen(product, size);
-        let total: f64 = values.iter().map(|v| v.max(0.0)).sum();
+        let gram = if tall { product(z.transpose(), z.as_ref()) } else { product(z.as_ref(), z.transpose()) };
+        let size = gram.nrows();
+        let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|_| NotConverged)?;
+        // They come in ascending order.
+        let value = |j: usize| eigen.S().column_vector()[size - 1 - j];
+        let vectors = eigen.U();
+        let total: f64 = (0..size).map(|j| value(j).max(0.0)).sum();
         let mut width = 0;
         let mut sum = 0.0;
-        while width < size && sum < SHARE * total && values[width] > total * 1e-14 {
-            sum += values[width];
+        while width < size && sum < SHARE * total && value(width) > total * 1e-14 {
+            sum += value(width);
             width += 1;
         }
         // With fewer samples than directions every sample would be its own direction.
         let width = width.min((rows / 2).max(1));
-        let mut whitened = Vec::with_capacity(rows * width);
-        for i in 0..rows {
-            for j in 0..width {
-                let vector = &vectors[j * size..(j + 1) * size];
-                whitened.push(if tall { dot(&z[i * d..(i + 1) * d], vector) / values[j].sqrt() } else { vector[i] });
-            }
-        }
-        Whitened { width, values: whitened }
+        let dominant = vectors.subcols(size - width, width);
+        let projected = if tall { product(z.as_ref(), dominant) } else { dominant.to_owned() };
+        let scale = |j: usize| if tall { 1.0 / value(j).sqrt() } else { 1.0 };
+        let whitened = |i: usize| (0..width).map(move |j| (i, j));
+        let values = (0..rows).flat_map(whitened).map(|(i, j)| projected[(i, width - 1 - j)] * scale(j)).collect();
+        Ok(Whitened { width, values })
     }
 
     /// The rows in float64, projected on random signs where they are very wide.
-    fn narrow(&self, kept: &[usize], seed: u64) -> (Vec<f64>, usize) {
-        let wide = |i: &usize| self.row(*i).iter().map(|&v| f64::from(v));
+    fn narrow(&self, kept: &[usize], seed: u64) -> Mat<f64> {
         if self.width <= WIDE {
-            return (kept.iter().flat_map(wide).collect(), self.width);
+            return Mat::from_fn(kept.len(), self.width, |i, j| f64::from(self.row(kept[i])[j]));
         }
         let mut random = Random::named(seed, "projection");
         let signs: Vec<bool> = (0..self.width * NARROW).map(|_| random.below(2) == 0).collect();
-        let mut z = vec![0.0; kept.len() * NARROW];
-        for (row, index) in z.chunks_exact_mut(NARROW).zip(kept) {
-            for (value, signs) in wide(index).zip(signs.chunks_exact(NARROW)) {
-                row.iter_mut().zip(signs).for_each(|(sum, &plus)| *sum += if plus { value } else { -value });
+        let mut z = Mat::zeros(kept.len(), NARROW);
+        for (row, &index) in kept.iter().enumerate() {
+            for (&value, signs) in self.row(index).iter().zip(signs.chunks_exact(NARROW)) {
+                let value = f64::from(value);
+                signs.iter().enumerate().for_each(|(j, &plus)| z[(row, j)] += if plus { value } else { -value });
             }
         }
-        (z, NARROW)
+        z
     }
 }
 
@@ -149,53 +160,36 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
-/// `ZᵀZ`, `[d, d]`, in one pass over the rows.
-fn inner(z: &[f64], rows: usize, d: usize) -> Vec<f64> {
-    let mut product = vec![0.0; d * d];
-    for row in z.chunks_exact(d.max(1)).take(rows) {
-        for (i, &value) in row.iter().enumerate() {
-            let out = &mut product[i * d..(i + 1) * d];
-            out.iter_mut().zip(row).for_each(|(sum, other)| *sum += value * other);
-        }
-    }
-    product
-}
-
-/// `ZZᵀ`, `[rows, rows]`.
-fn outer(z: &[f64], rows: usize, d: usize) -> Vec<f64> {
-    let row = |i: usize| &z[i * d..(i + 1) * d];
-    let mut product = vec![0.0; rows * rows];
-    for i in 0..rows {
-        for j in 0..=i {
-            let value = dot(row(i), row(j));
-            (product[i * rows + j], product[j * rows + i]) = (value, value);
-        }
-    }
-    product
+/// On one thread, so that the sums are the same in every run.
+fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
+    let mut c = Mat::zeros(a.nrows(), b.ncols());
+    matmul(c.as_mut(), Accum::Replace, a, b, 1.0, Par::Seq);
+    c
 }
 
 /// `count` rows, each the one with the most left over after the ones before it; over again when nothing is left over.
 fn pivots(whitened: &Whitened, rows: usize, count: usize) -> Vec<usize> {
     let width = whitened.width;
     let mut picked: Vec<usize> = Vec::with_capacity(count);
-    let mut left = whitened.values.clone();
+    let mut residual = whitened.values.clone();
     let mut fresh = true;
     while picked.len() < count {
-        let rest = |i: usize| left[i * width..(i + 1) * width].iter().map(|v| v * v).sum::<f64>();
+        let rest = |i: usize| residual[i * width..(i + 1) * width].iter().map(|v| v * v).sum::<f64>();
         let open = (0..rows).filter(|i| !picked.contains(i)).map(|i| (rest(i), i));
         let Some((most, pivot)) = open.reduce(|a, b| if b.0 > a.0 { b } else { a }) else { break };
         if most < 1e-12 {
             if fresh {
                 break;
             }
-            left.clone_from(&whitened.values);
+            residual.clone_from(&whitened.values);
             fresh = true;
             continue;
         }
         fresh = false;
         picked.push(pivot);
-        let direction: Vec<f64> = left[pivot * width..(pivot + 1) * width].iter().map(|v| v / most.sqrt()).collect();
-        for row in left.chunks_exact_mut(width) {
+        let direction: Vec<f64> =
+            residual[pivot * width..(pivot + 1) * width].iter().map(|v| v / most.sqrt()).collect();
+        for row in residual.chunks_exact_mut(width) {
             let along = dot(row, &direction);
             row.iter_mut().zip(&direction).for_each(|(value, d)| *value -= along * d);
         }
@@ -222,7 +216,7 @@ mod tests {
         let (mut chosen_rare, mut random_rare) = (0, 0);
         for seed in 0..10 {
             let features = planted(240, 8, 24, seed);
-            let choice = features.choose(24, seed);
+            let choice = features.choose(24, seed).unwrap();
             assert_eq!(choice.chosen.len(), 24);
             assert!(choice.coverage > 0.9, "{choice:?}");
             chosen_rare += choice.chosen.iter().filter(|&&i| i >= 240).count();
@@ -239,14 +233,14 @@ mod tests {
         let mut random = Random::new(3);
         let tall = Features { width: 6, values: (0..40 * 6).map(|_| random.normal() as f32).collect() };
         let kept: Vec<usize> = (0..40).collect();
-        let whitened = tall.whitened(&kept, 0);
+        let whitened = tall.whitened(&kept, 0).unwrap();
         let total: f64 = (0..40).map(|i| whitened.leverage(i)).sum();
         assert!((total - whitened.width as f64).abs() < 1e-9, "{total}");
         assert!((0..40).all(|i| (0.0..=1.0 + 1e-9).contains(&whitened.leverage(i))));
         // Columns of zeros make the same rows wide, so that the other product is taken.
         let wide = |i: usize| tall.row(i).iter().copied().chain([0.0; 60]).collect::<Vec<f32>>();
         let wide = Features { width: 66, values: (0..40).flat_map(wide).collect() };
-        let again = wide.whitened(&kept, 0);
+        let again = wide.whitened(&kept, 0).unwrap();
         assert_eq!(again.width, whitened.width);
         assert!((0..40).all(|i| (again.leverage(i) - whitened.leverage(i)).abs() < 1e-9));
     }
@@ -257,25 +251,25 @@ mod tests {
         let repeated = features.row(10).to_vec();
         features.values.extend(repeated.repeat(5));
         features.values.extend([f32::NAN, 0.0, 0.0, 0.0]);
-        let choice = features.choose(6, 1);
+        let choice = features.choose(6, 1).unwrap();
         assert_eq!((choice.duplicates, choice.broken), (5, 1));
         assert!(choice.chosen.iter().all(|&i| i < 12), "{choice:?}");
-        assert_eq!(features.choose(100, 1).chosen, (0..17).collect::<Vec<_>>());
+        assert_eq!(features.choose(100, 1).unwrap().chosen, (0..17).collect::<Vec<_>>());
         assert_eq!(features.choose(6, 1), features.choose(6, 1));
     }
 
     #[test]
     fn pools_without_variance_are_drawn_from() {
         let one = Features { width: 3, values: vec![1.0; 3] };
-        assert_eq!(one.choose(4, 0).chosen, [0]);
+        assert_eq!(one.choose(4, 0).unwrap().chosen, [0]);
         let same = Features { width: 2, values: vec![0.5; 20] };
-        assert_eq!(same.choose(4, 0).chosen.len(), 4);
-        assert_eq!(Features { width: 2, values: Vec::new() }.choose(4, 0).chosen, Vec::<usize>::new());
+        assert_eq!(same.choose(4, 0).unwrap().chosen.len(), 4);
+        assert_eq!(Features { width: 2, values: Vec::new() }.choose(4, 0).unwrap().chosen, Vec::<usize>::new());
     }
 
     #[test]
     fn very_wide_features_are_projected() {
-        let choice = planted(30, 3, WIDE + 8, 2).choose(8, 2);
+        let choice = planted(30, 3, WIDE + 8, 2).choose(8, 2).unwrap();
         assert!([30, 31, 32].iter().all(|i| choice.chosen.contains(i)), "{choice:?}");
     }
 }
