@@ -183,14 +183,14 @@ pub fn bench(
     let first = models.first().ok_or(BenchError::NoModel)?;
     talk.stage("reading the model");
     let model = Model::read(first)?.model;
-    let mut chosen = Chosen { model, inputs, fixed: None };
+    let mut feed = Feed { model, inputs, fixed: None };
     let options = LoadOptions { optimize: true, spin: true, ..options.clone() };
     let bench = Bench { engine, models, options };
     match task {
-        BenchTask::Load => bench.load(first, &mut chosen, talk).map(BenchResult::Loaded),
-        BenchTask::Time { seconds } => bench.time(&mut chosen, *seconds, talk).map(BenchResult::Timed),
+        BenchTask::Load => bench.load(first, &mut feed, talk).map(BenchResult::Loaded),
+        BenchTask::Time { seconds } => bench.time(&mut feed, *seconds, talk).map(BenchResult::Timed),
         BenchTask::Each => bench.each(inputs, talk).map(BenchResult::Each),
-        BenchTask::Profile { folder } => bench.profile(&mut chosen, folder, talk).map(BenchResult::Profiled),
+        BenchTask::Profile { folder } => bench.profile(&mut feed, folder, talk).map(BenchResult::Profiled),
     }
 }
 
@@ -200,13 +200,13 @@ type Fed = (Sample, Option<usize>);
 type Candidates<'a> = Box<dyn Iterator<Item = Result<Fed, BenchError>> + 'a>;
 
 /// The inputs, once they are known.
-struct Chosen<'a> {
+struct Feed<'a> {
     model: Model,
     inputs: &'a BenchInputs,
     fixed: Option<Fed>,
 }
 
-impl Chosen<'_> {
+impl Feed<'_> {
     /// Puts inputs in place that the model accepts and runs it once; the times of copying and of that run.
     fn start(&mut self, timed: &mut dyn Timed, path: &Path) -> Result<(Option<Duration>, Duration), BenchError> {
         let failed = |error: RuntimeError| BenchError::Model { path: path.to_owned(), error };
@@ -262,17 +262,17 @@ impl Bench<'_> {
         session.map_err(|error| BenchError::Model { path: path.to_owned(), error })
     }
 
-    fn load(&self, path: &Path, chosen: &mut Chosen<'_>, talk: &mut dyn Talk) -> Result<Loading, BenchError> {
+    fn load(&self, path: &Path, feed: &mut Feed<'_>, talk: &mut dyn Talk) -> Result<Loading, BenchError> {
         talk.stage("loading the model");
         let start = Instant::now();
         let mut timed = self.session(path, None)?;
         let load = start.elapsed();
         talk.stage("running the model");
-        let (_, first) = chosen.start(timed.as_mut(), path)?;
+        let (_, first) = feed.start(timed.as_mut(), path)?;
         Ok(Loading { load_ms: ms(load), first_run_ms: ms(first), peak_rss_bytes: peak_rss_bytes() })
     }
 
-    fn time(&self, chosen: &mut Chosen<'_>, seconds: f64, talk: &mut dyn Talk) -> Result<Timings, BenchError> {
+    fn time(&self, feed: &mut Feed<'_>, seconds: f64, talk: &mut dyn Talk) -> Result<Timings, BenchError> {
         let mut timings = Timings { engine: self.engine.name(), ..Timings::default() };
         timings.models = vec![Series::default(); self.models.len()];
         let budget = Duration::try_from_secs_f64(seconds / SITTINGS as f64).unwrap_or(Duration::ZERO);
@@ -289,7 +289,7 @@ impl Bench<'_> {
             for &index in if sitting == 0 { &[0usize, 1][..self.models.len().min(2)] } else { &order } {
                 let path = &self.models[index];
                 let mut timed = self.session(path, None)?;
-                let (copied, _) = chosen.start(timed.as_mut(), path)?;
+                let (copied, _) = feed.start(timed.as_mut(), path)?;
                 let failed = |error| BenchError::Model { path: path.clone(), error };
                 if sitting == 0 && copies {
                     timings.models[index].copy_in_ms = copied.map(ms);
@@ -325,8 +325,8 @@ impl Bench<'_> {
                 timings.ratios.push(ratios);
             }
         }
-        timings.inputs = chosen.describe();
-        timings.samples = chosen.fixed.as_ref().and_then(|(_, samples)| *samples);
+        timings.inputs = feed.describe();
+        timings.samples = feed.fixed.as_ref().and_then(|(_, samples)| *samples);
         Ok(timings)
     }
 
@@ -334,9 +334,9 @@ impl Bench<'_> {
     fn each(&self, inputs: &BenchInputs, talk: &mut dyn Talk) -> Result<Vec<f64>, BenchError> {
         let mut sessions = Vec::new();
         for path in self.models {
-            let mut chosen = Chosen { model: Model::read(path)?.model, inputs, fixed: None };
+            let mut feed = Feed { model: Model::read(path)?.model, inputs, fixed: None };
             let mut timed = self.session(path, None)?;
-            chosen.start(timed.as_mut(), path)?;
+            feed.start(timed.as_mut(), path)?;
             sessions.push(timed);
         }
         let mut rounds = vec![Vec::new(); sessions.len()];
@@ -350,12 +350,12 @@ impl Bench<'_> {
         Ok(rounds.iter().map(|medians| quantile(medians, 0.5)).collect())
     }
 
-    fn profile(&self, chosen: &mut Chosen<'_>, folder: &Path, talk: &mut dyn Talk) -> Result<Vec<Profile>, BenchError> {
+    fn profile(&self, feed: &mut Feed<'_>, folder: &Path, talk: &mut dyn Talk) -> Result<Vec<Profile>, BenchError> {
         let mut profiles = Vec::new();
         for path in self.models {
             talk.stage("profiling the model");
             let mut timed = self.session(path, Some(folder))?;
-            chosen.start(timed.as_mut(), path)?;
+            feed.start(timed.as_mut(), path)?;
             let failed = |error| BenchError::Model { path: path.clone(), error };
             for _ in 1..PROFILED_RUNS {
                 timed.run().map_err(failed)?;

@@ -40,7 +40,7 @@ pub fn diagnose(search: &LibrarySearch) -> Diagnosis {
     let embedded = cfg!(feature = "embedded");
     match OrtEngine::start(search) {
         Ok(engine) => {
-            let found = engine.found();
+            let found = engine.library();
             let library = Library {
                 path: found.path.clone(),
                 place: found.place.to_string(),

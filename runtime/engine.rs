@@ -127,11 +127,11 @@ pub enum RuntimeError {
 /// The places where something was found that cannot be used; all of them if there was nothing anywhere.
 fn places(tried: &[String]) -> String {
     let nothing = |line: &&String| line.ends_with("(no library there)") || line.ends_with("(none known)");
-    let found: Vec<&str> = tried.iter().filter(|line| !nothing(line)).map(String::as_str).collect();
-    match tried.len() - found.len() {
-        0 => found.join("; "),
-        _ if found.is_empty() => tried.join("; "),
-        others => format!("{}; and {others} places without a library", found.join("; ")),
+    let unusable: Vec<&str> = tried.iter().filter(|line| !nothing(line)).map(String::as_str).collect();
+    match tried.len() - unusable.len() {
+        0 => unusable.join("; "),
+        _ if unusable.is_empty() => tried.join("; "),
+        others => format!("{}; and {others} places without a library", unusable.join("; ")),
     }
 }
 

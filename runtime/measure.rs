@@ -385,8 +385,8 @@ impl State {
             let pick = |all: &[(String, Datum)]| -> Vec<(String, Datum)> {
                 find(all, name).map(|at| all[at].clone()).into_iter().collect()
             };
-            let found = compare(&pick(before), &pick(after), Claim::Equivalent { rtol: None });
-            self.failures.extend(found.faults.into_iter().map(|f| format!("{f}, in samples from {first} on")));
+            let compared = compare(&pick(before), &pick(after), Claim::Equivalent { rtol: None });
+            self.failures.extend(compared.faults.into_iter().map(|f| format!("{f}, in samples from {first} on")));
         }
         Ok(())
     }

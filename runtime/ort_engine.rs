@@ -36,7 +36,7 @@ use std::{
 #[derive(Debug)]
 pub struct OrtEngine {
     environment: Environment,
-    found: FoundLibrary,
+    library: FoundLibrary,
     version: String,
     tried: Vec<String>,
 }
@@ -57,17 +57,17 @@ impl OrtEngine {
             Ok(())
         })?;
         let tried: Vec<String> = discovery.tried.iter().map(ToString::to_string).collect();
-        let (Some(environment), Some(found)) = (environment, discovery.found) else {
+        let (Some(environment), Some(library)) = (environment, discovery.found) else {
             return Err(RuntimeError::NoLibrary { tried });
         };
-        let version = version_in(ort::info()).or_else(|| version_in(&found.path.to_string_lossy()));
+        let version = version_in(ort::info()).or_else(|| version_in(&library.path.to_string_lossy()));
         let version = version.unwrap_or_else(|| "of unknown version".to_owned());
-        Ok(ENGINE.get_or_init(|| OrtEngine { environment, found, version, tried }))
+        Ok(ENGINE.get_or_init(|| OrtEngine { environment, library, version, tried }))
     }
 
     /// The library and how it was found.
-    pub fn found(&self) -> &FoundLibrary {
-        &self.found
+    pub fn library(&self) -> &FoundLibrary {
+        &self.library
     }
 
     /// Every place that was looked at to find it, one line each.
@@ -105,7 +105,7 @@ impl OrtEngine {
             .and_then(|b| if options.lean { b.with_execution_providers([unpooled()]) } else { Ok(b) })
             .and_then(|b| b.with_log_level(LogLevel::Fatal));
         let builder = configured.map_err(|e| refused(sentence(e.message())))?;
-        registration::register(&self.environment, builder, options, &self.name(), &self.found.path, timing)
+        registration::register(&self.environment, builder, options, &self.name(), &self.library.path, timing)
     }
 
     fn commit(&self, mut builder: SessionBuilder, source: Source<'_>) -> Result<ort::session::Session, RuntimeError> {

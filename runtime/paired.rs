@@ -68,11 +68,11 @@ pub fn feature_distances(layers: &[(&Tensor, &Tensor)]) -> Result<Vec<f64>, Feat
                 let squares: f64 = (0..channels).map(|c| at(of, c, place).powi(2)).sum();
                 squares.sqrt().max(f64::MIN_POSITIVE)
             };
-            let apart = |place: usize| {
+            let difference = |place: usize| {
                 let (la, lb) = (length(&a, place), length(&b, place));
                 (0..channels).map(|c| (at(&a, c, place) / la - at(&b, c, place) / lb).powi(2)).sum::<f64>()
             };
-            *sum += (0..places).map(apart).sum::<f64>() / places.max(1) as f64;
+            *sum += (0..places).map(difference).sum::<f64>() / places.max(1) as f64;
         }
     }
     Ok(sums)

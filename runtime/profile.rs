@@ -58,8 +58,8 @@ impl Placement {
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         let shown = self.elsewhere[..self.elsewhere.len().min(SHOWN)].join(", ");
         let copies = if self.copies > 0 { format!("; {} copies between memories", self.copies) } else { String::new() };
-        let left = self.elsewhere.len();
-        Some(format!("{} left {left} of {total} nodes to others: {shown}{more}{copies}", self.provider))
+        let others = self.elsewhere.len();
+        Some(format!("{} left {others} of {total} nodes to others: {shown}{more}{copies}", self.provider))
     }
 }
 

@@ -34,25 +34,25 @@ impl Role {
 /// `size_of` knows the sizes of symbolic dimensions in the run at hand.
 pub(crate) fn role_of(graph: &Graph, input: ValueId, size_of: &dyn Fn(&Shape, usize) -> Option<usize>) -> Role {
     let mut role = Role::Plain;
-    let mut seen = BTreeSet::from([(input, true)]);
+    let mut visited = BTreeSet::from([(input, true)]);
     let mut pending = vec![(input, true)];
     // `exact`: the elements are still the input's own, not sums or products of them.
     while let Some((value, exact)) = pending.pop() {
         for place in graph.value(value).uses() {
             let Use::Node(id, index) = *place else { continue };
             let node = graph.node(id);
-            if let Some(found) = role_at(graph, node, index, size_of) {
-                let found = match found {
+            if let Some(stated) = role_at(graph, node, index, size_of) {
+                let stated = match stated {
                     // A shifted or scaled index stays small when the input does.
                     Role::Index { bound } if !exact => Role::Index { bound: bound.min(2) },
                     other => other,
                 };
-                role = role.and(found);
+                role = role.and(stated);
                 continue;
             }
             let Some(keeps) = passes_on(node, index) else { continue };
             let outputs = node.outputs().iter().flatten().map(|&o| (o, exact && keeps));
-            pending.extend(outputs.filter(|next| seen.insert(*next)));
+            pending.extend(outputs.filter(|next| visited.insert(*next)));
         }
     }
     role
@@ -139,7 +139,7 @@ fn passes_on(node: &Node, index: usize) -> Option<bool> {
 /// Whether an input reaches scores of attention as a mask: through comparisons, logic, layout and choices to a `Softmax`,
 /// or as the mask of an attention operator.
 pub(crate) fn masks_scores(graph: &Graph, input: ValueId) -> bool {
-    let mut seen = BTreeSet::from([input]);
+    let mut visited = BTreeSet::from([input]);
     let mut pending = vec![input];
     while let Some(value) = pending.pop() {
         for place in graph.value(value).uses() {
@@ -155,7 +155,7 @@ pub(crate) fn masks_scores(graph: &Graph, input: ValueId) -> bool {
                 _ => false,
             };
             if passes {
-                pending.extend(node.outputs().iter().flatten().copied().filter(|&o| seen.insert(o)));
+                pending.extend(node.outputs().iter().flatten().copied().filter(|&o| visited.insert(o)));
             }
         }
     }
@@ -165,7 +165,7 @@ pub(crate) fn masks_scores(graph: &Graph, input: ValueId) -> bool {
 /// Whether all that is computed from an input is computed in whole numbers, so that nothing is ever rounded. Divisions are
 /// left out: the smallest number of a type over −1 stops the process.
 pub(crate) fn stays_whole(graph: &Graph, input: ValueId) -> bool {
-    let mut seen = BTreeSet::from([input]);
+    let mut visited = BTreeSet::from([input]);
     let mut pending = vec![input];
     while let Some(value) = pending.pop() {
         for place in graph.value(value).uses() {
@@ -187,7 +187,7 @@ pub(crate) fn stays_whole(graph: &Graph, input: ValueId) -> bool {
             if !exact {
                 return false;
             }
-            pending.extend(node.outputs().iter().flatten().copied().filter(|&o| seen.insert(o)));
+            pending.extend(node.outputs().iter().flatten().copied().filter(|&o| visited.insert(o)));
         }
     }
     true

@@ -86,10 +86,10 @@ impl<'a> Rounding<'a> {
     /// What accounts for the errors of outputs on one sample, in the same order.
     pub(crate) fn excuses(&mut self, inputs: &Sample, exceeding: &[Exceeding]) -> Vec<Option<Excuse>> {
         let mut excuses = self.in_float32(inputs, exceeding);
-        let left: Vec<usize> = (0..exceeding.len()).filter(|&at| excuses[at].is_none()).collect();
-        if !left.is_empty() {
-            let rest: Vec<&Exceeding> = left.iter().map(|&at| &exceeding[at]).collect();
-            for (at, excuse) in left.into_iter().zip(self.of_noise(inputs, &rest)) {
+        let unexplained: Vec<usize> = (0..exceeding.len()).filter(|&at| excuses[at].is_none()).collect();
+        if !unexplained.is_empty() {
+            let rest: Vec<&Exceeding> = unexplained.iter().map(|&at| &exceeding[at]).collect();
+            for (at, excuse) in unexplained.into_iter().zip(self.of_noise(inputs, &rest)) {
                 excuses[at] = excuse;
             }
         }

@@ -36,20 +36,20 @@ pub(crate) fn has_random(model: &Model) -> bool {
     model.graphs().any(|(graph, _)| graph.all_nodes().into_iter().any(|id| is_random(graph, id)))
 }
 
-/// Which graph of a model (0 is the main one) and which node in it.
-type Place = (usize, NodeId);
+/// A node that draws numbers: which graph of a model (0 is the main one) and which node in it.
+type RandomNode = (usize, NodeId);
 
 /// Seeds both models alike. Operators that carry a seed keep it.
 pub(crate) fn seeded(reference: &Model, candidate: &Model) -> Seeded {
     let (mut reference, mut candidate) = (reference.clone(), candidate.clone());
-    let (mut left, mut right) = (places(&reference), places(&candidate));
+    let (mut left, mut right) = (random_nodes(&reference), random_nodes(&candidate));
     let all = drawn(&reference, &left);
     // Names of values are kept where nodes are; inlining gives new ones, and then a node that is alone of its kind is
     // still known.
     let rules: [&Same; 3] = [&|a, b| a == b, &|a, b| a.operator == b.operator && a.output == b.output, &|a, b| {
         a.operator == b.operator && !a.name.is_empty() && a.name == b.name
     }];
-    let mut pairs: Vec<(Place, Place)> = Vec::new();
+    let mut pairs: Vec<(RandomNode, RandomNode)> = Vec::new();
     for same in rules {
         left.retain(|&a| {
             let known = Names::of(&reference, a);
@@ -78,9 +78,9 @@ fn graph_of(model: &Model, index: usize) -> &Graph {
     model.graphs().nth(index).expect("places are in graphs of the model").0
 }
 
-fn places(model: &Model) -> Vec<Place> {
+fn random_nodes(model: &Model) -> Vec<RandomNode> {
     let all = model.graphs().enumerate();
-    let random = |(index, (graph, _)): (usize, (&Graph, _))| -> Vec<Place> {
+    let random = |(index, (graph, _)): (usize, (&Graph, _))| -> Vec<RandomNode> {
         let nodes = graph.all_nodes().into_iter().filter(|&id| is_random(graph, id));
         nodes.map(|id| (index, id)).collect()
     };
@@ -103,7 +103,7 @@ struct Names {
 type Same = dyn Fn(&Names, &Names) -> bool;
 
 impl Names {
-    fn of(model: &Model, (index, id): Place) -> Names {
+    fn of(model: &Model, (index, id): RandomNode) -> Names {
         let graph = graph_of(model, index);
         let function = index.checked_sub(1).and_then(|at| model.functions.get(at));
         let node = graph.node(id);
@@ -116,7 +116,7 @@ impl Names {
     }
 }
 
-fn give_seed(model: &mut Model, (index, id): Place, seed: i32) {
+fn give_seed(model: &mut Model, (index, id): RandomNode, seed: i32) {
     let (graph, _) = model.graphs_mut().nth(index).expect("places are in graphs of the model");
     let node = graph.node_mut(id);
     if node.attribute("seed").is_some() {
@@ -129,7 +129,7 @@ fn give_seed(model: &mut Model, (index, id): Place, seed: i32) {
 }
 
 /// The main graph's outputs that depend on what these nodes draw. A shape or a type does not.
-fn drawn(model: &Model, nodes: &[Place]) -> BTreeSet<String> {
+fn drawn(model: &Model, nodes: &[RandomNode]) -> BTreeSet<String> {
     let graph = &model.graph;
     let mut values: BTreeSet<ValueId> = BTreeSet::new();
     let functions: BTreeSet<usize> = nodes.iter().filter(|(index, _)| *index > 0).map(|(index, _)| index - 1).collect();

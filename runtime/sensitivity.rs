@@ -67,13 +67,13 @@ pub fn sensitivities(
     let Some(cache) = &options.cache else { return measure() };
     let what = (probes, options.distance, options.seed, AMPLITUDE, batched::SETTINGS, single::SETTINGS);
     let folder = cache.join(key(&child.hello()?.0, model, set, &options.load, &what)?);
-    if let Some(found) = kept::read(&folder).filter(|found| found.len() == probes.len()) {
-        return Ok(found);
+    if let Some(kept) = kept::read(&folder).filter(|kept| kept.len() == probes.len()) {
+        return Ok(kept);
     }
-    let found = measure()?;
+    let measured = measure()?;
     // What cannot be kept is measured again.
-    let _ = kept::write(&folder, &found);
-    Ok(found)
+    let _ = kept::write(&folder, &measured);
+    Ok(measured)
 }
 
 /// Who runs the copies.
@@ -107,10 +107,10 @@ fn sensitivities_with(
     let facts = &Facts::infer(model);
     let values = probes.iter().map(|probe| resolve(model, &probe.value)).collect::<Result<Vec<_>, _>>()?;
     let task = Task { runs, model, facts, set, probes, values, options };
-    let mut found = task.in_batches()?;
-    let open: Vec<usize> = (0..probes.len()).filter(|&index| found[index].is_none()).collect();
-    single::measure(&task, &open, &mut found)?;
-    Ok(found)
+    let mut rises = task.in_batches()?;
+    let open: Vec<usize> = (0..probes.len()).filter(|&index| rises[index].is_none()).collect();
+    single::measure(&task, &open, &mut rises)?;
+    Ok(rises)
 }
 
 impl Task<'_> {

@@ -26,12 +26,12 @@ impl Layout {
 pub(crate) fn layout(dims: &[usize]) -> Option<Layout> {
     let &[_, a, b, c] = dims else { return None };
     let channels = |n: usize| matches!(n, 1 | 3 | 4);
-    let found = match () {
+    let layout = match () {
         () if channels(a) => Layout { channels: a, height: b, width: c, channels_last: false },
         () if channels(c) => Layout { channels: c, height: a, width: b, channels_last: true },
         () => return None,
     };
-    (found.height >= WINDOW && found.width >= WINDOW).then_some(found)
+    (layout.height >= WINDOW && layout.width >= WINDOW).then_some(layout)
 }
 
 /// The similarity of every channel of two images.

@@ -10,7 +10,7 @@ pub(crate) use run::serve;
 
 use crate::{
     Child, Distance, Gates, LoadOptions, SetSpec, StatisticsError,
-    wire::{Broken, TrialJob},
+    wire::{NonFinite, TrialJob},
 };
 use lathe_analysis::{Facts, may_leave};
 use lathe_ir::{DataType, Graph, Model, ScopeId, Type, TypeKind, ValueId};
@@ -56,7 +56,7 @@ impl Trials<'_> {
             set: self.set.clone(),
             gates: gates.to_vec(),
             distance: self.distance,
-            broken: Broken::Infinite,
+            non_finite: NonFinite::Infinite,
             options: LoadOptions { lean: true, ..self.load.clone() },
         };
         Ok(child.trials(&job)?)

@@ -180,7 +180,7 @@ pub struct VerifyTask<'a> {
 }
 
 /// A comparison and how far it has prepared its models.
-struct Pair<'a> {
+struct Verification<'a> {
     engine: &'a dyn Engine,
     task: VerifyTask<'a>,
     options: LoadOptions,
@@ -216,12 +216,12 @@ pub(crate) fn verify_at(
     talk: &mut dyn Talk,
 ) -> Result<Verdict, VerifyError> {
     let options = LoadOptions { optimize: false, ..task.options.clone() };
-    let mut pair = Pair { engine, task: *task, options, edges, seeded: None };
-    let mut judge = Judge::new(&pair);
-    pair.seed(&mut judge);
+    let mut verification = Verification { engine, task: *task, options, edges, seeded: None };
+    let mut judge = Judge::new(&verification);
+    verification.seed(&mut judge);
     let compared = match task.inputs {
-        Inputs::Set(spec) => pair.on_set(&SampleSet::open(spec, task.model)?, &mut judge, talk),
-        Inputs::Given(_) | Inputs::Random(_) => pair.on_samples(&mut judge, talk),
+        Inputs::Set(spec) => verification.on_set(&SampleSet::open(spec, task.model)?, &mut judge, talk),
+        Inputs::Given(_) | Inputs::Random(_) => verification.on_samples(&mut judge, talk),
     };
     match compared {
         Ok(()) => Ok(Verdict::Compared(judge.report)),
@@ -230,7 +230,7 @@ pub(crate) fn verify_at(
     }
 }
 
-impl Pair<'_> {
+impl Verification<'_> {
     /// Makes copies that are seeded alike where the reference is random. Without them outputs that differ from run to
     /// run are found all the same.
     fn seed(&mut self, judge: &mut Judge) {
@@ -315,10 +315,10 @@ impl Pair<'_> {
         let mut runs = match self.task.inputs {
             Inputs::Random(spec) => {
                 let task = &self.task;
-                let found = search::run_random(session.as_mut(), task.model, spec, task.claim, self.edges, talk)?;
-                let left_out = found.left_out.into_iter().map(|(at, why)| format!("{at}: {why}"));
+                let accepted = search::run_random(session.as_mut(), task.model, spec, task.claim, self.edges, talk)?;
+                let left_out = accepted.left_out.into_iter().map(|(at, why)| format!("{at}: {why}"));
                 judge.report.left_out = left_out.collect();
-                found.runs
+                accepted.runs
             }
             Inputs::Given(samples) => run_given(session.as_mut(), samples)
                 .map_err(|error| Verdict::ReferenceRefused { message: error.to_string(), tried: Vec::new() })?,

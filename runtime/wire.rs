@@ -8,6 +8,6 @@ mod jobs;
 mod request;
 
 pub(crate) use answer::Answer;
-pub(crate) use jobs::{Broken, Fold, GatherEntry, GatherJob, Gathered, MeasureJob, Output, SelectJob, TrialJob};
 pub use jobs::{Distance, Gates};
+pub(crate) use jobs::{Fold, GatherEntry, GatherJob, Gathered, MeasureJob, NonFinite, Output, SelectJob, TrialJob};
 pub(crate) use request::{InputHeads, Request};

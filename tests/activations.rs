@@ -42,7 +42,7 @@ fn workplace() -> tempfile::TempDir {
 
 fn inspect(folder: &Path, options: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
     command.env("XDG_DATA_HOME", folder).env("LOCALAPPDATA", folder);
     command.arg("inspect").arg(folder.join("model.onnx")).args(options).output().unwrap()
 }

@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 
 fn run(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
     command.args(arguments).output().unwrap()
 }
 

@@ -138,7 +138,10 @@ fn works_without_a_data_folder() {
     let bench = bench();
     let set = bench.path("set.npz");
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("XDG_DATA_HOME").env_remove("HOME");
+    command
+        .env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path)
+        .env_remove("XDG_DATA_HOME")
+        .env_remove("HOME");
     command.arg(bench.path("model.onnx")).arg("-o").arg(bench.path("out.onnx"));
     let output = command.args(["--size", "0.3", "--calib", set.to_str().unwrap()]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

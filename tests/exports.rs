@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 fn program(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path);
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path);
     command.args(arguments).output().unwrap()
 }
 

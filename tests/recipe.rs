@@ -13,7 +13,7 @@ use std::{
 
 fn run(folder: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).current_dir(folder);
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).current_dir(folder);
     command.arg(fixture("transformer.onnx")).args(arguments).output().unwrap()
 }
 

@@ -17,7 +17,7 @@ fn reports(name: &str, folder: &Path) -> (PathBuf, PathBuf) {
     // Names that a careless page would take for markup.
     let (html, json) = (folder.join("<report> & 'more'.html"), folder.join("report.json"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path);
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path);
     command.arg(fixture(name)).arg("-o").arg(folder.join("out.onnx"));
     command.arg("--report").arg(&html).arg("--report").arg(&json);
     let output = command.output().unwrap();

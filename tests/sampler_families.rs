@@ -67,7 +67,7 @@ impl Family {
         let config = json!({"_class_name": self.scheduler, "num_train_timesteps": 1000});
         fs::write(folder.path().join("scheduler.json"), config.to_string()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
         command.current_dir(folder.path()).arg("sampler").arg(fixture(self.file)).args(["-o", "out.onnx", "-q"]);
         command.args(["--scheduler", "scheduler.json", "--report", "report.json"]).args(options);
         let output = command.output().unwrap();
@@ -124,7 +124,7 @@ fn what_a_family_does_not_have_is_said() {
         let config = json!({"_class_name": family.scheduler, "num_train_timesteps": 1000});
         fs::write(folder.path().join("scheduler.json"), config.to_string()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
         command.current_dir(folder.path()).arg("sampler").arg(fixture(family.file)).args(["-o", "out.onnx"]);
         command.args(["--scheduler", "scheduler.json", "--steps", "8", "--plan", methods]);
         let output = command.output().unwrap();

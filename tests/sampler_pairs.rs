@@ -49,7 +49,7 @@ impl Folder {
     /// Exit code, standard output and standard error.
     fn verify(&self, options: &[&str]) -> (Option<i32>, String, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
         let output = command.current_dir(self.0.path()).args(["verify", "a.onnx", "b.onnx"]).args(options).output();
         let output = output.unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();

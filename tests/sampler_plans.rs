@@ -29,7 +29,7 @@ impl Folder {
 
     fn run(&self, denoiser: &str, options: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
         command.current_dir(self.0.path()).arg("sampler").arg(fixture(denoiser)).args(["-o", "out.onnx"]);
         command.args(["--scheduler", "scheduler.json", "--save-plan", "plan.json", "--overwrite"]);
         command.args(options).output().unwrap()

@@ -23,7 +23,7 @@ const MODEL: &str = "g (float[n,3] x, int64[n] k) => (float[n,3] y, int64[n] l) 
 
 fn run(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
     command.args(arguments).output().unwrap()
 }
 

@@ -25,7 +25,7 @@ const MODEL: &str =
 fn stats(folder: &Path, options: &[&str]) -> Output {
     let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
     command.env("XDG_DATA_HOME", folder).env("LOCALAPPDATA", folder);
     command.args(["stats", &path("model.onnx"), "--calib", &path("set.npz"), "-o", &path("out.npz")]);
     command.args(options).output().unwrap()

@@ -194,7 +194,7 @@ fn decoder(options: &[&str]) -> (Vec<String>, Vec<String>, Value) {
     let workspace = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let (out, report) = (folder.path().join("out.onnx"), folder.path().join("report.json"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env("XDG_DATA_HOME", folder.path());
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env("XDG_DATA_HOME", folder.path());
     command.arg(workspace.join("fixtures/decoder.onnx")).arg("-o").arg(&out).arg("--report").arg(&report);
     let set = workspace.join("fixtures/sets/decoder.npz");
     command.arg("--calib").arg(&set).arg("--validate").arg(&set).args(["--metric", "rel-l2"]).args(options);

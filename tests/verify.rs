@@ -31,7 +31,7 @@ fn models(a: &str, b: &str) -> (TempDir, String, String) {
 fn verify(a: &str, b: &str, options: &[&str]) -> (Option<i32>, String, String) {
     let (_folder, a, b) = models(a, b);
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
     let output = command.args(["verify", &a, &b]).args(options).output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status.code(), text(output.stdout), text(output.stderr))

@@ -23,7 +23,7 @@ fn ends_with_the_process_that_started_it() {
     let line = "exec 3<&0; \"$0\" __serve <&3 >/dev/null & echo $!; sleep 2";
     let mut shell = Command::new("sh")
         .args(["-c", line, env!("CARGO_BIN_EXE_optimize")])
-        .env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path)
+        .env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

@@ -42,8 +42,8 @@ fn trace_of_rows(a: &Mat<f64>, b: &Mat<f64>) -> Result<f64, FeatureError> {
 fn trace_of_covariances(a: &Mat<f64>, b: &Mat<f64>) -> Result<f64, FeatureError> {
     let failed = |_| FeatureError::Decomposition;
     let (first, second) = (product(a.transpose(), a.as_ref()), product(b.transpose(), b.as_ref()));
-    let found = first.self_adjoint_eigen(Side::Lower).map_err(failed)?;
-    let (values, vectors) = (found.S().column_vector(), found.U());
+    let eigen = first.self_adjoint_eigen(Side::Lower).map_err(failed)?;
+    let (values, vectors) = (eigen.S().column_vector(), eigen.U());
     // Rounding makes the eigenvalues of directions without variance a little negative.
     let scaled = Mat::from_fn(vectors.nrows(), vectors.ncols(), |i, j| vectors[(i, j)] * values[j].max(0.0).sqrt());
     let root = product(scaled.as_ref(), vectors.transpose());

@@ -98,15 +98,15 @@ fn still(model: &Model, wanted: &BTreeSet<usize>) -> BTreeSet<NodeId> {
 /// The nodes of the main graph that `values` are computed by.
 fn upstream(graph: &Graph, values: Vec<ValueId>) -> BTreeSet<NodeId> {
     let mut pending = values;
-    let mut seen = BTreeSet::new();
+    let mut nodes = BTreeSet::new();
     while let Some(value) = pending.pop() {
         if let Some(id) = graph.producer(value).filter(|&id| graph.node(id).scope() == ScopeId::MAIN)
-            && seen.insert(id)
+            && nodes.insert(id)
         {
             pending.extend(read_by(graph, id));
         }
     }
-    seen
+    nodes
 }
 
 /// What a node reads, its subgraphs included.

@@ -7,7 +7,7 @@
 
 use super::{
     AMPLITUDE, Task, counted_names,
-    edit::{Editor, Error},
+    edit::{Editor, InjectedError},
 };
 use crate::{
     Distance, LoadOptions, NpzWriter, Sample, SampleSet, SetError, SetSpec, StatisticsError,
@@ -100,21 +100,21 @@ pub(super) fn disturbed(task: &Task<'_>, samples: &DimExpr, rows: Rows) -> Resul
     let mut copy = Copy::new(task, samples, rows);
     // Neighbours in the model share a batch, so that much comes before the first of them.
     let graph = &task.model.graph;
-    let made = graph.nodes(ScopeId::MAIN).flat_map(|id| graph.node(id).outputs().iter().flatten());
-    let places: BTreeMap<ValueId, usize> = made.enumerate().map(|(place, &value)| (value, place + 1)).collect();
+    let outputs = graph.nodes(ScopeId::MAIN).flat_map(|id| graph.node(id).outputs().iter().flatten());
+    let places: BTreeMap<ValueId, usize> = outputs.enumerate().map(|(place, &value)| (value, place + 1)).collect();
     let mut order: Vec<usize> = (0..task.probes.len()).collect();
     order.sort_by_key(|&index| places.get(&task.values[index]));
     let mut columns = Vec::new();
     for index in order {
-        let error = Error::of(task.facts, task.values[index], &task.probes[index]);
+        let error = InjectedError::of(task.facts, task.values[index], &task.probes[index]);
         if let Some(error) = error.filter(|error| error.is_per_sample(task.facts, samples)) {
             copy.disturb(&error, columns.len());
             columns.push(index);
         }
     }
-    let mut found = vec![None; task.probes.len()];
+    let mut rises = vec![None; task.probes.len()];
     let outputs = if columns.is_empty() { None } else { copy.finish(task, columns.len()) };
-    let Some(outputs) = outputs else { return Ok(found) };
+    let Some(outputs) = outputs else { return Ok(rises) };
     let failed = |source| StatisticsError::Io { path: std::env::temp_dir(), source };
     let scratch = tempfile::tempdir().map_err(failed)?;
     let (path, inputs) = (scratch.path().join("probe.onnx"), scratch.path().join("probe.npz"));
@@ -125,16 +125,16 @@ pub(super) fn disturbed(task: &Task<'_>, samples: &DimExpr, rows: Rows) -> Resul
     let load = LoadOptions { lean: true, ..task.options.load.clone() };
     let job = GatherJob { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: outputs };
     let gathered = (task.runs.gather)(&job)?;
-    let [sums, finite] = gathered.direct.as_slice() else { return Ok(found) };
+    let [sums, finite] = gathered.direct.as_slice() else { return Ok(rises) };
     if finite.iter().sum::<f64>() == 0.0 {
         return Err(StatisticsError::NotFinite { outputs: list(&counted_names(task)) });
     }
     for (&index, &sum) in columns.iter().zip(sums) {
         // The sum is of distances times amplitudes, and one row of every round has this amplitude.
         let rise = sum / AMPLITUDE.powi(3) / rounds as f64;
-        found[index] = rise.is_finite().then_some(rise.max(0.0));
+        rises[index] = rise.is_finite().then_some(rise.max(0.0));
     }
-    Ok(found)
+    Ok(rises)
 }
 
 /// The samples that run, and for each the amplitudes of its `BATCH` rows, the first undisturbed, until every column had
@@ -244,7 +244,7 @@ impl Copy {
         }
     }
 
-    fn disturb(&mut self, error: &Error, column: usize) {
+    fn disturb(&mut self, error: &InjectedError, column: usize) {
         let table = self.table;
         let ndim = error.ndim();
         let at = self.edit.constant(Tensor::int64s(&[column as i64]));
@@ -261,7 +261,7 @@ impl Copy {
     /// many numbers of the undisturbed outputs are finite. `None` if no output counts.
     fn finish(&mut self, task: &Task<'_>, columns: usize) -> Option<Vec<Output>> {
         let moved = task.moved();
-        let told: BTreeSet<ValueId> = counted(task).into_iter().filter(|v| moved.contains(v)).collect();
+        let compared: BTreeSet<ValueId> = counted(task).into_iter().filter(|v| moved.contains(v)).collect();
         let places: Vec<usize> = task
             .model
             .graph
@@ -269,7 +269,7 @@ impl Copy {
             .outputs()
             .iter()
             .enumerate()
-            .filter(|(_, v)| told.contains(v))
+            .filter(|(_, v)| compared.contains(v))
             .map(|p| p.0)
             .collect();
         // Those of the copy: what is disturbed itself has another value there.

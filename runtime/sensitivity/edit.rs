@@ -12,7 +12,7 @@ pub(super) struct Editor {
 }
 
 /// An error that can be added to a value: its own features in another order with random signs, times an amplitude.
-pub(super) struct Error {
+pub(super) struct InjectedError {
     pub value: ValueId,
     dtype: DataType,
     ndim: usize,
@@ -23,9 +23,9 @@ pub(super) struct Error {
     position: Option<(usize, usize)>,
 }
 
-impl Error {
+impl InjectedError {
     /// `None` where the value holds no floats, or the size of its features is not known.
-    pub fn of(facts: &Facts, value: ValueId, probe: &Probe) -> Option<Error> {
+    pub fn of(facts: &Facts, value: ValueId, probe: &Probe) -> Option<InjectedError> {
         let shape = facts.shape(value)?;
         let (axis, position) = match probe.view {
             View::Axis(axis) => (axis, None),
@@ -40,7 +40,7 @@ impl Error {
         let axis =
             if axis < 0 { shape.len().checked_add_signed(axis as isize)? } else { usize::try_from(axis).ok()? };
         let dtype = facts.elem(value).filter(|t| matches!(t, DataType::Float | DataType::Float16))?;
-        Some(Error { value, dtype, ndim: shape.len(), axis, features: known(axis)?, position })
+        Some(InjectedError { value, dtype, ndim: shape.len(), axis, features: known(axis)?, position })
     }
 
     /// Axes of the value.
@@ -62,8 +62,13 @@ impl Editor {
 
     /// Adds the error to its value for everyone who reads it, where `disturbs` is true. `amplitude` makes what the error
     /// is multiplied with: a number of float32 that spreads over the value, or one for every sample.
-    pub fn disturb(&mut self, error: &Error, disturbs: ValueId, amplitude: impl FnOnce(&mut Editor) -> ValueId) {
-        let &Error { value, dtype, ndim, axis, features, position } = error;
+    pub fn disturb(
+        &mut self,
+        error: &InjectedError,
+        disturbs: ValueId,
+        amplitude: impl FnOnce(&mut Editor) -> ValueId,
+    ) {
+        let &InjectedError { value, dtype, ndim, axis, features, position } = error;
         // What a caller hands in, a model may hand back as it is.
         let given = matches!(self.model.graph.value(value).origin(), Origin::Input(_));
         let uses = self.model.graph.value(value).uses().iter().copied();
@@ -114,8 +119,8 @@ impl Editor {
     pub fn forget_shapes(&mut self) {
         let graph = &mut self.model.graph;
         let nodes: Vec<_> = graph.scopes().into_iter().flat_map(|scope| graph.nodes(scope)).collect();
-        let made: Vec<ValueId> = nodes.iter().flat_map(|&id| graph.node(id).outputs()).flatten().copied().collect();
-        made.into_iter().for_each(|value| graph.value_mut(value).ty = None);
+        let outputs: Vec<ValueId> = nodes.iter().flat_map(|&id| graph.node(id).outputs()).flatten().copied().collect();
+        outputs.into_iter().for_each(|value| graph.value_mut(value).ty = None);
     }
 
     /// Gives a value the name and the type of another, as outputs have to have them.

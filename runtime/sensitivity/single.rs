@@ -5,11 +5,11 @@
 
 use super::{
     AMPLITUDE, Task,
-    edit::{Editor, Error},
+    edit::{Editor, InjectedError},
 };
 use crate::{
     LoadOptions, SampleSet, SetSpec, StatisticsError,
-    wire::{Broken, TrialJob},
+    wire::{NonFinite, TrialJob},
 };
 use lathe_analysis::{Bindings, Cost};
 use lathe_ir::{DataType, Dim, Initializer, Node, ScopeId, Tensor, Type};
@@ -27,7 +27,7 @@ const MOST_FLOPS: f64 = 4e12;
 pub(super) const SETTINGS: (usize, (usize, usize), f64) = (PASSES, ROUNDS, MOST_FLOPS);
 
 /// Measures the probes `open`, as far as errors can be added there and the runs do not take too long.
-pub(super) fn measure(task: &Task<'_>, open: &[usize], found: &mut [Option<f64>]) -> Result<(), StatisticsError> {
+pub(super) fn measure(task: &Task<'_>, open: &[usize], rises: &mut [Option<f64>]) -> Result<(), StatisticsError> {
     if !task.has_numbers() {
         return Ok(());
     }
@@ -36,7 +36,7 @@ pub(super) fn measure(task: &Task<'_>, open: &[usize], found: &mut [Option<f64>]
     let zero = edit.constant(Tensor::from_f32s(&[], &[0.0]));
     let mut columns = Vec::new();
     for &index in open {
-        let Some(error) = Error::of(task.facts, task.values[index], &task.probes[index]) else { continue };
+        let Some(error) = InjectedError::of(task.facts, task.values[index], &task.probes[index]) else { continue };
         let graph = &mut edit.model.graph;
         let name = graph.fresh_name("probe_amplitude");
         let amplitude = graph.add_value(name.clone(), Some(Type::tensor(DataType::Float, Vec::new())));
@@ -59,11 +59,11 @@ pub(super) fn measure(task: &Task<'_>, open: &[usize], found: &mut [Option<f64>]
         set: SetSpec { batch: Some(1), chosen: Some(samples), ..task.set.clone() },
         gates: columns.iter().map(|(_, name)| vec![(name.clone(), AMPLITUDE as f32)]).collect(),
         distance: task.options.distance,
-        broken: Broken::Lost,
+        non_finite: NonFinite::Lost,
         options: LoadOptions { lean: true, ..task.options.load.clone() },
     };
     for ((index, _), rise) in columns.iter().zip((task.runs.tries)(&job)?) {
-        found[*index] = rise.is_finite().then(|| (rise / AMPLITUDE.powi(2)).max(0.0));
+        rises[*index] = rise.is_finite().then(|| (rise / AMPLITUDE.powi(2)).max(0.0));
     }
     Ok(())
 }

@@ -21,12 +21,12 @@ pub(super) struct Stored {
     pub(super) path: PathBuf,
     pub(super) name: String,
     pub(super) header: Header,
-    place: Place,
+    extent: Extent,
 }
 
 /// The bytes of one file or member.
 #[derive(Debug, Clone)]
-struct Place {
+struct Extent {
     /// First byte in the file.
     offset: u64,
     /// Bytes in the file.
@@ -42,8 +42,8 @@ impl Stored {
     pub(super) fn npy(path: &Path) -> Result<Stored, SetError> {
         let length = std::fs::metadata(path).map_err(|source| read_error(path, source))?.len();
         let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-        let place = Place { offset: 0, packed: length, length, deflated: false, crc: None };
-        Stored::at(path, name, place)
+        let extent = Extent { offset: 0, packed: length, length, deflated: false, crc: None };
+        Stored::at(path, name, extent)
     }
 
     /// Every array of a `.npz` archive, by name.
@@ -69,26 +69,26 @@ impl Stored {
                 },
             };
             let offset = member.data_start().ok_or_else(|| broken(format!("`{name}` is nowhere")))?;
-            let place = Place {
+            let extent = Extent {
                 offset,
                 packed: member.compressed_size(),
                 length: member.size(),
                 deflated,
                 crc: Some(member.crc32()),
             };
-            if place.offset.checked_add(place.packed).is_none_or(|end| end > size) {
+            if extent.offset.checked_add(extent.packed).is_none_or(|end| end > size) {
                 return Err(broken(format!("`{name}` goes on past the end of the file")));
             }
             let name = name.strip_suffix(".npy").unwrap_or(&name).to_owned();
-            arrays.push(Stored::at(path, name, place)?);
+            arrays.push(Stored::at(path, name, extent)?);
         }
         arrays.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(arrays)
     }
 
     /// Reads the header and holds it to the number of bytes there are.
-    fn at(path: &Path, name: String, place: Place) -> Result<Stored, SetError> {
-        let mut stream = Stream::open(path, &place).map_err(|source| read_error(path, source))?;
+    fn at(path: &Path, name: String, extent: Extent) -> Result<Stored, SetError> {
+        let mut stream = Stream::open(path, &extent).map_err(|source| read_error(path, source))?;
         let array = || (path.to_owned(), name.clone());
         let header = Header::read(&mut stream).map_err(|error| {
             let (path, array) = array();
@@ -102,13 +102,13 @@ impl Stored {
         if header.fortran {
             return Err(SetError::Fortran { path, array });
         }
-        let found = place.length.saturating_sub(header.length);
+        let found = extent.length.saturating_sub(header.length);
         if found != header.data_bytes {
             let expected = header.data_bytes;
             let message = format!("its shape {:?} needs {expected} bytes, found {found}", header.shape);
             return Err(SetError::Array { path, array, message });
         }
-        Ok(Stored { path, name: array, header, place })
+        Ok(Stored { path, name: array, header, extent })
     }
 
     /// The error of this array.
@@ -118,7 +118,7 @@ impl Stored {
 
     /// The data, from its first byte.
     pub(super) fn stream(&self) -> Result<Stream, SetError> {
-        let stream = Stream::open(&self.path, &self.place).and_then(|mut stream| {
+        let stream = Stream::open(&self.path, &self.extent).and_then(|mut stream| {
             stream.read_bytes(self.header.length)?;
             Ok(stream)
         });
@@ -133,7 +133,8 @@ fn read_error(path: &Path, source: io::Error) -> SetError {
 /// The bytes of one array in order, checked against the archive's sum if all of them were read.
 pub(super) struct Stream {
     bytes: Bytes,
-    left: u64,
+    /// Bytes that are still to come.
+    remaining: u64,
     /// The sum so far and what it must come to; `None` once bytes were stepped over.
     sum: Option<(Crc, u32)>,
 }
@@ -144,13 +145,13 @@ enum Bytes {
 }
 
 impl Stream {
-    fn open(path: &Path, place: &Place) -> io::Result<Stream> {
+    fn open(path: &Path, extent: &Extent) -> io::Result<Stream> {
         let mut file = File::open(path)?;
-        file.seek(SeekFrom::Start(place.offset))?;
-        let packed = BufReader::with_capacity(BLOCK, file).take(place.packed);
+        file.seek(SeekFrom::Start(extent.offset))?;
+        let packed = BufReader::with_capacity(BLOCK, file).take(extent.packed);
         let bytes =
-            if place.deflated { Bytes::Deflated(Box::new(DeflateDecoder::new(packed))) } else { Bytes::Plain(packed) };
-        Ok(Stream { bytes, left: place.length, sum: place.crc.map(|crc| (Crc::new(), crc)) })
+            if extent.deflated { Bytes::Deflated(Box::new(DeflateDecoder::new(packed))) } else { Bytes::Plain(packed) };
+        Ok(Stream { bytes, remaining: extent.length, sum: extent.crc.map(|crc| (Crc::new(), crc)) })
     }
 
     /// The next `count` bytes. Memory grows with what is there, not with what is asked for.
@@ -169,7 +170,7 @@ impl Stream {
                 let limit = file.limit().saturating_sub(count);
                 file.get_mut().seek_relative(step)?;
                 file.set_limit(limit);
-                self.left = self.left.saturating_sub(count);
+                self.remaining = self.remaining.saturating_sub(count);
                 self.sum = None;
             }
             Bytes::Deflated(_) => {
@@ -184,15 +185,15 @@ impl Stream {
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let most = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(buffer.len());
         let count = match &mut self.bytes {
             Bytes::Plain(file) => file.read(&mut buffer[..most])?,
             Bytes::Deflated(file) => file.read(&mut buffer[..most])?,
         };
-        self.left -= count as u64;
+        self.remaining -= count as u64;
         if let Some((sum, expected)) = &mut self.sum {
             sum.update(&buffer[..count]);
-            if self.left == 0 && count > 0 && sum.sum() != *expected {
+            if self.remaining == 0 && count > 0 && sum.sum() != *expected {
                 return Err(io::Error::other(format!("its checksum is {:08x}, expected {expected:08x}", sum.sum())));
             }
         }

@@ -33,8 +33,8 @@ impl Mask {
         let graph = &model.graph;
         let inputs = graph.main().inputs().iter().copied();
         if let Some(name) = name {
-            let found = inputs.filter(|&v| graph.value(v).name == name).find(|&v| fits_mask(graph, v));
-            let value = found.ok_or_else(|| StatisticsError::NoMask { name: name.to_owned() })?;
+            let input = inputs.filter(|&v| graph.value(v).name == name).find(|&v| fits_mask(graph, v));
+            let value = input.ok_or_else(|| StatisticsError::NoMask { name: name.to_owned() })?;
             return Ok(Some(Mask { value }));
         }
         let named = |v: &ValueId| {
@@ -55,8 +55,8 @@ fn fits_mask(graph: &Graph, value: ValueId) -> bool {
 /// The main-graph value of this name, or why statistics of it cannot be had.
 pub(crate) fn resolve(model: &Model, name: &str) -> Result<ValueId, StatisticsError> {
     let graph = &model.graph;
-    let made = graph.nodes(ScopeId::MAIN).flat_map(|id| graph.node(id).outputs().iter().flatten().copied());
-    let mut here = graph.main().inputs().iter().copied().chain(made);
+    let outputs = graph.nodes(ScopeId::MAIN).flat_map(|id| graph.node(id).outputs().iter().flatten().copied());
+    let mut here = graph.main().inputs().iter().copied().chain(outputs);
     if let Some(value) = here.find(|&v| graph.value(v).name == name) {
         return Ok(value);
     }
@@ -382,13 +382,13 @@ impl<'a> Append<'a> {
 
     /// The matrix with zeros in the rows that are dropped, and how many rows there are.
     fn kept_alone(&mut self, rows: &Rows, matrix: Matrix) -> (ValueId, ValueId) {
-        if let Some(&found) = self.kept.get(rows) {
-            return found;
+        if let Some(&kept) = self.kept.get(rows) {
+            return kept;
         }
         let (keep, counts) = self.keep(matrix.finite, matrix.tokens, matrix.value);
-        let found = (self.zeroed(matrix, keep), counts);
-        self.kept.insert(rows.clone(), found);
-        found
+        let kept = (self.zeroed(matrix, keep), counts);
+        self.kept.insert(rows.clone(), kept);
+        kept
     }
 
     /// Both matrices with zeros in the rows that are dropped from either.

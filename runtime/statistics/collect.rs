@@ -188,8 +188,8 @@ impl Statistics {
             Ok(sums)
         };
         let (share_below, square_below) = (mean("below")?, mean("square_below")?);
-        let found = Magnitudes { share_below, square_below, square: mean("square_sum")?, rows: counted };
-        Ok((counted > 0).then_some(found))
+        let magnitudes = Magnitudes { share_below, square_below, square: mean("square_sum")?, rows: counted };
+        Ok((counted > 0).then_some(magnitudes))
     }
 
     /// One array of a statistic with its shape, by the name that [`Request`] gives it, and matrices in full.

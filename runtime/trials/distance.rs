@@ -1,6 +1,6 @@
 //! How far one output of a variant is from the model's.
 
-use crate::{Distance, wire::Broken};
+use crate::{Distance, wire::NonFinite};
 use lathe_ir::{DataType, Tensor};
 
 /// An output whose elements are neither floats nor compared as they are.
@@ -73,10 +73,10 @@ impl Expected {
     }
 
     /// The mean distance of the rows of another tensor. A tensor of another shape is lost altogether.
-    pub fn distance(&self, tensor: &Tensor, broken: Broken) -> Result<f64, NoNumbers> {
+    pub fn distance(&self, tensor: &Tensor, non_finite: NonFinite) -> Result<f64, NoNumbers> {
         match self {
             Expected::Numbers(expected) if tensor.dims() == expected.dims && tensor.dtype().is_float() => {
-                Ok(expected.distance(&floats(tensor)?, broken))
+                Ok(expected.distance(&floats(tensor)?, non_finite))
             }
             Expected::Symbols(expected) if tensor.dims() == expected.dims() => Ok(changed(expected, tensor)),
             _ => Ok(1.0),
@@ -97,8 +97,8 @@ fn changed(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 impl Numbers {
-    fn distance(&self, numbers: &[f32], broken: Broken) -> f64 {
-        let lost = |part: f64| if broken == Broken::Infinite { f64::INFINITY } else { part };
+    fn distance(&self, numbers: &[f32], non_finite: NonFinite) -> f64 {
+        let lost = |part: f64| if non_finite == NonFinite::Infinite { f64::INFINITY } else { part };
         let rows = self.numbers.chunks(self.row).zip(numbers.chunks(self.row)).zip(&self.norms);
         let distances = rows.map(|((expected, found), &norm)| match self.distance {
             Distance::Relative => {
@@ -152,8 +152,8 @@ fn floats(tensor: &Tensor) -> Result<Vec<f32>, NoNumbers> {
 mod tests {
     use super::*;
 
-    fn distance(expected: &Tensor, found: &Tensor, distance: Distance, broken: Broken) -> f64 {
-        Expected::of(expected, distance, 2).unwrap().distance(found, broken).unwrap()
+    fn distance(expected: &Tensor, found: &Tensor, distance: Distance, non_finite: NonFinite) -> f64 {
+        Expected::of(expected, distance, 2).unwrap().distance(found, non_finite).unwrap()
     }
 
     #[test]
@@ -161,33 +161,33 @@ mod tests {
         const INF: f32 = f32::INFINITY;
         let t = |numbers: &[f32]| Tensor::from_f32s(&[2, 2], numbers);
         let whole = t(&[1.0, -INF, f32::NAN, 2.0]);
-        for broken in [Broken::Infinite, Broken::Lost] {
+        for non_finite in [NonFinite::Infinite, NonFinite::Lost] {
             let same = t(&[1.5, -INF, f32::NAN, 2.0]);
-            assert_eq!(distance(&whole, &same, Distance::Relative, broken), 0.125, "a quarter of the first row");
+            assert_eq!(distance(&whole, &same, Distance::Relative, non_finite), 0.125, "a quarter of the first row");
         }
         let (rows, gone) = (t(&[3.0, 4.0, 1.0, 1.0]), t(&[3.0, f32::NAN, 1.0, 1.0]));
-        assert_eq!(distance(&rows, &gone, Distance::Relative, Broken::Infinite), f64::INFINITY);
-        assert_eq!(distance(&rows, &gone, Distance::Relative, Broken::Lost), 16.0 / 25.0 / 2.0);
-        assert_eq!(distance(&whole, &t(&[1.0, 0.0, 1.0, 2.0]), Distance::Relative, Broken::Infinite), f64::INFINITY);
-        assert_eq!(distance(&whole, &t(&[1.0, 0.0, 1.0, 2.0]), Distance::Relative, Broken::Lost), 0.0);
+        assert_eq!(distance(&rows, &gone, Distance::Relative, NonFinite::Infinite), f64::INFINITY);
+        assert_eq!(distance(&rows, &gone, Distance::Relative, NonFinite::Lost), 16.0 / 25.0 / 2.0);
+        assert_eq!(distance(&whole, &t(&[1.0, 0.0, 1.0, 2.0]), Distance::Relative, NonFinite::Infinite), f64::INFINITY);
+        assert_eq!(distance(&whole, &t(&[1.0, 0.0, 1.0, 2.0]), Distance::Relative, NonFinite::Lost), 0.0);
         // What a mask rules out weighs nothing, and a row without logits says nothing.
         let logits = t(&[0.0, -INF, f32::NAN, 1.0]);
-        let found = distance(&logits, &t(&[5.0, -INF, f32::NAN, 2.0]), Distance::Divergence, Broken::Infinite);
+        let found = distance(&logits, &t(&[5.0, -INF, f32::NAN, 2.0]), Distance::Divergence, NonFinite::Infinite);
         assert!(found.abs() < 1e-6, "{found}");
         let ruled_out = t(&[-INF, 0.0, f32::NAN, 2.0]);
-        assert_eq!(distance(&logits, &ruled_out, Distance::Divergence, Broken::Infinite), f64::INFINITY);
-        assert_eq!(distance(&logits, &ruled_out, Distance::Divergence, Broken::Lost), -LEAST / 2.0);
+        assert_eq!(distance(&logits, &ruled_out, Distance::Divergence, NonFinite::Infinite), f64::INFINITY);
+        assert_eq!(distance(&logits, &ruled_out, Distance::Divergence, NonFinite::Lost), -LEAST / 2.0);
     }
 
     #[test]
     fn other_shapes_are_lost_and_symbols_count_by_how_many_differ() {
         let (a, b) = (Tensor::from_f32s(&[3], &[1.0; 3]), Tensor::from_f32s(&[2], &[1.0; 2]));
-        assert_eq!(distance(&a, &b, Distance::Relative, Broken::Infinite), 1.0);
+        assert_eq!(distance(&a, &b, Distance::Relative, NonFinite::Infinite), 1.0);
         let (a, b) = (Tensor::int64s(&[1, 2, 3, 4]), Tensor::int64s(&[1, 2, 3, 5]));
-        assert_eq!(distance(&a, &b, Distance::Relative, Broken::Infinite), 2.0 / 6.0);
-        assert_eq!(distance(&a, &a, Distance::Relative, Broken::Infinite), 1.0 / 6.0);
+        assert_eq!(distance(&a, &b, Distance::Relative, NonFinite::Infinite), 2.0 / 6.0);
+        assert_eq!(distance(&a, &a, Distance::Relative, NonFinite::Infinite), 1.0 / 6.0);
         let words = |all: [&str; 2]| Tensor::strings(vec![2], all.map(|s| s.to_owned().into()).to_vec()).unwrap();
-        let changed = distance(&words(["a", "b"]), &words(["a", "c"]), Distance::Relative, Broken::Infinite);
+        let changed = distance(&words(["a", "b"]), &words(["a", "c"]), Distance::Relative, NonFinite::Infinite);
         assert_eq!(changed, 2.0 / 4.0);
     }
 }

@@ -72,7 +72,7 @@ pub(crate) fn serve(engine: &dyn Engine, job: &TrialJob, talk: &mut dyn Talk) ->
             visit(session.as_mut(), &all, &compared, &mut |name, tensor| {
                 if let Some((_, of)) = expected.iter().find(|(n, _)| *n == name) {
                     present += 1;
-                    rise += of.distance(tensor, job.broken)?;
+                    rise += of.distance(tensor, job.non_finite)?;
                 }
                 Ok(())
             })?;
@@ -158,7 +158,7 @@ mod tests {
     use crate::{
         Distance, LoadOptions, NpzWriter, SetSpec,
         testing::{Build, engine},
-        wire::Broken,
+        wire::NonFinite,
     };
     use lathe_ir::{DataType, Node, Type};
 
@@ -193,7 +193,7 @@ mod tests {
             set: SetSpec::all(&path),
             gates: gates.iter().map(|&g| vec![("gate".to_owned(), g)]).collect(),
             distance,
-            broken: Broken::Infinite,
+            non_finite: NonFinite::Infinite,
             options: LoadOptions::default(),
         };
         serve(engine(), &job, &mut |_: &str| {}).unwrap()

@@ -1,6 +1,6 @@
 //! What one comparison gathers: which outputs can be compared, how far they are apart, and what accounts for it.
 
-use super::{Pair, Report};
+use super::{Report, Verification};
 use crate::{
     Claim, Datum, Fault, Sample, Session, Talk, compare,
     compare::{Unsteadies, Unsteady, compare_steady},
@@ -25,14 +25,14 @@ pub(super) struct Judge<'a> {
 }
 
 impl<'a> Judge<'a> {
-    pub fn new(pair: &Pair<'a>) -> Judge<'a> {
+    pub fn new(verification: &Verification<'a>) -> Judge<'a> {
         Judge {
-            report: Report { engine: pair.engine.name(), ..Report::default() },
-            claim: pair.task.claim,
+            report: Report { engine: verification.engine.name(), ..Report::default() },
+            claim: verification.task.claim,
             unsteady: Unsteadies::new(),
             varying: BTreeSet::new(),
             drawn: BTreeSet::new(),
-            rounding: Rounding::new(pair.engine, pair.task.model, &pair.options),
+            rounding: Rounding::new(verification.engine, verification.task.model, &verification.options),
         }
     }
 
@@ -66,8 +66,8 @@ impl<'a> Judge<'a> {
 
     /// Learns from two runs of one session of the reference which of the outputs that could not be seeded are random.
     pub fn redrawn(&mut self, first: &[(String, Datum)], second: &[(String, Datum)]) {
-        let found = compare(first, second, Claim::Identical);
-        let random = found.faulty().filter(|&output| self.unsteady.contains_key(output));
+        let compared = compare(first, second, Claim::Identical);
+        let random = compared.faulty().filter(|&output| self.unsteady.contains_key(output));
         self.varying.extend(random.map(str::to_owned));
     }
 
@@ -84,9 +84,9 @@ impl<'a> Judge<'a> {
         after: &[(String, Datum)],
         talk: &mut dyn Talk,
     ) {
-        let mut found = compare_steady(before, after, self.claim, &self.unsteady);
+        let mut compared = compare_steady(before, after, self.claim, &self.unsteady);
         let excusable = !matches!(self.claim, Claim::Within { .. });
-        let names = if excusable { found.too_far() } else { Vec::new() };
+        let names = if excusable { compared.too_far() } else { Vec::new() };
         let exceeding = |name: &String| {
             let index = before.iter().position(|(other, _)| other == name).filter(|_| !self.drawn.contains(name))?;
             let (expected, found) = (before[index].1.tensor()?, after[index].1.tensor()?);
@@ -97,11 +97,11 @@ impl<'a> Judge<'a> {
             talk.stage("measuring how the original rounds");
             for (name, excuse) in names.iter().zip(self.rounding.excuses(inputs, &exceeding)) {
                 if let Some(excuse) = excuse {
-                    found.excuse(name, excuse);
+                    compared.excuse(name, excuse);
                 }
             }
         }
-        self.report.comparison.merge(found);
+        self.report.comparison.merge(compared);
     }
 
     /// Runs the candidate again: what is random in the reference has to be random in the candidate.

@@ -56,33 +56,33 @@ pub(super) fn run_random(
     talk: &mut dyn Talk,
 ) -> Result<ReferenceRuns, Stop> {
     let left_out = if let Edges::AllBut(left_out) = edges { left_out.to_vec() } else { Vec::new() };
-    let found = ReferenceRuns { runs: Vec::new(), left_out };
+    let accepted = ReferenceRuns { runs: Vec::new(), left_out };
     let estimate = Estimate::of(model);
-    let mut search = InputSearch { session, model, spec, estimate, operations_left: MOST_OPERATIONS, found };
+    let mut search = InputSearch { session, model, spec, estimate, operations_left: MOST_OPERATIONS, accepted };
     let all_accepted = search.sizes(sizes_to_try(model, spec))?;
-    let accepted = all_accepted.last().expect("a search that ends well has accepted sizes");
+    let last = all_accepted.last().expect("a search that ends well has accepted sizes");
     if has_mask(model) {
-        search.edge(&accepted.with_masked_row(), spec, talk)?;
+        search.edge(&last.with_masked_row(), spec, talk)?;
     }
     if has_whole(model) {
-        search.edge(&accepted.with_style(Style::Ends), spec, talk)?;
+        search.edge(&last.with_style(Style::Ends), spec, talk)?;
     }
     if claim == Claim::Identical {
         for round in 0..search.special_rounds() {
             let spec = InputSpec { seed: spec.seed.wrapping_add(round), ..spec.clone() };
-            search.edge(&accepted.with_style(Style::Special), &spec, talk)?;
+            search.edge(&last.with_style(Style::Special), &spec, talk)?;
         }
     }
     for sizes in edge_sizes(model, spec, &all_accepted) {
         match edges {
             Edges::Safe if sizes.has_zero() => {
                 let why = "an engine may crash on it, and this process with it";
-                search.found.left_out.push((sizes.label(), why.to_owned()));
+                search.accepted.left_out.push((sizes.label(), why.to_owned()));
             }
             _ => search.edge(&sizes, spec, talk)?,
         }
     }
-    Ok(search.found)
+    Ok(search.accepted)
 }
 
 /// A search for inputs and what it has come to.
@@ -93,7 +93,7 @@ struct InputSearch<'a> {
     estimate: Estimate<'a>,
     /// Operations that may still be done.
     operations_left: u64,
-    found: ReferenceRuns,
+    accepted: ReferenceRuns,
 }
 
 impl InputSearch<'_> {
@@ -115,7 +115,7 @@ impl InputSearch<'_> {
             search.operations_left = search.operations_left.saturating_sub(work.operations);
             match search.session.run(&inputs) {
                 Ok(outputs) => {
-                    search.found.runs.push(ReferenceRun { inputs, outputs, sizes: sizes.label(), edge: false });
+                    search.accepted.runs.push(ReferenceRun { inputs, outputs, sizes: sizes.label(), edge: false });
                     accepted.push(sizes);
                 }
                 Err(error) => _ = first_error.get_or_insert(error.to_string()),
@@ -123,7 +123,7 @@ impl InputSearch<'_> {
             Ok(())
         };
         for sizes in candidates {
-            if self.found.runs.len() >= WANTED {
+            if self.accepted.runs.len() >= WANTED {
                 break;
             }
             let work = self.estimate.at(&sizes);
@@ -134,7 +134,7 @@ impl InputSearch<'_> {
         }
         heavy.sort_by_key(|(work, _)| (work.operations, work.bytes));
         for (work, sizes) in heavy.into_iter().take(MOST_HEAVY) {
-            if self.found.runs.is_empty() {
+            if self.accepted.runs.is_empty() {
                 run(self, sizes, work)?;
             }
         }
@@ -152,7 +152,7 @@ impl InputSearch<'_> {
 
     /// Small inputs hold few elements, so more of them are needed to meet every special value.
     fn special_rounds(&self) -> u64 {
-        let inputs = self.found.runs.iter().flat_map(|ran| &ran.inputs);
+        let inputs = self.accepted.runs.iter().flat_map(|ran| &ran.inputs);
         let numbers = inputs.filter(|(_, tensor)| tensor.dtype().is_float() || tensor.dtype().is_integer());
         let elements: usize = numbers.map(|(_, tensor)| tensor.len()).sum();
         256usize.checked_div(elements).map_or(0, |rounds| rounds.clamp(1, 8) as u64)
@@ -162,19 +162,19 @@ impl InputSearch<'_> {
     fn edge(&mut self, sizes: &Sizes, spec: &InputSpec, talk: &mut dyn Talk) -> Result<(), InputError> {
         let label = sizes.label();
         let work = self.estimate.at(sizes);
-        if self.found.left_out.iter().any(|(known, _)| *known == label) {
+        if self.accepted.left_out.iter().any(|(known, _)| *known == label) {
             return Ok(());
         }
         if !self.affords(work) {
-            self.found.left_out.push((label, "that would take too long".to_owned()));
+            self.accepted.left_out.push((label, "that would take too long".to_owned()));
             return Ok(());
         }
         self.operations_left = self.operations_left.saturating_sub(work.operations);
         talk.stage(&format!("{AT_EDGE}{label}"));
         let inputs = generate(self.model, spec, sizes)?;
         match self.session.run(&inputs) {
-            Ok(outputs) => self.found.runs.push(ReferenceRun { inputs, outputs, sizes: label, edge: true }),
-            Err(error) => self.found.left_out.push((label, error.to_string())),
+            Ok(outputs) => self.accepted.runs.push(ReferenceRun { inputs, outputs, sizes: label, edge: true }),
+            Err(error) => self.accepted.left_out.push((label, error.to_string())),
         }
         Ok(())
     }

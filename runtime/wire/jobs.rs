@@ -107,7 +107,7 @@ pub(crate) struct TrialJob {
     /// How outputs are compared.
     pub distance: Distance,
     /// What numbers count that are not finite where the model's are, or the other way round.
-    pub broken: Broken,
+    pub non_finite: NonFinite,
     /// How to run them.
     pub options: LoadOptions,
 }
@@ -126,7 +126,7 @@ pub enum Distance {
 
 /// What a number of a variant counts that is not finite where the model's is, or the other way round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Broken {
+pub(crate) enum NonFinite {
     /// The variant is of no use.
     Infinite,
     /// It is lost: as if it were zero.

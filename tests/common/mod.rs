@@ -48,7 +48,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         budget: Default::default(),
         calib_select: None,
         run: RunOptions {
-            ort: Some(lathe_testkit::engine().found().path.clone()),
+            ort: Some(lathe_testkit::engine().library().path.clone()),
             timeout: Duration::from_secs(60),
             worker: Some(env!("CARGO_BIN_EXE_optimize").into()),
             ..RunOptions::default()
@@ -97,7 +97,7 @@ impl Workbench {
     /// `optimize model.onnx` with the fixed options and these.
     pub fn run(&self, options: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
-        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().found().path).env_remove("RUST_BACKTRACE");
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
         command.env("XDG_DATA_HOME", self.path("data")).current_dir(self.folder.path());
         command.arg("model.onnx").args(&self.fixed).args(options).output().unwrap()
     }
