@@ -1,6 +1,6 @@
 //! Runs whose inputs and outputs stay on the device, for timing.
 
-use super::{OrtEngine, PROVIDERS, Provider, sentence, to_ort};
+use super::{OrtEngine, PROVIDERS, Provider, sentence, values::to_ort};
 use crate::{
     RuntimeError, Sample,
     engine::{LoadOptions, Source, Timed},
