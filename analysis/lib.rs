@@ -3,7 +3,6 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod affine;
-mod apart;
 mod calibrate;
 mod cones;
 mod cost;
@@ -16,12 +15,12 @@ mod operators;
 mod random;
 mod rows;
 mod shapes;
+mod sliced_positions;
 mod stable_hash;
 mod tokens;
 mod units;
 
 pub use affine::{Affine, Affines};
-pub use apart::read_apart;
 pub use calibrate::{Below, Calibrate, Cross, Gram, Magnitudes, Moments, SymMatrix};
 pub use cones::{Cone, Cones};
 pub use cost::{Bindings, Cost, NodeCost, OperatorCost};
@@ -33,6 +32,7 @@ pub use operators::{OPERATORS, Operator, Trait};
 pub use random::Random;
 pub use rows::{Rows, View, Window, weight_inputs};
 pub use shapes::{Contents, Facts};
+pub use sliced_positions::read_apart;
 pub use stable_hash::StableHash;
 pub use tokens::{Keys, TokenAttention, TokenAxes, TokenBlock, Tokens, kept_axis};
 pub use units::{Barrier, NoUnit, NoUnitReason, PostOp, Unit, UnitId, UnitKind, Units, may_leave};

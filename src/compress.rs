@@ -1,17 +1,19 @@
 //! Spending a budget: what was seen on the calibration set, what methods propose, what the allocator chooses.
 
-mod emphasis;
-mod seen;
-mod strip;
-mod table;
-mod timing;
-mod tried;
-mod unhandled;
+mod budget_search;
+mod calibration;
+mod candidates;
+pub(crate) mod fit_budget;
+mod latency_model;
+mod loss_trials;
+mod position_weights;
+mod uncovered;
+mod unit_report;
 
-use emphasis::{Answers, Apart, Emphasis};
-use seen::{Part, Seen, Split};
-pub(crate) use table::Table;
-use table::{Inside, Offer, Place};
+use calibration::{Part, Seen, Split};
+pub(crate) use candidates::Table;
+use candidates::{Inside, Offer, Place};
+use position_weights::{Answers, Apart, Emphasis};
 
 use crate::{
     Failure, PassRecord,
@@ -153,7 +155,7 @@ impl<'a> Compressor<'a> {
             let proposal = method.propose(model, &cx).map_err(anyhow::Error::from)?;
             let mut outcome = proposal.outcome;
             for site in proposal.sites {
-                if places.keys().any(|other| table::overlap(other, &site.footprint)) {
+                if places.keys().any(|other| candidates::overlap(other, &site.footprint)) {
                     outcome.refuse("it shares a part with what another method would change as a whole", site.name);
                     continue;
                 }
@@ -187,12 +189,12 @@ impl<'a> Compressor<'a> {
         let mut places: Vec<Place> = places.into_values().collect();
         if self.cx.quantities.contains(&Quantity::Latency) {
             self.time_options(model, &mut places, &cx, warnings)?;
-            timing::decline_slower(&mut places, &mut records);
+            latency_model::decline_slower(&mut places, &mut records);
         }
         self.try_choices(model, &mut places, &cx, warnings)?;
         self.look_inside(model, &mut places, &cx)?;
         drop(cx);
-        let unhandled = unhandled::unhandled(model, &places);
+        let unhandled = uncovered::unhandled(model, &places);
         Ok(Table { cx: self.cx.clone(), places, records, seen, told: answers.told, unhandled, _scratch: temporary })
     }
 
@@ -287,7 +289,7 @@ impl<'a> Compressor<'a> {
     fn samples(&self, model: &Model, found: &[Weight], set: &SampleSet, wanted: usize) -> Result<usize, Failure> {
         let facts = Facts::infer(model);
         let Some(batch) = set.batches().next().transpose().map_err(anyhow::Error::from)? else { return Ok(0) };
-        let bindings = seen::sizes(model, &batch.inputs);
+        let bindings = calibration::sizes(model, &batch.inputs);
         let taps = found.iter().flat_map(|w| &w.taps).filter(|tap| tap.rows.is_some());
         let fewest = taps.map(|tap| rows_of(&facts, &bindings, tap) as usize).filter(|&rows| rows > 0).min();
         Ok((wanted * batch.samples.max(1)).div_ceil(fewest.unwrap_or(1)).max(LEAST_SAMPLES))

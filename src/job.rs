@@ -1,16 +1,15 @@
 //! The main job: read, simplify, prove, write, report.
 
-mod aim;
 mod lines;
 mod prepare;
-mod spend;
 
 pub(crate) use self::{
     lines::{pass_line, side, verify},
     prepare::prepare,
 };
 
-use self::{prepare::state_outputs, spend::Exact};
+use self::prepare::state_outputs;
+use crate::compress::fit_budget::Exact;
 use crate::{
     Budget, Failure, PassRecord, Report, RunOptions, Selection, Sets,
     latency::{Latency, Measurement},
@@ -94,7 +93,7 @@ pub struct Done {
 const EXACT_SAMPLES: usize = 16;
 
 /// Whether settings ask for a lossy method, budget or not.
-fn is_asked(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
+pub(crate) fn is_asked(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
     let cx = MethodContext::new(options.target, Vec::new(), options.settings.clone());
     let asked = method.is_requested(&cx).map_err(anyhow::Error::from)?;
     Ok(asked && options.selection.admits(method.info().name))
@@ -195,19 +194,19 @@ enum Finished {
     Upgraded(Vec<&'static str>),
 }
 
-struct Job<'a> {
-    options: &'a Options,
+pub(crate) struct Job<'a> {
+    pub(crate) options: &'a Options,
     /// The set that the result is compared on, and which one it is; random inputs without one.
-    set: Option<(SetSpec, &'static str)>,
-    runner: &'a Runner,
+    pub(crate) set: Option<(SetSpec, &'static str)>,
+    pub(crate) runner: &'a Runner,
     /// Whether a budget is given or settings ask for a lossy method.
-    lossy: bool,
+    pub(crate) lossy: bool,
     /// Samples of that set on which exact passes are verified before a budget is spent; `None` for all.
-    few: Option<Vec<usize>>,
+    pub(crate) few: Option<Vec<usize>>,
     /// The standard operator set to upgrade to.
-    opset: Option<i64>,
+    pub(crate) opset: Option<i64>,
     /// The lossy methods that may act, where that is settled; `None` for all that were not skipped.
-    methods: Option<Vec<&'static str>>,
+    pub(crate) methods: Option<Vec<&'static str>>,
 }
 
 /// The result of the passes, before it is written.
@@ -354,7 +353,7 @@ impl Job<'_> {
         Ok(Some(self.runner.select(&self.options.model, set, count, self.options.run.inputs.seed)?))
     }
 
-    fn context(&self) -> PassContext<'_> {
+    pub(crate) fn context(&self) -> PassContext<'_> {
         let mut settings = self.options.settings.clone();
         if let Some(opset) = self.opset {
             settings.insert("upgrade-opset.to".to_owned(), opset.to_string());
@@ -524,7 +523,7 @@ fn claim_of(kind: Kind) -> Claim {
     }
 }
 
-fn cost(model: &Model) -> Cost {
+pub(crate) fn cost(model: &Model) -> Cost {
     Cost::of(model, &Facts::infer(model), &Bindings::default())
 }
 

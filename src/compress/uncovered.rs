@@ -1,6 +1,6 @@
 //! What of a model no method offers anything for, by operator.
 
-use super::table::Place;
+use super::candidates::Place;
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{Model, NodeId, ScopeId, Use, ValueId};
 use lathe_passes::{

@@ -4,7 +4,7 @@
 //! positions apart, outputs are tried against errors of these alone, and second moments of what a layer reads and gives
 //! weigh every position by what an error there does: fits and prices then speak of the outputs, not of the mean token.
 
-use super::Seen;
+use super::calibration::Seen;
 use lathe_analysis::{EvaluateError, Facts, Gram, Moments, Rows, SymMatrix, View, read_apart};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::lossy::{Weight, gram_rows};

@@ -1,6 +1,6 @@
 //! Choices whose loss is measured in the whole model, because the error of their layer does not tell it.
 
-use super::{Compressor, table::Place};
+use super::{Compressor, candidates::Place};
 use crate::Failure;
 use lathe_ir::Model;
 use lathe_passes::{
@@ -99,7 +99,7 @@ impl Place {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{table::Offer, timing::tests::offer},
+        super::{candidates::Offer, latency_model::tests::offer},
         *,
     };
 

@@ -1,6 +1,6 @@
 //! What was seen on the calibration set, and what can be run on it, as methods ask for it.
 
-use super::emphasis::Emphasis;
+use super::position_weights::Emphasis;
 use crate::runner::Runner;
 use lathe_analysis::{Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, View};
 use lathe_ir::Model;

@@ -1,6 +1,6 @@
 //! How long options take: each one's own small graph, timed on the provider at the shapes of a run.
 
-use super::{Compressor, seen::sizes, table::Place};
+use super::{Compressor, calibration::sizes, candidates::Place};
 use crate::{Failure, PassRecord};
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Facts};
@@ -275,7 +275,7 @@ impl Fragment {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::{super::table::Offer, *};
+    use super::{super::candidates::Offer, *};
     use lathe_passes::{
         Kind, Outcome,
         lossy::{Candidate, Cost, Edit, Loss, METHODS, Method, MethodContext},

@@ -1,9 +1,9 @@
 //! The part of the main job that spends budgets and holds the loss against what is allowed.
 
-use super::{Job, aim::Aim};
+use super::{Compressor, Table, budget_search::Aim, computes_in_half};
 use crate::{
     Failure, PassRecord,
-    compress::{Compressor, Table, computes_in_half},
+    job::{self, Job},
     latency::{Latency, Measurement},
     report::{BudgetRow, Plan, Side, Verify},
     validate::{self, Bound, validate},
@@ -42,13 +42,13 @@ const NOTICEABLE: f64 = 1e-3;
 const TIGHTER: [f64; 4] = [0.9, 0.8, 0.65, 0.5];
 
 /// A result within the budgets, before it is written.
-pub(super) struct Spent {
-    pub(super) model: Model,
-    pub(super) staged: Staged,
-    pub(super) verify: Option<Verify>,
-    pub(super) plan: Plan,
-    pub(super) records: Vec<PassRecord>,
-    pub(super) latency: Option<Latency>,
+pub(crate) struct Spent {
+    pub(crate) model: Model,
+    pub(crate) staged: Staged,
+    pub(crate) verify: Option<Verify>,
+    pub(crate) plan: Plan,
+    pub(crate) records: Vec<PassRecord>,
+    pub(crate) latency: Option<Latency>,
 }
 
 impl Spent {
@@ -59,13 +59,13 @@ impl Spent {
 }
 
 /// What the exact passes left.
-pub(super) struct Exact<'a> {
-    pub(super) model: &'a Model,
-    pub(super) staged: &'a Staged,
+pub(crate) struct Exact<'a> {
+    pub(crate) model: &'a Model,
+    pub(crate) staged: &'a Staged,
     /// The original.
-    pub(super) original: &'a Side,
-    pub(super) target: &'a Path,
-    pub(super) write: &'a WriteOptions,
+    pub(crate) original: &'a Side,
+    pub(crate) target: &'a Path,
+    pub(crate) write: &'a WriteOptions,
 }
 
 /// A quantity with its share to keep, and what the original and the exact result take of it.
@@ -155,7 +155,7 @@ struct Candidate {
 
 impl Job<'_> {
     /// Spends the budgets. Methods see the `chosen` samples of the calibration set, or all.
-    pub(super) fn compress(
+    pub(crate) fn compress(
         &self,
         exact: &Exact<'_>,
         chosen: Option<Vec<usize>>,
@@ -169,7 +169,7 @@ impl Job<'_> {
         let mut shares = options.budget.shares();
         let mut asked = Vec::new();
         for &method in METHODS {
-            if super::is_asked(options, method)? {
+            if job::is_asked(options, method)? {
                 asked.push(method.info().name);
             }
         }
@@ -494,8 +494,8 @@ fn of_side(measure: Quantity, side: &Side) -> f64 {
 fn taken(measure: Quantity, model: &Model, staged: &Staged) -> f64 {
     match measure {
         Quantity::Size => (staged.written().file_bytes + staged.written().data_bytes) as f64,
-        Quantity::Parameters => super::cost(model).parameters as f64,
-        Quantity::Flops => super::cost(model).flops as f64,
+        Quantity::Parameters => job::cost(model).parameters as f64,
+        Quantity::Flops => job::cost(model).flops as f64,
         Quantity::Latency => f64::NAN,
     }
 }

@@ -2,8 +2,8 @@
 
 use super::{
     Seen,
-    strip::{Done, strip},
-    unhandled::{Unhandled, WORTH_TELLING},
+    uncovered::{Unhandled, WORTH_TELLING},
+    unit_report::{Done, strip},
 };
 use crate::{
     Failure, PassRecord,
