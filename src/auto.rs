@@ -7,6 +7,7 @@ mod search;
 use crate::{
     Budget, Done, Failure, Options, Report,
     job::{check_output, optimize},
+    report::Side,
     runner,
 };
 use anyhow::{Context as _, anyhow};
@@ -156,7 +157,7 @@ struct Search<'a> {
     options: &'a AutoOptions,
     /// Where models of runs are.
     scratch: &'a Path,
-    measure: Quantity,
+    quantity: Quantity,
     family: String,
     points: Vec<AutoPoint>,
     found: Vec<Found>,
@@ -166,37 +167,25 @@ struct Search<'a> {
 impl<'a> Search<'a> {
     fn new(options: &'a AutoOptions, features: &Features, scratch: &'a Path) -> Search<'a> {
         let (points, found, warnings) = (Vec::new(), Vec::new(), Vec::new());
-        let measure = options.job.budget.minimize;
-        Search { options, scratch, measure, family: features.family(), points, found, warnings }
-    }
-
-    /// What is to become little, as reports call it.
-    fn measure_name(&self) -> &'static str {
-        match self.measure {
-            Quantity::Size => "size",
-            Quantity::Parameters => "parameters",
-            Quantity::Flops => "flops",
-            Quantity::Latency => "latency",
-        }
+        let quantity = options.job.budget.minimize;
+        Search { options, scratch, quantity, family: features.family(), points, found, warnings }
     }
 
     /// The share of the original that is left of what is to become little.
     fn ratio(&self, report: &Report) -> Option<f64> {
-        let ratio = |after: u64, before: u64| Some(after as f64 / before.max(1) as f64);
-        match self.measure {
-            Quantity::Size => ratio(report.output.file_bytes, report.input.file_bytes),
-            Quantity::Parameters => ratio(report.output.parameters, report.input.parameters),
-            Quantity::Flops => ratio(report.output.flops, report.input.flops),
-            Quantity::Latency => report.latency.as_ref()?.ratio,
-        }
-        .filter(|ratio| ratio.is_finite())
+        let counted = |side: &Side| side.figure(self.quantity);
+        let ratio = match (counted(&report.output), counted(&report.input)) {
+            (Some(after), Some(before)) => Some(after as f64 / before.max(1) as f64),
+            _ => report.latency.as_ref()?.ratio,
+        };
+        ratio.filter(|ratio| ratio.is_finite())
     }
 
     /// The job of a run without a budget, whose result goes to the scratch folder.
     fn job(&self, name: &str) -> Options {
         let job = &self.options.job;
         let budget = Budget { metric: job.budget.metric.clone(), ..Budget::default() };
-        let bench = job.bench.or((self.measure == Quantity::Latency).then_some(TIMING_SECONDS));
+        let bench = job.bench.or((self.quantity == Quantity::Latency).then_some(TIMING_SECONDS));
         Options {
             output: Some(self.scratch.join(format!("{name}.onnx"))),
             budget,
@@ -212,7 +201,7 @@ impl<'a> Search<'a> {
         let done = optimize(&self.job("exact"))?;
         let mut point = self.point("exact passes", None, start, Some(&done.report));
         point.drop = Some(0.0);
-        tell(&told(&point, self.measure_name()));
+        tell(&told(&point, self.quantity.key()));
         self.found.push(Found { at: self.points.len(), report: done.report, files: done.files });
         self.points.push(point);
         Ok(())
@@ -228,7 +217,7 @@ impl<'a> Search<'a> {
         };
         let limit = self.options.job.budget.max_drop;
         let metric = self.options.job.budget.metric.clone().unwrap_or_else(|| "auto".to_owned());
-        let recipes = features.recipes(self.measure).into_iter().filter(open);
+        let recipes = features.recipes(self.quantity).into_iter().filter(open);
         let known = recipes.map(|recipe| {
             let like = self.record(recipe, 0.0, (0.0, 0.0), &metric, 0.0);
             let best = history.best(&like, limit).filter(|r| r.ratio < 1.0);
@@ -247,7 +236,7 @@ impl<'a> Search<'a> {
         Record {
             family: self.family.clone(),
             place: format!("{} {}, {} threads", load.provider, load.device, load.threads),
-            measure: self.measure_name().to_owned(),
+            measure: self.quantity.key().to_owned(),
             metric: metric.to_owned(),
             recipe: recipe.name.to_owned(),
             share,
@@ -270,12 +259,7 @@ impl<'a> Search<'a> {
         let start = Instant::now();
         let name = format!("{}-{share:.3}", recipe.name.replace(' ', "-"));
         let mut job = self.job(&name);
-        match self.measure {
-            Quantity::Size => job.budget.size = Some(share),
-            Quantity::Parameters => job.budget.params = Some(share),
-            Quantity::Flops => job.budget.flops = Some(share),
-            Quantity::Latency => job.budget.latency = Some(share),
-        }
+        job.budget.shares.set(self.quantity, share);
         if !recipe.methods.is_empty() {
             let others = METHODS.iter().map(|m| m.info().name).filter(|name| !recipe.methods.contains(name));
             job.selection.skip.extend(others.map(str::to_owned));
@@ -301,7 +285,7 @@ impl<'a> Search<'a> {
                 point
             }
         };
-        tell(&told(&point, self.measure_name()));
+        tell(&told(&point, self.quantity.key()));
         self.points.push(point);
         Ok(record)
     }
@@ -362,7 +346,7 @@ impl<'a> Search<'a> {
             files.extend(self.copy(best, target)?);
             output.path = target.display().to_string();
         }
-        let measure = self.measure_name().to_owned();
+        let measure = self.quantity.key().to_owned();
         let mut report = best.report.clone();
         report.output = output;
         report.warnings.extend(self.warnings);

@@ -9,9 +9,9 @@ pub(crate) use self::{
 };
 
 use self::prepare::state_outputs;
-use crate::compress::fit_budget::Exact;
 use crate::{
     Budget, Failure, PassRecord, Report, RunOptions, Selection, Sets,
+    compress::{self, Bench, Exact, Fitted},
     latency::{Latency, Measurement},
     layers,
     pipeline::{self, Broken, Run},
@@ -93,7 +93,7 @@ pub struct Done {
 const EXACT_SAMPLES: usize = 16;
 
 /// Whether settings ask for a lossy method, budget or not.
-pub(crate) fn is_asked(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
+fn is_requested(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
     let cx = MethodContext::new(options.target, Vec::new(), options.settings.clone());
     let asked = method.is_requested(&cx).map_err(anyhow::Error::from)?;
     Ok(asked && options.selection.admits(method.info().name))
@@ -122,7 +122,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let opset = options.opset.or_else(|| Some(newest(options)?.operator_set()).filter(|&o| old < o));
     let mut lossy = options.budget.is_given();
     for &method in METHODS {
-        lossy |= is_asked(options, method)?;
+        lossy |= is_requested(options, method)?;
     }
     let few = match set.as_ref().filter(|_| lossy) {
         Some((spec, _)) => {
@@ -194,19 +194,19 @@ enum Finished {
     Upgraded(Vec<&'static str>),
 }
 
-pub(crate) struct Job<'a> {
-    pub(crate) options: &'a Options,
+struct Job<'a> {
+    options: &'a Options,
     /// The set that the result is compared on, and which one it is; random inputs without one.
-    pub(crate) set: Option<(SetSpec, &'static str)>,
-    pub(crate) runner: &'a Runner,
+    set: Option<(SetSpec, &'static str)>,
+    runner: &'a Runner,
     /// Whether a budget is given or settings ask for a lossy method.
-    pub(crate) lossy: bool,
+    lossy: bool,
     /// Samples of that set on which exact passes are verified before a budget is spent; `None` for all.
-    pub(crate) few: Option<Vec<usize>>,
+    few: Option<Vec<usize>>,
     /// The standard operator set to upgrade to.
-    pub(crate) opset: Option<i64>,
+    opset: Option<i64>,
     /// The lossy methods that may act, where that is settled; `None` for all that were not skipped.
-    pub(crate) methods: Option<Vec<&'static str>>,
+    methods: Option<Vec<&'static str>>,
 }
 
 /// The result of the passes, before it is written.
@@ -353,7 +353,7 @@ impl Job<'_> {
         Ok(Some(self.runner.select(&self.options.model, set, count, self.options.run.inputs.seed)?))
     }
 
-    pub(crate) fn context(&self) -> PassContext<'_> {
+    fn context(&self) -> PassContext<'_> {
         let mut settings = self.options.settings.clone();
         if let Some(opset) = self.opset {
             settings.insert("upgrade-opset.to".to_owned(), opset.to_string());
@@ -364,6 +364,51 @@ impl Job<'_> {
             .with_evaluator(self.runner)
             .with_slow_kernels(crate::kernels::slower(&self.options.run.load.provider))
             .with_settings(settings)
+    }
+
+    /// Spends the budgets. Methods see the `chosen` samples of the calibration set, or all.
+    fn compress(
+        &self,
+        exact: &Exact<'_>,
+        chosen: Option<Vec<usize>>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Fitted, Failure> {
+        let options = self.options;
+        let given = options.sets.calibration.as_ref();
+        let given = given.context("lossy methods choose by what is seen on a calibration set, and none is given")?;
+        let calibration = SetSpec { chosen: chosen.or_else(|| given.chosen.clone()), ..given.clone() };
+        let mut required = Vec::new();
+        for &method in METHODS {
+            if is_requested(options, method)? {
+                required.push(method.info().name);
+            }
+        }
+        let is_open = |method: &&dyn Method| {
+            let name = method.info().name;
+            options.selection.admits(name) && self.methods.as_ref().is_none_or(|methods| methods.contains(&name))
+        };
+        let bench = Bench {
+            runner: self.runner,
+            run: &options.run,
+            original: &options.model,
+            seconds: options.bench.unwrap_or(0.0),
+            inputs: match options.run.inputs.shapes.is_empty() {
+                true => BenchInputs::Set(calibration.clone()),
+                false => BenchInputs::Random(options.run.inputs.clone()),
+            },
+            passes: self.context(),
+            set: self.set.clone(),
+            verify: options.verify,
+        };
+        let request = compress::Request {
+            budget: &options.budget,
+            methods: METHODS.iter().copied().filter(is_open).collect(),
+            required,
+            calibration,
+            cx: MethodContext::new(options.target, Vec::new(), options.settings.clone()),
+            solver: self.context().setting(&allocate::INFO, "solver")?,
+        };
+        compress::compress(&bench, exact, &request, warnings)
     }
 
     /// Runs the passes on a copy of `prepared`.
@@ -523,7 +568,7 @@ fn claim_of(kind: Kind) -> Claim {
     }
 }
 
-pub(crate) fn cost(model: &Model) -> Cost {
+fn cost(model: &Model) -> Cost {
     Cost::of(model, &Facts::infer(model), &Bindings::default())
 }
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Initializer, Model, ScopeId};
-use lathe_passes::{Kind, Outcome, Pass, PassContext, lossy::METHODS};
+use lathe_passes::{Info, Kind, Outcome, Pass, PassContext, lossy::METHODS};
 use std::{
     collections::BTreeSet,
     panic::{self, AssertUnwindSafe},
@@ -62,10 +62,11 @@ pub struct PassRecord {
 }
 
 impl PassRecord {
-    fn new(pass: &dyn Pass) -> PassRecord {
+    /// Of a pass that has not run yet.
+    pub(crate) fn new(info: &'static Info) -> PassRecord {
         PassRecord {
-            name: pass.info().name,
-            kind: pass.info().kind,
+            name: info.name,
+            kind: info.kind,
             outcome: Outcome::default(),
             time: Duration::ZERO,
             nodes_delta: 0,
@@ -143,7 +144,7 @@ fn interface(model: &Model) -> Vec<String> {
 /// Runs the passes in order, again and again until none changes anything. Returns one record per pass and how many
 /// applications changed something; or the pass that broke.
 pub(crate) fn run(model: &mut Model, cx: &PassContext, run: Run) -> Result<(Vec<PassRecord>, usize), Broken> {
-    let mut records: Vec<PassRecord> = run.passes.iter().map(|p| PassRecord::new(*p)).collect();
+    let mut records: Vec<PassRecord> = run.passes.iter().map(|p| PassRecord::new(p.info())).collect();
     let mut seen = vec![None; run.passes.len()];
     let mut applied = 0;
     let (mut nodes, mut bytes) = (node_count(model), weight_bytes(model));

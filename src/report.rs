@@ -7,6 +7,7 @@ pub use plan::{BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
 pub use scores::OutputScores;
 
 use crate::{AutoReport, Latency, html, layers::LayerLine};
+use lathe_passes::Quantity;
 use lathe_runtime::{ChosenSamples, Excuse, metric_columns};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt::Write as _;
@@ -32,6 +33,18 @@ pub struct Side {
     pub peak_activation_bytes: u64,
     /// The version of the standard operator set.
     pub opset: i64,
+}
+
+impl Side {
+    /// What it takes of a quantity that is counted; `None` for time, which is measured.
+    pub(crate) fn figure(&self, quantity: Quantity) -> Option<u64> {
+        match quantity {
+            Quantity::Size => Some(self.file_bytes),
+            Quantity::Parameters => Some(self.parameters),
+            Quantity::Flops => Some(self.flops),
+            Quantity::Latency => None,
+        }
+    }
 }
 
 /// Why a pass left places alone.

@@ -10,7 +10,7 @@ mod common;
 use common::pairs;
 use lathe_ir::{Dim, Model, Tensor, Type, text};
 use lathe_passes::{
-    Target,
+    Quantity, QuantityMap, Target,
     lossy::{METHODS, Method},
 };
 use onnx_lathe::{Budget, Options, Report, Selection, Sets};
@@ -56,21 +56,8 @@ fn exports_become_what_they_were() {
 }
 
 /// Budgets that every method alone, and all of them together, spend on both targets.
-const BUDGETS: [(&str, Budget); 3] = [
-    ("size 0.6", Budget { size: Some(0.6), ..NOTHING }),
-    ("flops 0.8", Budget { flops: Some(0.8), ..NOTHING }),
-    ("params 0.7", Budget { params: Some(0.7), ..NOTHING }),
-];
-
-const NOTHING: Budget = Budget {
-    size: None,
-    params: None,
-    flops: None,
-    latency: None,
-    max_drop: None,
-    minimize: lathe_passes::Quantity::Size,
-    metric: None,
-};
+const BUDGETS: [(&str, Quantity, f64); 3] =
+    [("size 0.6", Quantity::Size, 0.6), ("flops 0.8", Quantity::Flops, 0.8), ("params 0.7", Quantity::Parameters, 0.7)];
 
 /// Tokens of a sample of the transformer, of which two neighbours are alike.
 const TOKENS: usize = 16;
@@ -141,15 +128,15 @@ fn plans(model: &Path, set: &Path, target: Target) -> String {
     let mut text = String::new();
     let names: Vec<&str> = METHODS.iter().map(|method: &&dyn Method| method.info().name).collect();
     for method in names.iter().copied().map(Some).chain([None]) {
-        for (budget_name, budget) in &BUDGETS {
-            let _ = writeln!(text, "## {} · {budget_name}", method.unwrap_or("all"));
+        for (budget, quantity, share) in BUDGETS {
+            let _ = writeln!(text, "## {} · {budget}", method.unwrap_or("all"));
             let out = tempfile::tempdir().unwrap();
             let skip = names.iter().filter(|&&name| method.is_some_and(|method| name != method));
             let settings = [("drop-inputs.enabled", "true"), ("select-visual-tokens.span", "4:8")];
             let options = Options {
                 target,
                 opset: Some(21),
-                budget: budget.clone(),
+                budget: Budget { shares: QuantityMap::default().with(quantity, share), ..Budget::default() },
                 sets: Sets { calibration: Some(lathe_runtime::SetSpec::all(set)), ..Sets::default() },
                 selection: Selection {
                     only: None,

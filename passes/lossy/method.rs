@@ -111,6 +111,8 @@ pub struct Proposal {
     pub sites: Vec<Site>,
     /// Where it could not act, and why; it has made no changes.
     pub outcome: Outcome,
+    /// Why it cannot do what settings ask of it.
+    pub unmet: Option<String>,
 }
 
 impl Proposal {

@@ -151,7 +151,8 @@ impl Method for PruneUnits {
         };
         if let Some(counts) = counts.as_ref().filter(|c| steps.len() < c.total()) {
             let reason = format!("{} units are to go, and {} can", counts.total(), steps.len());
-            proposal.outcome.refuse(reason, "the model");
+            proposal.outcome.refuse(reason.clone(), "the model");
+            proposal.unmet = Some(reason);
             return Ok(proposal);
         }
         let mut patches = cx.setting::<Patches>(&INFO, "patch")?;

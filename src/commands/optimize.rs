@@ -10,7 +10,7 @@ use crate::{
 };
 use anyhow::{Context as _, anyhow};
 use lathe_ir::External;
-use lathe_passes::Target;
+use lathe_passes::{Quantity, QuantityMap, Target};
 use lathe_runtime::Listener;
 use std::{collections::BTreeMap, ffi::OsString, path::Path};
 
@@ -170,10 +170,11 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
         detailed: !args.report.is_empty(),
         sets,
         budget: Budget {
-            size: args.size,
-            params: args.params,
-            flops: args.flops,
-            latency: args.latency,
+            shares: QuantityMap::default()
+                .with(Quantity::Size, args.size)
+                .with(Quantity::Parameters, args.params)
+                .with(Quantity::Flops, args.flops)
+                .with(Quantity::Latency, args.latency),
             minimize: args.minimize.unwrap_or_default().into(),
             max_drop: args.max_drop,
             metric: args.metric.clone(),

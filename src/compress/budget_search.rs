@@ -18,7 +18,7 @@ struct Point {
 
 /// The search for the largest plan whose measurement is within a budget.
 #[derive(Debug, Clone)]
-pub(super) struct Aim {
+pub(super) struct BudgetSearch {
     allowed: f64,
     unchanged: Point,
     /// Of what was measured, the largest plan within the budget.
@@ -27,11 +27,11 @@ pub(super) struct Aim {
     beyond: Point,
 }
 
-impl Aim {
+impl BudgetSearch {
     /// A search where nothing changed takes `kept` on paper and `exact` when measured, and `allowed` may be measured.
-    pub fn new(kept: u64, exact: f64, allowed: f64) -> Aim {
+    pub fn new(kept: u64, exact: f64, allowed: f64) -> BudgetSearch {
         let unchanged = Point { used: kept, took: exact };
-        Aim { allowed, unchanged, within: None, beyond: unchanged }
+        BudgetSearch { allowed, unchanged, within: None, beyond: unchanged }
     }
 
     /// Whether a plan of this size is no larger than one that is known to be within the budget.
@@ -83,18 +83,18 @@ mod tests {
 
     /// What is measured last, within the budget, of plans of every size up to 1,000, and how many were measured.
     fn reach(allowed: f64, sizes: &[u64], took: &dyn Fn(u64) -> f64) -> (u64, usize) {
-        let mut aim = Aim::new(1000, took(1000), allowed);
+        let mut search = BudgetSearch::new(1000, took(1000), allowed);
         let (mut most, mut best) = (allowed as u64, 0);
         for tried in 1..20 {
             let used = sizes.iter().copied().filter(|&s| s <= most).max().unwrap();
-            if aim.knows(used) {
+            if search.knows(used) {
                 return (best, tried - 1);
             }
             let measured = took(used);
             if measured <= allowed {
                 best = best.max(used);
             }
-            match aim.next(used, measured) {
+            match search.next(used, measured) {
                 Some(next) => most = next,
                 None => return (best, tried),
             }
@@ -127,9 +127,9 @@ mod tests {
 
     #[test]
     fn plans_that_save_nothing_shrink() {
-        let mut aim = Aim::new(1000, 1000.0, 800.0);
-        assert_eq!(aim.next(800, 1010.0), Some(590));
-        assert_eq!(aim.next(590, 1005.0), Some(385));
-        assert_eq!(aim.next(0, 1001.0), Some(0));
+        let mut search = BudgetSearch::new(1000, 1000.0, 800.0);
+        assert_eq!(search.next(800, 1010.0), Some(590));
+        assert_eq!(search.next(590, 1005.0), Some(385));
+        assert_eq!(search.next(0, 1001.0), Some(0));
     }
 }

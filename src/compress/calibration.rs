@@ -1,6 +1,6 @@
 //! What was seen on the calibration set, and what can be run on it, as methods ask for it.
 
-use super::position_weights::Emphasis;
+use super::position_weights::PositionWeights;
 use crate::runner::Runner;
 use lathe_analysis::{Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, View};
 use lathe_ir::Model;
@@ -23,7 +23,7 @@ const LEAST_CROSS_ROWS: usize = 8192;
 const LEAST_CROSS_SAMPLES: usize = 64;
 
 /// Statistics by the names of values, and everything that running a variant of the model needs.
-pub(super) struct Seen<'a> {
+pub(super) struct Calibration<'a> {
     /// Mean squares and ranges over the whole calibration set, where layers in half precision have to keep to them.
     pub whole: Option<Statistics>,
     /// What fits see.
@@ -31,7 +31,7 @@ pub(super) struct Seen<'a> {
     /// What they are judged by; `None` where the set has one sample only.
     pub held: Option<Part>,
     /// How much more the errors of positions that are read apart count; statistics are weighed with it.
-    pub emphasis: Emphasis,
+    pub position_weights: PositionWeights,
     /// How large values are, where a method wants to know.
     pub magnitudes: Option<Statistics>,
     pub runner: &'a Runner,
@@ -66,16 +66,16 @@ impl Part {
     }
 
     /// Second moments in which positions count as much as `emphasis` says.
-    fn gram(&self, rows: &Rows, emphasis: &Emphasis) -> Result<Option<Gram>, EvaluateError> {
+    fn gram(&self, rows: &Rows, position_weights: &PositionWeights) -> Result<Option<Gram>, EvaluateError> {
         let Some(all) = gram_in(&self.all, rows)? else { return Ok(None) };
         let alone = |at: usize| -> Result<Option<Gram>, EvaluateError> {
             self.alone.as_ref().map_or(Ok(None), |alone| gram_in(alone, &Rows::at(&rows.value, at)))
         };
-        emphasis.gram(rows, all, alone).map(Some)
+        position_weights.gram(rows, all, alone).map(Some)
     }
 }
 
-impl Seen<'_> {
+impl Calibration<'_> {
     /// Second moments between values of a variant of the model, over a part of the calibration set.
     fn cross_on(&self, set: &SetSpec, model: &Model, pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
         let request = |(x, y): &(Rows, Rows)| Request::Cross(x.clone(), y.clone());
@@ -125,7 +125,7 @@ impl Seen<'_> {
     }
 
     /// The larger of what a variant loses on samples that no fit has seen and on as many that no choice was measured on.
-    pub fn lost(&self, variant: &Model) -> Result<f64, StatisticsError> {
+    pub fn loss_of(&self, variant: &Model) -> Result<f64, StatisticsError> {
         let mut most = 0.0f64;
         for set in [&self.split.trials, &self.split.unmeasured] {
             let lost = self.trials_of(variant, set).run(self.runner.child(), &[Vec::new()])?;
@@ -154,7 +154,7 @@ impl Seen<'_> {
             self.runner.collect(variant, set, &requests, &self.collect)
         };
         let all: BTreeSet<Request> = columns.into_iter().chain(grams).collect();
-        let alone: BTreeSet<Request> = all.iter().flat_map(|request| self.emphasis.requests(request)).collect();
+        let alone: BTreeSet<Request> = all.iter().flat_map(|request| self.position_weights.requests(request)).collect();
         let part = |part: &Part| -> Result<Part, StatisticsError> {
             Ok(Part {
                 some: part.some.clone(),
@@ -163,11 +163,11 @@ impl Seen<'_> {
                 alone: if alone.is_empty() { None } else { Some(collect(&part.many, &alone)?) },
             })
         };
-        Ok(Seen {
+        Ok(Calibration {
             whole: None,
             fits: part(&self.fits)?,
             held: self.held.as_ref().map(part).transpose()?,
-            emphasis: self.emphasis.clone(),
+            position_weights: self.position_weights.clone(),
             magnitudes: None,
             runner: self.runner,
             model: self.model.clone(),
@@ -320,19 +320,19 @@ fn failed(error: StatisticsError) -> EvaluateError {
     EvaluateError { message: error.to_string() }
 }
 
-impl Calibrate for Seen<'_> {
+impl Calibrate for Calibration<'_> {
     fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
-        self.fits.gram(rows, &self.emphasis)
+        self.fits.gram(rows, &self.position_weights)
     }
 
     fn held_gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
-        self.held.as_ref().map_or(Ok(None), |held| held.gram(rows, &self.emphasis))
+        self.held.as_ref().map_or(Ok(None), |held| held.gram(rows, &self.position_weights))
     }
 
     fn held_moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
         let Some(held) = &self.held else { return Ok(None) };
         let Some(all) = held.moments(rows)? else { return Ok(None) };
-        self.emphasis.moments(rows, all, |at| held.moments_alone(&rows.value, at)).map(Some)
+        self.position_weights.moments(rows, all, |at| held.moments_alone(&rows.value, at)).map(Some)
     }
 
     fn holds_out(&self) -> bool {
@@ -341,7 +341,7 @@ impl Calibrate for Seen<'_> {
 
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
         let Some(all) = self.moments_of(rows)? else { return Ok(None) };
-        self.emphasis.moments(rows, all, |at| self.moments_alone(&rows.value, at)).map(Some)
+        self.position_weights.moments(rows, all, |at| self.moments_alone(&rows.value, at)).map(Some)
     }
 
     fn magnitudes(&self, rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError> {

@@ -1,6 +1,6 @@
 //! How long options take: each one's own small graph, timed on the provider at the shapes of a run.
 
-use super::{Compressor, calibration::sizes, candidates::Place};
+use super::{calibration::sizes, candidates::Region, setup::Setup};
 use crate::{Failure, PassRecord};
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Facts};
@@ -9,128 +9,126 @@ use lathe_passes::lossy::{MethodContext, Site};
 use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, SampleSet};
 use std::{collections::BTreeMap, path::PathBuf};
 
-impl Compressor<'_> {
-    /// Times every option of every place; equal shapes and options are timed once.
-    pub(super) fn time_options(
-        &self,
-        model: &Model,
-        places: &mut [Place],
-        cx: &MethodContext,
-        warnings: &mut Vec<String>,
-    ) -> Result<(), Failure> {
-        let facts = Facts::infer(model);
-        let bindings = self.run_sizes(model)?;
-        let known_values = Known { facts: &facts, bindings: &bindings };
-        let mut known: BTreeMap<String, Vec<Option<u64>>> = BTreeMap::new();
-        let mut untimed: Vec<String> = Vec::new();
-        for place in places.iter_mut() {
-            let Some(fragment) = Fragment::of(model, place.site(), &known_values) else {
-                untimed.push(place.site().name.clone());
-                continue;
-            };
-            let names: Vec<&str> =
-                place.choices().map(|(offer, own)| offer.site.candidates[own].label.as_str()).collect();
-            let key = format!("{} {}", fragment.key, names.join(", "));
-            if !known.contains_key(&key) {
-                known.insert(key.clone(), self.time_fragment(&fragment, place, cx)?);
+/// Times every option of every place; equal shapes and options are timed once.
+pub(super) fn time_candidates(
+    setup: &Setup<'_>,
+    model: &Model,
+    regions: &mut [Region],
+    cx: &MethodContext,
+    warnings: &mut Vec<String>,
+) -> Result<(), Failure> {
+    let facts = Facts::infer(model);
+    let bindings = run_sizes(setup, model)?;
+    let known_values = Known { facts: &facts, bindings: &bindings };
+    let mut known: BTreeMap<String, Vec<Option<u64>>> = BTreeMap::new();
+    let mut untimed: Vec<String> = Vec::new();
+    for region in regions.iter_mut() {
+        let Some(fragment) = Fragment::of(model, region.site(), &known_values) else {
+            untimed.push(region.site().name.clone());
+            continue;
+        };
+        let names: Vec<&str> =
+            region.candidates().map(|(offer, own)| offer.site.candidates[own].label.as_str()).collect();
+        let key = format!("{} {}", fragment.key, names.join(", "));
+        if !known.contains_key(&key) {
+            known.insert(key.clone(), time_fragment(setup, &fragment, region, cx)?);
+        }
+        region.latency = known[&key].clone();
+    }
+    // Times of a place of several values are told in those of its parts, so that both add up alike.
+    let own: BTreeMap<ValueId, u64> = regions
+        .iter()
+        .filter(|p| p.site().footprint.len() == 1)
+        .filter_map(|p| Some((p.site().footprint[0], p.latency.first().copied().flatten()?)))
+        .collect();
+    for region in regions.iter_mut().filter(|p| p.site().footprint.len() > 1) {
+        let known: Vec<u64> = region.site().footprint.iter().filter_map(|value| own.get(value).copied()).collect();
+        let parts: u64 = known.iter().sum();
+        let Some(whole) = region.latency.first().copied().flatten() else { continue };
+        if !region.site().isolatable {
+            // It takes what its parts take at least.
+            region.latency[0] = Some(whole.max(parts));
+            continue;
+        }
+        let all = known.len() == region.site().footprint.len();
+        let factor = parts as f64 / whole as f64;
+        let factor = if all { factor } else { factor.max(1.0) };
+        region.latency.iter_mut().flatten().for_each(|ns| *ns = (*ns as f64 * factor) as u64);
+    }
+    if let Some(first) = untimed.first() {
+        warnings.push(format!(
+            "{} regions, first `{first}`, stay as they are: what is there cannot be timed by itself; budgets of --size, \
+             --params and --flops reach them",
+            untimed.len()
+        ));
+    }
+    Ok(())
+}
+
+/// The sizes that symbols have in a run that is timed: as given, or of the first batch of the calibration set.
+fn run_sizes(setup: &Setup<'_>, model: &Model) -> Result<Bindings, Failure> {
+    if let BenchInputs::Random(spec) = &setup.inputs {
+        let mut bindings = Bindings::default();
+        for (name, sizes) in &spec.shapes {
+            let input = model.graph.find_value(name).map(|v| model.graph.value(v));
+            if let Some(stated) = input.and_then(|v| v.ty.as_ref()).and_then(|ty| ty.shape()) {
+                bindings.set_input(stated, sizes);
             }
-            place.latency = known[&key].clone();
         }
-        // Times of a place of several values are told in those of its parts, so that both add up alike.
-        let own: BTreeMap<ValueId, u64> = places
-            .iter()
-            .filter(|p| p.site().footprint.len() == 1)
-            .filter_map(|p| Some((p.site().footprint[0], p.latency.first().copied().flatten()?)))
-            .collect();
-        for place in places.iter_mut().filter(|p| p.site().footprint.len() > 1) {
-            let known: Vec<u64> = place.site().footprint.iter().filter_map(|value| own.get(value).copied()).collect();
-            let parts: u64 = known.iter().sum();
-            let Some(whole) = place.latency.first().copied().flatten() else { continue };
-            if !place.site().isolatable {
-                // It takes what its parts take at least.
-                place.latency[0] = Some(whole.max(parts));
-                continue;
-            }
-            let all = known.len() == place.site().footprint.len();
-            let factor = parts as f64 / whole as f64;
-            let factor = if all { factor } else { factor.max(1.0) };
-            place.latency.iter_mut().flatten().for_each(|ns| *ns = (*ns as f64 * factor) as u64);
-        }
-        if let Some(first) = untimed.first() {
-            warnings.push(format!(
-                "{} places, first `{first}`, stay as they are: what is there cannot be timed by itself; budgets of --size, \
-                 --params and --flops reach them",
-                untimed.len()
-            ));
-        }
+        return Ok(bindings);
+    }
+    let set = SampleSet::open(setup.set, model).map_err(anyhow::Error::from)?;
+    let batch = set.batches().next().transpose().map_err(anyhow::Error::from)?;
+    let batch = batch.ok_or_else(|| anyhow!("the calibration set is empty"))?;
+    Ok(sizes(model, &batch.inputs))
+}
+
+fn time_fragment(
+    setup: &Setup<'_>,
+    fragment: &Fragment,
+    region: &Region,
+    cx: &MethodContext,
+) -> Result<Vec<Option<u64>>, Failure> {
+    let folder = tempfile::tempdir().context("there is no place for small models")?;
+    let mut files: Vec<PathBuf> = Vec::new();
+    let mut of: Vec<usize> = Vec::new();
+    let mut save = |index: usize, model: &Model| -> Result<(), Failure> {
+        let path = folder.path().join(format!("{index}.onnx"));
+        let staged = model.stage(&path, &WriteOptions { external: External::Auto });
+        staged.and_then(|s| s.commit()).map_err(|e| Failure::Error(e.into()))?;
+        files.push(path);
+        of.push(index);
         Ok(())
+    };
+    save(0, &fragment.model)?;
+    // What is left of several units is timed by its share of the operations.
+    for (index, (offer, own)) in region.candidates().enumerate().filter(|(_, (offer, _))| offer.site.isolatable) {
+        let mut changed = fragment.model.clone();
+        let weight = changed.graph.find_value(&offer.site.name);
+        let site = Site { weight, ..offer.site.clone() };
+        let outcome =
+            offer.method.apply(&mut changed, &site, &site.candidates[own], cx).map_err(anyhow::Error::from)?;
+        if !outcome.changes.is_empty() {
+            save(index + 1, &changed)?;
+        }
     }
-
-    /// The sizes that symbols have in a run that is timed: as given, or of the first batch of the calibration set.
-    fn run_sizes(&self, model: &Model) -> Result<Bindings, Failure> {
-        if let BenchInputs::Random(spec) = &self.inputs {
-            let mut bindings = Bindings::default();
-            for (name, sizes) in &spec.shapes {
-                let input = model.graph.find_value(name).map(|v| model.graph.value(v));
-                if let Some(stated) = input.and_then(|v| v.ty.as_ref()).and_then(|ty| ty.shape()) {
-                    bindings.set_input(stated, sizes);
-                }
-            }
-            return Ok(bindings);
-        }
-        let set = SampleSet::open(self.set, model).map_err(anyhow::Error::from)?;
-        let batch = set.batches().next().transpose().map_err(anyhow::Error::from)?;
-        let batch = batch.ok_or_else(|| anyhow!("the calibration set is empty"))?;
-        Ok(sizes(model, &batch.inputs))
+    let inputs = BenchInputs::Random(InputSpec { seed: setup.seed, shapes: Vec::new() });
+    let measured = setup.runner.bench(&files, &inputs, BenchTask::Each)?;
+    let BenchResult::Each(medians) = measured else {
+        return Err(Failure::Error(anyhow!("the worker measured something else")));
+    };
+    let mut latency = vec![None; region.candidates().count() + 1];
+    let nanoseconds: Vec<u64> = medians.iter().map(|ms| (ms * 1e6).round().max(1.0) as u64).collect();
+    for (&index, &ns) in of.iter().zip(&nanoseconds) {
+        latency[index] = Some(unless_chance(ns, nanoseconds[0]));
     }
-
-    fn time_fragment(
-        &self,
-        fragment: &Fragment,
-        place: &Place,
-        cx: &MethodContext,
-    ) -> Result<Vec<Option<u64>>, Failure> {
-        let folder = tempfile::tempdir().context("there is no place for small models")?;
-        let mut files: Vec<PathBuf> = Vec::new();
-        let mut of: Vec<usize> = Vec::new();
-        let mut save = |index: usize, model: &Model| -> Result<(), Failure> {
-            let path = folder.path().join(format!("{index}.onnx"));
-            let staged = model.stage(&path, &WriteOptions { external: External::Auto });
-            staged.and_then(|s| s.commit()).map_err(|e| Failure::Error(e.into()))?;
-            files.push(path);
-            of.push(index);
-            Ok(())
-        };
-        save(0, &fragment.model)?;
-        // What is left of several units is timed by its share of the operations.
-        for (index, (offer, own)) in place.choices().enumerate().filter(|(_, (offer, _))| offer.site.isolatable) {
-            let mut changed = fragment.model.clone();
-            let weight = changed.graph.find_value(&offer.site.name);
-            let site = Site { weight, ..offer.site.clone() };
-            let outcome =
-                offer.method.apply(&mut changed, &site, &site.candidates[own], cx).map_err(anyhow::Error::from)?;
-            if !outcome.changes.is_empty() {
-                save(index + 1, &changed)?;
-            }
+    if let Some(whole) = latency[0] {
+        for (index, (offer, own)) in region.candidates().enumerate().filter(|(_, (offer, _))| !offer.site.isolatable) {
+            let (left, kept) = (offer.site.candidates[own].cost.flops_per_row, offer.site.baseline.flops_per_row);
+            latency[index + 1] = Some((whole as f64 * left as f64 / kept.max(1) as f64) as u64);
         }
-        let inputs = BenchInputs::Random(InputSpec { seed: self.seed, shapes: Vec::new() });
-        let measured = self.runner.bench(&files, &inputs, BenchTask::Each)?;
-        let BenchResult::Each(medians) = measured else {
-            return Err(Failure::Error(anyhow!("the worker measured something else")));
-        };
-        let mut latency = vec![None; place.choices().count() + 1];
-        let nanoseconds: Vec<u64> = medians.iter().map(|ms| (ms * 1e6).round().max(1.0) as u64).collect();
-        for (&index, &ns) in of.iter().zip(&nanoseconds) {
-            latency[index] = Some(unless_chance(ns, nanoseconds[0]));
-        }
-        if let Some(whole) = latency[0] {
-            for (index, (offer, own)) in place.choices().enumerate().filter(|(_, (offer, _))| !offer.site.isolatable) {
-                let (left, kept) = (offer.site.candidates[own].cost.flops_per_row, offer.site.baseline.flops_per_row);
-                latency[index + 1] = Some((whole as f64 * left as f64 / kept.max(1) as f64) as u64);
-            }
-        }
-        Ok(latency)
     }
+    Ok(latency)
 }
 
 /// Part of the time of what is there above which a shorter time may be chance.
@@ -145,13 +143,13 @@ fn unless_chance(option: u64, there: u64) -> u64 {
 const FASTER: f64 = 0.95;
 
 /// Drops the choices of methods that must be faster and are not, and says so.
-pub(super) fn decline_slower(places: &mut [Place], records: &mut BTreeMap<&'static str, PassRecord>) {
-    for place in places {
-        let whole = place.latency.first().copied().flatten();
-        let mut times = place.latency.iter().skip(1);
+pub(super) fn decline_slower(regions: &mut [Region], records: &mut BTreeMap<&'static str, PassRecord>) {
+    for region in regions {
+        let whole = region.latency.first().copied().flatten();
+        let mut times = region.latency.iter().skip(1);
         let faster = |ns: Option<u64>| whole.zip(ns).is_some_and(|(whole, ns)| ns as f64 <= FASTER * whole as f64);
         let mut all: Vec<Vec<bool>> = Vec::new();
-        for offer in &place.offers {
+        for offer in &region.offers {
             let own = offer.site.candidates.iter().map(|_| times.next().copied().flatten());
             let stays: Vec<bool> = own.map(|ns| !offer.needs.speedup || faster(ns)).collect();
             if !stays.is_empty() && !stays.contains(&true) {
@@ -164,7 +162,7 @@ pub(super) fn decline_slower(places: &mut [Place], records: &mut BTreeMap<&'stat
             }
             all.push(stays);
         }
-        place.retain(&all);
+        region.retain(&all);
     }
 }
 
@@ -312,7 +310,7 @@ pub(super) mod tests {
             needs: method(name).needs(&MethodContext::default()),
             sensitivity: vec![],
             rows: 1,
-            inside: vec![],
+            nested: vec![],
         }
     }
 
@@ -324,14 +322,14 @@ pub(super) mod tests {
 
     #[test]
     fn what_must_be_faster_and_is_not_is_declined_and_the_rest_keeps_its_time() {
-        let place = |times: &[u64], substitutes: &[&str]| Place {
+        let region = |times: &[u64], substitutes: &[&str]| Region {
             offers: vec![offer("quantize", &["int8", "int4"]), offer("substitute", substitutes)],
             latency: times.iter().map(|&ns| Some(ns)).collect(),
         };
-        let mut places = [
-            place(&[100, 120, 90, 97, 60], &["max pool", "identity"]),
-            place(&[100, 120, 90, 130], &["max pool"]),
-            Place { latency: Vec::new(), ..place(&[], &["max pool"]) },
+        let mut regions = [
+            region(&[100, 120, 90, 97, 60], &["max pool", "identity"]),
+            region(&[100, 120, 90, 130], &["max pool"]),
+            Region { latency: Vec::new(), ..region(&[], &["max pool"]) },
         ];
         let record = PassRecord {
             name: "substitute",
@@ -345,14 +343,14 @@ pub(super) mod tests {
             dropped: None,
         };
         let mut records = BTreeMap::from([("substitute", record)]);
-        decline_slower(&mut places, &mut records);
-        let names = |place: &Place| -> Vec<String> {
-            place.choices().map(|(offer, own)| offer.site.candidates[own].label.clone()).collect()
+        decline_slower(&mut regions, &mut records);
+        let names = |region: &Region| -> Vec<String> {
+            region.candidates().map(|(offer, own)| offer.site.candidates[own].label.clone()).collect()
         };
-        assert_eq!(names(&places[0]), ["int8", "int4", "identity"]);
-        assert_eq!(places[0].latency, [100, 120, 90, 60].map(Some));
-        assert_eq!((names(&places[1]).len(), places[1].latency.len()), (2, 3));
-        assert_eq!((names(&places[2]).len(), places[2].latency.len()), (2, 0));
+        assert_eq!(names(&regions[0]), ["int8", "int4", "identity"]);
+        assert_eq!(regions[0].latency, [100, 120, 90, 60].map(Some));
+        assert_eq!((names(&regions[1]).len(), regions[1].latency.len()), (2, 3));
+        assert_eq!((names(&regions[2]).len(), regions[2].latency.len()), (2, 0));
         let refusals: Vec<&String> = records["substitute"].outcome.refusals.keys().collect();
         assert_eq!(
             refusals,

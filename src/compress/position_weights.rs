@@ -4,7 +4,7 @@
 //! positions apart, outputs are tried against errors of these alone, and second moments of what a layer reads and gives
 //! weigh every position by what an error there does: fits and prices then speak of the outputs, not of the mean token.
 
-use super::calibration::Seen;
+use super::calibration::Calibration;
 use lathe_analysis::{EvaluateError, Facts, Gram, Moments, Rows, SymMatrix, View, read_apart};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::lossy::{Weight, gram_rows};
@@ -18,9 +18,9 @@ const MOST: f64 = 1e4;
 const LEAST_OF_OTHERS: f64 = 0.01;
 
 /// What the outputs answer to errors of values, per squared error relative to what is disturbed.
-pub(super) struct Answers {
+pub(super) struct Sensitivities {
     /// Whether any is known.
-    pub told: bool,
+    pub is_known: bool,
     /// Errors everywhere.
     pub values: BTreeMap<ValueId, f64>,
     /// Errors at one position only.
@@ -29,7 +29,7 @@ pub(super) struct Answers {
 
 /// Layers that read, and give, positions of which the model reads some apart.
 #[derive(Default)]
-pub(super) struct Apart {
+pub(super) struct SlicedPositions {
     /// By the name of what is read.
     layers: BTreeMap<String, Layers>,
 }
@@ -38,31 +38,31 @@ pub(super) struct Apart {
 struct Layers {
     /// How many positions there are, and which are read apart.
     count: usize,
-    apart: BTreeSet<usize>,
+    sliced: BTreeSet<usize>,
     /// Whether methods may want second moments of what is read.
     gram: bool,
     /// What the layers give.
     outputs: BTreeMap<ValueId, String>,
 }
 
-impl Apart {
-    pub fn find(model: &Model, found: &[Weight]) -> Apart {
+impl SlicedPositions {
+    pub fn find(model: &Model, found: &[Weight]) -> SlicedPositions {
         let (graph, facts) = (&model.graph, Facts::infer(model));
         let read = read_apart(model, &facts);
         let positions = |value: ValueId| {
             let [_, positions, .., _] = facts.shape(value).filter(|shape| shape.len() > 2)? else { return None };
             usize::try_from(positions.as_known()?).ok()
         };
-        let mut all = Apart::default();
+        let mut all = SlicedPositions::default();
         for weight in found {
             let grams = gram_rows(weight);
             for tap in &weight.taps {
                 let Some(rows) = tap.rows.as_ref().filter(|rows| rows.view == View::Axis(-1)) else { continue };
                 let Some(count) = graph.find_value(&rows.value).and_then(positions) else { continue };
-                let Some(apart) = read.get(&count).filter(|_| positions(tap.output) == Some(count)) else { continue };
+                let Some(sliced) = read.get(&count).filter(|_| positions(tap.output) == Some(count)) else { continue };
                 let layers = all.layers.entry(rows.value.clone()).or_insert_with(|| Layers {
                     count,
-                    apart: apart.clone(),
+                    sliced: sliced.clone(),
                     gram: false,
                     outputs: BTreeMap::new(),
                 });
@@ -80,7 +80,7 @@ impl Apart {
     /// Every position of what layers give.
     pub fn outputs(&self) -> Vec<(ValueId, usize)> {
         let of = |layers: &'_ Layers| -> Vec<(ValueId, usize)> {
-            layers.outputs.keys().flat_map(|&value| layers.apart.iter().map(move |&at| (value, at))).collect()
+            layers.outputs.keys().flat_map(|&value| layers.sliced.iter().map(move |&at| (value, at))).collect()
         };
         self.layers.values().flat_map(of).collect()
     }
@@ -89,7 +89,7 @@ impl Apart {
     pub fn requests(&self) -> Vec<Request> {
         let mut all = Vec::new();
         for (read, layers) in &self.layers {
-            for &at in &layers.apart {
+            for &at in &layers.sliced {
                 let rows = Rows::at(read, at);
                 all.push(if layers.gram { Request::Gram(rows) } else { Request::Columns(rows) });
                 all.extend(layers.outputs.values().map(|given| Request::Columns(Rows::at(given, at))));
@@ -99,19 +99,27 @@ impl Apart {
     }
 
     /// How much every position counts.
-    pub fn emphasis(&self, seen: &Seen<'_>, answers: &Answers) -> Result<Emphasis, EvaluateError> {
-        let mut emphasis = Emphasis::default();
+    pub fn position_weights(
+        &self,
+        seen: &Calibration<'_>,
+        sensitivities: &Sensitivities,
+    ) -> Result<PositionWeights, EvaluateError> {
+        let mut position_weights = PositionWeights::default();
         for (read, layers) in &self.layers {
             let mut logs: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
             for (value, name) in &layers.outputs {
-                let (Some(&whole), Some(all)) = (answers.values.get(value), seen.moments_of_all(name)?) else {
+                let (Some(&whole), Some(all)) = (sensitivities.values.get(value), seen.moments_of_all(name)?) else {
                     continue;
                 };
                 let mut parts = Vec::new();
-                for &at in &layers.apart {
+                for &at in &layers.sliced {
                     let energy = seen.moments_alone(name, at)?.map(|m| m.square.iter().sum::<f64>());
                     parts.extend(
-                        answers.positions.get(&(*value, at)).zip(energy).map(|(&answer, energy)| (at, answer, energy)),
+                        sensitivities
+                            .positions
+                            .get(&(*value, at))
+                            .zip(energy)
+                            .map(|(&answer, energy)| (at, answer, energy)),
                     );
                 }
                 let energy =
@@ -127,11 +135,11 @@ impl Apart {
             let times: Vec<(usize, f64)> = logs.iter().map(|(&at, logs)| (at, mean(logs))).collect();
             let weights = Weights { count: layers.count, times };
             for name in layers.outputs.values() {
-                emphasis.by_value.entry(name.clone()).or_insert_with(|| weights.clone());
+                position_weights.by_value.entry(name.clone()).or_insert_with(|| weights.clone());
             }
-            emphasis.by_value.insert(read.clone(), weights);
+            position_weights.by_value.insert(read.clone(), weights);
         }
-        Ok(emphasis)
+        Ok(position_weights)
     }
 }
 
@@ -151,11 +159,11 @@ impl Weights {
 
 /// How positions of values count, by the names of the values.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Emphasis {
+pub(super) struct PositionWeights {
     by_value: BTreeMap<String, Weights>,
 }
 
-impl Emphasis {
+impl PositionWeights {
     fn of(&self, rows: &Rows) -> Option<&Weights> {
         self.by_value.get(&rows.value).filter(|_| rows.view == View::Axis(-1))
     }
@@ -248,9 +256,9 @@ mod tests {
         [(x * 0.7).sin() + 0.3, if position == 1 { 4.0 } else { (x * 1.3).cos() }]
     }
 
-    fn emphasis(times: f64) -> Emphasis {
+    fn position_weights(times: f64) -> PositionWeights {
         let weights = Weights { count: COUNT, times: vec![(1, times)] };
-        Emphasis { by_value: BTreeMap::from([("x".to_owned(), weights)]) }
+        PositionWeights { by_value: BTreeMap::from([("x".to_owned(), weights)]) }
     }
 
     #[test]
@@ -261,7 +269,7 @@ mod tests {
         let one: Vec<[f64; SIZE]> = (0..samples).map(|s| row(s, 1)).collect();
         let thrice = [all.as_slice(), &one, &one].concat();
         let rows = Rows::last("x");
-        let found = emphasis(3.0).gram(&rows, gram(&all), |at| Ok((at == 1).then(|| gram(&one)))).unwrap();
+        let found = position_weights(3.0).gram(&rows, gram(&all), |at| Ok((at == 1).then(|| gram(&one)))).unwrap();
         let expected = gram(&thrice);
         let near = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 2e-3 * b.abs().max(1.0));
         assert!(near(found.matrix.upper(), expected.matrix.upper()), "{found:?} is not {expected:?}");
@@ -270,20 +278,21 @@ mod tests {
             let square = (0..SIZE).map(|i| gram.matrix.get(i, i)).collect();
             Moments { square, largest: Some(4.0), rows: gram.rows }
         };
-        let found = emphasis(3.0).moments(&rows, moments(&gram(&all)), |_| Ok(Some(moments(&gram(&one))))).unwrap();
+        let found =
+            position_weights(3.0).moments(&rows, moments(&gram(&all)), |_| Ok(Some(moments(&gram(&one))))).unwrap();
         let expected = moments(&expected);
         assert!(found.square.iter().zip(&expected.square).all(|(a, b)| (a - b).abs() < 1e-12));
         assert_eq!(found.largest, Some(4.0));
         // Other readings of the value stay as they are.
         let other = Rows::channels("x");
-        assert_eq!(emphasis(3.0).gram(&other, gram(&all), |_| Ok(None)).unwrap(), gram(&all));
+        assert_eq!(position_weights(3.0).gram(&other, gram(&all), |_| Ok(None)).unwrap(), gram(&all));
     }
 
     #[test]
     fn a_position_seen_in_few_samples_is_not_fitted_to_them() {
         // One sample, and a feature that is zero in it.
         let (all, one) = (gram(&[[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 0.5]]), gram(&[[2.0, 0.0]]));
-        let found = emphasis(1e4).gram(&Rows::last("x"), all, |_| Ok(Some(one.clone()))).unwrap();
+        let found = position_weights(1e4).gram(&Rows::last("x"), all, |_| Ok(Some(one.clone()))).unwrap();
         let (first, second) = (found.matrix.get(0, 0), found.matrix.get(1, 1));
         assert!(second > 0.1 * first, "{found:?}");
         // Still moments that rows could have: none of their covariance is negative.

@@ -1,6 +1,6 @@
 //! What of a model no method offers anything for, by operator.
 
-use super::candidates::Place;
+use super::candidates::Region;
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{Model, NodeId, ScopeId, Use, ValueId};
 use lathe_passes::{
@@ -10,11 +10,11 @@ use lathe_passes::{
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Shares of a quantity that are told of where a budget cannot be kept.
-pub(super) const WORTH_TELLING: f64 = 0.05;
+const WORTH_TELLING: f64 = 0.05;
 
 /// Nodes of one operator that stay as they are, with the constants that they read.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Unhandled {
+pub(super) struct Uncovered {
     pub operator: String,
     pub nodes: usize,
     /// Why the largest of the constants is no weight that methods know, where it is none.
@@ -24,10 +24,10 @@ pub(super) struct Unhandled {
     flops: f64,
 }
 
-impl Unhandled {
+impl Uncovered {
     /// Its share of all there is.
-    pub fn share(&self, measure: Quantity) -> f64 {
-        match measure {
+    pub fn share(&self, quantity: Quantity) -> f64 {
+        match quantity {
             Quantity::Size => self.bytes,
             Quantity::Parameters => self.parameters,
             // How long it takes is not known apart; it is told by its operations.
@@ -37,19 +37,19 @@ impl Unhandled {
 }
 
 /// What is in none of the places, the operator with most bytes first.
-pub(super) fn unhandled(model: &Model, places: &[Place]) -> Vec<Unhandled> {
+pub(super) fn uncovered(model: &Model, regions: &[Region]) -> Vec<Uncovered> {
     let graph = &model.graph;
-    let offered = || places.iter().filter(|place| place.choices().next().is_some()).map(Place::site);
+    let offered = || regions.iter().filter(|region| region.candidates().next().is_some()).map(Region::site);
     let covered: BTreeSet<ValueId> = offered().flat_map(|site| site.footprint.iter().copied()).collect();
     let touched: BTreeSet<NodeId> = offered().flat_map(|site| site.nodes.iter().copied()).collect();
     let reasons: BTreeMap<ValueId, &'static str> = weights(graph).1.into_iter().collect();
     let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
-    let mut found: BTreeMap<&str, Unhandled> = BTreeMap::new();
+    let mut found: BTreeMap<&str, Uncovered> = BTreeMap::new();
     let mut nodes: BTreeMap<&str, BTreeSet<NodeId>> = BTreeMap::new();
     let mut largest: BTreeMap<&str, u64> = BTreeMap::new();
     for value in graph.initializers(ScopeId::MAIN).filter(|value| !covered.contains(value)) {
         let Some(tensor) = graph.constant(value) else { continue };
-        let readers = graph.value(value).uses().iter().filter_map(|place| match *place {
+        let readers = graph.value(value).uses().iter().filter_map(|region| match *region {
             Use::Node(id, _) => Some(id),
             _ => None,
         });
@@ -77,12 +77,33 @@ pub(super) fn unhandled(model: &Model, places: &[Place]) -> Vec<Unhandled> {
             nodes.entry(operator).or_default().insert(id);
         }
     }
-    let named = found.into_iter().map(|(operator, unhandled)| Unhandled {
+    let named = found.into_iter().map(|(operator, uncovered)| Uncovered {
         operator: operator.to_owned(),
         nodes: nodes.get(operator).map_or(0, BTreeSet::len),
-        ..unhandled
+        ..uncovered
     });
     named.collect()
+}
+
+/// What takes much of a quantity, as the end of a sentence.
+pub(super) fn describe(all: &[Uncovered], quantity: Quantity) -> String {
+    let mut large: Vec<&Uncovered> = all.iter().filter(|u| u.share(quantity) >= WORTH_TELLING).collect();
+    large.sort_by(|a, b| b.share(quantity).total_cmp(&a.share(quantity)));
+    let what = match quantity {
+        Quantity::Size => "bytes of constants",
+        Quantity::Parameters => "parameters",
+        Quantity::Flops | Quantity::Latency => "FLOPs",
+    };
+    let one = |uncovered: &&Uncovered| {
+        let (percent, nodes) = (100.0 * uncovered.share(quantity), uncovered.nodes);
+        let plural = if nodes == 1 { "" } else { "s" };
+        let reason = uncovered.reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+        format!("{nodes} {} node{plural} ({percent:.0} % of the {what}{reason})", uncovered.operator)
+    };
+    match large.is_empty() {
+        true => String::new(),
+        false => format!("; no method handles {}", large.iter().map(one).collect::<Vec<_>>().join(", ")),
+    }
 }
 
 /// The node that reads what a chain of layout operators makes.
@@ -92,7 +113,7 @@ fn behind(model: &Model, mut id: NodeId) -> NodeId {
         let node = graph.node(id);
         let layout = ["Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", "DequantizeLinear"];
         let next = node.output(0).filter(|_| layout.iter().any(|op| node.is(op))).and_then(|output| {
-            graph.value(output).uses().iter().find_map(|place| match *place {
+            graph.value(output).uses().iter().find_map(|region| match *region {
                 Use::Node(id, _) => Some(id),
                 _ => None,
             })

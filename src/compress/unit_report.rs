@@ -1,4 +1,4 @@
-//! The plan as a strip of the model: its residual units in order, and what each got.
+//! The plan by residual units: which candidates were applied inside each.
 
 use crate::report::PlanUnit;
 use lathe_analysis::{Bindings, Cost, Facts, UnitKind, Units};
@@ -6,18 +6,18 @@ use lathe_ir::{Model, NodeId};
 use std::collections::BTreeSet;
 
 /// What was done to some nodes.
-pub(super) struct Done<'a> {
+pub(super) struct Applied<'a> {
     pub nodes: &'a [NodeId],
     /// What it is called: `int4 block 32`.
-    pub option: &'a str,
+    pub label: &'a str,
 }
 
 /// One entry for every unit that holds no other, in order, with its share of the model's operations; empty where there
 /// are no units. The last entry is everything outside of units.
-pub(super) fn strip(model: &Model, done: &[Done<'_>]) -> Vec<PlanUnit> {
+pub(super) fn units(model: &Model, applied: &[Applied<'_>]) -> Vec<PlanUnit> {
     let facts = Facts::infer(model);
-    let units = Units::find(model, &facts);
-    if units.is_empty() {
+    let all = Units::find(model, &facts);
+    if all.is_empty() {
         return Vec::new();
     }
     let cost = Cost::of(model, &facts, &Bindings::default());
@@ -27,22 +27,22 @@ pub(super) fn strip(model: &Model, done: &[Done<'_>]) -> Vec<PlanUnit> {
     };
     let mut inside: BTreeSet<NodeId> = BTreeSet::new();
     let mut found = Vec::new();
-    for (id, unit) in units.iter().filter(|(_, unit)| unit.kind != UnitKind::Nested) {
+    for (id, unit) in all.iter().filter(|(_, unit)| unit.kind != UnitKind::Nested) {
         let nodes: BTreeSet<NodeId> = unit.nodes.iter().chain(&unit.support).copied().collect();
-        found.push(entry(Some(&units.label(&model.graph, id)), unit.kind.name(), share(&nodes), got(&nodes, done)));
+        found.push(entry(Some(&all.label(&model.graph, id)), unit.kind.name(), share(&nodes), labels(&nodes, applied)));
         inside.extend(nodes);
     }
     let outside: BTreeSet<NodeId> = model.graph.all_nodes().into_iter().filter(|id| !inside.contains(id)).collect();
-    found.push(entry(None, "other", share(&outside), got(&outside, done)));
+    found.push(entry(None, "other", share(&outside), labels(&outside, applied)));
     found
 }
 
 /// What was done to any of these nodes, the same once.
-fn got(nodes: &BTreeSet<NodeId>, done: &[Done<'_>]) -> Vec<String> {
+fn labels(nodes: &BTreeSet<NodeId>, applied: &[Applied<'_>]) -> Vec<String> {
     let mut options: Vec<String> = Vec::new();
-    for done in done.iter().filter(|d| d.nodes.iter().any(|id| nodes.contains(id))) {
-        if !options.iter().any(|o| o == done.option) {
-            options.push(done.option.to_owned());
+    for own in applied.iter().filter(|a| a.nodes.iter().any(|id| nodes.contains(id))) {
+        if !options.iter().any(|o| o == own.label) {
+            options.push(own.label.to_owned());
         }
     }
     options

@@ -1,0 +1,38 @@
+//! What a user allows to be spent and lost.
+
+use lathe_passes::{Quantity, QuantityMap};
+
+/// What may be spent, and what may be lost.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Budget {
+    /// Shares of the original to keep: of the file's bytes, of the parameters, of the floating-point operations and of the
+    /// measured latency.
+    pub shares: QuantityMap<f64>,
+    /// The largest drop of the metric on the validation set.
+    pub max_drop: Option<f64>,
+    /// What becomes as little as the drop allows where no share is given.
+    pub minimize: Quantity,
+    /// The metric; `None` chooses one that fits the outputs.
+    pub metric: Option<String>,
+}
+
+impl Budget {
+    /// Whether anything may be lost.
+    pub fn is_given(&self) -> bool {
+        !self.shares.is_empty() || self.max_drop.is_some()
+    }
+
+    /// What is limited or becomes as little as the drop allows.
+    pub(crate) fn limited(&self) -> Vec<Quantity> {
+        match self.shares.is_empty() {
+            true => vec![self.minimize],
+            false => self.shares().into_iter().map(|(quantity, _)| quantity).collect(),
+        }
+    }
+
+    /// The shares that are given, each with what it is of, in the order in which searches and sentences go through them.
+    pub(crate) fn shares(&self) -> Vec<(Quantity, f64)> {
+        let order = [Quantity::Size, Quantity::Parameters, Quantity::Flops, Quantity::Latency];
+        order.into_iter().filter_map(|quantity| Some((quantity, self.shares.get(quantity)?))).collect()
+    }
+}

@@ -1,0 +1,62 @@
+//! Third stage: what candidates take and lose that their methods cannot tell: measured times, measured losses, and what
+//! nested sites take where a candidate around them is chosen.
+
+use super::{
+    calibrate::Calibrated,
+    candidates::{Candidates, Nested, Offer, Region},
+    latency_model, loss_trials,
+    propose::Proposed,
+    setup::Setup,
+    uncovered::uncovered,
+};
+use crate::Failure;
+use lathe_ir::Model;
+use lathe_passes::{Quantity, lossy::MethodContext};
+
+/// Everything that can be chosen, ready for the allocator.
+pub(super) fn price<'a>(
+    setup: &Setup<'a>,
+    model: &Model,
+    calibrated: Calibrated<'a>,
+    proposed: Proposed,
+    warnings: &mut Vec<String>,
+) -> Result<Candidates<'a>, Failure> {
+    let Proposed { mut regions, mut records, unmet } = proposed;
+    let cx = calibrated.context(&setup.cx);
+    if setup.cx.quantities.contains(&Quantity::Latency) {
+        latency_model::time_candidates(setup, model, &mut regions, &cx, warnings)?;
+        latency_model::decline_slower(&mut regions, &mut records);
+    }
+    loss_trials::measure_losses(setup, model, &mut regions, &cx, warnings)?;
+    price_nested(setup, model, &mut regions, &cx)?;
+    drop(cx);
+    let is_known = calibrated.sensitivities.is_known;
+    let (calibration, scratch) = calibrated.into_parts();
+    Ok(Candidates {
+        uncovered: uncovered(model, &regions),
+        cx: setup.cx.clone(),
+        regions,
+        records,
+        unmet,
+        calibration,
+        is_known,
+        _scratch: scratch,
+    })
+}
+
+/// Asks what every region takes where a candidate of one around it is carried out.
+fn price_nested(setup: &Setup<'_>, model: &Model, regions: &mut [Region], cx: &MethodContext) -> Result<(), Failure> {
+    for at in 0..regions.len() {
+        for offer in 0..regions[at].offers.len() {
+            let mut nested = Vec::new();
+            for candidate in 0..regions[at].offers[offer].site.candidates.len() {
+                Failure::if_stopped(setup.runner.child().listener())?;
+                let Offer { method, site, .. } = &regions[at].offers[offer];
+                let effect = method.effect_on_nested(model, site, &site.candidates[candidate], cx)?;
+                nested.push(effect.map(|effect| Nested::under(regions, at, &effect, cx)).transpose()?);
+            }
+            regions[at].offers[offer].nested = nested;
+        }
+    }
+    Ok(())
+}

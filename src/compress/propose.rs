@@ -1,0 +1,59 @@
+//! Second stage: what every method could do where.
+
+use super::{
+    calibrate::Calibrated,
+    candidates::{Offer, Region, overlap},
+    setup::Setup,
+};
+use crate::{Failure, PassRecord};
+use lathe_ir::{Model, ValueId};
+use lathe_passes::lossy::Method;
+use std::{collections::BTreeMap, time::Instant};
+
+/// The sites of all methods by region, and what each method said.
+pub(super) struct Proposed {
+    pub regions: Vec<Region>,
+    pub records: BTreeMap<&'static str, PassRecord>,
+    /// Why methods cannot do what settings ask of them.
+    pub unmet: BTreeMap<&'static str, String>,
+}
+
+/// Asks every method, in order: those that come later know what was proposed before them.
+pub(super) fn propose(setup: &Setup<'_>, model: &Model, calibrated: &Calibrated<'_>) -> Result<Proposed, Failure> {
+    let mut cx = calibrated.context(&setup.cx);
+    let mut regions: BTreeMap<Vec<ValueId>, Region> = BTreeMap::new();
+    let (mut records, mut unmet) = (BTreeMap::new(), BTreeMap::new());
+    for &method in &setup.methods {
+        Failure::if_stopped(setup.runner.child().listener())?;
+        let start = Instant::now();
+        let proposal = method.propose(model, &cx)?;
+        let mut outcome = proposal.outcome;
+        unmet.extend(proposal.unmet.map(|reason| (method.info().name, reason)));
+        for site in proposal.sites {
+            if regions.keys().any(|other| overlap(other, &site.footprint)) {
+                outcome.refuse("it shares a part with what another method would change as a whole", site.name);
+                continue;
+            }
+            if let (Some(weight), 1) = (site.weight, site.footprint.len()) {
+                cx.incumbents.entry(weight).or_default().extend(site.candidates.iter().cloned());
+            }
+            let sensitivities = &calibrated.sensitivities.values;
+            let offer = Offer {
+                method,
+                needs: method.needs(&cx),
+                nested: Vec::new(),
+                sensitivity: site.taps.iter().filter_map(|tap| sensitivities.get(tap).copied()).collect(),
+                rows: site.weight.map_or(1, |weight| calibrated.rows.get(&weight).copied().unwrap_or(0)),
+                site,
+            };
+            let region = regions.entry(offer.site.footprint.clone());
+            region.or_insert_with(|| Region { offers: Vec::new(), latency: Vec::new() }).offers.push(offer);
+        }
+        records.insert(method.info().name, record(method, outcome, start));
+    }
+    Ok(Proposed { regions: regions.into_values().collect(), records, unmet })
+}
+
+fn record(method: &dyn Method, outcome: lathe_passes::Outcome, start: Instant) -> PassRecord {
+    PassRecord { outcome, time: start.elapsed(), ..PassRecord::new(method.info()) }
+}
