@@ -1,5 +1,6 @@
 //! The main job: read, simplify, prove, write, report.
 
+mod exact;
 mod lines;
 mod prepare;
 
@@ -8,36 +9,27 @@ pub(crate) use self::{
     prepare::prepare,
 };
 
-use self::prepare::state_outputs;
 use crate::{
     Budget, Failure, PassRecord, Report, RunOptions, Selection, Sets,
     compress::{self, Bench, Exact, Fitted},
     latency::{Latency, Measurement},
     layers,
-    pipeline::{self, Broken, Run},
-    report::{self, Verify},
+    report::{self, Side, Verify},
     runner::Runner,
 };
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
-use lathe_ir::{External, Loaded, Model, WriteOptions};
+use lathe_ir::{External, Loaded, Model, Staged, WriteOptions};
 use lathe_passes::{
-    Kind, PASSES, Pass, PassContext, Target,
+    PASSES, Pass, PassContext, Target,
     lossy::{METHODS, Method, MethodContext, OLDEST_OPSET, allocate},
 };
-use lathe_runtime::{BenchInputs, ChosenSamples, Claim, Inputs, Progress, SampleSet, SetSpec, Verdict};
+use lathe_runtime::{BenchInputs, ChosenSamples, SampleSet, SetSpec};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Instant,
 };
-
-/// The claim about a whole run. Bits are expected of a single pass only: a runtime packs weights that have become
-/// constant, and then sums in another order.
-const WHOLE: Claim = Claim::Equivalent { rtol: None };
-
-/// Passes that are dropped one after another before the tool gives up on a model.
-const MOST_CULPRITS: usize = 8;
 
 /// What to do to which model.
 #[derive(Debug, Clone)]
@@ -194,6 +186,13 @@ enum Finished {
     Upgraded(Vec<&'static str>),
 }
 
+/// What comes of spending a budget.
+enum Spent {
+    Within(Box<Outcome>),
+    /// As [`Finished::Upgraded`].
+    Upgraded(Vec<&'static str>),
+}
+
 struct Job<'a> {
     options: &'a Options,
     /// The set that the result is compared on, and which one it is; random inputs without one.
@@ -209,23 +208,80 @@ struct Job<'a> {
     methods: Option<Vec<&'static str>>,
 }
 
-/// The result of the passes, before it is written.
-struct Simplified {
+/// What a run starts from.
+struct Prepared<'a> {
+    loaded: &'a Loaded,
+    /// The original as reports count it.
+    input: Side,
+    /// The original with its nodes in order, unambiguous names and no default that is never used.
     model: Model,
+    /// Where the result will be written, and how.
+    target: PathBuf,
+    write: WriteOptions,
+}
+
+/// A result before it is written.
+struct Outcome {
+    model: Model,
+    staged: Staged,
+    verify: Option<Verify>,
+    plan: Option<report::Plan>,
+    latency: Option<Latency>,
     records: Vec<PassRecord>,
-    applied: usize,
 }
 
 impl Job<'_> {
-    fn run(&self, loaded: &Loaded, mut passes: Vec<&dyn Pass>, start: Instant) -> Result<Finished, Failure> {
-        let options = self.options;
+    /// Reads as ARCHITECTURE tells it: prepare, simplify and prove, spend the budget, time, write, report.
+    fn run(&self, loaded: &Loaded, passes: Vec<&dyn Pass>, start: Instant) -> Result<Finished, Failure> {
         let mut warnings = loaded.warnings.clone();
+        let calibration = self.select()?;
+        let prepared = self.prepare(loaded, &mut warnings)?;
+        let exact::Proven { mut outcome, dropped } = self.simplify_and_prove(&prepared, passes, &mut warnings)?;
+        if self.lossy {
+            let chosen = calibration.as_ref().map(|c| c.chosen.clone());
+            outcome = match self.spend(&prepared, outcome, chosen, &mut warnings)? {
+                Spent::Within(outcome) => *outcome,
+                Spent::Upgraded(used) => return Ok(Finished::Upgraded(used)),
+            };
+        }
+        if outcome.latency.is_none() {
+            outcome.latency = self.measure(outcome.staged.path(), &prepared.target, &mut warnings)?;
+        }
+        let Outcome { model, staged, verify, plan, latency, mut records } = outcome;
+        let written = staged.written().clone();
+        let mut output = side(&prepared.target, &model, written.file_bytes + written.data_bytes);
+        let files = self.commit(&prepared, &model, staged)?;
+        if files.is_empty() {
+            output.path = String::new();
+        }
+        records.extend(dropped);
+        let report = Report {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            command: self.options.command.clone(),
+            seed: self.options.run.inputs.seed,
+            calibration,
+            input: prepared.input,
+            output,
+            passes: records.iter().map(pass_line).collect(),
+            plan,
+            auto: None,
+            verify,
+            latency,
+            layers: layers::largest(&model, &cost(&model)),
+            warnings,
+            seconds: start.elapsed().as_secs_f64(),
+            peak_rss_bytes: report::peak_rss_bytes(),
+        };
+        Ok(Finished::Done(Box::new(Done { report, files })))
+    }
+
+    /// Puts the model in order, and says what is odd about it.
+    fn prepare<'l>(&self, loaded: &'l Loaded, warnings: &mut Vec<String>) -> Result<Prepared<'l>, Failure> {
+        let options = self.options;
         let data_bytes: u64 = loaded.data_files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
         let original = &loaded.model;
-        let input = side(&options.model, original, loaded.file_bytes + data_bytes);
-        let calibration = self.select()?;
-        let mut prepared = original.clone();
-        warnings.extend(prepare(&mut prepared)?);
+        let mut model = original.clone();
+        warnings.extend(prepare(&mut model)?);
         if let (None, Some(opset)) = (options.opset, self.opset) {
             let old = original.opset();
             let whose = self
@@ -234,99 +290,56 @@ impl Job<'_> {
             warnings.push(format!("the model is upgraded from operator set {old} to {opset}, {whose}"));
         }
         let external = if loaded.data_files.is_empty() { options.external } else { External::Always };
-        let write = WriteOptions { external };
-        let target = options.output.clone().unwrap_or_else(|| options.model.with_extension("optimized.onnx"));
-        let mut dropped: Vec<PassRecord> = Vec::new();
-        loop {
-            let simplified = match self.simplify(&prepared, &passes)? {
-                Ok(simplified) => simplified,
-                Err(broken) => {
-                    warnings.push(format!("pass `{}` was left out: {}", broken.pass, broken.reason));
-                    leave_out(&mut passes, &mut dropped, broken)?;
-                    continue;
-                }
-            };
-            let Simplified { mut model, mut records, applied } = simplified;
-            state_outputs(&mut model);
-            model.check().context("the result is not a valid model; this is a fault of this program")?;
-            let staged = model.stage(&target, &write).map_err(|e| Failure::Error(e.into()))?;
-            let mut verify = None;
-            if options.verify {
-                match self.judge(staged.path())? {
-                    Judgement::Holds(found) => verify = Some(*found),
-                    Judgement::Fails(reason) => {
-                        drop(staged);
-                        let mut holds = |model: &Model| self.holds(model, &target, &write);
-                        let cx = self.context();
-                        let culprit = match applied {
-                            0 => return Err(Failure::Refused(format!("the model cannot be verified: {reason}"))),
-                            _ => pipeline::bisect(&prepared, &cx, &passes, applied, &mut holds)?,
-                        };
-                        warnings.push(format!("pass `{culprit}` was left out: {reason}"));
-                        leave_out(&mut passes, &mut dropped, Broken { pass: culprit, reason })?;
-                        continue;
-                    }
-                }
-            }
-            let mut plan = None;
-            let mut staged = staged;
-            let mut latency = None;
-            if self.lossy {
-                let exact = Exact { model: &model, staged: &staged, original: &input, target: &target, write: &write };
-                let chosen = calibration.as_ref().map(|c| c.chosen.clone());
-                let found = self.compress(&exact, chosen, &mut warnings)?;
-                if let Some(used) = self.upgraded_for_less(&found.records) {
-                    return Ok(Finished::Upgraded(used));
-                }
-                (model, staged, verify) = (found.model, found.staged, found.verify.or(verify));
-                (plan, latency) = (Some(found.plan), found.latency);
-                if let Some(after) = latency.as_mut().and_then(|l| l.after.as_mut()) {
-                    after.path = target.display().to_string();
-                }
-                records.extend(found.records);
-            }
-            let latency = match latency {
-                Some(latency) => Some(latency),
-                None => self.measure(staged.path(), &target, &mut warnings)?,
-            };
-            let written = staged.written().clone();
-            let mut output = side(&target, &model, written.file_bytes + written.data_bytes);
-            let mut files = Vec::new();
-            Failure::if_stopped(&options.run.progress)?;
-            if options.output.is_some() {
-                staged.commit().map_err(|e| Failure::Error(e.into()))?;
-                files.push(target.clone());
-                if written.data_bytes > 0 {
-                    let mut data = target.clone().into_os_string();
-                    data.push(".data");
-                    files.push(data.into());
-                }
-                if model.renamed() != original.renamed() {
-                    files.push(write_names(&target, &model)?);
-                }
-            } else {
-                output.path = String::new();
-            }
-            records.extend(dropped);
-            let report = Report {
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-                command: options.command.clone(),
-                seed: options.run.inputs.seed,
-                calibration,
-                input,
-                output,
-                passes: records.iter().map(pass_line).collect(),
-                plan,
-                auto: None,
-                verify,
-                latency,
-                layers: layers::largest(&model, &cost(&model)),
-                warnings,
-                seconds: start.elapsed().as_secs_f64(),
-                peak_rss_bytes: report::peak_rss_bytes(),
-            };
-            return Ok(Finished::Done(Box::new(Done { report, files })));
+        Ok(Prepared {
+            loaded,
+            input: side(&options.model, original, loaded.file_bytes + data_bytes),
+            model,
+            target: options.output.clone().unwrap_or_else(|| options.model.with_extension("optimized.onnx")),
+            write: WriteOptions { external },
+        })
+    }
+
+    /// The result within the budget. Methods see the `chosen` samples of the calibration set, or all.
+    fn spend(
+        &self,
+        prepared: &Prepared<'_>,
+        exact: Outcome,
+        chosen: Option<Vec<usize>>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Spent, Failure> {
+        let Prepared { input, target, write, .. } = prepared;
+        let found = Exact { model: &exact.model, staged: &exact.staged, original: input, target, write };
+        let Fitted { model, staged, verify, plan, records, mut latency } = self.compress(&found, chosen, warnings)?;
+        if let Some(used) = self.upgraded_for_less(&records) {
+            return Ok(Spent::Upgraded(used));
         }
+        if let Some(after) = latency.as_mut().and_then(|l| l.after.as_mut()) {
+            after.path = target.display().to_string();
+        }
+        let verify = verify.or(exact.verify);
+        let records = exact.records.into_iter().chain(records).collect();
+        Ok(Spent::Within(Box::new(Outcome { model, staged, verify, plan: Some(plan), latency, records })))
+    }
+
+    /// Writes the result where that is asked for, and says which files it wrote.
+    fn commit(&self, prepared: &Prepared<'_>, model: &Model, staged: Staged) -> Result<Vec<PathBuf>, Failure> {
+        Failure::if_stopped(&self.options.run.progress)?;
+        if self.options.output.is_none() {
+            return Ok(Vec::new());
+        }
+        let target = &prepared.target;
+        let has_data = staged.written().data_bytes > 0;
+        staged.commit()?;
+        let mut files = vec![target.clone()];
+        if has_data {
+            let mut data = target.clone().into_os_string();
+            data.push(".data");
+            files.push(data.into());
+        }
+        if model.renamed() != prepared.loaded.model.renamed() {
+            files.push(write_names(target, model)?);
+        }
+        Ok(files)
     }
 
     /// The method that needs an operator set as new as the model is upgraded to.
@@ -411,80 +424,6 @@ impl Job<'_> {
         compress::compress(&bench, exact, &request, warnings)
     }
 
-    /// Runs the passes on a copy of `prepared`.
-    fn simplify(&self, prepared: &Model, passes: &[&dyn Pass]) -> Result<Result<Simplified, Broken>, Failure> {
-        let mut model = prepared.clone();
-        let cx = self.context();
-        let mut seen = prepared.clone();
-        let mut trouble = None;
-        let mut watch = |model: &Model, pass: &dyn Pass| {
-            if !(self.options.paranoid || cfg!(debug_assertions)) {
-                return Ok(None);
-            }
-            let broken = |reason: String| Broken { pass: pass.info().name, reason };
-            model.check().map_err(|e| broken(format!("it leaves an invalid model: {e}")))?;
-            if !(self.options.paranoid && self.options.verify) {
-                return Ok(None);
-            }
-            match self.compare_models(&seen, model, claim_of(pass.info().kind)) {
-                Ok(Verdict::Compared(report)) if report.comparison.holds() => {
-                    seen = model.clone();
-                    Ok(report.comparison.worst().map(|output| output.rel_l2))
-                }
-                Ok(verdict) => Err(broken(verdict.describe())),
-                Err(error) => {
-                    trouble = Some(error);
-                    Err(broken(String::new()))
-                }
-            }
-        };
-        let count = |model: &Model| flops(model);
-        let tell = |done: usize| {
-            self.options.run.progress.hear(&Progress::new(done, passes.len(), "passes"));
-            !self.options.run.progress.is_stopped()
-        };
-        let count: Option<&dyn Fn(&Model) -> u64> = if self.options.detailed { Some(&count) } else { None };
-        let settings = Run { passes, limit: usize::MAX, watch: &mut watch, count_flops: count, tell: &tell };
-        let result = pipeline::run(&mut model, &cx, settings);
-        Failure::if_stopped(&self.options.run.progress)?;
-        if let Some(error) = trouble {
-            return Err(error.into());
-        }
-        Ok(result.map(|(records, applied)| Simplified { model, records, applied }))
-    }
-
-    fn inputs(&self) -> Inputs {
-        match &self.set {
-            // Samples are many where a loss is measured; that the same function is left shows on a few.
-            Some((spec, _)) => Inputs::Set(match &self.few {
-                Some(few) => SetSpec { chosen: Some(few.clone()), ..spec.clone() },
-                None => spec.clone(),
-            }),
-            None => Inputs::Random(self.options.run.inputs.clone()),
-        }
-    }
-
-    /// What [`Job::inputs`] are, in the report's word.
-    fn set_name(&self) -> &'static str {
-        self.set.as_ref().map_or("random", |(_, name)| name)
-    }
-
-    /// Compares two models in memory, by way of a temporary folder.
-    fn compare_models(&self, reference: &Model, candidate: &Model, claim: Claim) -> anyhow::Result<Verdict> {
-        let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
-        let (a, b) = (folder.path().join("reference.onnx"), folder.path().join("candidate.onnx"));
-        reference.write(&a, &WriteOptions::default())?;
-        candidate.write(&b, &WriteOptions::default())?;
-        self.runner.compare(&a, &b, &self.inputs(), claim)
-    }
-
-    /// Whether a model found on the way to the result still does what the original does.
-    fn holds(&self, model: &Model, target: &Path, write: &WriteOptions) -> anyhow::Result<bool> {
-        let staged = model.stage(target, write)?;
-        let verdict = self.runner.compare(&self.options.model, staged.path(), &self.inputs(), WHOLE)?;
-        Ok(verdict.holds())
-    }
-
     /// Times the candidate beside the original if that was asked for. Where a provider other than the CPU runs models,
     /// nodes that it leaves to others are named in a warning, and one that takes none is an error.
     fn measure(&self, candidate: &Path, target: &Path, warnings: &mut Vec<String>) -> Result<Option<Latency>, Failure> {
@@ -513,67 +452,10 @@ impl Job<'_> {
         }
         Ok(None)
     }
-
-    fn judge(&self, candidate: &Path) -> Result<Judgement, Failure> {
-        let verdict = self
-            .runner
-            .compare(&self.options.model, candidate, &self.inputs(), WHOLE)
-            .context("the result cannot be run beside the original (--no-verify writes it without proof)")?;
-        let reason = verdict.describe();
-        match verdict {
-            Verdict::Compared(report) if report.comparison.holds() => {
-                Ok(Judgement::Holds(Box::new(verify(report, WHOLE, self.set_name()))))
-            }
-            Verdict::ReferenceRefused { .. } => Err(Failure::Error(anyhow!(
-                "{reason}, so the result cannot be verified (--no-verify writes it without proof)"
-            ))),
-            _ => Ok(Judgement::Fails(reason)),
-        }
-    }
-}
-
-enum Judgement {
-    Holds(Box<Verify>),
-    Fails(String),
-}
-
-/// Removes the broken pass from those that run, and keeps a line about it for the report.
-fn leave_out(passes: &mut Vec<&dyn Pass>, dropped: &mut Vec<PassRecord>, broken: Broken) -> Result<(), Failure> {
-    if dropped.len() >= MOST_CULPRITS {
-        let message = format!("{} passes failed on this model, the last was `{}`", dropped.len(), broken.pass);
-        return Err(Failure::Refused(message));
-    }
-    let index = passes.iter().position(|p| p.info().name == broken.pass);
-    let index = index.ok_or_else(|| anyhow!("pass `{}` failed although it does not run", broken.pass))?;
-    let pass = passes.remove(index);
-    dropped.push(PassRecord {
-        name: pass.info().name,
-        kind: pass.info().kind,
-        outcome: Default::default(),
-        time: Duration::ZERO,
-        nodes_delta: 0,
-        weight_bytes_delta: 0,
-        flops_delta: 0,
-        error: None,
-        dropped: Some(broken.reason),
-    });
-    Ok(())
-}
-
-fn claim_of(kind: Kind) -> Claim {
-    match kind {
-        Kind::Identical => Claim::Identical,
-        // A pass states its bound for float32; narrower types have the bounds of their own precision.
-        _ => Claim::Equivalent { rtol: None },
-    }
 }
 
 fn cost(model: &Model) -> Cost {
     Cost::of(model, &Facts::infer(model), &Bindings::default())
-}
-
-fn flops(model: &Model) -> u64 {
-    cost(model).flops
 }
 
 /// Writes which inputs and outputs are gone or have other names beside a model that was written.
