@@ -57,13 +57,6 @@ impl Patch {
         made
     }
 
-    /// A node like [`Patch::node_with`] that asks only for the outputs marked `true`.
-    pub fn node_asking(&mut self, node: Node, inputs: &[Option<ValueId>], asked: &[bool]) -> Vec<Option<ValueId>> {
-        let made: Vec<Option<ValueId>> = asked.iter().map(|&ask| ask.then(|| self.pend(Pending::Output))).collect();
-        self.nodes.push(NewNode { node, inputs: inputs.to_vec(), outputs: made.clone() });
-        made
-    }
-
     /// A new `Transpose`.
     pub fn transpose(&mut self, x: ValueId, perm: &[usize]) -> ValueId {
         let perm: Vec<i64> = perm.iter().map(|&axis| axis as i64).collect();

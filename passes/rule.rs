@@ -211,14 +211,6 @@ impl<'a> Match<'a> {
         }
     }
 
-    /// Whether a name is a constant whose every element has exactly the bits of `number` (so −0 is not 0).
-    pub fn filled_with(&self, name: &str, number: f64) -> bool {
-        let Some(tensor) = self.graph.constant(self.value(name)) else { return false };
-        // Large tensors are weights: they are not read through for this.
-        tensor.len() <= 1 << 16
-            && tensor.to_f64s().is_some_and(|all| all.iter().all(|x| x.to_bits() == number.to_bits()))
-    }
-
     /// Whether two values provably have the same shape.
     pub fn same_shape(&self, a: &str, b: &str) -> bool {
         self.facts.same_shape(self.value(a), self.value(b))

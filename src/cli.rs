@@ -203,9 +203,18 @@ pub(crate) struct OptimizeArgs {
 }
 
 /// A share above 0 and at most 1.
-fn share(text: &str) -> Result<f64, String> {
-    let share: f64 = text.parse().map_err(|_| "expected a number such as 0.5".to_owned())?;
-    if share > 0.0 && share <= 1.0 { Ok(share) } else { Err("expected a share above 0 and at most 1".to_owned()) }
+fn share(text: &str) -> Result<f64, NoShare> {
+    let share: f64 = text.parse().map_err(|_| NoShare::NoNumber)?;
+    if share > 0.0 && share <= 1.0 { Ok(share) } else { Err(NoShare::Outside) }
+}
+
+/// Why a text is no share.
+#[derive(Debug, thiserror::Error)]
+enum NoShare {
+    #[error("expected a number such as 0.5")]
+    NoNumber,
+    #[error("expected a share above 0 and at most 1")]
+    Outside,
 }
 
 /// How much is said.

@@ -1,5 +1,6 @@
 //! How a run ends when it does not succeed, and the exit code that says so.
 
+use crate::pipeline::UnknownPass;
 use lathe_ir::WriteError;
 use lathe_runtime::{FeatureError, InstallError, Listener, RuntimeError, SetError, StatisticsError};
 
@@ -23,6 +24,12 @@ pub enum Failure {
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Failure {
         Failure::Error(error)
+    }
+}
+
+impl From<UnknownPass> for Failure {
+    fn from(unknown: UnknownPass) -> Failure {
+        Failure::Usage(unknown.to_string())
     }
 }
 

@@ -106,7 +106,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     if let Some(output) = &options.output {
         check_output(&options.model, output, options.overwrite)?;
     }
-    let chosen = options.selection.of(PASSES).map_err(Failure::Usage)?;
+    let chosen = options.selection.of(PASSES)?;
     check_settings(options)?;
     let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
     let set = options.sets.check(&loaded.model)?;

@@ -37,7 +37,7 @@ pub use job::{Done, Options, optimize};
 pub use latency::{Latency, LatencySide};
 pub use lathe_runtime::{PROVIDERS, Provider};
 pub use layers::LayerLine;
-pub use pipeline::{PassRecord, Selection};
+pub use pipeline::{PassRecord, Selection, UnknownPass};
 pub use report::Report;
 pub use run_options::RunOptions;
 pub use runner::{Host, set_host};

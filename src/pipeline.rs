@@ -23,11 +23,11 @@ pub struct Selection {
 
 impl Selection {
     /// The passes of `all` that are selected. Fails on a name that no pass has.
-    pub fn of<'a>(&self, all: &[&'a dyn Pass]) -> Result<Vec<&'a dyn Pass>, String> {
+    pub fn of<'a>(&self, all: &[&'a dyn Pass]) -> Result<Vec<&'a dyn Pass>, UnknownPass> {
         let lossy = |name: &String| METHODS.iter().any(|m| m.info().name == name);
         let known = |name: &String| all.iter().any(|p| p.info().name == name) || lossy(name);
         if let Some(unknown) = self.only.iter().flatten().chain(&self.skip).find(|name| !known(name)) {
-            return Err(format!("there is no pass `{unknown}`; `optimize passes` lists them"));
+            return Err(UnknownPass(unknown.clone()));
         }
         Ok(all.iter().copied().filter(|p| self.admits(p.info().name)).collect())
     }
@@ -37,6 +37,11 @@ impl Selection {
         self.only.as_ref().is_none_or(|only| only.iter().any(|n| n == name)) && !self.skip.contains(name)
     }
 }
+
+/// A name that is selected and that no pass has.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no pass `{0}`; `optimize passes` lists them")]
+pub struct UnknownPass(String);
 
 /// What one pass did over the whole run.
 #[derive(Debug, Clone)]

@@ -18,7 +18,6 @@ mod elements;
 mod elementwise;
 mod indexing;
 mod layout;
-pub mod linear;
 mod movement;
 mod reduce;
 mod scatter;
@@ -102,11 +101,6 @@ pub fn apply(op_type: &str, inputs: &[&Tensor]) -> Result<Tensor> {
 /// Reorders the axes: output axis `i` is input axis `perm[i]`.
 pub fn transpose(tensor: &Tensor, perm: &[usize]) -> Result<Tensor> {
     movement::permute(&Call::free(&Node::default()), tensor, perm)
-}
-
-/// Stretches a tensor to `dims`, to which it must broadcast.
-pub fn broadcast_to(tensor: &Tensor, dims: &[usize]) -> Result<Tensor> {
-    movement::stretch(&Call::free(&Node::default()), tensor, dims.to_vec())
 }
 
 /// Joins tensors of one type along `axis`.

@@ -117,6 +117,10 @@ impl<'a> Flow<'a> {
     }
 
     /// Computes for every node the nearest one that all its data must pass, from last to first; the end comes after all.
+    ///
+    /// These are the immediate dominators of the edges turned round. The nodes are in order already, so one round does; and
+    /// a value that is read throughout, as a mask is, has its readers meet by jumps. petgraph's `simple_fast` walks to the
+    /// meeting place one node at a time, which is quadratic there.
     fn build_tree(&mut self, leaving: &[bool]) {
         let count = self.order.len();
         let mut users: Vec<Vec<u32>> = vec![Vec::new(); count];

@@ -27,6 +27,9 @@ impl Graph {
     }
 
     /// The nodes of one scope in the order that [`Graph::sort`] would give them.
+    ///
+    /// No library gives this order: it leaves nodes that are in order where they are, so that a model that is written again
+    /// keeps its bytes, and what a subgraph captures is needed by the node that owns it.
     pub fn sorted(&self, scope: ScopeId) -> Result<Vec<NodeId>, Cycle> {
         const WAITING: u8 = 1;
         const DONE: u8 = 2;

@@ -19,22 +19,6 @@ pub fn parse(text: &str) -> Result<Model, ParseError> {
     model(text, raw)
 }
 
-/// Reads a model, which begins with its header.
-pub fn parse_model(text: &str) -> Result<Model, ParseError> {
-    let mut scanner = Scanner::new(text);
-    if scanner.peek() != Some(b'<') {
-        let found = scanner.found();
-        return scanner.error(format!("expected the header `<ir_version: …>` of a model, found {found}"));
-    }
-    parse(text)
-}
-
-/// Reads one graph without header and functions.
-pub fn parse_graph(text: &str) -> Result<Graph, ParseError> {
-    let raw = Scanner::new(text).only_graph()?;
-    graph(text, raw)
-}
-
 fn model(text: &str, raw: RawModel) -> Parsed<Model> {
     let bare = raw.header.is_none();
     let header = raw.header.unwrap_or_default();

@@ -23,7 +23,7 @@ mod print_data;
 mod scan;
 mod tree;
 
-pub use build::{parse, parse_graph, parse_model};
+pub use build::parse;
 pub use print::{PrintOptions, print, print_full, print_graph, print_with};
 pub use scan::ParseError;
 

@@ -47,18 +47,6 @@ impl<'a> Scanner<'a> {
         Ok(RawModel { header, graph, functions })
     }
 
-    /// A graph and nothing after it.
-    pub fn only_graph(&mut self) -> Parsed<RawGraph> {
-        let graph = self.graph()?;
-        match self.peek() {
-            None => Ok(graph),
-            Some(_) => {
-                let found = self.found();
-                self.error(format!("expected the end after the graph, found {found}"))
-            }
-        }
-    }
-
     fn optional_header(&mut self) -> Parsed<Option<Header>> {
         if !self.eat(b'<') {
             return Ok(None);

@@ -1,7 +1,7 @@
 //! Removes nodes that only repeat elements which every reader would repeat anyway.
 
 use super::fold_index_arithmetic::decided;
-use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Saving, edit_graphs};
+use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Refusal, Saving, edit_graphs};
 use lathe_analysis::{DimExpr, Facts};
 use lathe_ir::{Graph, Model, Node, NodeId, ValueId};
 use std::collections::BTreeMap;
@@ -89,7 +89,8 @@ fn drop_in(editor: &mut Editor) -> Result<(), Error> {
                 outcome.change("drop-broadcast", place);
             }
             Ok(None) => {}
-            Err(reason) => outcome.refuse(reason, place),
+            Err(Refusal::NoMatch) => {}
+            Err(Refusal::Reason(reason)) => outcome.refuse(reason, place),
         }
     }
     cx.facts.keep(graph, facts);
@@ -100,7 +101,7 @@ fn drop_in(editor: &mut Editor) -> Result<(), Error> {
 type Narrowed = Vec<(NodeId, ValueId)>;
 
 /// The input that can take the place of what a node gives.
-fn narrower(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Option<(ValueId, Narrowed)>, String> {
+fn narrower(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Option<(ValueId, Narrowed)>, Refusal> {
     let node = graph.node(id);
     let Some(output) = node.output(0) else { return Ok(None) };
     let kept = match node.op_type.as_str() {
@@ -109,7 +110,7 @@ fn narrower(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Option<(ValueId,
     };
     let Some(kept) = kept else { return Ok(None) };
     let (Some(small), Some(large)) = (facts.shape(kept), facts.shape(output)) else {
-        return Err("the shape of the elements or of the result is unknown".to_owned());
+        return Err("the shape of the elements or of the result is unknown".into());
     };
     // What keeps its shape is for other passes.
     if small == large {
@@ -117,11 +118,12 @@ fn narrower(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Option<(ValueId,
     }
     let one = |size: &DimExpr| size.as_known() == Some(1);
     if node.is("Tile") && small.iter().zip(large).any(|(a, b)| a != b && !one(a)) {
-        return Err("the Tile repeats more than single elements".to_owned());
+        return Err("the Tile repeats more than single elements".into());
     }
     let output_of = |value: ValueId, id: NodeId| match graph.is_output(value) {
         true => {
-            Err(format!("an output of the graph would lose its repeated elements, from {}", a(&graph.node(id).op_type)))
+            let maker = a(&graph.node(id).op_type);
+            Err(Refusal::Reason(format!("an output of the graph would lose its repeated elements, from {maker}")))
         }
         false => Ok(()),
     };

@@ -2,7 +2,7 @@
 
 use super::fold_plan::Candidates;
 use crate::PassContext;
-use lathe_analysis::{Evaluate, Facts, kernels};
+use lathe_analysis::{Evaluate, EvaluateError, Facts, kernels};
 use lathe_ir::{Graph, Initializer, Model, Node, NodeId, ScopeId, Tensor, ValueId, imported};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -166,7 +166,7 @@ fn run(
     nodes: &[NodeId],
     outputs: &[ValueId],
     done: &BTreeMap<ValueId, Tensor>,
-) -> Result<Vec<(ValueId, Tensor)>, String> {
+) -> Result<Vec<(ValueId, Tensor)>, EvaluateError> {
     let outer = source.graph;
     let mut graph = Graph::new("constants");
     let mut values: BTreeMap<ValueId, ValueId> = BTreeMap::new();
@@ -186,7 +186,7 @@ fn run(
             values.insert(value, new);
         }
         if bytes > LARGEST_BATCH {
-            return Err("its constants are too large to be copied".to_owned());
+            return Err(EvaluateError { message: "its constants are too large to be copied".to_owned() });
         }
         let inputs = node.inputs().iter().map(|v| v.and_then(|v| values.get(&v).copied())).collect();
         let made: Vec<Option<ValueId>> = node
@@ -208,8 +208,11 @@ fn run(
     }
     let model =
         Model { ir_version: source.ir_version.max(4), opsets: source.opsets.to_vec(), graph, ..Model::default() };
-    let mut results: BTreeMap<String, Tensor> =
-        evaluator.run(&model, &[]).map_err(|error| error.message)?.into_iter().collect();
+    let mut results: BTreeMap<String, Tensor> = evaluator.run(&model, &[])?.into_iter().collect();
     let take = |&v: &ValueId| Some((v, results.remove(&name(v))?));
-    outputs.iter().map(take).collect::<Option<Vec<_>>>().ok_or_else(|| "an output is missing".to_owned())
+    outputs
+        .iter()
+        .map(take)
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| EvaluateError { message: "an output is missing".to_owned() })
 }

@@ -1,7 +1,7 @@
 //! Replaces calls of local functions by what the functions compute.
 
 use super::hoist_constants::hoist;
-use crate::{Error, Info, Kind, Opt, Outcome, Pass, PassContext};
+use crate::{Error, Info, Kind, Opt, Outcome, Pass, PassContext, Refusal};
 use lathe_ir::{Attribute, AttributeValue, Fragment, Function, Graph, Model, NodeId, ScopeId, ValueId, imported};
 use std::collections::BTreeMap;
 
@@ -84,7 +84,8 @@ impl Inliner<'_> {
                     outcome.change("inline-function", place);
                     queue.extend(added);
                 }
-                Err(reason) => outcome.refuse(reason, place),
+                Err(Refusal::NoMatch) => {}
+                Err(Refusal::Reason(reason)) => outcome.refuse(reason, place),
             }
         }
     }
@@ -96,7 +97,7 @@ impl Inliner<'_> {
         opsets: &mut Vec<(String, i64)>,
         id: NodeId,
         index: usize,
-    ) -> Result<Vec<NodeId>, String> {
+    ) -> Result<Vec<NodeId>, Refusal> {
         let function = &self.functions[index];
         let body = self.bodies.entry(index).or_insert_with(|| {
             let mut graph = function.graph.clone();
@@ -110,7 +111,7 @@ impl Inliner<'_> {
                 && here != there
             {
                 let name = if domain.is_empty() { "ai.onnx" } else { domain };
-                return Err(format!("the body uses version {there} of `{name}`, the model version {here}"));
+                return Err(format!("the body uses version {there} of `{name}`, the model version {here}").into());
             }
         }
         self.left = self.left.checked_sub(nodes.len()).ok_or("the graph would grow beyond `max-nodes`")?;
@@ -172,7 +173,7 @@ impl Inliner<'_> {
 }
 
 /// The attributes that references in the body mean: those of the call, else the defaults.
-fn arguments(given: &[Attribute], function: &Function) -> Result<Vec<Attribute>, String> {
+fn arguments(given: &[Attribute], function: &Function) -> Result<Vec<Attribute>, Refusal> {
     let mut all = given.to_vec();
     for default in &function.defaults {
         if !all.iter().any(|a| a.name == default.name) {
@@ -180,7 +181,7 @@ fn arguments(given: &[Attribute], function: &Function) -> Result<Vec<Attribute>,
         }
     }
     match all.iter().find(|a| matches!(a.value, AttributeValue::Graph(_) | AttributeValue::Graphs(_))) {
-        Some(attribute) => Err(format!("attribute `{}` of the call is a graph", attribute.name)),
+        Some(attribute) => Err(format!("attribute `{}` of the call is a graph", attribute.name).into()),
         None => Ok(all),
     }
 }

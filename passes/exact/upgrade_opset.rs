@@ -3,7 +3,7 @@
 mod convert;
 
 use super::normalise_model::least_ir_version;
-use crate::{Error, Info, Kind, Opt, Outcome, Pass, PassContext};
+use crate::{Error, Info, Kind, Opt, Outcome, Pass, PassContext, Refusal};
 use convert::{Site, convert};
 use lathe_analysis::{Facts, Operator};
 use lathe_ir::{AttributeValue, Function, Graph, Model, NodeId, imported};
@@ -107,7 +107,8 @@ fn upgrade(
             match step(graph, &mut facts, functions, id, version, to) {
                 Ok(false) => {}
                 Ok(true) => outcome.change("convert-node", place),
-                Err(reason) => {
+                Err(Refusal::NoMatch) => {}
+                Err(Refusal::Reason(reason)) => {
                     outcome.refuse(format!("{op} cannot be converted to version {version}: {reason}"), place)
                 }
             }
@@ -128,7 +129,7 @@ fn step(
     id: NodeId,
     version: i64,
     to: i64,
-) -> Result<bool, String> {
+) -> Result<bool, Refusal> {
     let node = graph.node(id);
     let called = functions.iter().any(|f| f.name == node.op_type && f.domain.is_empty());
     if !node.is_standard() || called {
@@ -139,7 +140,7 @@ fn step(
         return Ok(false);
     }
     if node.attributes.iter().any(|a| matches!(a.value, AttributeValue::Reference { .. })) {
-        return Err("an attribute is that of the calling node".to_owned());
+        return Err("an attribute is that of the calling node".into());
     }
     let revision = graph.revision();
     convert(&mut Site { graph, facts, id, to }, version)?;

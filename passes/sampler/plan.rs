@@ -43,17 +43,22 @@ impl From<Mode> for Value {
     }
 }
 
-impl TryFrom<Value> for Mode {
-    type Error = String;
+/// What stands in the place of a mode.
+#[derive(Debug, thiserror::Error)]
+#[error("`cfg` holds {0}, expected 0, 1, \"uncond\" or {{\"scale\": number}}")]
+pub struct NoMode(Value);
 
-    fn try_from(value: Value) -> Result<Mode, String> {
+impl TryFrom<Value> for Mode {
+    type Error = NoMode;
+
+    fn try_from(value: Value) -> Result<Mode, NoMode> {
         let scale = value.get("scale").and_then(Value::as_f64).filter(|s| s.is_finite());
         match (value.as_f64(), value.as_str(), scale) {
             (Some(0.0), ..) => Ok(Mode::Conditional),
             (Some(1.0), ..) => Ok(Mode::Guided),
             (_, Some("uncond"), _) => Ok(Mode::Unconditional),
             (_, _, Some(scale)) => Ok(Mode::Scaled(scale)),
-            _ => Err(format!("`cfg` holds {value}, expected 0, 1, \"uncond\" or {{\"scale\": number}}")),
+            _ => Err(NoMode(value)),
         }
     }
 }
@@ -204,7 +209,7 @@ impl Substitution {
         self.pass.is_none_or(|p| p == pass)
     }
 
-    fn check(&self, step: usize, plan: &StepPlan) -> Result<(), String> {
+    fn check(&self, step: usize, plan: &StepPlan) -> Result<(), Error> {
         let what = format!("the substitution of `{}` at step {step}", self.cut);
         let enough = match &self.kind {
             Kind::Taylor { order, refs } => refs.len() == order + 1 && refs.windows(2).all(|pair| pair[0] > pair[1]),
@@ -214,22 +219,24 @@ impl Substitution {
             Kind::Reuse { .. } | Kind::Delta { .. } => true,
         };
         if !enough {
-            return Err(format!(
-                "{what} needs other references: a Taylor series one more than its order, the latest first; a polynomial different ones; a sum as many as weights"
-            ));
+            return Err(Error::Plan(format!(
+                "{what} needs other references: a Taylor series one more than its order, the latest first; a polynomial \
+                 different ones; a sum as many as weights"
+            )));
         }
         let itself = matches!(self.kind, Kind::Affine { .. });
         for r in self.refs() {
             if r.step > step || (r.step == step && !itself) {
-                return Err(format!("{what} refers to step {}, which is not earlier", r.step));
+                return Err(Error::Plan(format!("{what} refers to step {}, which is not earlier", r.step)));
             }
             if plan.sizes.as_ref().is_some_and(|sizes| !sizes.are_joined(r.step, step)) {
-                return Err(format!("{what} refers to step {}, beyond a border where the size changes", r.step));
+                let message = format!("{what} refers to step {}, beyond a border where the size changes", r.step);
+                return Err(Error::Plan(message));
             }
             for &pass in plan.cfg[step].passes().iter().filter(|&&p| self.is_in(p)) {
                 let pass = r.pass.unwrap_or(pass);
                 if !plan.cfg[r.step].passes().contains(&pass) {
-                    return Err(format!("{what} refers to step {}, which has no such pass", r.step));
+                    return Err(Error::Plan(format!("{what} refers to step {}, which has no such pass", r.step)));
                 }
             }
         }
@@ -365,11 +372,11 @@ impl StepPlan {
             return plan(format!("the plan has {} steps and substitutions at step {step}", self.grid.len()));
         }
         if let Some(sizes) = &self.sizes {
-            sizes.check(self.grid.len()).map_err(Error::Plan)?;
+            sizes.check(self.grid.len())?;
         }
         for (&step, substitutions) in &self.steps {
             for (index, one) in substitutions.iter().enumerate() {
-                one.check(step, self).map_err(Error::Plan)?;
+                one.check(step, self)?;
                 let twice = |other: &Substitution| {
                     other.cut == one.cut && (other.pass.is_none() || one.pass.is_none() || other.pass == one.pass)
                 };

@@ -82,25 +82,25 @@ impl Sizes {
     }
 
     /// Checks them for so many steps.
-    pub(super) fn check(&self, steps: usize) -> Result<(), String> {
+    pub(super) fn check(&self, steps: usize) -> Result<(), Error> {
         if self.steps.len() != steps {
-            return Err(format!("the plan has {steps} timesteps and {} sizes", self.steps.len()));
+            return Err(Error::Plan(format!("the plan has {steps} timesteps and {} sizes", self.steps.len())));
         }
         let [height, width] = self.full();
         let fits = |size: &&[usize; 2]| (1..=height).contains(&size[0]) && (1..=width).contains(&size[1]);
         if let Some([h, w]) = self.steps.iter().find(|size| !fits(size)) {
-            return Err(format!(
+            return Err(Error::Plan(format!(
                 "a step has the size {h}×{w}, expected at most that of the last one, {height}×{width}"
-            ));
+            )));
         }
         let whole =
             |pair: &[[usize; 2]]| !grows(pair[0], pair[1]) || (0..2).all(|k| pair[1][k].is_multiple_of(pair[0][k]));
         match self.steps.windows(2).find(|pair| self.up == Up::Matched && !whole(pair)) {
             None => Ok(()),
-            Some(pair) => Err(format!(
+            Some(pair) => Err(Error::Plan(format!(
                 "noise of {}×{} cannot be repeated to {}×{}; matched growth is by whole factors",
                 pair[0][0], pair[0][1], pair[1][0], pair[1][1]
-            )),
+            ))),
         }
     }
 
@@ -182,7 +182,7 @@ impl Table {
     /// and noise. Source: Tian et al. 2025, Bottleneck Sampling, arXiv:2503.18940; matched growth as in Jeong et al. 2025,
     /// Region-Adaptive Latent Sampling, arXiv:2507.08422.
     pub fn staged(s: &Scheduler, request: &Request, grid: &[f64], sizes: &Sizes) -> Result<Table, Error> {
-        sizes.check(grid.len()).map_err(Error::Plan)?;
+        sizes.check(grid.len())?;
         let stages = sizes.stages();
         if stages.len() > 1 && (!s.solver.info().mixtures || s.invert_sigmas) {
             let what =

@@ -9,7 +9,6 @@ use std::{collections::BTreeMap, fs, path::Path};
 /// Methods of a match whose arguments are names of its pattern.
 const ASKING: &[&str] = &[
     "elem",
-    "filled_with",
     "find_node",
     "find_value",
     "id",

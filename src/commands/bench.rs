@@ -46,12 +46,14 @@ pub(crate) struct BenchArgs {
     run: RunArgs,
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if (0.0..=3600.0).contains(&seconds) => Ok(seconds),
-        _ => Err("expected a number of seconds from 0 to 3600".to_owned()),
-    }
+fn seconds(text: &str) -> Result<f64, NoSeconds> {
+    text.parse().ok().filter(|seconds| (0.0..=3600.0).contains(seconds)).ok_or(NoSeconds)
 }
+
+/// A text that is no time to spend.
+#[derive(Debug, thiserror::Error)]
+#[error("expected a number of seconds from 0 to 3600")]
+struct NoSeconds;
 
 /// The profile of one model, as JSON and as text show it.
 #[derive(Debug, Serialize)]

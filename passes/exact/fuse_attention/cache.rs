@@ -7,8 +7,8 @@ use super::{
     walk::made_by,
 };
 use crate::{Match, Refusal};
-use lathe_ir::{NodeId, Patch, Use, ValueId};
-use std::collections::BTreeSet;
+use lathe_analysis::upstream;
+use lathe_ir::{Patch, Use, ValueId};
 
 /// The caches of an attention and what is added to them.
 pub(super) struct Cache {
@@ -63,17 +63,9 @@ pub(super) fn cache(m: &Match, g: &mut Patch, attention: &Attention) -> Result<O
 /// Whether anything that `reads` are computed from uses the values `present`, so that they cannot come behind.
 fn comes_before(m: &Match, present: [ValueId; 2], reads: Vec<ValueId>) -> bool {
     let graph = m.graph();
-    let mut before: BTreeSet<NodeId> = BTreeSet::new();
-    let mut stack: Vec<NodeId> = reads.iter().filter_map(|&value| graph.producer(value)).collect();
-    while let Some(id) = stack.pop() {
-        if before.insert(id) {
-            let inputs = graph.node(id).inputs().iter().flatten().copied();
-            let captured = graph.node(id).subgraphs().into_iter().flat_map(|scope| graph.captures(scope));
-            stack.extend(inputs.chain(captured).filter_map(|value| graph.producer(value)));
-        }
-    }
+    let before = upstream(graph, reads.iter().copied());
     present.iter().any(|value| {
         let uses = graph.value(*value).uses();
-        reads.contains(value) || uses.iter().any(|u| matches!(u, Use::Node(id, _) if before.contains(id)))
+        reads.contains(value) || uses.iter().any(|u| matches!(u, Use::Node(id, _) if before.contains(*id)))
     })
 }

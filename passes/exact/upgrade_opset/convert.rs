@@ -1,5 +1,6 @@
 //! What to do with one node whose operator changed in one version.
 
+use crate::Refusal;
 use lathe_analysis::{DimExpr, Facts};
 use lathe_ir::{DataType, Graph, Node, NodeId, Tensor, ValueId};
 
@@ -12,7 +13,7 @@ pub(super) struct Site<'a> {
     pub(super) to: i64,
 }
 
-type Step = Result<(), String>;
+type Step = Result<(), Refusal>;
 
 /// Makes a node that is valid just before `version`, which changed its operator, mean the same in `version`.
 pub(super) fn convert(site: &mut Site, version: i64) -> Step {
@@ -101,7 +102,7 @@ pub(super) fn convert(site: &mut Site, version: i64) -> Step {
         ("Upsample", 9) => {
             let scales = match site.node().attribute("scales") {
                 Some(lathe_ir::AttributeValue::Floats(all)) => all.clone(),
-                _ => return Err("it lacks `scales`".to_owned()),
+                _ => return Err("it lacks `scales`".into()),
             };
             site.drop_attribute("scales");
             site.add_constant(1, "scales", Tensor::from_f32s(&[scales.len()], &scales));
@@ -116,7 +117,7 @@ pub(super) fn convert(site: &mut Site, version: i64) -> Step {
             site.move_ints("axes", 1);
             Ok(())
         }
-        _ => Err("there is no conversion".to_owned()),
+        _ => Err("there is no conversion".into()),
     }
 }
 
@@ -126,7 +127,7 @@ impl Site<'_> {
     }
 
     fn require(&self, holds: bool, reason: &str) -> Step {
-        if holds { Ok(()) } else { Err(reason.to_owned()) }
+        if holds { Ok(()) } else { Err(reason.into()) }
     }
 
     fn drop_attribute(&mut self, name: &str) {
@@ -157,9 +158,9 @@ impl Site<'_> {
         self.node().output(1).is_some_and(|v| !self.graph.value(v).uses().is_empty())
     }
 
-    fn elem(&self) -> Result<DataType, String> {
+    fn elem(&self) -> Result<DataType, Refusal> {
         let elem = self.node().input(0).and_then(|v| self.facts.elem(v));
-        elem.ok_or_else(|| "the element type of its input is unknown".to_owned())
+        Ok(elem.ok_or("the element type of its input is unknown")?)
     }
 
     fn attention(&self) -> Step {

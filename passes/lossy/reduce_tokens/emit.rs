@@ -1,9 +1,9 @@
 //! Writes fewer tokens into a model.
 
 use super::place::{CONTRIB, Chain, Cut};
-use lathe_analysis::Keys;
+use lathe_analysis::{Keys, comes_from};
 use lathe_ir::{Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// Added to a score that a softmax is not to see.
 const NEVER: f32 = -1e4;
@@ -215,19 +215,6 @@ pub(super) fn open_sum(graph: &mut Graph, stream: ValueId, attention: NodeId) ->
     }
     graph.remove_node(id);
     true
-}
-
-/// Whether a node has part in making a value.
-fn comes_from(graph: &Graph, value: ValueId, node: NodeId) -> bool {
-    let (mut open, mut seen) = (vec![value], BTreeSet::new());
-    while let Some(value) = open.pop() {
-        match graph.producer(value) {
-            Some(maker) if maker == node => return true,
-            Some(maker) if seen.insert(maker) => open.extend(graph.node(maker).inputs().iter().flatten()),
-            _ => {}
-        }
-    }
-    false
 }
 
 /// The mean key over heads of every token, `[batch, tokens, size]`.

@@ -2,7 +2,7 @@
 
 use super::emit::mean_part;
 use crate::lossy::regions::{ends_of, held_by};
-use lathe_analysis::{Facts, Keys, Tokens, UnitKind, Units};
+use lathe_analysis::{Facts, Keys, Tokens, UnitKind, Units, find_downstream};
 use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -114,20 +114,12 @@ fn follow(model: &Model, facts: &Facts, from: ValueId, wish: Wish) -> Result<(To
 
 /// Whether anything that a node computes, by itself or further on, is an attention.
 fn leads_to_attention(graph: &Graph, from: NodeId) -> bool {
-    let (mut open, mut seen) = (vec![from], BTreeSet::new());
-    while let Some(id) = open.pop() {
-        if !seen.insert(id) {
-            continue;
-        }
+    let is_attention = |id: NodeId| {
         let node = graph.node(id);
-        let readers = || node.outputs().iter().flatten().flat_map(|&v| graph.value(v).uses()).filter_map(super::reader);
-        let weighs = node.is("Softmax") && readers().any(|id| graph.node(id).is("MatMul"));
-        if weighs || node.op_type.ends_with("Attention") {
-            return true;
-        }
-        open.extend(readers());
-    }
-    false
+        let mut uses = node.outputs().iter().flatten().flat_map(|&v| graph.value(v).uses()).filter_map(super::reader);
+        node.op_type.ends_with("Attention") || (node.is("Softmax") && uses.any(|id| graph.node(id).is("MatMul")))
+    };
+    find_downstream(graph, from, is_attention).is_some()
 }
 
 impl Chain {

@@ -1,7 +1,7 @@
 //! Which tokens are visual, what looks at them, and whether what follows works with fewer.
 
 use crate::lossy::regions::ends_of;
-use lathe_analysis::{Facts, Tokens, UnitKind, Units};
+use lathe_analysis::{Facts, Tokens, UnitKind, Units, downstream, upstream};
 use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, ValueId};
 use std::collections::BTreeSet;
 
@@ -136,14 +136,10 @@ fn joined(graph: &Graph, facts: &Facts, value: ValueId, stream: ValueId) -> Opti
 
 /// The last attention before a stream whose weights are over this many tokens, or over one more in front of them.
 fn looks(graph: &Graph, facts: &Facts, stream: ValueId, count: usize) -> Option<(ValueId, usize)> {
-    let mut needed = BTreeSet::from([stream]);
+    let needed = upstream(graph, [stream]);
     let order = graph.sorted(ScopeId::MAIN).ok()?;
-    for &id in order.iter().rev() {
+    for &id in order.iter().rev().filter(|&&id| needed.contains(id)) {
         let node = graph.node(id);
-        if !node.outputs().iter().flatten().any(|v| needed.contains(v)) {
-            continue;
-        }
-        needed.extend(node.inputs().iter().flatten());
         let Some(output) = node.output(0).filter(|_| node.is("Softmax")) else { continue };
         let Some(shape) = facts.shape(output).filter(|s| s.len() == 4) else { continue };
         let size = |axis: usize| usize::try_from(shape[axis].as_known()?).ok();
@@ -158,16 +154,9 @@ fn looks(graph: &Graph, facts: &Facts, stream: ValueId, count: usize) -> Option<
 impl Place {
     /// Everything that depends on the stream, in order.
     pub fn nodes(&self, graph: &Graph) -> Vec<NodeId> {
-        let mut made: BTreeSet<ValueId> = BTreeSet::from([self.stream]);
-        let mut nodes = Vec::new();
-        for id in graph.sorted(ScopeId::MAIN).unwrap_or_default() {
-            let node = graph.node(id);
-            if node.inputs().iter().flatten().any(|v| made.contains(v)) {
-                made.extend(node.outputs().iter().flatten());
-                nodes.push(id);
-            }
-        }
-        nodes
+        let dependent = downstream(graph, self.stream);
+        let order = graph.sorted(ScopeId::MAIN).unwrap_or_default();
+        order.into_iter().filter(|&id| dependent.contains(id)).collect()
     }
 
     /// The outputs of the model that depend on the stream.
