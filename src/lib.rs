@@ -28,7 +28,7 @@ mod sampler;
 mod summary;
 mod validate;
 
-pub use auto::{AutoOptions, AutoPoint, AutoReport, auto};
+pub use auto::{AutoOptions, auto};
 pub use call::{Call, Event};
 pub use commands::{Answer, sets::Sets};
 pub use compress::Budget;
@@ -38,7 +38,7 @@ pub use latency::{Latency, LatencySide};
 pub use lathe_runtime::{PROVIDERS, Provider};
 pub use layers::LayerLine;
 pub use pipeline::{PassRecord, Selection, UnknownPass};
-pub use report::Report;
+pub use report::{AutoPoint, AutoReport, Report};
 pub use run_options::RunOptions;
 pub use runner::{Host, set_host};
 pub use sampler::{ImageReference, SamplerDone, SamplerOptions, SamplerReport, SamplerSide, Search, Tune, compile};

@@ -1,12 +1,14 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
+mod auto;
 mod plan;
 mod scores;
 
+pub use auto::{AutoPoint, AutoReport};
 pub use plan::{BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
 pub use scores::OutputScores;
 
-use crate::{AutoReport, Latency, html, layers::LayerLine};
+use crate::{Latency, layers::LayerLine};
 use lathe_passes::Quantity;
 use lathe_runtime::{ChosenSamples, Excuse, metric_columns};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -196,11 +198,6 @@ impl Report {
     /// The report as JSON.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("a report has only names and numbers")
-    }
-
-    /// The report as one HTML page that needs nothing else.
-    pub fn to_html(&self) -> String {
-        html::page(self)
     }
 
     /// The report as Markdown.

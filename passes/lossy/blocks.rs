@@ -2,8 +2,8 @@
 
 use super::{
     Weight,
+    integers::{Blocks, Layout, Scheme},
     layers::Tap,
-    quantize::{Blocks, Layout, Scheme},
     stored::Stored,
 };
 use crate::Target;

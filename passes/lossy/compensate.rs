@@ -5,7 +5,8 @@ use super::{
     factorize::Rank,
     factors::{self, Layer, Seen},
     in_batches,
-    quantize::{self, Coded, Scheme},
+    integers::Scheme,
+    quantize::{self, Coded},
     spectrum::Spectrum,
     weights,
 };

@@ -47,8 +47,8 @@ const FEW: &str = "too few of its inputs matter little";
 /// Units that a layer reads, and the numbers that it multiplies per unit.
 fn units(graph: &Graph, reader: &Weight) -> (usize, usize) {
     let conv = reader.taps.first().is_some_and(|tap| graph.node(tap.node).is("Conv"));
-    let units = if conv { reader.dims[1] } else { factors::sides(reader).0 };
-    (units, factors::sides(reader).0 / units)
+    let units = if conv { reader.dims[1] } else { reader.sides().0 };
+    (units, reader.sides().0 / units)
 }
 
 /// Kept inputs come in multiples of this many.
@@ -180,7 +180,7 @@ fn picked(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order, drop: usiz
 fn picking(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order) -> Result<Site, &'static str> {
     let (units, _) = units(graph, weight);
     let uses = weight.taps.len() as u64;
-    let (elements, n) = (weight.dims.iter().product::<usize>() as u64, factors::sides(weight).1 as u64);
+    let (elements, n) = (weight.dims.iter().product::<usize>() as u64, weight.sides().1 as u64);
     let mut candidates = Vec::new();
     for &drop in &order.drops {
         let left = (units - drop) as u64;

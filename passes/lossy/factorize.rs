@@ -2,7 +2,7 @@
 
 use super::{
     Candidate, Edit, Loss, Method, MethodContext, Proposal, Site, Weight, factors,
-    factors::{Layer, Seen, sides},
+    factors::{Layer, Seen},
     in_batches,
     spectrum::{Spectrum, product},
     weights,
@@ -175,7 +175,7 @@ impl Method for Factorize {
         });
         match factored {
             Ok((seen, layer, found)) => {
-                debug_assert_eq!(sides(weight), (found.left.nrows(), found.right.nrows()), "factors span the weight");
+                debug_assert_eq!(weight.sides(), (found.left.nrows(), found.right.nrows()), "factors span the weight");
                 let mut left = found.left.subcols(0, rank).to_owned();
                 let mut right = found.right.subcols(0, rank).to_owned();
                 let off = &layer.matrix - product(left.as_ref(), right.transpose());

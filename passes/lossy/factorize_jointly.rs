@@ -3,7 +3,7 @@
 use super::{
     BATCH, Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factorize::{self, Rank},
-    factors::{self, Judge, Seen, sides},
+    factors::{self, Judge, Seen},
     on_all_cores,
     spectrum::{Spectrum, product, tails_of_products},
     weights,
@@ -84,8 +84,8 @@ fn team<'a>(
 impl Team<'_> {
     /// Inputs, and outputs of all members.
     fn sides(&self) -> (usize, usize) {
-        let outputs = self.members.iter().map(|m| sides(m.weight).1).sum();
-        (sides(self.members[0].weight).0, outputs)
+        let outputs = self.members.iter().map(|m| m.weight.sides().1).sum();
+        (self.members[0].weight.sides().0, outputs)
     }
 
     /// The directions of all outputs side by side, each member's divided by its root mean square norm.
@@ -115,7 +115,7 @@ impl Team<'_> {
         let mut from = 0;
         let mut all = Vec::new();
         for member in &self.members {
-            let n = sides(member.weight).1;
+            let n = member.weight.sides().1;
             let own = found.right.as_ref().subrows(from, n);
             let mut products = product(own.transpose(), own);
             for column in 0..products.ncols() {
@@ -165,7 +165,7 @@ impl Team<'_> {
         let mut right = found.right.subcols(0, rank).to_owned();
         let mut from = 0;
         for member in &self.members {
-            let n = sides(member.weight).1;
+            let n = member.weight.sides().1;
             let mut own = right.subrows_mut(from, n);
             own *= faer::Scale(member.output.sqrt());
             from += n;
@@ -180,7 +180,7 @@ impl Team<'_> {
         let inner = graph.append(ScopeId::MAIN, Node::new("MatMul"), &[data, shared], &format!("{name}_inner"));
         let mut from = 0;
         for member in &self.members {
-            let n = sides(member.weight).1;
+            let n = member.weight.sides().1;
             let own = right.as_ref().subrows(from, n);
             factors::second(graph, member.weight, &[inner], own);
             from += n;

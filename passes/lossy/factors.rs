@@ -60,21 +60,15 @@ pub(super) struct Layer {
     pub judges: Vec<Mat<f64>>,
 }
 
-/// Inputs and outputs of a layer's weight.
-pub(super) fn sides(weight: &Weight) -> (usize, usize) {
-    let (first, others) = (weight.dims[0], weight.dims[1..].iter().product());
-    if weight.inputs_axis() == 0 { (first, others) } else { (others, first) }
-}
-
 /// The rows whose second moments methods may want of a weight; none if it is no layer or too wide.
 pub fn gram_rows(weight: &Weight) -> Vec<Rows> {
     let rows: Option<Vec<Rows>> = weight.taps.iter().map(|tap| tap.rows.clone()).collect();
-    rows.filter(|_| sides(weight).0 <= MOST_INPUTS).unwrap_or_default()
+    rows.filter(|_| weight.sides().0 <= MOST_INPUTS).unwrap_or_default()
 }
 
 /// What was seen of a layer, or why it cannot be factored.
 pub(super) fn seen(graph: &Graph, weight: &Weight, cx: &MethodContext) -> Result<Result<Seen, &'static str>, Error> {
-    let (k, n) = sides(weight);
+    let (k, n) = weight.sides();
     let axis = weight.inputs_axis();
     if weight.taps.iter().any(|tap| tap.rows.is_none()) {
         return Ok(Err("rows are picked of the constant"));
@@ -113,7 +107,7 @@ fn held(graph: &Graph, weight: &Weight, calibration: &dyn Calibrate) -> Result<V
         let gram = tap.rows.as_ref().map(|rows| calibration.held_gram(rows)).transpose()?.flatten();
         let output = calibration.held_moments(&tap.output_rows)?.map(|moments| product_norm(graph, tap, &moments));
         match (gram, output) {
-            (Some(gram), Some(output)) if is_usable(&gram, output, sides(weight).0) => all.push((gram, output)),
+            (Some(gram), Some(output)) if is_usable(&gram, output, weight.sides().0) => all.push((gram, output)),
             _ => return Ok(Vec::new()),
         }
     }
@@ -156,7 +150,7 @@ pub(super) fn matrix(graph: &Graph, weight: &Weight) -> Result<Mat<f64>, &'stati
     let numbers = tensor.to_f32s().filter(|m| m.iter().all(|w| w.is_finite()));
     tensor.release();
     let numbers = numbers.ok_or("the constant holds a NaN or an infinity")?;
-    let (k, n) = sides(weight);
+    let (k, n) = weight.sides();
     Ok(match weight.inputs_axis() {
         0 => Mat::from_fn(k, n, |row, column| f64::from(numbers[row * n + column])),
         _ => Mat::from_fn(k, n, |row, column| f64::from(numbers[column * k + row])),
@@ -230,7 +224,7 @@ fn bias(graph: &Graph, tap: &Tap, outputs: usize) -> Option<Bias> {
 
 /// Whether a constant can be added to the output of every use without a node more.
 pub(super) fn takes_bias(graph: &Graph, weight: &Weight) -> bool {
-    let n = sides(weight).1;
+    let n = weight.sides().1;
     weight.taps.iter().all(|tap| bias(graph, tap, n).is_some())
 }
 

@@ -43,7 +43,13 @@ impl Weight {
 
     /// Inputs that one output sums over; for picked rows, the features of a row.
     pub fn inputs(&self) -> usize {
-        super::factors::sides(self).0
+        self.sides().0
+    }
+
+    /// Inputs and outputs of the layer.
+    pub(super) fn sides(&self) -> (usize, usize) {
+        let (first, others) = (self.dims[0], self.dims[1..].iter().product());
+        if self.inputs_axis() == 0 { (first, others) } else { (others, first) }
     }
 
     /// The norm of what every input of a use is multiplied with; `None` unless the weight is float32.

@@ -102,7 +102,7 @@ impl<'a> Run<'a> {
             for ((step, chosen), &count) in self.steps.iter().zip(&chosen).zip(&counts) {
                 let fewer = count < step.units;
                 if fewer {
-                    let outputs = factors::sides(step.reader).1 as u64;
+                    let outputs = step.reader.sides().1 as u64;
                     cost.bytes += 4 * outputs + OVERHEAD;
                     cost.parameters += outputs;
                 }

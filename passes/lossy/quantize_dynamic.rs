@@ -2,10 +2,7 @@
 
 use super::{
     Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, Weight, factors,
-    layers::Tap,
-    on_all_cores,
-    quantize::{Coded, Scheme},
-    weights,
+    integers::Scheme, layers::Tap, on_all_cores, quantize::Coded, weights,
 };
 use crate::{Error, Info, Kind, Outcome, Quantity};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
@@ -70,7 +67,7 @@ fn seen(graph: &Graph, weight: &Weight, cx: &MethodContext) -> Result<Result<Vec
         let Some(largest) = moments.largest.filter(|l| l.is_finite()) else {
             return Ok(Err("the range of what it reads was not watched or is not finite"));
         };
-        if moments.square.len() != factors::sides(weight).0 || output.is_nan() || output <= 0.0 {
+        if moments.square.len() != weight.sides().0 || output.is_nan() || output <= 0.0 {
             return Ok(Err("what it reads is not finite, or what it gives is all zero"));
         }
         inputs.push(Some(Input { squares: moments.square, largest, output }));
@@ -83,7 +80,7 @@ fn seen(graph: &Graph, weight: &Weight, cx: &MethodContext) -> Result<Result<Vec
 
 fn coded(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Coded, &'static str> {
     let joint = |i: usize| inputs.iter().flatten().map(|input| input.squares[i] / input.output).sum();
-    let squares: Vec<f64> = (0..factors::sides(weight).0).map(joint).collect();
+    let squares: Vec<f64> = (0..weight.sides().0).map(joint).collect();
     Coded::of(graph, weight, SCHEME, &squares)
 }
 
@@ -92,7 +89,7 @@ fn candidate(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result
     let coded = coded(graph, weight, inputs)?;
     let matrix = factors::matrix(graph, weight)?;
     let restored = coded.restored();
-    let (k, n) = factors::sides(weight);
+    let (k, n) = weight.sides();
     let turned = weight.inputs_axis() == 1;
     let (mut lost, mut energy) = (vec![0.0; k], vec![0.0; k]);
     for row in 0..k {
@@ -184,7 +181,7 @@ impl Method for QuantizeDynamic {
 /// Replaces every product with a weight by one of whole numbers. Only what picks rows of it uses it afterwards.
 fn emit(graph: &mut Graph, weight: &Weight, coded: &Coded) {
     let name = graph.value(weight.value).name.clone();
-    let (k, n) = factors::sides(weight);
+    let (k, n) = weight.sides();
     let (codes, scales) = coded.parts();
     let turned = weight.inputs_axis() == 1;
     let code = |at: usize| codes[if turned { at % n * k + at / n } else { at }] as u8;

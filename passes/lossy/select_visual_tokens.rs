@@ -2,16 +2,18 @@
 
 mod emit;
 mod place;
+mod selection;
 #[cfg(test)]
 mod tests;
 mod video;
 
 use super::{Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, regions::held_by};
 use crate::{Error, Info, Kind, Opt, Outcome, Quantity, Saving};
-use emit::{Form, Rest, emit};
+use emit::{Rest, emit};
 use lathe_analysis::{Bindings, Cost as ModelCost, Facts};
 use lathe_ir::{DataType, Model, NodeId, ScopeId, ValueId};
 use place::{Place, Span, place};
+use selection::{Counts, Form};
 use std::collections::BTreeSet;
 
 /// Selects visual tokens.
@@ -157,17 +159,17 @@ impl Asked {
     }
 
     /// How `keep` tokens of every part are chosen.
-    fn counts(&self, form: Form, keep: usize) -> emit::Counts {
+    fn counts(&self, form: Form, keep: usize) -> Counts {
         match form {
-            Form::Spread => emit::Counts { key: 1, task: 0, spread: keep - 1, merged: 0 },
+            Form::Spread => Counts { key: 1, task: 0, spread: keep - 1, merged: 0 },
             Form::Video => {
                 let alone = ((UNMERGED * keep as f64).round() as usize).clamp(1, keep - 1);
-                emit::Counts { key: 1, task: 0, spread: alone - 1, merged: keep - alone }
+                Counts { key: 1, task: 0, spread: alone - 1, merged: keep - alone }
             }
             Form::Score => {
                 let key = self.key.unwrap_or((keep / 4).clamp(1, MOST_KEYS)).min(keep);
                 let task = (self.task * (keep - key) as f64) as usize;
-                emit::Counts { key, task, spread: keep - key - task, merged: 0 }
+                Counts { key, task, spread: keep - key - task, merged: 0 }
             }
         }
     }
@@ -237,12 +239,12 @@ impl Method for SelectVisualTokens {
                     parameters: baseline.parameters,
                     flops_per_row: baseline.flops_per_row.saturating_sub(saved),
                 };
-                let selection = Selection { keep, form, rest, length: place.length, frames: place.frames };
+                let kept = KeptTokens { keep, form, rest, length: place.length, frames: place.frames };
                 candidates.push(Candidate {
-                    label: selection.label(),
+                    label: kept.label(),
                     cost,
                     loss: Loss::Measured(loss),
-                    edit: Edit::new(selection),
+                    edit: Edit::new(kept),
                 });
             }
         }
@@ -271,16 +273,16 @@ impl Method for SelectVisualTokens {
         candidate: &Candidate,
         cx: &MethodContext,
     ) -> Result<Outcome, Error> {
-        let selection = candidate.edit.of::<Selection>();
+        let kept = candidate.edit.of::<KeptTokens>();
         let mut outcome = Outcome::default();
         let asked = Asked::of(cx)?;
         let found = asked.as_ref().ok_or("which tokens are visual is not told");
         let found = found.and_then(|asked| Ok((asked, place(model, &asked.span, asked.frames)?)));
         let done = found.and_then(|(asked, place)| {
-            if (place.length, place.frames) != (selection.length, selection.frames) {
+            if (place.length, place.frames) != (kept.length, kept.frames) {
                 return Err("the visual tokens are no longer what they were");
             }
-            let Selection { keep, form, rest, .. } = *selection;
+            let KeptTokens { keep, form, rest, .. } = *kept;
             emit(model, &place, &asked.counts(form, keep), form, rest, asked.segment());
             Ok(())
         });
@@ -298,7 +300,7 @@ fn name(model: &Model, place: &Place) -> String {
 
 /// How many tokens of every frame stay, which, and what becomes of the others.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Selection {
+struct KeptTokens {
     keep: usize,
     form: Form,
     rest: Rest,
@@ -307,7 +309,7 @@ struct Selection {
     frames: usize,
 }
 
-impl Selection {
+impl KeptTokens {
     /// As reports call it: `64 of 256 visual tokens, others counted`.
     fn label(&self) -> String {
         let spread = match self.form {

@@ -4,7 +4,7 @@
 //! How an error of such a constant shows in what its node gives is not told by sums over rows, so every choice is carried
 //! out by itself and its loss is measured in the whole model.
 
-use super::{Candidate, Cost, Edit, Loss, MethodContext, Site, Weight, quantize::Layout};
+use super::{Candidate, Cost, Edit, Loss, MethodContext, Site, Weight, integers::Layout};
 use crate::{Error, Outcome};
 use lathe_ir::{DataType, Graph, Model, NodeId, Origin, ScopeId, Use, ValueId};
 use std::fmt;

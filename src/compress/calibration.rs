@@ -1,6 +1,6 @@
 //! What was seen on the calibration set, and what can be run on it, as methods ask for it.
 
-use super::position_weights::PositionWeights;
+use super::position_weights::{PositionMoments, PositionWeights};
 use crate::runner::Runner;
 use lathe_analysis::{Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, View};
 use lathe_ir::Model;
@@ -112,16 +112,6 @@ impl Calibration<'_> {
             return Ok(Some(found));
         }
         together(self.parts().map(|part| part.moments(rows)))
-    }
-
-    /// The same along the last axis of a value.
-    pub fn moments_of_all(&self, value: &str) -> Result<Option<Moments>, EvaluateError> {
-        self.moments_of(&Rows::last(value))
-    }
-
-    /// Mean squares of one position of a value, not weighed; `None` if they were not collected.
-    pub fn moments_alone(&self, value: &str, at: usize) -> Result<Option<Moments>, EvaluateError> {
-        together(self.parts().map(|part| part.moments_alone(value, at)))
     }
 
     /// The larger of what a variant loses on samples that no fit has seen and on as many that no choice was measured on.
@@ -318,6 +308,16 @@ fn diagonal(gram: &Gram) -> Moments {
 
 fn failed(error: StatisticsError) -> EvaluateError {
     EvaluateError { message: error.to_string() }
+}
+
+impl PositionMoments for Calibration<'_> {
+    fn moments_of_all(&self, value: &str) -> Result<Option<Moments>, EvaluateError> {
+        self.moments_of(&Rows::last(value))
+    }
+
+    fn moments_alone(&self, value: &str, at: usize) -> Result<Option<Moments>, EvaluateError> {
+        together(self.parts().map(|part| part.moments_alone(value, at)))
+    }
 }
 
 impl Calibrate for Calibration<'_> {

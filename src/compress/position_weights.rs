@@ -4,7 +4,6 @@
 //! positions apart, outputs are tried against errors of these alone, and second moments of what a layer reads and gives
 //! weigh every position by what an error there does: fits and prices then speak of the outputs, not of the mean token.
 
-use super::calibration::Calibration;
 use lathe_analysis::{EvaluateError, Facts, Gram, Moments, Rows, SymMatrix, View, read_apart};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::lossy::{Weight, gram_rows};
@@ -25,6 +24,15 @@ pub(super) struct Sensitivities {
     pub values: BTreeMap<ValueId, f64>,
     /// Errors at one position only.
     pub positions: BTreeMap<(ValueId, usize), f64>,
+}
+
+/// Mean squares over a calibration set, not weighed; `None` if they were not collected.
+pub(super) trait PositionMoments {
+    /// Along the last axis of a value.
+    fn moments_of_all(&self, value: &str) -> Result<Option<Moments>, EvaluateError>;
+
+    /// Of one position of a value.
+    fn moments_alone(&self, value: &str, at: usize) -> Result<Option<Moments>, EvaluateError>;
 }
 
 /// Layers that read, and give, positions of which the model reads some apart.
@@ -101,7 +109,7 @@ impl SlicedPositions {
     /// How much every position counts.
     pub fn position_weights(
         &self,
-        seen: &Calibration<'_>,
+        seen: &impl PositionMoments,
         sensitivities: &Sensitivities,
     ) -> Result<PositionWeights, EvaluateError> {
         let mut position_weights = PositionWeights::default();

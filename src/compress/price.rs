@@ -11,7 +11,10 @@ use super::{
 };
 use crate::Failure;
 use lathe_ir::Model;
-use lathe_passes::{Quantity, lossy::MethodContext};
+use lathe_passes::{
+    Quantity,
+    lossy::{MethodContext, Site},
+};
 
 /// Everything that can be chosen, ready for the allocator.
 pub(super) fn price<'a>(
@@ -30,10 +33,13 @@ pub(super) fn price<'a>(
     loss_trials::measure_losses(setup, model, &mut regions, &cx, warnings)?;
     price_nested(setup, model, &mut regions, &cx)?;
     drop(cx);
+    let offered: Vec<&Site> =
+        regions.iter().filter(|region| region.candidates().next().is_some()).map(Region::site).collect();
+    let uncovered = uncovered(model, &offered);
     let is_known = calibrated.sensitivities.is_known;
     let (calibration, scratch) = calibrated.into_parts();
     Ok(Candidates {
-        uncovered: uncovered(model, &regions),
+        uncovered,
         cx: setup.cx.clone(),
         regions,
         records,

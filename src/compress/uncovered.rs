@@ -1,11 +1,10 @@
 //! What of a model no method offers anything for, by operator.
 
-use super::candidates::Region;
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{Model, NodeId, ScopeId, Use, ValueId};
 use lathe_passes::{
     Quantity,
-    lossy::{SMALLEST, weights},
+    lossy::{SMALLEST, Site, weights},
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -36,12 +35,11 @@ impl Uncovered {
     }
 }
 
-/// What is in none of the places, the operator with most bytes first.
-pub(super) fn uncovered(model: &Model, regions: &[Region]) -> Vec<Uncovered> {
+/// What is in none of these sites, the operator with most bytes first.
+pub(super) fn uncovered(model: &Model, offered: &[&Site]) -> Vec<Uncovered> {
     let graph = &model.graph;
-    let offered = || regions.iter().filter(|region| region.candidates().next().is_some()).map(Region::site);
-    let covered: BTreeSet<ValueId> = offered().flat_map(|site| site.footprint.iter().copied()).collect();
-    let touched: BTreeSet<NodeId> = offered().flat_map(|site| site.nodes.iter().copied()).collect();
+    let covered: BTreeSet<ValueId> = offered.iter().flat_map(|site| site.footprint.iter().copied()).collect();
+    let touched: BTreeSet<NodeId> = offered.iter().flat_map(|site| site.nodes.iter().copied()).collect();
     let reasons: BTreeMap<ValueId, &'static str> = weights(graph).1.into_iter().collect();
     let cost = Cost::of(model, &Facts::infer(model), &Bindings::default());
     let mut found: BTreeMap<&str, Uncovered> = BTreeMap::new();
@@ -49,7 +47,7 @@ pub(super) fn uncovered(model: &Model, regions: &[Region]) -> Vec<Uncovered> {
     let mut largest: BTreeMap<&str, u64> = BTreeMap::new();
     for value in graph.initializers(ScopeId::MAIN).filter(|value| !covered.contains(value)) {
         let Some(tensor) = graph.constant(value) else { continue };
-        let readers = graph.value(value).uses().iter().filter_map(|region| match *region {
+        let readers = graph.value(value).uses().iter().filter_map(|place| match *place {
             Use::Node(id, _) => Some(id),
             _ => None,
         });
@@ -113,7 +111,7 @@ fn behind(model: &Model, mut id: NodeId) -> NodeId {
         let node = graph.node(id);
         let layout = ["Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", "DequantizeLinear"];
         let next = node.output(0).filter(|_| layout.iter().any(|op| node.is(op))).and_then(|output| {
-            graph.value(output).uses().iter().find_map(|region| match *region {
+            graph.value(output).uses().iter().find_map(|place| match *place {
                 Use::Node(id, _) => Some(id),
                 _ => None,
             })

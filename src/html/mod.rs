@@ -16,6 +16,13 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 const STYLE: &str = include_str!("style.css");
 
+impl Report {
+    /// The report as one HTML page that needs nothing else.
+    pub fn to_html(&self) -> String {
+        page(self)
+    }
+}
+
 /// The whole page.
 pub(crate) fn page(report: &Report) -> String {
     let title = match report.output.path.as_str() {

@@ -1,7 +1,6 @@
 //! Prices: what is taken when every unit of a quantity costs a price, a bound from below, and a good plan from above.
 
-use super::pareto::share;
-use super::table::{Pick, Plan, Status, Tree};
+use super::table::{Pick, Plan, Status, Tree, share};
 use crate::Quantity;
 use lathe_analysis::Random;
 

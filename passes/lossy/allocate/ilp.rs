@@ -5,8 +5,7 @@
 //! solver's own gap where that is narrower.
 
 use super::greedy::{allowed, at_prices, bound, improve, price_beside};
-use super::pareto::share;
-use super::table::{Pick, Plan, SolveError, Status, Tree};
+use super::table::{Pick, Plan, SolveError, Status, Tree, share};
 use crate::Quantity;
 use good_lp::{
     Expression, ProblemVariables, ResolutionError, Solution, SolutionStatus, SolverModel, Variable, WithMipGap,

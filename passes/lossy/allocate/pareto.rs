@@ -5,7 +5,7 @@
 //! best price for the budget (a Lagrangian bound) it cannot beat a greedy plan. No grid, so nothing is rounded.
 
 use super::greedy::{Priced, at_prices, bound, improve, price};
-use super::table::{Pick, Plan, Status, Tree};
+use super::table::{Pick, Plan, Status, Tree, share};
 use crate::Quantity;
 
 /// Points of one frontier above which only the most promising stay, and nothing is proven.
@@ -66,11 +66,6 @@ pub(super) fn solve(tree: &Tree, of: Quantity, limit: u64) -> Plan {
     let status = if search.complete { Status::Optimal } else { Status::Gap(share(objective, bound)) };
     let bound = if search.complete { objective } else { bound.min(objective) };
     Plan { choices, objective, bound, status, used }
-}
-
-/// The part of `objective` above `bound`.
-pub(super) fn share(objective: f64, bound: f64) -> f64 {
-    if objective > bound { (objective - bound) / objective } else { 0.0 }
 }
 
 impl<'a> Search<'a> {

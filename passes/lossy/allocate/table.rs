@@ -55,6 +55,11 @@ pub enum Status {
     TimeLimit(f64),
 }
 
+/// The part of `objective` above `bound`.
+pub(super) fn share(objective: f64, bound: f64) -> f64 {
+    if objective > bound { (objective - bound) / objective } else { 0.0 }
+}
+
 /// One option per group that exists.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {

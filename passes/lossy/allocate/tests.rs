@@ -240,7 +240,7 @@ fn many_sites_are_solved_to_the_end() {
         let limits = Limits::default().with(Quantity::Size, full(&table) * 7 / 10);
         let start = std::time::Instant::now();
         let plan = solve(&table, &limits, Solver::Auto).unwrap();
-        let (took, gap) = (start.elapsed().as_secs_f64(), pareto::share(plan.objective, plan.bound));
+        let (took, gap) = (start.elapsed().as_secs_f64(), table::share(plan.objective, plan.bound));
         assert!(plan.objective > 0.0 && gap <= 1e-3 && took < seconds * allowance, "{groups}: {took} s, {gap}");
     }
 }

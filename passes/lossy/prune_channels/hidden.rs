@@ -1,6 +1,6 @@
 //! Hidden units: from the layers that make them, through what treats each by itself, to the one layer that reads them.
 
-use super::super::{Weight, factors};
+use super::super::Weight;
 use lathe_analysis::Trait;
 use lathe_ir::{Graph, Node, NodeId, ScopeId, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,8 +41,8 @@ pub(in crate::lossy) fn hidden<'a>(
         return Err("rows are picked of the constant");
     }
     let conv = graph.node(tap.node).is("Conv");
-    let units = if conv { reader.dims[1] } else { factors::sides(reader).0 };
-    let window = factors::sides(reader).0 / units;
+    let units = if conv { reader.dims[1] } else { reader.sides().0 };
+    let window = reader.sides().0 / units;
     let from_end = if conv { reader.dims.len() - 1 } else { 1 };
     let mut found = Hidden {
         reader,
@@ -69,7 +69,7 @@ pub(in crate::lossy) fn hidden<'a>(
         }
         if let Some(&maker) = layers.get(&id) {
             let turned = maker.inputs_axis();
-            if maker.taps.len() != 1 || factors::sides(maker).1 != units || node.is("Conv") != conv {
+            if maker.taps.len() != 1 || maker.sides().1 != units || node.is("Conv") != conv {
                 return Err("what makes the units shares its weight or has another shape");
             }
             if node.input(1) != Some(maker.value) {

@@ -1,6 +1,6 @@
 //! Writes fewer tokens into a model.
 
-use super::place::{CONTRIB, Chain, Cut};
+use super::place::{CONTRIB, Chain, Cut, mean_part};
 use lathe_analysis::{Keys, comes_from};
 use lathe_ir::{Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::BTreeMap;
@@ -241,19 +241,6 @@ fn mean_keys(w: &mut Writer<'_>, cut: &Cut) -> ValueId {
             w.node(Node::new("Add"), &[keys, bias])
         }
     }
-}
-
-/// The middle third of the last axis, where the keys are, as the mean over heads; `None` if it does not divide.
-pub(super) fn mean_part(packed: &Tensor, heads: usize) -> Option<Tensor> {
-    let numbers = packed.to_f32s()?;
-    let (&width, before) = packed.dims().split_last()?;
-    let size = width.checked_div(3 * heads).filter(|&size| size > 0 && size * 3 * heads == width)?;
-    let row = |row: &[f32]| -> Vec<f32> {
-        let at = |head: usize, i: usize| row[width / 3 + head * size + i];
-        (0..size).map(|i| (0..heads).map(|head| at(head, i)).sum::<f32>() / heads as f32).collect()
-    };
-    let mean: Vec<f32> = numbers.chunks(width).flat_map(row).collect();
-    Some(Tensor::from_f32s(&[before, &[size]].concat(), &mean))
 }
 
 /// Takes `r` tokens of a stream away; everything that read it reads what is left.

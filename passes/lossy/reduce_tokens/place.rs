@@ -1,9 +1,8 @@
 //! Where tokens can become fewer, and what then has to change.
 
-use super::emit::mean_part;
 use crate::lossy::regions::{ends_of, held_by};
 use lathe_analysis::{Facts, Keys, Tokens, UnitKind, Units, find_downstream};
-use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, Use, ValueId};
+use lathe_ir::{DataType, Graph, Model, NodeId, ScopeId, Tensor, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Uses that get all tokens back, at most; more are no head but another network.
@@ -202,4 +201,17 @@ impl Chain {
     pub fn ends(&self, graph: &Graph) -> Vec<ValueId> {
         ends_of(graph, &self.nodes(graph))
     }
+}
+
+/// The middle third of the last axis, where the keys are, as the mean over heads; `None` if it does not divide.
+pub(super) fn mean_part(packed: &Tensor, heads: usize) -> Option<Tensor> {
+    let numbers = packed.to_f32s()?;
+    let (&width, before) = packed.dims().split_last()?;
+    let size = width.checked_div(3 * heads).filter(|&size| size > 0 && size * 3 * heads == width)?;
+    let row = |row: &[f32]| -> Vec<f32> {
+        let at = |head: usize, i: usize| row[width / 3 + head * size + i];
+        (0..size).map(|i| (0..heads).map(|head| at(head, i)).sum::<f32>() / heads as f32).collect()
+    };
+    let mean: Vec<f32> = numbers.chunks(width).flat_map(row).collect();
+    Some(Tensor::from_f32s(&[before, &[size]].concat(), &mean))
 }

@@ -123,7 +123,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// Positions in one part as the method says: by score, then each as far as can be from those before it.
-fn chosen(x: &[Vec<f32>], score: &[f32], counts: emit::Counts, form: Form) -> Vec<usize> {
+fn chosen(x: &[Vec<f32>], score: &[f32], counts: Counts, form: Form) -> Vec<usize> {
     let cosine = |i: usize, j: usize| dot(&x[i], &x[j]) / (dot(&x[i], &x[i]) * dot(&x[j], &x[j])).sqrt();
     let mut order: Vec<usize> = (0..x.len()).collect();
     order.sort_by(|&i, &j| score[j].total_cmp(&score[i]));
@@ -230,7 +230,7 @@ fn what_cannot_be_done_is_said() {
 }
 
 /// The trees of one segment by their definition: what stays of every frame, as a mean, and how many tokens it stands for.
-fn trees(x: &[Vec<Vec<f64>>], score: &[Vec<f64>], counts: emit::Counts) -> Vec<Vec<(Vec<f64>, f64)>> {
+fn trees(x: &[Vec<Vec<f64>>], score: &[Vec<f64>], counts: Counts) -> Vec<Vec<(Vec<f64>, f64)>> {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     let unit = |a: &[f64]| a.iter().map(|x| x / dot(a, a).sqrt()).collect::<Vec<f64>>();
     let (frames, part) = (x.len(), x[0].len());
@@ -286,7 +286,7 @@ fn trees(x: &[Vec<Vec<f64>>], score: &[Vec<f64>], counts: emit::Counts) -> Vec<V
 #[test]
 fn frames_are_merged_into_the_means_of_their_trees() {
     let (segments, segment, part, width) = (2, 3, 6, 5);
-    let counts = emit::Counts { key: 1, task: 0, spread: 1, merged: 1 };
+    let counts = Counts { key: 1, task: 0, spread: 1, merged: 1 };
     for seed in 0..8 {
         let mut model = model(&format!(
             "<ir_version: 11, opset_import: [\"\" : 23]> g (float[n,{part},{width}] x, float[n,{part}] score) => () {{

@@ -5,7 +5,7 @@
 //! where it goes as well. In the first frame of a segment it goes to the one of the same frame. What stays is the mean of
 //! all that went to it: counts walk the same way as sums, so that trees of any height have their true mean.
 
-use super::emit::{Counts, Form, NEVER, Selection};
+use super::selection::{Counts, Form, NEVER, Selection};
 use crate::lossy::reduce_tokens::emit::Writer;
 use lathe_ir::{DataType, Node, Tensor, ValueId};
 

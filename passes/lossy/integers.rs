@@ -1,0 +1,143 @@
+//! Matrices as whole numbers of few bits with one scale per block: rounding to nearest with a search over clipped ranges.
+
+use super::{Cost, OVERHEAD, Weight};
+
+/// Shares of the largest magnitude that a block's range may be cut to.
+const CLIPS: [f32; 7] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7];
+
+/// Bits and numbers per scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Scheme {
+    pub bits: usize,
+    /// `usize::MAX` for one scale per output channel.
+    pub block: usize,
+}
+
+impl Scheme {
+    /// As reports call it.
+    pub fn name(self) -> String {
+        if self.block == usize::MAX {
+            return format!("int{} per channel", self.bits);
+        }
+        format!("int{} block {}", self.bits, self.block)
+    }
+
+    /// The range of codes.
+    pub fn range(self) -> (f32, f32) {
+        let half = 1i32 << (self.bits - 1);
+        (-half as f32, (half - 1) as f32)
+    }
+
+    /// What it takes; `whole` where the last block of a row is stored to its end.
+    pub fn cost(self, layout: &Layout, whole: bool) -> Cost {
+        let elements = layout.outer * layout.length * layout.inner;
+        let stored =
+            if whole { elements / layout.length * layout.length.next_multiple_of(self.block) } else { elements };
+        let scales = layout.outer * layout.length.div_ceil(self.block) * layout.inner;
+        Cost {
+            bytes: ((stored * self.bits).div_ceil(8) + scales * 4) as u64 + OVERHEAD,
+            parameters: elements as u64,
+            flops_per_row: 2 * elements as u64,
+        }
+    }
+}
+
+/// A stored matrix as `[outer, length, inner]`, quantized along `length`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    pub outer: usize,
+    pub length: usize,
+    pub inner: usize,
+    /// The axis of `length` in the stored constant.
+    pub axis: usize,
+}
+
+impl Layout {
+    pub fn of(weight: &Weight) -> Layout {
+        let axis = weight.taps.first().map_or(0, |tap| tap.inputs_axis);
+        match axis {
+            0 => Layout { outer: 1, length: weight.dims[0], inner: weight.dims[1], axis },
+            _ => Layout { outer: weight.dims[0], length: weight.dims[1..].iter().product(), inner: 1, axis },
+        }
+    }
+}
+
+/// Codes and scales.
+pub(super) struct Blocks {
+    /// In the order of the stored constant.
+    pub codes: Vec<i8>,
+    /// `[outer, blocks, inner]`.
+    pub scales: Vec<f32>,
+}
+
+/// Quantizes `matrix` so that Σ importance · (w − ŵ)² is small.
+pub(super) fn quantize(matrix: &[f32], layout: Layout, scheme: Scheme, importance: &[f64]) -> Blocks {
+    let blocks = layout.length.div_ceil(scheme.block);
+    let mut codes = vec![0i8; matrix.len()];
+    let mut scales = vec![0f32; layout.outer * blocks * layout.inner];
+    let (low, high) = scheme.range();
+    let mut line = Vec::with_capacity(scheme.block.min(layout.length));
+    for outer in 0..layout.outer {
+        for block in 0..blocks {
+            let start = block * scheme.block.min(layout.length);
+            let rows = start..layout.length.min(start.saturating_add(scheme.block));
+            for inner in 0..layout.inner {
+                let at = |row: usize| (outer * layout.length + row) * layout.inner + inner;
+                line.clear();
+                line.extend(rows.clone().map(|row| matrix[at(row)]));
+                let scale = best_scale(&line, &importance[rows.clone()], low, high);
+                scales[(outer * blocks + block) * layout.inner + inner] = scale;
+                for (row, &w) in rows.clone().zip(&line) {
+                    codes[at(row)] = code(w, scale, low, high) as i8;
+                }
+            }
+        }
+    }
+    Blocks { codes, scales }
+}
+
+fn code(w: f32, scale: f32, low: f32, high: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { (w / scale).round_ties_even().clamp(low, high) }
+}
+
+/// The scale that loses least: the number of largest magnitude, or a share of it, becomes the lowest code, which has no
+/// positive counterpart.
+fn best_scale(line: &[f32], importance: &[f64], low: f32, high: f32) -> f32 {
+    let largest = line.iter().copied().fold(0.0f32, |best, w| if w.abs() > best.abs() { w } else { best });
+    if largest == 0.0 {
+        return 0.0;
+    }
+    let mut best = (f64::INFINITY, 0.0);
+    for clip in CLIPS {
+        let scale = largest * clip / low;
+        if scale == 0.0 || !scale.is_finite() {
+            continue;
+        }
+        let mut lost = 0.0;
+        for (&w, &weight) in line.iter().zip(importance) {
+            let off = f64::from(w - code(w, scale, low, high) * scale);
+            lost += weight * off * off;
+        }
+        if lost < best.0 {
+            best = (lost, scale);
+        }
+    }
+    best.1
+}
+
+/// Σ over the matrix of the squared error, per position along the quantized axis.
+pub(super) fn losses(matrix: &[f32], blocks: &Blocks, layout: Layout, scheme: Scheme) -> Vec<f64> {
+    let count = layout.length.div_ceil(scheme.block);
+    let mut lost = vec![0.0; layout.length];
+    for outer in 0..layout.outer {
+        for (row, lost) in lost.iter_mut().enumerate() {
+            for inner in 0..layout.inner {
+                let at = (outer * layout.length + row) * layout.inner + inner;
+                let scale = blocks.scales[(outer * count + row / scheme.block) * layout.inner + inner];
+                let off = f64::from(matrix[at] - f32::from(blocks.codes[at]) * scale);
+                *lost += off * off;
+            }
+        }
+    }
+    lost
+}
