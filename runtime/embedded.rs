@@ -20,7 +20,7 @@ use tract_onnx::prelude::{
 
 /// The engine that is always there.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Embedded;
+pub(crate) struct Embedded;
 
 impl Embedded {
     fn refuse(&self, message: String) -> RuntimeError {

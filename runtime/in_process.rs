@@ -11,7 +11,7 @@ pub fn start(search: &LibrarySearch) -> Result<&'static dyn Engine, RuntimeError
     match OrtEngine::start(search) {
         Ok(engine) => Ok(engine),
         #[cfg(feature = "embedded")]
-        Err(RuntimeError::NoLibrary { .. }) => Ok(&crate::Embedded),
+        Err(RuntimeError::NoLibrary { .. }) => Ok(&crate::embedded::Embedded),
         Err(error) => Err(error),
     }
 }

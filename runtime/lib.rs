@@ -48,8 +48,6 @@ pub use compare::{Claim, Comparison, Excuse, Fault, OutputError, compare, defaul
 pub use datum::{Datum, Sample};
 pub use distribution::{FeatureError, Features, Kernel, frechet, kernel, sliced};
 pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};
-#[cfg(feature = "embedded")]
-pub use embedded::Embedded;
 pub use engine::{Engine, LoadOptions, RuntimeError, Session, Source, Timed};
 pub use in_process::{InProcess, start};
 pub use inputs::{InputError, InputSpec, Sizes, Style, classes, generate, required_inputs, sizes_to_try};

@@ -169,11 +169,6 @@ impl SampleSet {
         self.part
     }
 
-    /// Whether the set has labels.
-    pub fn has_labels(&self) -> bool {
-        self.shards.iter().all(|s| s.labels.is_some())
-    }
-
     /// Reads the set from front to back, one batch at a time.
     pub fn batches(&self) -> Batches<'_> {
         Batches { set: self, next: 0, first: 0, open: None }

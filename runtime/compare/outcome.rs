@@ -156,7 +156,7 @@ impl Comparison {
         }
     }
 
-    /// Keeps a fault. Of an output that is too far from the reference on several samples the largest error is told.
+    /// Keeps a fault. Of an output that is too far from the reference on several samples it keeps the largest error.
     fn add(&mut self, fault: Fault) {
         if let Fault::TooFar { output: name, error: found, .. } = &fault
             && let Some(Fault::TooFar { error, .. }) =

@@ -72,7 +72,7 @@ struct Sums {
     similarity: f64,
 }
 
-/// The range of values that images are in: 1, 2 (from −1 to 1), 255, or what is seen.
+/// The range of values that images are in: 1, 2 (from −1 to 1), 255, or that of these values.
 fn peak(values: &[f64]) -> f64 {
     let finite = || values.iter().copied().filter(|x| x.is_finite());
     let (low, high) = finite().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));

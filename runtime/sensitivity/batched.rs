@@ -77,7 +77,7 @@ fn gives_rows(task: &Task<'_>, samples: &DimExpr) -> bool {
     counted(task).iter().all(|v| rows(v) || !moved.contains(v))
 }
 
-/// The outputs that errors are told of: tensors of floats, and by-products only where there is nothing else.
+/// The outputs that are compared: tensors of floats, and by-products only where there is nothing else.
 pub(super) fn counted(task: &Task<'_>) -> Vec<ValueId> {
     let graph = &task.model.graph;
     let outputs = graph.main().outputs();
