@@ -3,7 +3,7 @@
 use super::{
     external::ExternalFiles,
     proto::{self, StringStringEntryProto as Entry, TensorProto},
-    read::ReadError,
+    read_error::ReadError,
 };
 use crate::{
     DataType, DeviceConfiguration, Dim, Metadata, Placement, Port, Shape, ShardedDim, Sharding, SparseTensor, Tensor,

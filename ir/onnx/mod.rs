@@ -5,6 +5,7 @@ mod external;
 mod message;
 mod proto;
 mod read;
+mod read_error;
 mod scan;
 mod write;
 
@@ -12,5 +13,6 @@ mod write;
 mod tests;
 
 pub use external::ExternalError;
-pub use read::{Loaded, ReadError};
+pub use read::Loaded;
+pub use read_error::ReadError;
 pub use write::{External, Staged, WriteError, WriteOptions, Written, remove_staged, remove_staged_of};

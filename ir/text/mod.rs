@@ -19,7 +19,6 @@ mod build;
 mod literal;
 mod parse;
 mod print;
-mod print_data;
 mod scan;
 mod tree;
 

@@ -1,5 +1,7 @@
 //! From a model to text.
 
+mod data;
+
 use super::{ATTRIBUTE_TYPES, is_special_float, is_type_word};
 use crate::{
     Attribute, AttributeValue, DataType, Dim, Function, Graph, Model, NodeId, ScopeId, Shape, Type, TypeKind, Use,

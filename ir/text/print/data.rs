@@ -1,6 +1,6 @@
 //! Tensors and numbers as text.
 
-use super::print::{Printer, join};
+use super::{Printer, join};
 use crate::{DataType, Initializer, Shape, SparseTensor, Tensor};
 
 /// Tensors with more elements than this are abbreviated.
