@@ -26,6 +26,7 @@ mod run_options;
 mod runner;
 mod sampler;
 mod summary;
+mod terminal;
 mod validate;
 
 pub use auto::{AutoOptions, auto};

@@ -1,6 +1,6 @@
 //! Recipes: the options of a run in a TOML file.
 
-use crate::{Failure, cli::OptimizeArgs};
+use crate::{Failure, commands::optimize::args::OptimizeArgs};
 use anyhow::{Context as _, anyhow};
 use std::{ffi::OsString, path::Path};
 

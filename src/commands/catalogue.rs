@@ -1,7 +1,7 @@
 //! `optimize passes` and `optimize explain`: the catalogue.
 
 use super::Answer;
-use crate::{Failure, cli::print};
+use crate::{Failure, terminal::print};
 use clap::Args;
 use lathe_passes::{Info, Kind, PASSES, lossy::METHODS, sampler};
 use serde_json::json;

@@ -1,6 +1,6 @@
 //! `optimize doctor`: which runtime is used, what it offers, and installing one.
 
-use crate::{Failure, RunOptions, cli::print, kernels, progress::Meter, runner};
+use crate::{Failure, RunOptions, kernels, progress::Meter, runner, terminal::print};
 use anyhow::anyhow;
 use clap::Args;
 use lathe_runtime::LoadOptions;

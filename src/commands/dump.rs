@@ -1,6 +1,6 @@
 //! `optimize dump`: a model in the ONNX text form.
 
-use crate::{Failure, cli::print};
+use crate::{Failure, terminal::print};
 use clap::Args;
 use lathe_analysis::Facts;
 use lathe_ir::text;

@@ -14,7 +14,7 @@ use crate::{
     runner::Runner,
 };
 use activations::{Activations, Sources};
-use anatomy::Anatomy;
+use anatomy::{Anatomy, node_name};
 use clap::Args;
 use lathe_analysis::{Facts, NodeCost, UnitId};
 use lathe_ir::{Model, ValueId};
@@ -150,7 +150,7 @@ fn as_json(found: &Found) -> Value {
     };
     let graph = anatomy.graph();
     let layers = anatomy.dearest(DEAREST).into_iter().map(|id| {
-        let about = json!({"node": text::node_name(graph, id), "op": graph.node(id).op_type});
+        let about = json!({"node": node_name(graph, id), "op": graph.node(id).op_type});
         with(about, cost(&anatomy.cost.by_node[id.index()]))
     });
     let kinds =
@@ -159,7 +159,7 @@ fn as_json(found: &Found) -> Value {
         json!({"units": chain.iter().map(|id| id.index()).collect::<Vec<_>>(), "period": anatomy.units.period(index)})
     });
     let rejected = anatomy.units.rejected().iter();
-    let rejected = rejected.map(|r| json!({"join": text::node_name(graph, r.join), "reason": r.reason.to_string()}));
+    let rejected = rejected.map(|r| json!({"join": node_name(graph, r.join), "reason": r.reason.to_string()}));
     json!({
         "model": found.side, "ir_version": model.ir_version, "producer": model.producer_name,
         "inputs": values(main.inputs()), "outputs": values(main.outputs()), "functions": model.functions.len(),
@@ -179,7 +179,7 @@ fn unit_json(anatomy: &Anatomy, id: UnitId) -> Value {
     json!({
         "unit": id.index(), "label": anatomy.units.label(graph, id), "kind": unit.kind.name(), "chain": unit.chain,
         "position": unit.position, "parent": unit.parent.map(UnitId::index), "nodes": unit.nodes.len(),
-        "join": text::node_name(graph, unit.join), "stream_in": name(unit.stream_in),
+        "join": node_name(graph, unit.join), "stream_in": name(unit.stream_in),
         "stream_out": name(unit.stream_out), "side_inputs": names(&unit.side_inputs), "outputs": names(&unit.outputs),
         "shape_taps": names(&unit.shape_taps), "barrier": unit.barrier.map(|b| b.to_string()),
     })

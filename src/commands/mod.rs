@@ -12,9 +12,8 @@ pub(crate) mod stats;
 pub(crate) mod verify;
 
 use crate::{
-    Failure,
-    cli::{print, say},
-    runner,
+    Failure, runner,
+    terminal::{print, say},
 };
 use lathe_ir::{Loaded, Model};
 use std::path::{Path, PathBuf};

@@ -1,12 +1,15 @@
 //! The main job from the command line.
 
+pub(crate) mod args;
+
+use self::args::{ExternalArg, OptimizeArgs, TargetArg};
 use super::Answer;
 use crate::{
     AutoOptions, Budget, Failure, Options, Report, Selection,
-    cli::{ExternalArg, OptimizeArgs, TargetArg, print, say},
     progress::Meter,
     quantities::{size, time},
     recipe, summary,
+    terminal::{print, say},
 };
 use anyhow::{Context as _, anyhow};
 use lathe_ir::External;

@@ -3,10 +3,10 @@
 use super::Answer;
 use crate::{
     Failure, ImageReference, SamplerDone, SamplerOptions, Search, Tune,
-    cli::{TalkArgs, print, say},
     progress::Meter,
     run_options::RunArgs,
     sampler,
+    terminal::{TalkArgs, print, say},
 };
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};

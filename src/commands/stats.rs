@@ -2,11 +2,11 @@
 
 use crate::{
     Failure,
-    cli::{TalkArgs, print, say},
     progress::Meter,
     run_options::RunArgs,
     runner::{self, Runner},
     summary,
+    terminal::{TalkArgs, print, say},
 };
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};

@@ -5,7 +5,7 @@
 //!
 //! Sources: WINA, arXiv:2505.19427 (weighed by norms of weights); TEAL, arXiv:2408.14690 (by size alone).
 
-use super::text::node_name;
+use super::anatomy::node_name;
 use crate::{
     Failure,
     runner::{self, Runner},

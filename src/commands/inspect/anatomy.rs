@@ -21,6 +21,13 @@ pub(super) struct Weight<'a> {
     pub flops: u64,
 }
 
+/// A node's name, else that of its first output.
+pub(super) fn node_name(graph: &Graph, id: NodeId) -> String {
+    let node = graph.node(id);
+    let output = || node.outputs().iter().flatten().next().map(|&v| graph.value(v).name.clone());
+    if node.name.is_empty() { output().unwrap_or_default() } else { node.name.clone() }
+}
+
 impl<'a> Anatomy<'a> {
     pub fn of(model: &'a Model, facts: &'a Facts) -> Anatomy<'a> {
         let cost = Cost::of(model, facts, &Bindings::default());

@@ -3,21 +3,13 @@
 use super::{
     DEAREST, Found,
     activations::{Activations, LIMITS, Skipped},
-    anatomy::Anatomy,
+    anatomy::{Anatomy, node_name},
     ceilings,
 };
 use crate::report::{grouped, mib};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use lathe_analysis::NodeCost;
-use lathe_ir::{Graph, NodeId};
 use std::fmt::Write as _;
-
-/// A node's name, else that of its first output.
-pub(super) fn node_name(graph: &Graph, id: NodeId) -> String {
-    let node = graph.node(id);
-    let output = || node.outputs().iter().flatten().next().map(|&v| graph.value(v).name.clone());
-    if node.name.is_empty() { output().unwrap_or_default() } else { node.name.clone() }
-}
 
 fn right(text: String) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
