@@ -26,6 +26,15 @@ enum Path {
     Projected,
 }
 
+/// A sum at which branches come back to their stream.
+struct Join {
+    /// The place of its node.
+    at: usize,
+    sum: ValueId,
+    /// The partial sums on the way to it.
+    via: Vec<ValueId>,
+}
+
 /// What lies between a stream and a set of summands.
 struct Region {
     stream: ValueId,
@@ -329,7 +338,7 @@ impl Search<'_, '_> {
             if split.iter().all(|part| self.substantial(part)) {
                 (region, branches) = (Region { parts: split, ..parts }, finer);
                 through.extend(inner);
-                return self.enter(at, sum, region, branches, through, units);
+                return self.enter(Join { at, sum, via: through }, region, branches, units);
             }
         }
         if branches.len() > 1 {
@@ -340,7 +349,7 @@ impl Search<'_, '_> {
                 region.parts = vec![union(&region.parts)];
             }
         }
-        self.enter(at, sum, region, branches, through, units);
+        self.enter(Join { at, sum, via: through }, region, branches, units);
     }
 
     fn substantial(&self, part: &[usize]) -> bool {
@@ -348,15 +357,7 @@ impl Search<'_, '_> {
         part.iter().any(|at| kind::is_layer(node(at))) && part.iter().any(|at| kind::is_nonlinear(node(at)))
     }
 
-    fn enter(
-        &mut self,
-        at: usize,
-        sum: ValueId,
-        region: Region,
-        branches: Vec<ValueId>,
-        via: Vec<ValueId>,
-        units: &mut Vec<Unit>,
-    ) {
+    fn enter(&mut self, join: Join, region: Region, branches: Vec<ValueId>, units: &mut Vec<Unit>) {
         let groups: Vec<Vec<ValueId>> = match region.parts.len() {
             1 => vec![branches],
             _ => branches.into_iter().map(|b| vec![b]).collect(),
@@ -368,22 +369,13 @@ impl Search<'_, '_> {
             for &value in &branch {
                 self.of_branch.insert(value, units.len());
             }
-            let unit = self.unit(at, sum, region.stream, region.path, branch, &places, via.clone());
+            let unit = self.unit(&join, region.stream, region.path, branch, &places);
             units.push(unit);
         }
     }
 
-    #[allow(clippy::too_many_arguments)] // Each is a part of the unit.
-    fn unit(
-        &mut self,
-        at: usize,
-        sum: ValueId,
-        stream: ValueId,
-        path: Path,
-        branch: Vec<ValueId>,
-        places: &[usize],
-        via: Vec<ValueId>,
-    ) -> Unit {
+    /// The unit of one branch, whose nodes are at `places`.
+    fn unit(&mut self, join: &Join, stream: ValueId, path: Path, branch: Vec<ValueId>, places: &[usize]) -> Unit {
         let (flow, graph) = (self.flow, self.flow.graph);
         self.mark += 1;
         let mark = self.mark;
@@ -421,13 +413,13 @@ impl Search<'_, '_> {
         let shape_taps = made.filter(measured).collect();
         // The sum that reads the branch; of a partial sum that is not the last one.
         let reader = graph.value(branch[0]).uses().iter().find_map(|u| match u {
-            Use::Node(id, _) => via.iter().find(|&&v| graph.producer(v) == Some(*id)).map(|_| *id),
+            Use::Node(id, _) => join.via.iter().find(|&&v| graph.producer(v) == Some(*id)).map(|_| *id),
             _ => None,
         });
         Unit {
-            join: reader.unwrap_or(flow.order[at]),
+            join: reader.unwrap_or(flow.order[join.at]),
             stream_in: stream,
-            stream_out: sum,
+            stream_out: join.sum,
             branch,
             signature: kind::signature(graph, &nodes),
             nodes,
@@ -442,7 +434,7 @@ impl Search<'_, '_> {
             post: None,
             parent: None,
             depth: 0,
-            via,
+            via: join.via.clone(),
         }
     }
 

@@ -51,16 +51,8 @@ pub(super) fn compute(
             lost.extend(outputs());
             continue;
         }
-        let inputs: Option<Vec<Option<&Tensor>>> = node
-            .inputs()
-            .iter()
-            .map(|v| match v {
-                Some(v) => done.get(v).or_else(|| graph.constant(*v)).map(Some),
-                None => Some(None),
-            })
-            .collect();
         // An input that is not there yet comes from a node that the runtime computes.
-        let Some(inputs) = inputs else {
+        let Some(inputs) = inputs(graph, node, done) else {
             pending.push(id);
             kept.extend(node.inputs().iter().flatten());
             continue;
@@ -107,6 +99,15 @@ pub(super) fn compute(
     let wanted: BTreeSet<ValueId> = wanted.iter().copied().collect();
     done.retain(|v, _| wanted.contains(v) || found.told.contains_key(v));
     failures
+}
+
+/// The constant inputs of a node; `None` where one is not computed yet.
+fn inputs<'a>(graph: &'a Graph, node: &Node, done: &'a BTreeMap<ValueId, Tensor>) -> Option<Vec<Option<&'a Tensor>>> {
+    let tensor = |value: &Option<ValueId>| match value {
+        Some(value) => done.get(value).or_else(|| graph.constant(*value)).map(Some),
+        None => Some(None),
+    };
+    node.inputs().iter().map(tensor).collect()
 }
 
 /// The nodes that `wanted` need, in order.

@@ -2,7 +2,7 @@
 
 use crate::{Editor, Error, Info, Kind, Outcome, Pass, PassContext, Saving, edit_graphs, operands::slice_ranges};
 use lathe_analysis::Facts;
-use lathe_ir::{Function, Graph, Model, Node, NodeId, Tensor, Use, ValueId, imported};
+use lathe_ir::{Graph, Model, Node, NodeId, Tensor, Use, ValueId, imported};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// See [`INFO`].
@@ -33,7 +33,7 @@ impl Pass for MergeSlices {
 type Part = (i64, i64, NodeId);
 
 fn merge(editor: &mut Editor) -> Result<(), Error> {
-    let Editor { graph, opsets, functions, context: cx, outcome } = editor;
+    let Editor { graph, opsets, functions, .. } = editor;
     let sliced: BTreeSet<ValueId> = graph
         .all_nodes()
         .into_iter()
@@ -46,24 +46,23 @@ fn merge(editor: &mut Editor) -> Result<(), Error> {
     if sliced.is_empty() {
         return Ok(());
     }
-    let mut facts = cx.facts.take(graph, opsets, functions);
-    let opset = imported(opsets, "").unwrap_or(0);
+    let mut facts = editor.context.facts.take(graph, opsets, functions);
     let mut changed = false;
     for x in sliced {
-        for (axis, size, parts) in candidates(graph, &facts, x) {
+        for (axis, size, parts) in candidates(editor.graph, &facts, x) {
             match tiles(&parts, size) {
                 Ok(()) => {
-                    split(graph, &mut facts, opsets, functions, opset, x, axis, &parts, outcome);
+                    split(editor, &mut facts, x, axis, &parts);
                     changed = true;
                 }
-                Err(reason) => outcome.refuse(reason, graph.describe(parts[0].2)),
+                Err(reason) => editor.outcome.refuse(reason, editor.graph.describe(parts[0].2)),
             }
         }
     }
     if changed {
-        graph.sort()?;
+        editor.graph.sort()?;
     }
-    cx.facts.keep(graph, facts);
+    editor.context.facts.keep(editor.graph, facts);
     Ok(())
 }
 
@@ -107,25 +106,16 @@ fn tiles(parts: &[Part], size: i64) -> Result<(), &'static str> {
     if at == size { Ok(()) } else { Err("the Slices of a tensor leave elements out") }
 }
 
-#[allow(clippy::too_many_arguments)] // What an edit with facts takes.
-fn split(
-    graph: &mut Graph,
-    facts: &mut Facts,
-    opsets: &[(String, i64)],
-    functions: &[Function],
-    opset: i64,
-    x: ValueId,
-    axis: usize,
-    parts: &[Part],
-    outcome: &mut Outcome,
-) {
+/// Puts a Split in the place of the Slices that tile `axis` of `x`.
+fn split(editor: &mut Editor, facts: &mut Facts, x: ValueId, axis: usize, parts: &[Part]) {
+    let Editor { graph, opsets, functions, outcome, .. } = editor;
     let first = parts[0].2;
     let (scope, place) = (graph.node(first).scope(), graph.describe(first));
     let sizes: Vec<i64> = parts.iter().map(|(start, end, _)| end - start).collect();
     let mut node = Node::new("Split").with("axis", axis as i64);
     node.name = graph.node(first).name.clone();
     let mut inputs = vec![Some(x)];
-    if opset >= 13 {
+    if imported(opsets, "").unwrap_or(0) >= 13 {
         let base = format!("{}_sizes", graph.value(x).name);
         inputs.push(Some(graph.add_initializer(scope, &base, Tensor::int64s(&sizes))));
     } else {

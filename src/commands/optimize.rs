@@ -5,7 +5,7 @@ pub(crate) mod args;
 use self::args::{ExternalArg, OptimizeArgs, TargetArg};
 use super::Answer;
 use crate::{
-    AutoOptions, Budget, Failure, Options, Report, Selection,
+    AutoOptions, Budget, Failure, Options, Report, RunOptions, Selection, Sets,
     progress::Meter,
     quantities::{size, time},
     recipe, summary,
@@ -112,12 +112,7 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
     if output.is_none() && !args.dry_run && args.pareto.is_none() {
         return Err(Failure::Usage("no output is given; -o OUT says where the result goes".to_owned()));
     }
-    let mut settings = BTreeMap::new();
-    for setting in &args.set {
-        let wrong = || Failure::Usage(format!("`{setting}` is no setting, expected PASS.OPTION=VALUE"));
-        let (key, value) = setting.split_once('=').ok_or_else(wrong)?;
-        settings.insert(key.to_owned(), value.to_owned());
-    }
+    let settings = settings(args)?;
     if let Some(folder) = output.as_deref().and_then(Path::parent).filter(|f| !f.as_os_str().is_empty())
         && !folder.is_dir()
     {
@@ -125,32 +120,7 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
     }
     let run = args.run.options(progress)?;
     let sets = args.sets.sets()?;
-    // Time is measured at given shapes, whatever the set's are.
-    let shares = args.size.or(args.params).or(args.flops);
-    let timed = args.latency.is_some() || args.auto || (args.max_drop.is_some() && shares.is_none());
-    if args.minimize.is_some() && args.max_drop.is_none() && !args.auto {
-        let message = "--minimize says what becomes as little as --max-drop allows, and none is given";
-        return Err(Failure::Usage(message.to_owned()));
-    }
-    if !timed {
-        sets.instead_of(&run.inputs)?;
-    }
-    if args.size.is_some() && sets.calibration.is_none() {
-        let message = "--size spends a loss that is measured on samples, and none are given; --calib names a set";
-        return Err(Failure::Usage(message.to_owned()));
-    }
-    match args.calib_select {
-        Some(_) if sets.calibration.is_none() => {
-            let message = "--calib-select chooses samples of a calibration set, and none is given; --calib names one";
-            return Err(Failure::Usage(message.to_owned()));
-        }
-        Some(0) => return Err(Failure::Usage("--calib-select is 0, expected at least 1".to_owned())),
-        _ => {}
-    }
-    if args.no_verify && sets.validation.is_some() {
-        let message = "--no-verify runs nothing, so there is no use for a set; leave one of them out";
-        return Err(Failure::Usage(message.to_owned()));
-    }
+    check_sets(args, &sets, &run)?;
     Ok(Options {
         model,
         output: output.filter(|_| !args.dry_run),
@@ -186,4 +156,43 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
         run,
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
+}
+
+/// `--set PASS.OPTION=VALUE`, the last of an option counts.
+fn settings(args: &OptimizeArgs) -> Result<BTreeMap<String, String>, Failure> {
+    let mut settings = BTreeMap::new();
+    for setting in &args.set {
+        let wrong = || Failure::Usage(format!("`{setting}` is no setting, expected PASS.OPTION=VALUE"));
+        let (key, value) = setting.split_once('=').ok_or_else(wrong)?;
+        settings.insert(key.to_owned(), value.to_owned());
+    }
+    Ok(settings)
+}
+
+/// Whether sets, shapes of inputs and what is asked of both go together.
+fn check_sets(args: &OptimizeArgs, sets: &Sets, run: &RunOptions) -> Result<(), Failure> {
+    let usage = |message: &str| Err(Failure::Usage(message.to_owned()));
+    if args.minimize.is_some() && args.max_drop.is_none() && !args.auto {
+        return usage("--minimize says what becomes as little as --max-drop allows, and none is given");
+    }
+    // Time is measured at given shapes, whatever the set's are.
+    let shares = args.size.or(args.params).or(args.flops);
+    let timed = args.latency.is_some() || args.auto || (args.max_drop.is_some() && shares.is_none());
+    if !timed {
+        sets.instead_of(&run.inputs)?;
+    }
+    if args.size.is_some() && sets.calibration.is_none() {
+        return usage("--size spends a loss that is measured on samples, and none are given; --calib names a set");
+    }
+    match args.calib_select {
+        Some(_) if sets.calibration.is_none() => {
+            return usage("--calib-select chooses samples of a calibration set, and none is given; --calib names one");
+        }
+        Some(0) => return usage("--calib-select is 0, expected at least 1"),
+        _ => {}
+    }
+    if args.no_verify && sets.validation.is_some() {
+        return usage("--no-verify runs nothing, so there is no use for a set; leave one of them out");
+    }
+    Ok(())
 }
