@@ -6,7 +6,7 @@ use crate::{
     BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Inputs, Listener, LoadOptions, Measured, RuntimeError,
     Sample, SetSpec, Verdict,
     verify::{AT_EDGE, RESULT_AT_EDGE},
-    wire::{Answer, GatherJob, Gathered, InputHeads, MeasureJob, Request, SelectJob, TrialJob, framing},
+    wire::{GatherJob, Gathered, InputHeads, MeasureJob, SelectJob, TrialJob, WorkerAnswer, WorkerRequest, framing},
 };
 use bytes::Bytes;
 use lathe_analysis::{Evaluate, EvaluateError};
@@ -64,8 +64,8 @@ impl Child {
 
     /// The engine's name and its execution providers.
     pub fn hello(&self) -> Result<(String, Vec<String>), RuntimeError> {
-        match self.ask(&Request::Hello, &[])? {
-            (Answer::Hello { name, providers }, _) => Ok((name, providers)),
+        match self.ask(&WorkerRequest::Hello, &[])? {
+            (WorkerAnswer::Hello { name, providers }, _) => Ok((name, providers)),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -78,10 +78,10 @@ impl Child {
         options: &LoadOptions,
     ) -> Result<Sample, RuntimeError> {
         let (heads, data) = framing::pack(inputs);
-        let request = Request::Evaluate { model: model.len() as u64, inputs: heads, options: options.clone() };
+        let request = WorkerRequest::Evaluate { model: model.len() as u64, inputs: heads, options: options.clone() };
         let payload: Vec<&[u8]> = std::iter::once(model).chain(data.iter().map(|part| &part[..])).collect();
         match self.ask(&request, &payload)? {
-            (Answer::Outputs(heads), mut payload) => {
+            (WorkerAnswer::Outputs(heads), mut payload) => {
                 framing::unpack(heads, &mut payload).map_err(|e| RuntimeError::Child(e.to_string()))
             }
             (other, _) => Err(unexpected(&other)),
@@ -96,10 +96,10 @@ impl Child {
         options: &LoadOptions,
     ) -> Result<Vec<Sample>, RuntimeError> {
         let (heads, data) = framing::pack_all(inputs);
-        let request = Request::Run { model: model.to_owned(), inputs: heads, options: options.clone() };
+        let request = WorkerRequest::Run { model: model.to_owned(), inputs: heads, options: options.clone() };
         let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
         match self.ask(&request, &payload)? {
-            (Answer::Ran(heads), mut payload) => {
+            (WorkerAnswer::Ran(heads), mut payload) => {
                 framing::unpack_all(heads, &mut payload).map_err(|e| RuntimeError::Child(e.to_string()))
             }
             (other, _) => Err(unexpected(&other)),
@@ -127,11 +127,11 @@ impl Child {
         };
         let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
         let options = options.clone();
-        let mut request = Request::Verify { reference, candidate, inputs, claim, options, left_out: Vec::new() };
+        let mut request = WorkerRequest::Verify { reference, candidate, inputs, claim, options, left_out: Vec::new() };
         let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
         loop {
             let ended = match self.ask(&request, &payload) {
-                Ok((Answer::Verdict(verdict), _)) => return Ok(verdict),
+                Ok((WorkerAnswer::Verdict(verdict), _)) => return Ok(verdict),
                 Ok((other, _)) => return Err(unexpected(&other)),
                 Err(error) => error,
             };
@@ -142,7 +142,9 @@ impl Child {
             }
             // An engine that the original crashes on some inputs refuses them; the others are still to run.
             match (stage.strip_prefix(AT_EDGE), &mut request) {
-                (Some(at), Request::Verify { left_out, .. }) if !left_out.iter().any(|(known, _)| known == at) => {
+                (Some(at), WorkerRequest::Verify { left_out, .. })
+                    if !left_out.iter().any(|(known, _)| known == at) =>
+                {
                     left_out.push((at.to_owned(), message.clone()));
                 }
                 _ => return Err(ended),
@@ -152,16 +154,16 @@ impl Child {
 
     /// Runs a model that computes statistics.
     pub(crate) fn gather(&self, job: &GatherJob) -> Result<Gathered, RuntimeError> {
-        match self.ask(&Request::Gather(job.clone()), &[])? {
-            (Answer::Gathered(gathered), _) => Ok(gathered),
+        match self.ask(&WorkerRequest::Gather(job.clone()), &[])? {
+            (WorkerAnswer::Gathered(gathered), _) => Ok(gathered),
             (other, _) => Err(unexpected(&other)),
         }
     }
 
     /// Runs variants of a model; a distance that is not finite is infinite.
     pub(crate) fn trials(&self, job: &TrialJob) -> Result<Vec<f64>, RuntimeError> {
-        match self.ask(&Request::Trials(job.clone()), &[])? {
-            (Answer::Tried(found), _) => Ok(found.into_iter().map(|d| d.unwrap_or(f64::INFINITY)).collect()),
+        match self.ask(&WorkerRequest::Trials(job.clone()), &[])? {
+            (WorkerAnswer::Tried(found), _) => Ok(found.into_iter().map(|d| d.unwrap_or(f64::INFINITY)).collect()),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -176,8 +178,8 @@ impl Child {
         options: &LoadOptions,
     ) -> Result<ChosenSamples, RuntimeError> {
         let (model, set, options) = (model.to_owned(), set.clone(), options.clone());
-        match self.ask(&Request::Select(SelectJob { model, set, count, seed, options }), &[])? {
-            (Answer::Selected(selection), _) => Ok(selection),
+        match self.ask(&WorkerRequest::Select(SelectJob { model, set, count, seed, options }), &[])? {
+            (WorkerAnswer::Selected(selection), _) => Ok(selection),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -195,8 +197,8 @@ impl Child {
     ) -> Result<Result<Measured, Verdict>, RuntimeError> {
         let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
         let (set, metric, options) = (set.clone(), metric.to_owned(), options.clone());
-        match self.ask(&Request::Measure(MeasureJob { reference, candidate, set, metric, options }), &[])? {
-            (Answer::Measured(found), _) => Ok(found.map(|measured| *measured)),
+        match self.ask(&WorkerRequest::Measure(MeasureJob { reference, candidate, set, metric, options }), &[])? {
+            (WorkerAnswer::Measured(found), _) => Ok(found.map(|measured| *measured)),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -210,14 +212,14 @@ impl Child {
         options: &LoadOptions,
     ) -> Result<BenchResult, RuntimeError> {
         let (models, inputs, options) = (models.to_vec(), inputs.clone(), options.clone());
-        match self.ask(&Request::Bench { models, inputs, task, options }, &[])? {
-            (Answer::Timed(result), _) => Ok(result),
+        match self.ask(&WorkerRequest::Bench { models, inputs, task, options }, &[])? {
+            (WorkerAnswer::Timed(result), _) => Ok(result),
             (other, _) => Err(unexpected(&other)),
         }
     }
 
     /// Sends one request and waits for its answer. A worker that fails is gone afterwards; the next request starts anew.
-    fn ask(&self, request: &Request, payload: &[&[u8]]) -> Result<(Answer, Bytes), RuntimeError> {
+    fn ask(&self, request: &WorkerRequest, payload: &[&[u8]]) -> Result<(WorkerAnswer, Bytes), RuntimeError> {
         if self.listener.is_stopped() {
             return Err(RuntimeError::Stopped);
         }
@@ -233,8 +235,8 @@ impl Child {
         };
         *slot = Some(worker);
         match answer {
-            (Answer::Error(message), _) => Err(RuntimeError::Child(message)),
-            (Answer::NoEngine(message), _) => Err(RuntimeError::NoEngine(message)),
+            (WorkerAnswer::Error(message), _) => Err(RuntimeError::Child(message)),
+            (WorkerAnswer::NoEngine(message), _) => Err(RuntimeError::NoEngine(message)),
             answer => Ok(answer),
         }
     }
@@ -255,7 +257,7 @@ impl Evaluate for Child {
     }
 }
 
-fn unexpected(answer: &Answer) -> RuntimeError {
+fn unexpected(answer: &WorkerAnswer) -> RuntimeError {
     RuntimeError::Child(format!("the worker answers another question: {answer:?}"))
 }
 
@@ -289,7 +291,7 @@ mod tests {
     }
 
     /// Compares by way of a worker that says what is in `first`, ends, and is started again to say what is in `second`.
-    fn verified(first: &[Answer], second: &[Answer]) -> Result<Verdict, RuntimeError> {
+    fn verified(first: &[WorkerAnswer], second: &[WorkerAnswer]) -> Result<Verdict, RuntimeError> {
         let folder = tempfile::tempdir().unwrap();
         for (name, answers) in [("first", first), ("second", second)] {
             let mut wire = Vec::new();
@@ -306,20 +308,20 @@ mod tests {
 
     #[test]
     fn an_edge_that_crashes_the_original_is_left_out() {
-        let at = |prefix: &str| Answer::Stage(format!("{prefix}n = 0"));
+        let at = |prefix: &str| WorkerAnswer::Stage(format!("{prefix}n = 0"));
         let verdict = Verdict::Compared(crate::verify::Report::default());
-        let found = verified(&[at(AT_EDGE)], &[Answer::Verdict(verdict.clone())]).unwrap();
+        let found = verified(&[at(AT_EDGE)], &[WorkerAnswer::Verdict(verdict.clone())]).unwrap();
         assert_eq!(found, verdict);
         // The second time it is left out, so that something else is wrong.
         let error = verified(&[at(AT_EDGE)], &[at(AT_EDGE)]).unwrap_err().to_string();
         assert!(error.contains("running the original at the edge: n = 0"), "{error}");
-        let error = verified(&[Answer::Stage("loading the original".to_owned())], &[]).unwrap_err().to_string();
+        let error = verified(&[WorkerAnswer::Stage("loading the original".to_owned())], &[]).unwrap_err().to_string();
         assert!(error.contains("loading the original"), "{error}");
     }
 
     #[test]
     fn an_edge_that_crashes_the_result_is_a_fault() {
-        let stage = Answer::Stage(format!("{RESULT_AT_EDGE}n = 0"));
+        let stage = WorkerAnswer::Stage(format!("{RESULT_AT_EDGE}n = 0"));
         let Verdict::CandidateRefused { sizes, .. } = verified(&[stage], &[]).unwrap() else { panic!() };
         assert_eq!(sizes, "n = 0");
     }

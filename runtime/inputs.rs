@@ -7,7 +7,7 @@ mod work;
 
 pub(crate) use sizes::edge_sizes;
 pub use sizes::{Sizes, Style, sizes_to_try};
-pub(crate) use work::{Estimate, Work};
+pub(crate) use work::{Estimate, RunWork};
 
 use self::{
     sizes::is_image,

@@ -8,7 +8,7 @@ mod leverage;
 use crate::{Datum, Engine, RuntimeError, SampleSet, SetError, Source, Talk, wire::SelectJob};
 use lathe_analysis::{Facts, dead_nodes, unused_initializers};
 use lathe_ir::{DataType, Graph, Model, ReadError, ScopeId, Tensor, ValueId, WriteError, WriteOptions};
-use leverage::{Features, NotConverged};
+use leverage::{NotConverged, PooledFeatures};
 use serde::{Deserialize, Serialize};
 use std::io;
 
@@ -80,7 +80,7 @@ pub(crate) fn serve(engine: &dyn Engine, job: &SelectJob, talk: &mut dyn Talk) -
     model.write(&path, &WriteOptions::default()).map_err(SelectError::Write)?;
     drop(model);
     let mut session = engine.load(Source::Path(&path), &job.options)?;
-    let mut features = Features { width: 0, values: Vec::new() };
+    let mut features = PooledFeatures { width: 0, values: Vec::new() };
     let mut units = Vec::new();
     for (number, batch) in set.batches().enumerate() {
         let batch = batch?;

@@ -16,7 +16,7 @@ use crate::{
     trials,
     wire::{GatherJob, Gathered, TrialJob},
 };
-use batched::Rows;
+use batched::RowsOrigin;
 use lathe_analysis::{Facts, View};
 use lathe_ir::{Model, ValueId};
 use serde::Serialize;
@@ -120,7 +120,7 @@ impl Task<'_> {
         let Some(samples) = batched::samples(self)? else { return Ok(nothing) };
         // Rows that come late are other samples to whoever counted them before.
         let late = !counted::counts_samples(self.model, self.facts, &samples, &self.values);
-        for rows in late.then_some(Rows::FromErrors).into_iter().chain([Rows::FromInputs]) {
+        for rows in late.then_some(RowsOrigin::FromErrors).into_iter().chain([RowsOrigin::FromInputs]) {
             match batched::disturbed(self, &samples, rows) {
                 // An operator may refuse operands of one and of several samples.
                 Err(StatisticsError::Runtime(
@@ -267,7 +267,7 @@ mod tests {
             let batched = |rows| batched::disturbed(&task, &samples, rows).unwrap();
             let mut single = vec![None; 4];
             single::measure(&task, &[0, 1, 2, 3], &mut single).unwrap();
-            [batched(Rows::FromInputs), batched(Rows::FromErrors), single]
+            [batched(RowsOrigin::FromInputs), batched(RowsOrigin::FromErrors), single]
         });
         assert_eq!(all[0], all[1]);
         // The signs are others, which what is linear does not see.

@@ -6,7 +6,7 @@ use crate::{
     measure, select, statistics, trials,
     verify::{Edges, verify_at},
     wire::{
-        Answer, InputHeads, Request,
+        InputHeads, WorkerAnswer, WorkerRequest,
         framing::{self, PayloadError},
     },
 };
@@ -43,11 +43,11 @@ fn end_with_parent() {
 }
 
 fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, output: &mut dyn Write) -> io::Result<()> {
-    while let Some((request, payload)) = framing::read::<Request>(input)? {
+    while let Some((request, payload)) = framing::read::<WorkerRequest>(input)? {
         let answered = match &engine {
             Ok(engine) => answer(*engine, request, payload, output),
             Err(error) => {
-                framing::write(output, &Answer::NoEngine(error.to_string()), &[])?;
+                framing::write(output, &WorkerAnswer::NoEngine(error.to_string()), &[])?;
                 continue;
             }
         };
@@ -56,7 +56,7 @@ fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, out
                 let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
                 framing::write(output, &answer, &parts)?;
             }
-            Err(error) => framing::write(output, &Answer::Error(error.to_string()), &[])?,
+            Err(error) => framing::write(output, &WorkerAnswer::Error(error.to_string()), &[])?,
         }
     }
     Ok(())
@@ -65,14 +65,16 @@ fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, out
 /// Answers one request. Of whatever goes wrong the program hears the sentence.
 fn answer(
     engine: &dyn Engine,
-    request: Request,
+    request: WorkerRequest,
     mut payload: Bytes,
     output: &mut dyn Write,
-) -> Result<(Answer, Vec<Bytes>), Box<dyn Error>> {
+) -> Result<(WorkerAnswer, Vec<Bytes>), Box<dyn Error>> {
     let mut talk = Pipe(output);
     match request {
-        Request::Hello => Ok((Answer::Hello { name: engine.name(), providers: engine.providers() }, Vec::new())),
-        Request::Evaluate { model, inputs, options } => {
+        WorkerRequest::Hello => {
+            Ok((WorkerAnswer::Hello { name: engine.name(), providers: engine.providers() }, Vec::new()))
+        }
+        WorkerRequest::Evaluate { model, inputs, options } => {
             let length = usize::try_from(model).ok().filter(|&l| l <= payload.len());
             let model = payload.split_to(length.ok_or(PayloadError::Short)?);
             let inputs = framing::unpack(inputs, &mut payload)?;
@@ -81,9 +83,9 @@ fn answer(
             talk.stage("running the model");
             let outputs = only_tensors(session.run(&inputs)?)?;
             let (heads, parts) = framing::pack(&outputs);
-            Ok((Answer::Outputs(heads), parts))
+            Ok((WorkerAnswer::Outputs(heads), parts))
         }
-        Request::Run { model, inputs, options } => {
+        WorkerRequest::Run { model, inputs, options } => {
             let inputs = framing::unpack_all(inputs, &mut payload)?;
             talk.stage("loading the model");
             let mut session = engine.load(Source::Path(&model), &options)?;
@@ -93,9 +95,9 @@ fn answer(
                 outputs.push(only_tensors(session.run(sample)?)?);
             }
             let (heads, parts) = framing::pack_all(&outputs);
-            Ok((Answer::Ran(heads), parts))
+            Ok((WorkerAnswer::Ran(heads), parts))
         }
-        Request::Verify { reference, candidate, inputs, claim, options, left_out } => {
+        WorkerRequest::Verify { reference, candidate, inputs, claim, options, left_out } => {
             let inputs = match inputs {
                 InputHeads::Random(spec) => Inputs::Random(spec),
                 InputHeads::Set(spec) => Inputs::Set(spec),
@@ -112,17 +114,19 @@ fn answer(
                 options: &options,
             };
             let verdict = verify_at(Edges::AllBut(&left_out), engine, &task, &mut talk)?;
-            Ok((Answer::Verdict(verdict), Vec::new()))
+            Ok((WorkerAnswer::Verdict(verdict), Vec::new()))
         }
-        Request::Select(job) => Ok((Answer::Selected(select::serve(engine, &job, &mut talk)?), Vec::new())),
-        Request::Gather(job) => Ok((Answer::Gathered(statistics::serve(engine, &job, &mut talk)?), Vec::new())),
-        Request::Trials(job) => Ok((Answer::Tried(trials::serve(engine, &job, &mut talk)?), Vec::new())),
-        Request::Measure(job) => {
+        WorkerRequest::Select(job) => Ok((WorkerAnswer::Selected(select::serve(engine, &job, &mut talk)?), Vec::new())),
+        WorkerRequest::Gather(job) => {
+            Ok((WorkerAnswer::Gathered(statistics::serve(engine, &job, &mut talk)?), Vec::new()))
+        }
+        WorkerRequest::Trials(job) => Ok((WorkerAnswer::Tried(trials::serve(engine, &job, &mut talk)?), Vec::new())),
+        WorkerRequest::Measure(job) => {
             let measured = measure::serve(engine, &job, &mut talk)?;
-            Ok((Answer::Measured(measured.map(Box::new)), Vec::new()))
+            Ok((WorkerAnswer::Measured(measured.map(Box::new)), Vec::new()))
         }
-        Request::Bench { models, inputs, task, options } => {
-            Ok((Answer::Timed(bench(engine, &models, &inputs, &task, &options, &mut talk)?), Vec::new()))
+        WorkerRequest::Bench { models, inputs, task, options } => {
+            Ok((WorkerAnswer::Timed(bench(engine, &models, &inputs, &task, &options, &mut talk)?), Vec::new()))
         }
     }
 }
@@ -132,11 +136,11 @@ struct Pipe<'a>(&'a mut dyn Write);
 
 impl Talk for Pipe<'_> {
     fn stage(&mut self, what: &str) {
-        let _ = framing::write(self.0, &Answer::Stage(what.to_owned()), &[]);
+        let _ = framing::write(self.0, &WorkerAnswer::Stage(what.to_owned()), &[]);
     }
 
     fn progress(&mut self, done: usize, total: usize, unit: &str) {
-        let _ = framing::write(self.0, &Answer::Progress(Progress::new(done, total, unit)), &[]);
+        let _ = framing::write(self.0, &WorkerAnswer::Progress(Progress::new(done, total, unit)), &[]);
     }
 }
 
@@ -155,18 +159,18 @@ mod tests {
         let (inputs, parts) = framing::pack(&[("x".to_owned(), Tensor::from_f32s(&[1, 3], &[-1.0, 0.5, 2.0]))]);
         let mut wire = Vec::new();
         let options = LoadOptions::default();
-        let request = Request::Evaluate { model: model.len() as u64, inputs, options };
-        framing::write(&mut wire, &Request::Hello, &[]).unwrap();
+        let request = WorkerRequest::Evaluate { model: model.len() as u64, inputs, options };
+        framing::write(&mut wire, &WorkerRequest::Hello, &[]).unwrap();
         framing::write(&mut wire, &request, &[&model, &parts[0]]).unwrap();
         let mut answers = Vec::new();
         serve_on(Ok(engine()), &mut &wire[..], &mut answers).unwrap();
         let mut answers = &answers[..];
         let mut seen = Vec::new();
-        while let Some((answer, mut payload)) = framing::read::<Answer>(&mut answers).unwrap() {
+        while let Some((answer, mut payload)) = framing::read::<WorkerAnswer>(&mut answers).unwrap() {
             seen.push(match answer {
-                Answer::Hello { name, .. } => name[..12].to_owned(),
-                Answer::Stage(what) => what,
-                Answer::Outputs(heads) => {
+                WorkerAnswer::Hello { name, .. } => name[..12].to_owned(),
+                WorkerAnswer::Stage(what) => what,
+                WorkerAnswer::Outputs(heads) => {
                     format!("{:?}", framing::unpack(heads, &mut payload).unwrap()[0].1.to_f32s().unwrap())
                 }
                 other => format!("{other:?}"),
@@ -179,18 +183,18 @@ mod tests {
     fn progress_is_an_answer_before_the_answer() {
         let mut wire = Vec::new();
         Pipe(&mut wire).progress(3, 8, "samples");
-        let (answer, _) = framing::read::<Answer>(&mut &wire[..]).unwrap().unwrap();
-        assert!(matches!(answer, Answer::Progress(progress) if progress == Progress::new(3, 8, "samples")));
+        let (answer, _) = framing::read::<WorkerAnswer>(&mut &wire[..]).unwrap().unwrap();
+        assert!(matches!(answer, WorkerAnswer::Progress(progress) if progress == Progress::new(3, 8, "samples")));
     }
 
     #[test]
     fn a_missing_engine_is_an_answer() {
         let mut wire = Vec::new();
-        framing::write(&mut wire, &Request::Hello, &[]).unwrap();
+        framing::write(&mut wire, &WorkerRequest::Hello, &[]).unwrap();
         let mut answers = Vec::new();
         let missing = RuntimeError::NoLibrary { tried: vec!["nowhere".into()] };
         serve_on(Err(missing), &mut &wire[..], &mut answers).unwrap();
-        let (answer, _) = framing::read::<Answer>(&mut &answers[..]).unwrap().unwrap();
-        assert!(matches!(answer, Answer::NoEngine(message) if message.contains("tried nowhere")));
+        let (answer, _) = framing::read::<WorkerAnswer>(&mut &answers[..]).unwrap().unwrap();
+        assert!(matches!(answer, WorkerAnswer::NoEngine(message) if message.contains("tried nowhere")));
     }
 }

@@ -13,7 +13,7 @@ pub use error::SetError;
 
 use crate::Sample;
 use bytes::Bytes;
-use fit::{Array, Column, Rows, Shard};
+use fit::{Array, Division, InputColumn, Shard};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{DataType, Model, Tensor};
 use npy::Elements;
@@ -302,7 +302,7 @@ impl<'a> Reader<'a> {
 
 /// One column being read.
 struct Cursor<'a> {
-    column: &'a Column,
+    column: &'a InputColumn,
     stream: Option<(&'a Stored, Stream)>,
     /// The unit that comes next.
     unit: usize,
@@ -311,7 +311,7 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    fn open(column: &'a Column) -> Result<Cursor<'a>, SetError> {
+    fn open(column: &'a InputColumn) -> Result<Cursor<'a>, SetError> {
         let stream = match &column.array {
             Array::Stored(stored) => Some((stored, stored.stream()?)),
             Array::Tensor { .. } => None,
@@ -330,8 +330,8 @@ impl<'a> Cursor<'a> {
 
     /// The rows of these units, one after another.
     fn read(&mut self, units: &[usize]) -> Result<Tensor, SetError> {
-        let Column { array, rows, dtype, .. } = self.column;
-        if *rows == Rows::Same {
+        let InputColumn { array, rows, dtype, .. } = self.column;
+        if *rows == Division::Same {
             return self.same();
         }
         let Some((stored, stream)) = &mut self.stream else {
@@ -339,15 +339,15 @@ impl<'a> Cursor<'a> {
         };
         let shape = array.shape();
         let (per_unit, dims) = match rows {
-            Rows::Whole | Rows::Same => (1, shape.to_vec()),
-            Rows::Single => (1, shape[1..].to_vec()),
-            Rows::Several(rows) => {
+            Division::Whole | Division::Same => (1, shape.to_vec()),
+            Division::Single => (1, shape[1..].to_vec()),
+            Division::Several(rows) => {
                 let mut dims = shape.to_vec();
                 dims[0] = rows * units.len();
                 (*rows, dims)
             }
         };
-        let units_total = if *rows == Rows::Whole { 1 } else { shape[0] / per_unit };
+        let units_total = if *rows == Division::Whole { 1 } else { shape[0] / per_unit };
         let unit_bytes = stored.header.data_bytes / units_total as u64;
         let broken = |stored: &Stored, error: std::io::Error| stored.broken(error.to_string());
         let mut bytes = Vec::new();

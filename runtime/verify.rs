@@ -186,11 +186,11 @@ struct Verification<'a> {
     options: LoadOptions,
     edges: Edges<'a>,
     /// Copies of both whose random operators draw the same numbers; `None` where nothing is random.
-    seeded: Option<Seeded>,
+    seeded: Option<SeededCopies>,
 }
 
 /// Two copies on disk that are seeded alike.
-struct Seeded {
+struct SeededCopies {
     reference: ModelCopy,
     candidate: ModelCopy,
 }
@@ -247,7 +247,7 @@ impl Verification<'_> {
         let copies = ModelCopy::write(&seeded.reference).zip(ModelCopy::write(&seeded.candidate));
         if let Some((reference, candidate)) = copies {
             judge.random(&seeded.drawn, &seeded.loose);
-            self.seeded = Some(Seeded { reference, candidate });
+            self.seeded = Some(SeededCopies { reference, candidate });
         }
     }
 

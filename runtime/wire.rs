@@ -7,7 +7,7 @@ pub(crate) mod framing;
 mod jobs;
 mod request;
 
-pub(crate) use answer::Answer;
+pub(crate) use answer::WorkerAnswer;
 pub use jobs::{Distance, Gates};
 pub(crate) use jobs::{Fold, GatherEntry, GatherJob, Gathered, MeasureJob, NonFinite, Output, SelectJob, TrialJob};
-pub(crate) use request::{InputHeads, Request};
+pub(crate) use request::{InputHeads, WorkerRequest};

@@ -3,7 +3,7 @@
 use super::Limits;
 use crate::{
     Listener, RuntimeError,
-    wire::{Answer, Request, framing},
+    wire::{WorkerAnswer, WorkerRequest, framing},
 };
 use bytes::Bytes;
 use std::{
@@ -29,7 +29,7 @@ const LAST_WORDS: usize = 4096;
 pub(super) struct Worker {
     process: process::Child,
     requests: ChildStdin,
-    answers: Receiver<io::Result<(Answer, Bytes)>>,
+    answers: Receiver<io::Result<(WorkerAnswer, Bytes)>>,
     last_words: Arc<Mutex<Vec<u8>>>,
     listener: JoinHandle<()>,
 }
@@ -70,22 +70,22 @@ impl Worker {
     }
 
     /// Sends a request. A worker that died while being written to says more when it is waited for.
-    pub fn send(&mut self, request: &Request, payload: &[&[u8]]) {
+    pub fn send(&mut self, request: &WorkerRequest, payload: &[&[u8]]) {
         let _ = framing::write(&mut self.requests, request, payload);
     }
 
     /// Waits for the answer to a request.
-    pub fn wait(&mut self, limits: Limits, listener: &Listener) -> Result<(Answer, Bytes), RuntimeError> {
+    pub fn wait(&mut self, limits: Limits, listener: &Listener) -> Result<(WorkerAnswer, Bytes), RuntimeError> {
         let mut start = Instant::now();
         let mut stage = "starting".to_owned();
         loop {
             match self.answers.recv_timeout(LOOK) {
-                Ok(Ok((Answer::Stage(what), _))) => {
+                Ok(Ok((WorkerAnswer::Stage(what), _))) => {
                     // The limit is on one run, and a set has many.
                     start = Instant::now();
                     stage = what;
                 }
-                Ok(Ok((Answer::Progress(progress), _))) => {
+                Ok(Ok((WorkerAnswer::Progress(progress), _))) => {
                     start = Instant::now();
                     listener.hear(&progress);
                 }

@@ -9,7 +9,7 @@ const OPERATIONS_PER_BYTE: u64 = 4;
 
 /// What one run takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Work {
+pub(crate) struct RunWork {
     /// Floating-point operations, with those in whose time the weights are read.
     pub operations: u64,
     /// The most bytes that values hold at a time.
@@ -28,7 +28,7 @@ impl Estimate<'_> {
     }
 
     /// The work of a run at these sizes.
-    pub(crate) fn at(&self, sizes: &Sizes) -> Work {
+    pub(crate) fn at(&self, sizes: &Sizes) -> RunWork {
         let mut bindings = Bindings::default();
         let unnamed = |first: bool, least: usize| {
             let known =
@@ -41,7 +41,7 @@ impl Estimate<'_> {
         }
         let cost = Cost::unfolded(self.model, &self.facts, &bindings);
         let reading = cost.weight_bytes.saturating_mul(OPERATIONS_PER_BYTE);
-        Work { operations: cost.flops.saturating_add(reading), bytes: cost.activation_peak_bytes }
+        RunWork { operations: cost.flops.saturating_add(reading), bytes: cost.activation_peak_bytes }
     }
 }
 
@@ -67,8 +67,8 @@ mod tests {
             estimate.at(&Sizes { named, first: 1, rest: 4, style: Style::Usual, masked: false })
         };
         let weights = 4096 * 4 * OPERATIONS_PER_BYTE;
-        assert_eq!(at(1), Work { operations: 8192 + weights, bytes: 2 * 64 * 4 });
-        assert_eq!(at(1000), Work { operations: 8_192_000 + weights, bytes: 1000 * 2 * 64 * 4 });
+        assert_eq!(at(1), RunWork { operations: 8192 + weights, bytes: 2 * 64 * 4 });
+        assert_eq!(at(1000), RunWork { operations: 8_192_000 + weights, bytes: 1000 * 2 * 64 * 4 });
         // Axes without a name count as well.
         let mut build = Build::new();
         let x = build.input("x", DataType::Float, &["?", "3", "?", "?"]);

@@ -42,14 +42,14 @@ const NO_LABEL: i64 = -100;
 
 /// Where the classes of an output are, given the labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
+enum ClassLayout {
     /// The output holds classes themselves.
     Classes,
     /// Scores along this axis.
     Axis(usize),
 }
 
-fn layout(dims: &[usize], integer: bool, labels: &[usize]) -> Option<Layout> {
+fn layout(dims: &[usize], integer: bool, labels: &[usize]) -> Option<ClassLayout> {
     // Labels often keep an axis of one beside the samples.
     let labels = match labels {
         [front @ .., 1] if !front.is_empty() && dims.len() != labels.len() + 1 => front,
@@ -57,12 +57,12 @@ fn layout(dims: &[usize], integer: bool, labels: &[usize]) -> Option<Layout> {
     };
     let without = |axis: usize| dims.iter().enumerate().filter(move |(i, _)| *i != axis).map(|(_, d)| d);
     if integer {
-        return (dims == labels).then_some(Layout::Classes);
+        return (dims == labels).then_some(ClassLayout::Classes);
     }
     let last = dims.len().checked_sub(1)?;
     let matches = |axis: usize| axis < dims.len() && dims[axis] > 1 && without(axis).eq(labels);
     // The last axis comes first: it is the only one for rank 2, and what a language model uses.
-    [last, 1].into_iter().find(|&axis| matches(axis)).map(Layout::Axis)
+    [last, 1].into_iter().find(|&axis| matches(axis)).map(ClassLayout::Axis)
 }
 
 impl Family for Labelled {
@@ -87,7 +87,7 @@ impl Family for Labelled {
     }
 
     fn start(&self, _: &OutputInfo<'_>) -> Box<dyn Accumulator> {
-        Box::new(Counts::default())
+        Box::new(LabelCounts::default())
     }
 
     fn single(&self) -> bool {
@@ -105,13 +105,13 @@ impl Family for Labelled {
 }
 
 #[derive(Default)]
-struct Counts {
+struct LabelCounts {
     labels: u64,
     before: u64,
     after: u64,
 }
 
-impl Counts {
+impl LabelCounts {
     fn count(&mut self, label: i64, before: i64, after: i64) {
         self.labels += 1;
         self.before += u64::from(before == label);
@@ -119,15 +119,15 @@ impl Counts {
     }
 }
 
-impl Accumulator for Counts {
+impl Accumulator for LabelCounts {
     fn add(&mut self, pair: &OutputPair<'_>) -> Result<(), Refusal> {
         let tensor = pair.labels.ok_or(LabelError::Missing)?;
         let labels = tensor.to_i64s().ok_or(LabelError::NotWhole)?;
         let dims = pair.reference.dims();
         let layout = layout(dims, pair.reference.dtype().is_integer(), tensor.dims());
         let axis = match layout {
-            Some(Layout::Axis(axis)) => axis,
-            Some(Layout::Classes) => {
+            Some(ClassLayout::Axis(axis)) => axis,
+            Some(ClassLayout::Classes) => {
                 let classes = |t: &Tensor| t.to_i64s().ok_or(LabelError::ClassesNotWhole);
                 for ((&label, a), b) in labels.iter().zip(classes(pair.reference)?).zip(classes(pair.candidate)?) {
                     if label != NO_LABEL {
@@ -200,11 +200,11 @@ mod tests {
 
     #[test]
     fn finds_the_axis_of_classes() {
-        assert_eq!(layout(&[8, 10], false, &[8]), Some(Layout::Axis(1)));
-        assert_eq!(layout(&[8, 10], false, &[8, 1]), Some(Layout::Axis(1)));
-        assert_eq!(layout(&[2, 21, 4, 5], false, &[2, 4, 5]), Some(Layout::Axis(1)));
-        assert_eq!(layout(&[2, 7, 30], false, &[2, 7]), Some(Layout::Axis(2)));
-        assert_eq!(layout(&[8], true, &[8]), Some(Layout::Classes));
+        assert_eq!(layout(&[8, 10], false, &[8]), Some(ClassLayout::Axis(1)));
+        assert_eq!(layout(&[8, 10], false, &[8, 1]), Some(ClassLayout::Axis(1)));
+        assert_eq!(layout(&[2, 21, 4, 5], false, &[2, 4, 5]), Some(ClassLayout::Axis(1)));
+        assert_eq!(layout(&[2, 7, 30], false, &[2, 7]), Some(ClassLayout::Axis(2)));
+        assert_eq!(layout(&[8], true, &[8]), Some(ClassLayout::Classes));
         assert_eq!(layout(&[8, 10], false, &[7]), None);
     }
 
@@ -223,7 +223,7 @@ mod tests {
         let labels = Tensor::int64s(&[1, 2]);
         let (reference, candidate, labels) = (&t, &t, Some(&labels));
         let pair = OutputPair { name: "y", reference, candidate, first: 6, samples: 2, labels, ids: None, kept: None };
-        let error = Counts::default().add(&pair).unwrap_err().to_string();
+        let error = LabelCounts::default().add(&pair).unwrap_err().to_string();
         assert_eq!(error, "label 2 of sample 7 is none of the 2 classes of output `y`");
     }
 }

@@ -67,7 +67,7 @@ impl Family for Distances {
     }
 
     fn start(&self, output: &OutputInfo<'_>) -> Box<dyn Accumulator> {
-        Box::new(Sums { name: output.name.to_owned(), ..Sums::default() })
+        Box::new(DifferenceSums { name: output.name.to_owned(), ..DifferenceSums::default() })
     }
 }
 
@@ -88,7 +88,7 @@ impl Special {
 }
 
 #[derive(Default)]
-struct Sums {
+struct DifferenceSums {
     name: String,
     elements: ElementSums,
     /// In one of the two only, or different ones.
@@ -97,7 +97,7 @@ struct Sums {
     shared: Special,
 }
 
-impl Accumulator for Sums {
+impl Accumulator for DifferenceSums {
     fn add(&mut self, pair: &OutputPair<'_>) -> Result<(), Refusal> {
         pair.rows(|start, a, b| {
             let mut row = ElementSums::default();

@@ -59,12 +59,12 @@ impl Family for Images {
     }
 
     fn start(&self, _: &OutputInfo<'_>) -> Box<dyn Accumulator> {
-        Box::new(Sums::default())
+        Box::new(ImageSums::default())
     }
 }
 
 #[derive(Default)]
-struct Sums {
+struct ImageSums {
     peak: Option<f64>,
     elements: u64,
     squares: f64,
@@ -85,7 +85,7 @@ fn peak(values: &[f64]) -> f64 {
     }
 }
 
-impl Accumulator for Sums {
+impl Accumulator for ImageSums {
     fn add(&mut self, pair: &OutputPair<'_>) -> Result<(), Refusal> {
         let dims = pair.reference.dims();
         let unfit = || ImageError::NoImage { output: pair.name.to_owned(), dims: dims.to_vec() };

@@ -65,18 +65,18 @@ impl Family for Distributions {
     }
 
     fn start(&self, _: &OutputInfo<'_>) -> Box<dyn Accumulator> {
-        Box::new(Rows::default())
+        Box::new(LogitRows::default())
     }
 }
 
 #[derive(Default)]
-struct Rows {
+struct LogitRows {
     sums: RowSums,
     /// Whether rows hold probabilities rather than logits, by the first batch.
     plain: Option<bool>,
 }
 
-impl Accumulator for Rows {
+impl Accumulator for LogitRows {
     fn add(&mut self, pair: &OutputPair<'_>) -> Result<(), Refusal> {
         let plain = *self.plain.get_or_insert_with(|| hold_distributions(pair));
         pair.rows(|_, a, b| {

@@ -16,7 +16,7 @@ const WIDE: usize = 2048;
 const NARROW: usize = 512;
 
 /// One row of features for every sample.
-pub(super) struct Features {
+pub(super) struct PooledFeatures {
     /// Features of one sample.
     pub(super) width: usize,
     /// All rows, one after another.
@@ -59,7 +59,7 @@ impl Whitened {
     }
 }
 
-impl Features {
+impl PooledFeatures {
     fn rows(&self) -> usize {
         self.values.len().checked_div(self.width).unwrap_or(0)
     }
@@ -202,13 +202,13 @@ mod tests {
     use super::*;
 
     /// `plain` rows of small noise and, after them, one row along each of `rare` directions.
-    fn planted(plain: usize, rare: usize, width: usize, seed: u64) -> Features {
+    fn planted(plain: usize, rare: usize, width: usize, seed: u64) -> PooledFeatures {
         let mut random = Random::new(seed);
         let mut values: Vec<f32> = (0..plain * width).map(|_| random.normal() as f32 * 0.05).collect();
         for direction in 0..rare {
             values.extend((0..width).map(|column| if column == direction { 10.0 } else { 0.0 }));
         }
-        Features { width, values }
+        PooledFeatures { width, values }
     }
 
     #[test]
@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn both_products_give_the_same_leverage() {
         let mut random = Random::new(3);
-        let tall = Features { width: 6, values: (0..40 * 6).map(|_| random.normal() as f32).collect() };
+        let tall = PooledFeatures { width: 6, values: (0..40 * 6).map(|_| random.normal() as f32).collect() };
         let kept: Vec<usize> = (0..40).collect();
         let whitened = tall.whitened(&kept, 0).unwrap();
         let total: f64 = (0..40).map(|i| whitened.leverage(i)).sum();
@@ -239,7 +239,7 @@ mod tests {
         assert!((0..40).all(|i| (0.0..=1.0 + 1e-9).contains(&whitened.leverage(i))));
         // Columns of zeros make the same rows wide, so that the other product is taken.
         let wide = |i: usize| tall.row(i).iter().copied().chain([0.0; 60]).collect::<Vec<f32>>();
-        let wide = Features { width: 66, values: (0..40).flat_map(wide).collect() };
+        let wide = PooledFeatures { width: 66, values: (0..40).flat_map(wide).collect() };
         let again = wide.whitened(&kept, 0).unwrap();
         assert_eq!(again.width, whitened.width);
         assert!((0..40).all(|i| (again.leverage(i) - whitened.leverage(i)).abs() < 1e-9));
@@ -260,11 +260,11 @@ mod tests {
 
     #[test]
     fn pools_without_variance_are_drawn_from() {
-        let one = Features { width: 3, values: vec![1.0; 3] };
+        let one = PooledFeatures { width: 3, values: vec![1.0; 3] };
         assert_eq!(one.choose(4, 0).unwrap().chosen, [0]);
-        let same = Features { width: 2, values: vec![0.5; 20] };
+        let same = PooledFeatures { width: 2, values: vec![0.5; 20] };
         assert_eq!(same.choose(4, 0).unwrap().chosen.len(), 4);
-        assert_eq!(Features { width: 2, values: Vec::new() }.choose(4, 0).unwrap().chosen, Vec::<usize>::new());
+        assert_eq!(PooledFeatures { width: 2, values: Vec::new() }.choose(4, 0).unwrap().chosen, Vec::<usize>::new());
     }
 
     #[test]

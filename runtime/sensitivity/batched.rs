@@ -44,7 +44,7 @@ const LEAST: f32 = -1e3;
 
 /// Where the rows of a batch come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Rows {
+pub(super) enum RowsOrigin {
     /// From the inputs, which are repeated.
     FromInputs,
     /// From the sum with the first error.
@@ -96,7 +96,11 @@ fn one_by_one(task: &Task<'_>) -> Result<SampleSet, SetError> {
 }
 
 /// The rise per squared amplitude of every probe; `None` for what cannot be disturbed sample by sample.
-pub(super) fn disturbed(task: &Task<'_>, samples: &DimExpr, rows: Rows) -> Result<Vec<Option<f64>>, StatisticsError> {
+pub(super) fn disturbed(
+    task: &Task<'_>,
+    samples: &DimExpr,
+    rows: RowsOrigin,
+) -> Result<Vec<Option<f64>>, StatisticsError> {
     let mut copy = Copy::new(task, samples, rows);
     // Neighbours in the model share a batch, so that much comes before the first of them.
     let graph = &task.model.graph;
@@ -209,18 +213,19 @@ struct Copy {
 }
 
 impl Copy {
-    fn new(task: &Task<'_>, samples: &DimExpr, rows: Rows) -> Copy {
+    fn new(task: &Task<'_>, samples: &DimExpr, rows: RowsOrigin) -> Copy {
         let mut edit = Editor::new(task.model, task.options.seed);
         let graph = &mut edit.model.graph;
         let inputs = graph.main().inputs().to_vec();
         let name = graph.fresh_name(INPUT);
         let table = graph.add_value(name, None);
         graph.add_input(ScopeId::MAIN, table);
-        if rows == Rows::FromErrors {
+        if rows == RowsOrigin::FromErrors {
             edit.forget_shapes();
         }
-        let repeats =
-            |v: &ValueId| rows == Rows::FromInputs && task.facts.shape(*v).and_then(<[_]>::first) == Some(samples);
+        let repeats = |v: &ValueId| {
+            rows == RowsOrigin::FromInputs && task.facts.shape(*v).and_then(<[_]>::first) == Some(samples)
+        };
         for value in inputs.into_iter().filter(repeats) {
             let uses: Vec<Use> = edit.model.graph.value(value).uses().iter().copied().collect();
             let mut shape = vec![1; task.facts.ndim(value).unwrap_or(1)];

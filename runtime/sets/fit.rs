@@ -56,7 +56,7 @@ impl Array {
 
 /// How the first axis of an array is divided among runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Rows {
+pub(super) enum Division {
     /// So many rows make one run.
     Several(usize),
     /// Each row is a whole input, without the first axis.
@@ -69,18 +69,18 @@ pub(super) enum Rows {
 
 /// One array and the input it feeds.
 #[derive(Debug, Clone)]
-pub(super) struct Column {
+pub(super) struct InputColumn {
     pub(super) input: String,
     pub(super) dtype: DataType,
     pub(super) array: Array,
-    pub(super) rows: Rows,
+    pub(super) rows: Division,
 }
 
 /// The arrays of one file or folder, as runs of a model.
 #[derive(Debug, Clone)]
 pub(super) struct Shard {
-    pub(super) columns: Vec<Column>,
-    pub(super) labels: Option<Column>,
+    pub(super) columns: Vec<InputColumn>,
+    pub(super) labels: Option<InputColumn>,
     /// The smallest runs there are.
     pub(super) units: usize,
     /// Samples in each of them.
@@ -171,11 +171,11 @@ impl Shard {
     }
 
     /// Finds how many runs the rows make, and how many rows of each array go into one.
-    fn divide(mut columns: Vec<Column>, labels: Option<&Array>) -> Result<Shard, SetError> {
+    fn divide(mut columns: Vec<InputColumn>, labels: Option<&Array>) -> Result<Shard, SetError> {
         for column in &columns {
             // Axes other than the first may be empty: a model can start from an empty cache.
             let empty = match column.rows {
-                Rows::Whole | Rows::Same => false,
+                Division::Whole | Division::Same => false,
                 _ => column.array.shape().first() == Some(&0),
             };
             if empty {
@@ -183,29 +183,29 @@ impl Shard {
                 return Err(SetError::Empty { path, array, found: column.array.shape().to_vec() });
             }
         }
-        let count = |c: &Column| c.array.shape().first().copied().unwrap_or(1);
-        let wrong = |c: &Column, expected: String| SetError::Count {
+        let count = |c: &InputColumn| c.array.shape().first().copied().unwrap_or(1);
+        let wrong = |c: &InputColumn, expected: String| SetError::Count {
             path: c.array.path().to_owned(),
             array: c.array.name().to_owned(),
             expected,
             found: count(c),
         };
         // `Several(0)` stands for rows that the model leaves open.
-        let runs = |c: &Column| match c.rows {
-            Rows::Whole => Some(1),
-            Rows::Single => Some(count(c)),
-            Rows::Same | Rows::Several(0) => None,
-            Rows::Several(rows) => Some(count(c) / rows),
+        let runs = |c: &InputColumn| match c.rows {
+            Division::Whole => Some(1),
+            Division::Single => Some(count(c)),
+            Division::Same | Division::Several(0) => None,
+            Division::Several(rows) => Some(count(c) / rows),
         };
         for column in &columns {
-            if let Rows::Several(rows @ 1..) = column.rows
+            if let Division::Several(rows @ 1..) = column.rows
                 && count(column) % rows != 0
             {
                 return Err(wrong(column, format!("a multiple of {rows}, which the model takes at a time")));
             }
         }
         let leader = columns.iter().find(|c| runs(c).is_some());
-        let open = columns.iter().find(|c| matches!(c.rows, Rows::Several(0)));
+        let open = columns.iter().find(|c| matches!(c.rows, Division::Several(0)));
         let joins = leader.is_none() && open.is_some();
         let (leading, units) = match (leader, open) {
             (Some(c), _) => (c.array.name().to_owned(), runs(c).unwrap_or(1)),
@@ -220,17 +220,17 @@ impl Shard {
                     return Err(wrong(column, format!("{rows} as in `{leading}`")));
                 }
                 Some(_) => {}
-                None if column.rows == Rows::Same => {}
+                None if column.rows == Division::Same => {}
                 None if joins && found != units => return Err(wrong(column, format!("{units} as in `{leading}`"))),
                 None if found % units != 0 => {
                     return Err(wrong(column, format!("a multiple of {units}, as in `{leading}`")));
                 }
-                None => column.rows = Rows::Several(found / units),
+                None => column.rows = Division::Several(found / units),
             }
         }
         let samples = columns.iter().find_map(|c| match c.rows {
-            Rows::Several(rows) => Some(rows),
-            Rows::Whole | Rows::Single | Rows::Same => None,
+            Division::Several(rows) => Some(rows),
+            Division::Whole | Division::Single | Division::Same => None,
         });
         let samples = samples.unwrap_or(1);
         let labels = labels.map(|array| labels_column(array, units, samples)).transpose()?;
@@ -244,22 +244,22 @@ fn column(
     input: &Input<'_>,
     whole: bool,
     sizes: &mut BTreeMap<String, (usize, String)>,
-) -> Result<Column, SetError> {
+) -> Result<InputColumn, SetError> {
     let (path, name) = (array.path().to_owned(), array.name().to_owned());
     if !array.is(input.dtype) {
         return Err(SetError::Type { path, array: name, expected: input.dtype, found: array.describe() });
     }
     let found = array.shape();
     let rows = match input.shape {
-        _ if whole => Rows::Whole,
-        None if found.is_empty() => Rows::Same,
-        None => Rows::Several(0),
-        Some(shape) if found.len() == shape.dims.len() + 1 => Rows::Single,
+        _ if whole => Division::Whole,
+        None if found.is_empty() => Division::Same,
+        None => Division::Several(0),
+        Some(shape) if found.len() == shape.dims.len() + 1 => Division::Single,
         Some(shape) if found.len() == shape.dims.len() => match shape.dims.first() {
-            None => Rows::Same,
+            None => Division::Same,
             // A model that takes no rows is run on none, once.
-            Some(dim) if known(dim) == Some(0) => Rows::Whole,
-            Some(dim) => Rows::Several(known(dim).unwrap_or(0)),
+            Some(dim) if known(dim) == Some(0) => Division::Whole,
+            Some(dim) => Division::Several(known(dim).unwrap_or(0)),
         },
         Some(_) => {
             return Err(SetError::Ndim { path, array: name, expected: shape_text(input.shape), found: found.to_vec() });
@@ -271,11 +271,11 @@ fn column(
         return Err(SetError::Shape { path, array: name, expected, found, because: String::new() });
     }
     let inner = match rows {
-        Rows::Single => 1,
+        Division::Single => 1,
         _ => 0,
     };
     for (axis, dim) in shape.iter().enumerate() {
-        if axis == 0 && matches!(rows, Rows::Several(_)) {
+        if axis == 0 && matches!(rows, Division::Several(_)) {
             continue;
         }
         let size = found[axis + inner];
@@ -297,10 +297,10 @@ fn column(
             _ => {}
         }
     }
-    Ok(Column { input: input.name.to_owned(), dtype: input.dtype, array: array.clone(), rows })
+    Ok(InputColumn { input: input.name.to_owned(), dtype: input.dtype, array: array.clone(), rows })
 }
 
-fn labels_column(array: &Array, units: usize, samples: usize) -> Result<Column, SetError> {
+fn labels_column(array: &Array, units: usize, samples: usize) -> Result<InputColumn, SetError> {
     let (path, name) = (array.path().to_owned(), array.name().to_owned());
     let dtype = match array {
         Array::Stored(stored) => match stored.header.elements {
@@ -317,15 +317,15 @@ fn labels_column(array: &Array, units: usize, samples: usize) -> Result<Column, 
         return Err(SetError::Count { path, array: name, expected, found: 1 });
     };
     let rows = match array {
-        Array::Tensor { .. } => Rows::Whole,
-        Array::Stored(_) if found == units.saturating_mul(samples) => Rows::Several(samples),
-        Array::Stored(_) if found == units => Rows::Several(1),
+        Array::Tensor { .. } => Division::Whole,
+        Array::Stored(_) if found == units.saturating_mul(samples) => Division::Several(samples),
+        Array::Stored(_) if found == units => Division::Several(1),
         Array::Stored(_) => {
             let expected = format!("{}, one for each sample", units.saturating_mul(samples));
             return Err(SetError::Count { path, array: name, expected, found });
         }
     };
-    Ok(Column { input: name, dtype, array: array.clone(), rows })
+    Ok(InputColumn { input: name, dtype, array: array.clone(), rows })
 }
 
 /// Reads the tensor of a `.pb` file.

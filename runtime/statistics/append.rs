@@ -19,7 +19,7 @@ const NARROW: usize = 128;
 const OLDEST_OPSET: i64 = 9;
 
 /// The sizes of what was asked for, as a first run showed them: of the value, or of its patches.
-pub(crate) type Sizes = BTreeMap<Rows, Vec<usize>>;
+pub(crate) type RowSizes = BTreeMap<Rows, Vec<usize>>;
 
 /// A mask of tokens: an input of the model, `[batch, tokens]`, zero where a token is padding.
 #[derive(Debug, Clone, Copy)]
@@ -83,7 +83,7 @@ pub(crate) struct Append<'a> {
     graph: Graph,
     model: &'a Model,
     facts: &'a Facts,
-    sizes: &'a Sizes,
+    sizes: &'a RowSizes,
     mask: Option<Mask>,
     rows: BTreeMap<Rows, Matrix>,
     kept: BTreeMap<Rows, (ValueId, ValueId)>,
@@ -113,7 +113,7 @@ impl<'a> Append<'a> {
     pub(crate) fn new(
         model: &'a Model,
         facts: &'a Facts,
-        sizes: &'a Sizes,
+        sizes: &'a RowSizes,
         mask: Option<Mask>,
     ) -> Result<Append<'a>, StatisticsError> {
         if model.opset() < OLDEST_OPSET {

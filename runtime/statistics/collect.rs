@@ -1,10 +1,10 @@
 //! Collecting: what is cached is read, the rest is computed group by group.
 
 use super::{
-    append::{Append, Mask, Sizes, resolve},
+    append::{Append, Mask, RowSizes, resolve},
     error::StatisticsError,
     request::Request,
-    store::{self, Stored},
+    store::{self, StatisticFile},
 };
 use crate::{
     Child, LoadOptions, RuntimeError, SampleSet, SetSpec,
@@ -113,12 +113,12 @@ impl Statistics {
         requests: &[Request],
         options: &CollectOptions,
     ) -> Result<Statistics, StatisticsError> {
-        let worker = Worker { engine: child.hello()?.0, gather: &|job| child.gather(job) };
+        let worker = Gatherer { engine: child.hello()?.0, gather: &|job| child.gather(job) };
         Statistics::collect_with(&worker, model, set, requests, options)
     }
 
     pub(super) fn collect_with(
-        worker: &Worker<'_>,
+        worker: &Gatherer<'_>,
         model: &Model,
         set: &SetSpec,
         requests: &[Request],
@@ -224,14 +224,14 @@ impl Statistics {
         Ok(Counts { rows: rows as u64, padded: padded as u64, broken: broken as u64 })
     }
 
-    fn stored(&self, request: &Request) -> Result<Stored, StatisticsError> {
+    fn stored(&self, request: &Request) -> Result<StatisticFile, StatisticsError> {
         let missing = || StatisticsError::NotCollected { request: request.label() };
         let path = self.files.get(request).ok_or_else(missing)?;
         store::read(path, request).map_err(|source| StatisticsError::Io { path: path.clone(), source })
     }
 }
 
-fn index_of(stored: &Stored, field: &str) -> Option<usize> {
+fn index_of(stored: &StatisticFile, field: &str) -> Option<usize> {
     stored.head.arrays.iter().position(|a| a.field == field)
 }
 
@@ -254,14 +254,14 @@ pub(crate) fn key(
 }
 
 /// Who runs the copies.
-pub(super) struct Worker<'a> {
+pub(super) struct Gatherer<'a> {
     /// The engine's name with its version.
     pub engine: String,
     pub gather: &'a dyn Fn(&GatherJob) -> Result<Gathered, RuntimeError>,
 }
 
 struct Collector<'a> {
-    worker: &'a Worker<'a>,
+    worker: &'a Gatherer<'a>,
     model: &'a Model,
     facts: Facts,
     set: &'a SetSpec,
@@ -314,9 +314,9 @@ impl Collector<'_> {
     }
 
     /// The sizes of what is asked for in the first batch, and the bytes that running the model itself takes.
-    fn sizes(&self, requests: &[&Request], scratch: &Path) -> Result<(Sizes, u64), StatisticsError> {
+    fn sizes(&self, requests: &[&Request], scratch: &Path) -> Result<(RowSizes, u64), StatisticsError> {
         let rows: BTreeSet<&Rows> = requests.iter().flat_map(|r| r.rows()).collect();
-        let empty = Sizes::new();
+        let empty = RowSizes::new();
         let mut append = Append::new(self.model, &self.facts, &empty, self.mask)?;
         let mut direct = rows.iter().map(|r| append.shapes(r)).collect::<Result<Vec<_>, _>>()?;
         let graph = &self.model.graph;
@@ -356,7 +356,7 @@ impl Collector<'_> {
     fn groups<'r>(
         &self,
         requests: &[&'r Request],
-        sizes: &Sizes,
+        sizes: &RowSizes,
         base: u64,
     ) -> Result<Vec<Vec<&'r Request>>, StatisticsError> {
         // Allocators round up and keep what was freed; a quarter is left to them.
@@ -385,7 +385,7 @@ impl Collector<'_> {
 }
 
 /// Bytes of a statistic: what stays until its group is done, and what is needed while it is computed.
-fn footprint(model: &Model, request: &Request, sizes: &Sizes) -> (u64, u64) {
+fn footprint(model: &Model, request: &Request, sizes: &RowSizes) -> (u64, u64) {
     let shape = |rows: &Rows| -> (u64, u64) {
         let sizes = &sizes[rows];
         let axis = match rows.view {

@@ -1,6 +1,6 @@
 //! The worker's part: runs a copy that computes statistics over a set and adds up what it gives.
 
-use super::store::{self, Array, Head};
+use super::store::{self, FileHead, StoredField};
 use crate::{
     Datum, Engine, RuntimeError, Sample, SampleSet, Session, SetError, Source, Talk,
     wire::{Fold, GatherJob, Gathered, Output},
@@ -34,7 +34,7 @@ pub(crate) enum GatherError {
 }
 
 /// Sums of one output.
-struct Sums {
+struct OutputSums {
     fold: Fold,
     dims: Vec<usize>,
     data: Vec<f64>,
@@ -62,7 +62,7 @@ fn gather(
 ) -> Result<Gathered, GatherError> {
     let outputs = job.entries.iter().flat_map(|e| &e.outputs).chain(&job.direct);
     let folds: BTreeMap<&str, Fold> = outputs.map(|o| (o.value.as_str(), o.fold)).collect();
-    let mut sums: BTreeMap<String, Sums> = BTreeMap::new();
+    let mut sums: BTreeMap<String, OutputSums> = BTreeMap::new();
     let mut gathered = Gathered::default();
     for batch in batches {
         let (inputs, samples) = batch?;
@@ -90,15 +90,15 @@ fn gather(
     for entry in &job.entries {
         talk.stage("writing statistics");
         let taken = entry.outputs.iter().map(|o| sums.remove(&o.value).ok_or_else(|| missing(o)));
-        let taken: Vec<Sums> = taken.collect::<Result<_, _>>()?;
-        let array = |(output, sums): (&Output, &Sums)| Array {
+        let taken: Vec<OutputSums> = taken.collect::<Result<_, _>>()?;
+        let array = |(output, sums): (&Output, &OutputSums)| StoredField {
             field: output.field.clone(),
             dims: sums.dims.clone(),
             triangle: sums.fold == Fold::Triangle,
             len: sums.data.len(),
         };
         let arrays = entry.outputs.iter().zip(&taken).map(array).collect();
-        let head = Head { request: entry.request.clone(), arrays };
+        let head = FileHead { request: entry.request.clone(), arrays };
         let data: Vec<&[f64]> = taken.iter().map(|s| &s.data[..]).collect();
         store::write(&entry.file, &head, &data)
             .map_err(|source| GatherError::Write { path: entry.file.clone(), source })?;
@@ -110,7 +110,7 @@ fn gather(
 }
 
 /// Adds what one batch gave for one output.
-fn add(sums: &mut BTreeMap<String, Sums>, name: &str, fold: Fold, datum: &Datum) -> Result<(), GatherError> {
+fn add(sums: &mut BTreeMap<String, OutputSums>, name: &str, fold: Fold, datum: &Datum) -> Result<(), GatherError> {
     let described = || (name.to_owned(), datum.describe());
     let tensor = datum.tensor().ok_or_else(|| {
         let (value, found) = described();
@@ -125,7 +125,7 @@ fn add(sums: &mut BTreeMap<String, Sums>, name: &str, fold: Fold, datum: &Datum)
         }
         let length = if fold == Fold::Triangle { dims[0] * (dims[0] + 1) / 2 } else { tensor.len() };
         let start = if fold == Fold::Max { f64::NEG_INFINITY } else { 0.0 };
-        let mut first = Sums { fold, dims: dims.to_vec(), data: vec![start; length] };
+        let mut first = OutputSums { fold, dims: dims.to_vec(), data: vec![start; length] };
         join(&mut first, tensor)?;
         sums.insert(name.to_owned(), first);
         return Ok(());
@@ -139,7 +139,7 @@ fn add(sums: &mut BTreeMap<String, Sums>, name: &str, fold: Fold, datum: &Datum)
     join(known, tensor)
 }
 
-fn join(sums: &mut Sums, tensor: &Tensor) -> Result<(), GatherError> {
+fn join(sums: &mut OutputSums, tensor: &Tensor) -> Result<(), GatherError> {
     let bytes = tensor.bytes();
     match tensor.dtype() {
         DataType::Float => fold(sums, bytes.as_chunks::<4>().0, |b| f64::from(f32::from_le_bytes(b))),
@@ -150,7 +150,7 @@ fn join(sums: &mut Sums, tensor: &Tensor) -> Result<(), GatherError> {
     Ok(())
 }
 
-fn fold<const N: usize>(sums: &mut Sums, elements: &[[u8; N]], read: impl Fn([u8; N]) -> f64) {
+fn fold<const N: usize>(sums: &mut OutputSums, elements: &[[u8; N]], read: impl Fn([u8; N]) -> f64) {
     let all = sums.data.iter_mut();
     match sums.fold {
         Fold::Sum | Fold::First => all.zip(elements).for_each(|(sum, &e)| *sum += read(e)),

@@ -20,14 +20,14 @@ const CHECKSUM: usize = 32;
 
 /// What a file holds, before its numbers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Head {
+pub(crate) struct FileHead {
     pub request: Request,
-    pub arrays: Vec<Array>,
+    pub arrays: Vec<StoredField>,
 }
 
 /// One array of float64 numbers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Array {
+pub(crate) struct StoredField {
     /// `gram`.
     pub field: String,
     /// Its shape as a whole.
@@ -40,8 +40,8 @@ pub(crate) struct Array {
 
 /// The contents of a file.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Stored {
-    pub head: Head,
+pub(crate) struct StatisticFile {
+    pub head: FileHead,
     /// The numbers of each array.
     pub data: Vec<Vec<f64>>,
 }
@@ -58,7 +58,7 @@ pub(crate) fn short(hash: &blake3::Hash) -> String {
 }
 
 /// Writes a file aside and puts it in place whole.
-pub(crate) fn write(path: &Path, head: &Head, data: &[&[f64]]) -> io::Result<()> {
+pub(crate) fn write(path: &Path, head: &FileHead, data: &[&[f64]]) -> io::Result<()> {
     let aside = path.with_extension(format!("{}.part", std::process::id()));
     let mut out =
         Hashing { out: BufWriter::with_capacity(1 << 20, File::create(&aside)?), hash: blake3::Hasher::new() };
@@ -96,7 +96,7 @@ impl<W: Write> Write for Hashing<W> {
 }
 
 /// Reads a file; an error if it is not whole, was changed, or holds something else than `request`.
-pub(crate) fn read(path: &Path, request: &Request) -> io::Result<Stored> {
+pub(crate) fn read(path: &Path, request: &Request) -> io::Result<StatisticFile> {
     let bad = || io::Error::new(io::ErrorKind::InvalidData, "the file is damaged");
     let bytes = fs::read(path)?;
     let (body, checksum) = bytes.split_last_chunk::<CHECKSUM>().ok_or_else(bad)?;
@@ -111,7 +111,7 @@ pub(crate) fn read(path: &Path, request: &Request) -> io::Result<Stored> {
         return Err(bad());
     }
     let (header, mut body) = usize::try_from(length).ok().and_then(|l| body.split_at_checked(l)).ok_or_else(bad)?;
-    let head: Head = serde_json::from_slice(header)?;
+    let head: FileHead = serde_json::from_slice(header)?;
     if head.request != *request {
         return Err(bad());
     }
@@ -122,7 +122,7 @@ pub(crate) fn read(path: &Path, request: &Request) -> io::Result<Stored> {
         data.push(numbers.as_chunks::<8>().0.iter().map(|&b| f64::from_le_bytes(b)).collect());
         body = rest;
     }
-    Ok(Stored { head, data })
+    Ok(StatisticFile { head, data })
 }
 
 /// Feeds the names and contents of a file, or of everything in a folder, to a hash.
@@ -177,8 +177,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let request = Request::Gram(Rows::last("x"));
         let path = file_of(folder.path(), &request);
-        let arrays = vec![Array { field: "gram".into(), dims: vec![2, 2], triangle: true, len: 3 }];
-        let head = Head { request: request.clone(), arrays };
+        let arrays = vec![StoredField { field: "gram".into(), dims: vec![2, 2], triangle: true, len: 3 }];
+        let head = FileHead { request: request.clone(), arrays };
         write(&path, &head, &[&[1.0, 0.5, 2.0]]).unwrap();
         assert_eq!(read(&path, &request).unwrap().data, [[1.0, 0.5, 2.0]]);
         assert!(read(&path, &Request::Columns(Rows::last("x"))).is_err());

@@ -1,5 +1,5 @@
 use super::{
-    collect::{CollectOptions, Counts, MaskInput, Statistics, Worker},
+    collect::{CollectOptions, Counts, Gatherer, MaskInput, Statistics},
     error::StatisticsError,
     gather,
     request::{Cut, Request, Skip},
@@ -43,7 +43,7 @@ impl Bench {
             self.runs.set(self.runs.get().checked_sub(1).ok_or(RuntimeError::Child("interrupted".into()))?);
             gather::serve(engine(), job, &mut |_: &str| {}).map_err(|e| RuntimeError::Child(e.to_string()))
         };
-        let worker = Worker { engine: "test".into(), gather: &run };
+        let worker = Gatherer { engine: "test".into(), gather: &run };
         let load = LoadOptions { threads: 1, ..LoadOptions::default() };
         let (memory, mask) = (self.memory, self.mask.clone());
         let options = CollectOptions { memory, mask, ..CollectOptions::new(load, self.folder.path().join("cache")) };

@@ -3,7 +3,7 @@
 use super::{ReferenceRun, Stop, Verdict};
 use crate::{
     Claim, InputError, Session, Talk,
-    inputs::{Estimate, InputSpec, Sizes, Style, Work, edge_sizes, generate, has_mask, has_whole, sizes_to_try},
+    inputs::{Estimate, InputSpec, RunWork, Sizes, Style, edge_sizes, generate, has_mask, has_whole, sizes_to_try},
 };
 use lathe_ir::Model;
 
@@ -101,8 +101,8 @@ impl InputSearch<'_> {
     fn sizes(&mut self, candidates: Vec<Sizes>) -> Result<Vec<Sizes>, Stop> {
         let open = candidates.iter().any(|sizes| !sizes.describe().is_empty());
         let (mut accepted, mut tried, mut first_error) = (Vec::new(), Vec::new(), None);
-        let mut heavy: Vec<(Work, Sizes)> = Vec::new();
-        let mut run = |search: &mut Self, sizes: Sizes, work: Work| {
+        let mut heavy: Vec<(RunWork, Sizes)> = Vec::new();
+        let mut run = |search: &mut Self, sizes: Sizes, work: RunWork| {
             let inputs = match generate(search.model, search.spec, &sizes) {
                 Ok(inputs) => inputs,
                 // Other sizes may be small enough.
@@ -146,7 +146,7 @@ impl InputSearch<'_> {
         Ok(accepted)
     }
 
-    fn affords(&self, work: Work) -> bool {
+    fn affords(&self, work: RunWork) -> bool {
         work.operations <= self.operations_left / 2 && work.bytes <= MOST_BYTES
     }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// What the worker answers.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Answer {
+pub(crate) enum WorkerAnswer {
     /// The engine's name and its providers.
     Hello { name: String, providers: Vec<String> },
     /// What the worker is about to do; the answer is still to come.

@@ -133,7 +133,7 @@ pub(crate) fn unpack(heads: Vec<Head>, payload: &mut Bytes) -> Result<Sample, Pa
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{Answer, Request};
+    use crate::wire::{WorkerAnswer, WorkerRequest};
 
     #[test]
     fn tensors_survive_the_trip() {
@@ -142,22 +142,22 @@ mod tests {
         let (heads, parts) = pack(&sample);
         let mut wire = Vec::new();
         let parts: Vec<&[u8]> = parts.iter().map(|p| &p[..]).collect();
-        write(&mut wire, &Answer::Outputs(heads), &parts).unwrap();
-        let (answer, mut payload) = read::<Answer>(&mut &wire[..]).unwrap().unwrap();
-        let Answer::Outputs(heads) = answer else { panic!() };
+        write(&mut wire, &WorkerAnswer::Outputs(heads), &parts).unwrap();
+        let (answer, mut payload) = read::<WorkerAnswer>(&mut &wire[..]).unwrap().unwrap();
+        let WorkerAnswer::Outputs(heads) = answer else { panic!() };
         assert_eq!(unpack(heads, &mut payload).unwrap(), sample);
-        assert!(read::<Answer>(&mut &wire[wire.len()..]).unwrap().is_none());
+        assert!(read::<WorkerAnswer>(&mut &wire[wire.len()..]).unwrap().is_none());
     }
 
     #[test]
     fn lengths_are_not_believed() {
         let mut wire = Vec::new();
-        write(&mut wire, &Request::Hello, &[]).unwrap();
+        write(&mut wire, &WorkerRequest::Hello, &[]).unwrap();
         wire[12..20].copy_from_slice(&u64::MAX.to_le_bytes());
-        assert!(read::<Request>(&mut &wire[..]).is_err());
+        assert!(read::<WorkerRequest>(&mut &wire[..]).is_err());
         wire[4..12].copy_from_slice(&u64::MAX.to_le_bytes());
-        assert!(read::<Request>(&mut &wire[..]).is_err());
-        assert!(read::<Request>(&mut &b"hello, this is a library that prints"[..]).is_err());
+        assert!(read::<WorkerRequest>(&mut &wire[..]).is_err());
+        assert!(read::<WorkerRequest>(&mut &b"hello, this is a library that prints"[..]).is_err());
         let head = Head { name: "x".into(), dtype: 1, dims: vec![usize::MAX, 2], lengths: vec![8] };
         assert!(unpack(vec![head], &mut Bytes::from_static(b"12345678")).is_err());
         let head = Head { name: "x".into(), dtype: 1, dims: vec![2], lengths: vec![u64::MAX] };

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 /// What the program asks of the worker.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Request {
+pub(crate) enum WorkerRequest {
     /// Who are you?
     Hello,
     /// Run a model (the first `model` bytes of the payload) on inputs (the rest).
