@@ -5,7 +5,7 @@ use lathe_passes::{
     Quantity,
     lossy::{
         Candidate,
-        allocate::{self, Group, Item, Limits, Plan, Problem, SolveError, Solver},
+        allocate::{self, Group, Item, Limits, Plan, SolveError, Solver},
     },
 };
 use std::time::Instant;
@@ -55,8 +55,7 @@ impl Candidates<'_> {
     pub fn choose(&self, limits: &Limits, solver: Solver) -> Result<(Plan, f64), SolveError> {
         let start = Instant::now();
         let (groups, _) = Groups::of(self, limits.get(Quantity::Latency).is_some());
-        let problem = Problem { groups, conflicts: Vec::new() };
-        Ok((allocate::solve(&problem, limits, solver)?, start.elapsed().as_secs_f64()))
+        Ok((allocate::solve(&groups, limits, solver)?, start.elapsed().as_secs_f64()))
     }
 
     /// What a plan does with every region that exists under it.

@@ -1,6 +1,6 @@
 //! Prices: what is taken when every unit of a quantity costs a price, a bound from below, and a good plan from above.
 
-use super::table::{Pick, Plan, Status, Tree, share};
+use super::table::{Plan, Status, Tree, share};
 use crate::Quantity;
 use lathe_analysis::Random;
 
@@ -75,20 +75,14 @@ pub(super) fn bound(tree: &Tree, priced: &Priced, prices: &[(Quantity, f64)], li
     (tree.outer.iter().map(|&n| priced.least[n]).sum::<f64>() - spent).max(0.0)
 }
 
-/// Whether a plan is within the limits and takes no pair of options that exclude each other.
-pub(super) fn allowed(
-    tree: &Tree,
-    choices: &[Option<usize>],
-    limits: &[(Quantity, u64)],
-    conflicts: &[[Pick; 2]],
-) -> bool {
+/// Whether a plan is within the limits.
+pub(super) fn allowed(tree: &Tree, choices: &[Option<usize>], limits: &[(Quantity, u64)]) -> bool {
     let (used, _) = tree.totals(choices);
-    let taken = |p: &Pick| choices[p.group] == Some(p.option);
-    limits.iter().all(|&(m, limit)| used.of(m) <= limit) && !conflicts.iter().any(|c| c.iter().all(taken))
+    limits.iter().all(|&(m, limit)| used.of(m) <= limit)
 }
 
 /// The single change that lowers the error most and is allowed, as long as there is one.
-pub(super) fn improve(tree: &Tree, picks: &mut [usize], limits: &[(Quantity, u64)], conflicts: &[[Pick; 2]]) {
+pub(super) fn improve(tree: &Tree, picks: &mut [usize], limits: &[(Quantity, u64)]) {
     let nodes = &tree.nodes;
     loop {
         let existing = tree.existing(picks);
@@ -122,17 +116,9 @@ pub(super) fn improve(tree: &Tree, picks: &mut [usize], limits: &[(Quantity, u64
             }
         }
         changes.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-        let made = changes.into_iter().any(|(_, at, option)| {
-            let before = std::mem::replace(&mut picks[at], option);
-            let fine = conflicts.is_empty() || allowed(tree, &tree.existing(picks), limits, conflicts);
-            if !fine {
-                picks[at] = before;
-            }
-            fine
-        });
-        if !made {
-            return;
-        }
+        // Each was checked against the limits by itself: the best of them is within.
+        let Some((_, at, option)) = changes.into_iter().next() else { return };
+        picks[at] = option;
     }
 }
 

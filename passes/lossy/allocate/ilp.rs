@@ -5,7 +5,7 @@
 //! solver's own gap where that is narrower.
 
 use super::greedy::{allowed, at_prices, bound, improve, price_beside};
-use super::table::{Pick, Plan, SolveError, Status, Tree, share};
+use super::table::{Plan, SolveError, Status, Tree, share};
 use crate::Quantity;
 use good_lp::{
     Expression, ProblemVariables, ResolutionError, Solution, SolutionStatus, SolverModel, Variable, WithMipGap,
@@ -22,12 +22,7 @@ const ROUNDS: usize = 12;
 const RETRIES: i32 = 3;
 
 /// The plan of least error within `limits`, each of which can be met by itself; `seconds` are allowed.
-pub(super) fn solve(
-    tree: &Tree,
-    limits: &[(Quantity, u64)],
-    conflicts: &[[Pick; 2]],
-    seconds: f64,
-) -> Result<Plan, SolveError> {
+pub(super) fn solve(tree: &Tree, limits: &[(Quantity, u64)], seconds: f64) -> Result<Plan, SolveError> {
     let mut prices: Vec<(Quantity, f64)> = limits.iter().map(|&(m, _)| (m, 0.0)).collect();
     let mut least: f64 = 0.0;
     for _ in 0..ROUNDS {
@@ -36,18 +31,18 @@ pub(super) fn solve(
             least = least.max(bound(tree, &at_prices(tree, &prices), &prices, limits));
         }
     }
-    let mut start = start(tree, &prices, conflicts);
+    let mut start = at_prices(tree, &prices).picks;
     let mut known = None;
-    if allowed(tree, &tree.existing(&start), limits, conflicts) {
-        improve(tree, &mut start, limits, conflicts);
+    if allowed(tree, &tree.existing(&start), limits) {
+        improve(tree, &mut start, limits);
         known = Some(tree.existing(&start));
     }
     let mut found = None;
     for retry in 0..RETRIES {
         // A plan that the solver's tolerance let through is asked for again within a little less.
         let room = 1.0 - 1e-6 * f64::from(retry);
-        match programme(tree, limits, conflicts, room, known.as_deref(), seconds) {
-            Ok((choices, status)) if allowed(tree, &choices, limits, conflicts) => {
+        match programme(tree, limits, room, known.as_deref(), seconds) {
+            Ok((choices, status)) if allowed(tree, &choices, limits) => {
                 found = Some((choices, status));
                 break;
             }
@@ -79,31 +74,6 @@ pub(super) fn solve(
     Ok(Plan { choices, objective, bound, status, used })
 }
 
-/// What is taken at the prices, group by group, without options that exclude one already taken.
-fn start(tree: &Tree, prices: &[(Quantity, f64)], conflicts: &[[Pick; 2]]) -> Vec<usize> {
-    let mut picks = at_prices(tree, prices).picks;
-    for at in 0..picks.len() {
-        let excluded = |option: usize, picks: &[usize]| {
-            let here = Pick { group: at, option };
-            conflicts.iter().any(|&[a, b]| {
-                let other = if a == here { b } else { a };
-                (a == here || b == here) && other.group < at && picks[other.group] == other.option
-            })
-        };
-        if excluded(picks[at], &picks) {
-            let options = &tree.nodes[at].group.options;
-            let value = |o: usize| {
-                options[o].error + prices.iter().map(|&(m, p)| p * options[o].cost.of(m) as f64).sum::<f64>()
-            };
-            let free = (0..options.len()).filter(|&o| !excluded(o, &picks));
-            if let Some(best) = free.min_by(|&a, &b| value(a).total_cmp(&value(b))) {
-                picks[at] = best;
-            }
-        }
-    }
-    picks
-}
-
 fn infeasible(tree: &Tree, limits: &[(Quantity, u64)]) -> SolveError {
     let least = |of: Quantity| {
         let smallest = tree.smallest(of);
@@ -113,13 +83,12 @@ fn infeasible(tree: &Tree, limits: &[(Quantity, u64)]) -> SolveError {
 }
 
 /// Options that another of their group matches in every limited quantity and beats in one, and that hold no groups.
-fn useful(tree: &Tree, limits: &[(Quantity, u64)], conflicts: &[[Pick; 2]]) -> Vec<Vec<bool>> {
-    let named = |pick: Pick| conflicts.iter().flatten().any(|p| *p == pick);
-    let nodes = tree.nodes.iter().enumerate();
+fn useful(tree: &Tree, limits: &[(Quantity, u64)]) -> Vec<Vec<bool>> {
+    let nodes = tree.nodes.iter();
     nodes
-        .map(|(group, node)| {
+        .map(|node| {
             let options = &node.group.options;
-            let plain = |o: usize| node.inner[o].is_empty() && !named(Pick { group, option: o });
+            let plain = |o: usize| node.inner[o].is_empty();
             let beaten = |o: usize| {
                 (0..options.len()).any(|other| {
                     let (a, b) = (&options[other], &options[o]);
@@ -139,12 +108,11 @@ type Found = (Vec<Option<usize>>, SolutionStatus);
 fn programme(
     tree: &Tree,
     limits: &[(Quantity, u64)],
-    conflicts: &[[Pick; 2]],
     room: f64,
     start: Option<&[Option<usize>]>,
     seconds: f64,
 ) -> Result<Found, ResolutionError> {
-    let mut kept = useful(tree, limits, conflicts);
+    let mut kept = useful(tree, limits);
     if let Some(start) = start {
         start.iter().zip(&mut kept).for_each(|(choice, kept)| choice.iter().for_each(|&o| kept[o] = true));
     }
@@ -194,11 +162,6 @@ fn programme(
         let unit = 1.0 / limit.max(1) as f64;
         let spent: Expression = all().map(|(at, o, v)| v * (option(at, o).cost.of(measure) as f64 * unit)).sum();
         problem.add_constraint(spent.leq(limit as f64 * unit * room));
-    }
-    for pair in conflicts {
-        if let [Some(a), Some(b)] = pair.map(|p| of[p.group][p.option]) {
-            problem.add_constraint((a + b).leq(1));
-        }
     }
     let solution = problem.solve()?;
     let taken = |vars: &Vec<Option<Variable>>| {

@@ -7,7 +7,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use table::{Group, Item, Limits, Pick, Plan, Problem, SolveError, Status};
+pub use table::{Group, Item, Limits, Pick, Plan, SolveError, Status};
 
 use crate::{Info, Kind, Opt, Quantity, Saving};
 use table::Tree;
@@ -18,11 +18,11 @@ pub enum Solver {
     /// The Pareto programme where it applies.
     #[default]
     Auto,
-    /// The exact Pareto programme: at most one limit, no conflicts.
+    /// The exact Pareto programme: at most one limit.
     Pareto,
     /// The integer linear programme.
     Ilp,
-    /// The same share for every group, for comparison: one limit, no conflicts.
+    /// The same share for every group, for comparison: one limit.
     Uniform,
     /// Anything, from this seed, to see how well errors are predicted.
     Random(u64),
@@ -78,22 +78,17 @@ const SECONDS: f64 = 10.0;
 
 /// Chooses the plan of least error within `limits`; without any limit the least error there is.
 ///
-/// The same problem, limits and solver give the same plan, unless the time runs out.
-pub fn solve(problem: &Problem, limits: &Limits, solver: Solver) -> Result<Plan, SolveError> {
-    let tree = Tree::new(problem, limits)?;
+/// The same groups, limits and solver give the same plan, unless the time runs out.
+pub fn solve(groups: &[Group], limits: &Limits, solver: Solver) -> Result<Plan, SolveError> {
+    let tree = Tree::new(groups, limits)?;
     let limits = reachable(&tree, limits)?;
-    let conflicts = &problem.conflicts;
     match (solver, limits.as_slice()) {
-        (Solver::Auto | Solver::Pareto, []) if conflicts.is_empty() => {
-            Ok(pareto::solve(&tree, Quantity::Size, u64::MAX >> 1))
-        }
-        (Solver::Auto | Solver::Pareto, &[(of, limit)]) if conflicts.is_empty() => Ok(pareto::solve(&tree, of, limit)),
-        (Solver::Uniform, &[(of, limit)]) if conflicts.is_empty() => Ok(greedy::uniform(&tree, of, limit)),
+        (Solver::Auto | Solver::Pareto, []) => Ok(pareto::solve(&tree, Quantity::Size, u64::MAX >> 1)),
+        (Solver::Auto | Solver::Pareto, &[(of, limit)]) => Ok(pareto::solve(&tree, of, limit)),
+        (Solver::Uniform, &[(of, limit)]) => Ok(greedy::uniform(&tree, of, limit)),
         (Solver::Random(seed), _) => Ok(greedy::random(&tree, seed)),
-        (Solver::Pareto | Solver::Uniform, limits) => {
-            Err(SolveError::NotPareto { budgets: limits.len(), conflicts: conflicts.len() })
-        }
-        (Solver::Auto | Solver::Ilp, limits) => ilp::solve(&tree, limits, conflicts, SECONDS),
+        (Solver::Pareto | Solver::Uniform, limits) => Err(SolveError::NotPareto { budgets: limits.len() }),
+        (Solver::Auto | Solver::Ilp, limits) => ilp::solve(&tree, limits, SECONDS),
     }
 }
 

@@ -53,7 +53,7 @@ pub(super) fn solve(tree: &Tree, of: Quantity, limit: u64) -> Plan {
     let priced = at_prices(tree, &prices);
     let bound = bound(tree, &priced, &prices, &[(of, limit)]);
     let mut picks = priced.picks.clone();
-    improve(tree, &mut picks, &[(of, limit)], &[]);
+    improve(tree, &mut picks, &[(of, limit)]);
     let start = tree.existing(&picks);
     let known = tree.totals(&start).1;
     let mut search = Search::new(tree, of, limit, price, known, &priced);

@@ -8,7 +8,7 @@ pub struct Item {
     /// What it takes, without what `inner` does. What is not there counts as 0; no budget can be given for latency unless
     /// every item has one.
     pub cost: QuantityMap<u64>,
-    /// What it loses, at least 0, in one currency for the whole problem.
+    /// What it loses, at least 0, in one currency for all groups.
     pub error: f64,
     /// The groups inside.
     pub inner: Vec<Group>,
@@ -30,15 +30,6 @@ pub struct Pick {
     pub group: usize,
     /// The index of its option.
     pub option: usize,
-}
-
-/// Everything that can be chosen.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Problem {
-    /// The outermost groups.
-    pub groups: Vec<Group>,
-    /// Pairs that cannot both be taken.
-    pub conflicts: Vec<[Pick; 2]>,
 }
 
 /// What all options together may take at most.
@@ -82,10 +73,10 @@ pub enum SolveError {
     #[error("no plan fits: {}", smallest.iter().map(|(q, least, limit)| format!("at least {least} {}, {limit} allowed", q.unit()))
         .collect::<Vec<_>>().join("; "))]
     Infeasible {
-        /// For every limited quantity: the least that can be reached in it alone, conflicts aside, and the limit.
+        /// For every limited quantity: the least that can be reached in it alone, and the limit.
         smallest: Vec<(Quantity, u64, u64)>,
     },
-    /// The problem is not sound.
+    /// A group is not sound.
     #[error("group `{group}` {reason}")]
     BadGroup {
         /// Its name.
@@ -93,19 +84,11 @@ pub enum SolveError {
         /// What is wrong.
         reason: &'static str,
     },
-    /// A conflict names what is not there.
-    #[error("conflict {index} names a group or an option that does not exist")]
-    BadConflict {
-        /// Its index.
-        index: usize,
-    },
     /// The exact programme was asked for where it does not apply.
-    #[error("this solver takes one budget and no conflicts, found {budgets} and {conflicts}")]
+    #[error("this solver takes one budget, found {budgets}")]
     NotPareto {
         /// Limits given.
         budgets: usize,
-        /// Conflicts given.
-        conflicts: usize,
     },
     /// No plan loses as little as was asked.
     #[error("no plan has an error of at most {limit}, the least is {least}")]
@@ -129,17 +112,17 @@ pub(super) struct Node<'a> {
     pub inner: Vec<Vec<usize>>,
 }
 
-/// Every group of a problem, a group before those inside it.
+/// Every group, a group before those inside it.
 pub(super) struct Tree<'a> {
     pub nodes: Vec<Node<'a>>,
     pub outer: Vec<usize>,
 }
 
 impl<'a> Tree<'a> {
-    /// Flattens and checks a problem.
-    pub fn new(problem: &'a Problem, limits: &Limits) -> Result<Self, SolveError> {
+    /// Flattens and checks groups.
+    pub fn new(groups: &'a [Group], limits: &Limits) -> Result<Self, SolveError> {
         let mut tree = Tree { nodes: Vec::new(), outer: Vec::new() };
-        for group in &problem.groups {
+        for group in groups {
             let index = tree.add(group, None, limits.get(Quantity::Latency).is_some())?;
             tree.outer.push(index);
         }
@@ -154,12 +137,6 @@ impl<'a> Tree<'a> {
                         return Err(SolveError::BadGroup { group, reason });
                     }
                 }
-            }
-        }
-        for (index, pair) in problem.conflicts.iter().enumerate() {
-            let known = |p: &Pick| tree.nodes.get(p.group).is_some_and(|n| p.option < n.group.options.len());
-            if !pair.iter().all(known) {
-                return Err(SolveError::BadConflict { index });
             }
         }
         Ok(tree)

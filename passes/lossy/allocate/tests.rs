@@ -34,44 +34,44 @@ impl Seeded {
         Group { name: "g".into(), options: (0..options).map(option).collect() }
     }
 
-    fn table(&mut self, groups: usize, options: usize) -> Problem {
-        Problem { groups: (0..groups).map(|_| self.group(options)).collect(), conflicts: Vec::new() }
+    fn table(&mut self, groups: usize, options: usize) -> Vec<Group> {
+        (0..groups).map(|_| self.group(options)).collect()
     }
 
     /// Up to three outer groups, some of whose options hold groups.
-    fn nested(&mut self) -> Problem {
+    fn nested(&mut self) -> Vec<Group> {
         let outer = 1 + self.below(3);
         let mut table = self.table(outer, 3);
-        for group in &mut table.groups {
+        for group in &mut table {
             for option in &mut group.options[..2] {
                 option.inner = (0..self.below(3)).map(|_| self.group(2)).collect();
             }
         }
-        if let Some(inner) = table.groups[0].options[0].inner.first_mut() {
+        if let Some(inner) = table[0].options[0].inner.first_mut() {
             inner.options[0].inner = vec![self.group(2)];
         }
         table
     }
 }
 
-fn tree(table: &Problem) -> Tree<'_> {
+fn tree(table: &[Group]) -> Tree<'_> {
     Tree::new(table, &Limits::default()).unwrap()
 }
 
-fn full(table: &Problem) -> u64 {
+fn full(table: &[Group]) -> u64 {
     let tree = tree(table);
     tree.totals(&tree.existing(&vec![0; tree.nodes.len()])).0.of(Quantity::Size)
 }
 
 /// The least error over every plan there is.
-fn brute_force(table: &Problem, limits: &[(Quantity, u64)]) -> Option<f64> {
+fn brute_force(table: &[Group], limits: &[(Quantity, u64)]) -> Option<f64> {
     let tree = tree(table);
     let mut picks = vec![0; tree.nodes.len()];
     let mut best: Option<f64> = None;
     loop {
         let choices = tree.existing(&picks);
         let error = tree.totals(&choices).1;
-        if greedy::allowed(&tree, &choices, limits, &table.conflicts) && best.is_none_or(|b| error < b) {
+        if greedy::allowed(&tree, &choices, limits) && best.is_none_or(|b| error < b) {
             best = Some(error);
         }
         let Some(at) = (0..picks.len()).find(|&i| picks[i] + 1 < tree.nodes[i].group.options.len()) else {
@@ -82,14 +82,14 @@ fn brute_force(table: &Problem, limits: &[(Quantity, u64)]) -> Option<f64> {
     }
 }
 
-fn assert_best(table: &Problem, limits: Limits, solver: Solver, tolerance: f64) {
+fn assert_best(table: &[Group], limits: Limits, solver: Solver, tolerance: f64) {
     match (brute_force(table, &limits.iter().collect::<Vec<_>>()), solve(table, &limits, solver)) {
         (Some(best), Ok(plan)) => {
             assert!(plan.objective - best <= tolerance * best + 1e-12, "{} {best}", plan.objective);
             assert!(plan.bound <= best + 1e-9 && best <= plan.objective + 1e-12, "{plan:?} {best}");
             let tree = tree(table);
             assert_eq!(tree.totals(&plan.choices), (plan.used, plan.objective));
-            assert!(greedy::allowed(&tree, &plan.choices, &limits.iter().collect::<Vec<_>>(), &table.conflicts));
+            assert!(greedy::allowed(&tree, &plan.choices, &limits.iter().collect::<Vec<_>>()));
         }
         (None, Err(SolveError::Infeasible { .. })) => {}
         (best, found) => panic!("{best:?} {found:?}"),
@@ -118,7 +118,7 @@ fn the_bound_is_below_and_the_greedy_plan_above() {
         let prices = [(Quantity::Size, greedy::price(&tree, Quantity::Size, limits[0].1))];
         let mut priced = greedy::at_prices(&tree, &prices);
         let bound = greedy::bound(&tree, &priced, &prices, &limits);
-        greedy::improve(&tree, &mut priced.picks, &limits, &[]);
+        greedy::improve(&tree, &mut priced.picks, &limits);
         let above = tree.totals(&tree.existing(&priced.picks)).1;
         let best = pareto::solve(&tree, Quantity::Size, limits[0].1);
         assert!(best.status == Status::Optimal && bound <= best.objective && best.objective <= above);
@@ -145,7 +145,7 @@ fn says_what_can_be_reached() {
     let option =
         |bytes: u64, error| Item { cost: QuantityMap::default().with(Quantity::Size, bytes), error, ..Item::default() };
     let group = Group { name: "g".into(), options: vec![option(10, 0.0), option(4, 1.0)] };
-    let table = Problem { groups: vec![group.clone(), group], conflicts: Vec::new() };
+    let table = vec![group.clone(), group];
     let message = solve(&table, &Limits::default().with(Quantity::Size, 7), Solver::Auto).unwrap_err().to_string();
     assert_eq!(message, "no plan fits: at least 8 bytes, 7 allowed");
 }
@@ -154,7 +154,7 @@ fn says_what_can_be_reached() {
 fn refuses_a_table_that_is_not_sound() {
     let message = |choice: Item, limits: Limits| {
         let groups = vec![Group { name: "mlp".into(), options: vec![choice] }];
-        let table = Problem { groups, conflicts: Vec::new() };
+        let table = groups;
         solve(&table, &limits, Solver::Auto).unwrap_err().to_string()
     };
     for error in [f64::NAN, -1.0, f64::INFINITY] {
@@ -174,13 +174,9 @@ fn refuses_a_table_that_is_not_sound() {
         ),
         "group `mlp` takes the sum of all costs beyond 2^53"
     );
-    let empty = Problem { groups: vec![Group { name: "mlp".into(), options: vec![] }], conflicts: Vec::new() };
+    let empty = vec![Group { name: "mlp".into(), options: vec![] }];
     let message = solve(&empty, &Limits::default(), Solver::Auto).unwrap_err().to_string();
     assert_eq!(message, "group `mlp` has no options");
-    let pick = |group| Pick { group, option: 0 };
-    let table = Problem { conflicts: vec![[pick(0), pick(9)]], ..Seeded(1).table(2, 2) };
-    let message = solve(&table, &Limits::default(), Solver::Auto).unwrap_err().to_string();
-    assert_eq!(message, "conflict 0 names a group or an option that does not exist");
 }
 
 #[test]
@@ -203,16 +199,12 @@ fn the_integer_programme_finds_what_the_pareto_programme_finds() {
 }
 
 #[test]
-fn several_budgets_and_conflicts_are_as_good_as_trying_everything() {
+fn several_budgets_are_as_good_as_trying_everything() {
     for seed in 0..100 {
         let mut random = Seeded(seed);
         let flat = random.table(2 + seed as usize % 4, 3);
-        for mut table in [flat, random.nested()] {
+        for table in [flat, random.nested()] {
             let groups = tree(&table).nodes.len();
-            if groups > 1 {
-                let pick = |group, option| Pick { group, option };
-                table.conflicts = vec![[pick(0, 1), pick(groups - 1, 1)], [pick(0, 0), pick(groups - 1, 0)]];
-            }
             let tree = tree(&table);
             let all = tree.totals(&tree.existing(&vec![0; groups])).0;
             let limits = Limits::default()
@@ -228,7 +220,7 @@ fn the_pareto_programme_says_where_it_does_not_apply() {
     let table = Seeded(1).table(2, 2);
     let limits = Limits::default().with(Quantity::Size, 1 << 40).with(Quantity::Flops, 1 << 40);
     let message = solve(&table, &limits, Solver::Pareto).unwrap_err().to_string();
-    assert_eq!(message, "this solver takes one budget and no conflicts, found 2 and 0");
+    assert_eq!(message, "this solver takes one budget, found 2");
 }
 
 #[test]

@@ -17,6 +17,8 @@ const PER_CHANNEL: [&str; 3] = ["MaxPool", "AveragePool", "GlobalAveragePool"];
 pub(in crate::lossy) struct Hidden<'a> {
     /// The layer that reads them.
     pub reader: &'a Weight,
+    /// Whether the reader is a convolution.
+    conv: bool,
     /// The layers that make them.
     pub makers: Vec<&'a Weight>,
     /// Constants with a number per unit and the axis of the units.
@@ -43,8 +45,8 @@ pub(in crate::lossy) fn hidden<'a>(
     let conv = graph.node(tap.node).is("Conv");
     let units = if conv { reader.dims[1] } else { reader.sides().0 };
     let window = reader.sides().0 / units;
-    let from_end = if conv { reader.dims.len() - 1 } else { 1 };
     let mut found = Hidden {
+        conv,
         reader,
         makers: Vec::new(),
         sliced: BTreeMap::new(),
@@ -67,46 +69,9 @@ pub(in crate::lossy) fn hidden<'a>(
         if !region.insert(id) {
             continue;
         }
-        if let Some(&maker) = layers.get(&id) {
-            let turned = maker.inputs_axis();
-            if maker.taps.len() != 1 || maker.sides().1 != units || node.is("Conv") != conv {
-                return Err("what makes the units shares its weight or has another shape");
-            }
-            if node.input(1) != Some(maker.value) {
-                return Err("the weight of what makes the units is turned");
-            }
-            found.makers.push(maker);
-            found.sliced.insert(maker.value, if conv { 0 } else { 1 - turned });
-            if let Some(bias) = node.input(2) {
-                slice(graph, &mut found, bias, if conv { 1 } else { from_end })?;
-            }
-            continue;
-        }
-        let depthwise = node.is("Conv") && conv && node.int("group").unwrap_or(1) == units as i64;
-        if depthwise {
-            for input in node.inputs().iter().skip(1).flatten() {
-                let dims = graph.constant(*input).ok_or("a depthwise convolution's weight is no constant")?.dims();
-                if dims.first() != Some(&units) {
-                    return Err("a convolution makes several channels of one");
-                }
-                found.sliced.insert(*input, 0);
-            }
-            found.depthwise.push(id);
-            open.push(node.input(0).expect("a convolution has data"));
-        } else if node.is("BatchNormalization") && conv {
-            for input in node.inputs().iter().skip(1).flatten() {
-                slice(graph, &mut found, *input, 1)?;
-            }
-            open.push(node.input(0).expect("a normalization has data"));
-        } else if elementwise(node) || conv && PER_CHANNEL.iter().any(|op| node.is(op)) {
-            for input in node.inputs().iter().flatten() {
-                match graph.constant(*input) {
-                    Some(_) => slice(graph, &mut found, *input, from_end)?,
-                    None => open.push(*input),
-                }
-            }
-        } else {
-            return Err("other than layers and element-wise operators make the units");
+        match layers.get(&id) {
+            Some(&maker) => found.add_maker(graph, id, maker)?,
+            None => open.extend(found.add_between(graph, id)?),
         }
     }
     let inside = |place: &Use| match *place {
@@ -121,6 +86,59 @@ pub(in crate::lossy) fn hidden<'a>(
     }
     found.nodes = graph.nodes(ScopeId::MAIN).filter(|id| region.contains(id)).collect();
     Ok(found)
+}
+
+impl<'a> Hidden<'a> {
+    /// Where the axis of the units is in constants that are added or multiplied, from the end.
+    fn from_end(&self) -> usize {
+        if self.conv { self.reader.dims.len() - 1 } else { 1 }
+    }
+
+    /// Takes in a layer that makes the units.
+    fn add_maker(&mut self, graph: &Graph, id: NodeId, maker: &'a Weight) -> Result<(), &'static str> {
+        let node = graph.node(id);
+        if maker.taps.len() != 1 || maker.sides().1 != self.units || node.is("Conv") != self.conv {
+            return Err("what makes the units shares its weight or has another shape");
+        }
+        if node.input(1) != Some(maker.value) {
+            return Err("the weight of what makes the units is turned");
+        }
+        self.makers.push(maker);
+        self.sliced.insert(maker.value, if self.conv { 0 } else { 1 - maker.inputs_axis() });
+        match node.input(2) {
+            Some(bias) => slice(graph, self, bias, if self.conv { 1 } else { self.from_end() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes in a node between the layers, and says what it reads of the units.
+    fn add_between(&mut self, graph: &Graph, id: NodeId) -> Result<Vec<ValueId>, &'static str> {
+        let node = graph.node(id);
+        let data = || vec![node.input(0).expect("a convolution or a normalization has data")];
+        let constants = || node.inputs().iter().skip(1).flatten().copied();
+        if node.is("Conv") && self.conv && node.int("group").unwrap_or(1) == self.units as i64 {
+            for input in constants() {
+                let dims = graph.constant(input).ok_or("a depthwise convolution's weight is no constant")?.dims();
+                if dims.first() != Some(&self.units) {
+                    return Err("a convolution makes several channels of one");
+                }
+                self.sliced.insert(input, 0);
+            }
+            self.depthwise.push(id);
+            return Ok(data());
+        }
+        if node.is("BatchNormalization") && self.conv {
+            constants().try_for_each(|input| slice(graph, self, input, 1))?;
+            return Ok(data());
+        }
+        if !elementwise(node) && !(self.conv && PER_CHANNEL.iter().any(|op| node.is(op))) {
+            return Err("other than layers and element-wise operators make the units");
+        }
+        let (known, read): (Vec<ValueId>, Vec<ValueId>) =
+            node.inputs().iter().flatten().partition(|input| graph.constant(**input).is_some());
+        known.into_iter().try_for_each(|input| slice(graph, self, input, self.from_end()))?;
+        Ok(read)
+    }
 }
 
 /// Notes that a constant has a number per unit, if it has.

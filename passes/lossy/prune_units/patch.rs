@@ -78,9 +78,10 @@ pub(super) fn leave_out_with(
         let features = Features::of(&base, &span);
         let Some(features) = features else { continue };
         span.gone.iter().for_each(|v| _ = rest.remove(v));
+        let gap = Gap { base: &base, span: &span, features: &features, calibration };
         let done = match patch {
-            Patch::Fold => fold(model, &base, &span, &features, &mut changed, calibration)?,
-            _ => insert(model, &base, &span, &features, &changed, patch, calibration)?,
+            Patch::Fold => fold(model, &gap, &mut changed)?,
+            _ => insert(model, &gap, &changed, patch)?,
         };
         filled += usize::from(done);
         if !(done && patch != Patch::Fold)
@@ -203,17 +204,24 @@ impl Moments {
     }
 }
 
+/// A gap to be filled.
+struct Gap<'a> {
+    /// The model with all its units.
+    base: &'a Model,
+    span: &'a Span,
+    features: &'a Features,
+    calibration: &'a dyn Calibrate,
+}
+
 /// What the model needs at a span: moments of `at`, a value of `model`, and of the step from `from`, another one of it, to
 /// the sum of the span in `base`.
 fn moments(
     model: &Model,
-    base: &Model,
+    gap: &Gap<'_>,
     changed: &BTreeSet<ValueId>,
     [at, from]: [ValueId; 2],
-    span: &Span,
-    features: &Features,
-    calibration: &dyn Calibrate,
 ) -> Result<Option<Moments>, Error> {
+    let Gap { base, span, features, calibration } = *gap;
     if features.size > WIDEST {
         return Ok(None);
     }
@@ -239,17 +247,11 @@ fn moments(
 }
 
 /// Changes the last layer before a span so that its sum is near that of the span. Says whether it could.
-fn fold(
-    model: &mut Model,
-    base: &Model,
-    span: &Span,
-    features: &Features,
-    changed: &mut BTreeSet<ValueId>,
-    calibration: &dyn Calibrate,
-) -> Result<bool, Error> {
+fn fold(model: &mut Model, gap: &Gap<'_>, changed: &mut BTreeSet<ValueId>) -> Result<bool, Error> {
+    let Gap { span, features, .. } = *gap;
     let Some((summand, sum)) = span.before else { return Ok(false) };
     let Some(last) = Last::of(&model.graph, summand) else { return Ok(false) };
-    let found = moments(model, base, changed, [summand, sum], span, features, calibration)?;
+    let found = moments(model, gap, changed, [summand, sum])?;
     let Some((moments, change)) = found.and_then(|m| m.regression().map(|change| (m, change))) else {
         return Ok(false);
     };
@@ -334,16 +336,9 @@ fn numbers_of(graph: &lathe_ir::Graph, last: &Last, d: usize) -> Option<PerFeatu
 }
 
 /// Puts something in the place of a span. Says whether it could.
-fn insert(
-    model: &mut Model,
-    base: &Model,
-    span: &Span,
-    features: &Features,
-    changed: &BTreeSet<ValueId>,
-    patch: Patch,
-    calibration: &dyn Calibrate,
-) -> Result<bool, Error> {
-    let found = moments(model, base, changed, [span.enter, span.enter], span, features, calibration)?;
+fn insert(model: &mut Model, gap: &Gap<'_>, changed: &BTreeSet<ValueId>, patch: Patch) -> Result<bool, Error> {
+    let Gap { span, features, .. } = *gap;
+    let found = moments(model, gap, changed, [span.enter, span.enter])?;
     let Some(moments) = found else { return Ok(false) };
     let d = features.size;
     let graph = &mut model.graph;
