@@ -3,7 +3,7 @@
 use super::{
     Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factorize::Rank,
-    factors::{self, Layer, Seen},
+    factors::{self, Layer, LayerStatistics},
     in_batches,
     integers::Scheme,
     quantize::{self, Coded},
@@ -95,8 +95,8 @@ impl Method for Compensate {
             return Ok(Proposal::refused("it saves neither bytes nor time", "the model"));
         }
         let target = cx.target;
-        let work = |weight: &Weight, seen: &Seen| {
-            let layer = Layer::new(&model.graph, weight, seen)?;
+        let work = |weight: &Weight, statistics: &LayerStatistics| {
+            let layer = Layer::new(&model.graph, weight, statistics)?;
             candidates(&model.graph, weight, &layer, target)
         };
         in_batches(model, cx, &work)
@@ -117,8 +117,8 @@ impl Method for Compensate {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };
-        let made = factors::seen(&model.graph, weight, cx)?.and_then(|seen| {
-            let layer = Layer::new(&model.graph, weight, &seen)?;
+        let made = factors::statistics(&model.graph, weight, cx)?.and_then(|statistics| {
+            let layer = Layer::new(&model.graph, weight, &statistics)?;
             coded(&model.graph, weight, &layer)
         });
         match made {

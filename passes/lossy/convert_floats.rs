@@ -92,7 +92,7 @@ fn length(weight: &Weight, tap: &Tap) -> usize {
 }
 
 /// What was seen of every use, or why the weight is passed over.
-fn seen(weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Input>, &'static str>, Error> {
+fn inputs_of(weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Input>, &'static str>, Error> {
     const UNSEEN: &str = "nothing was seen of it on the calibration set";
     let Some(calibration) = cx.calibration else { return Ok(Err(UNSEEN)) };
     let mut inputs = Vec::new();
@@ -310,7 +310,7 @@ impl Method for ConvertFloats {
         refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
         let mut work = Vec::new();
         for weight in &found {
-            match seen(weight, cx)? {
+            match inputs_of(weight, cx)? {
                 Ok(inputs) => work.push((weight, inputs)),
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }

@@ -2,7 +2,7 @@
 
 use super::{
     Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
-    factors::{self, Layer, Seen},
+    factors::{self, Layer, LayerStatistics},
     in_batches,
     spectrum::{Spectrum, product},
     weights,
@@ -255,8 +255,8 @@ impl Method for Dictionary {
         let bytes = cx.quantities.contains(&Quantity::Size);
         let none = Vec::new();
         let incumbents = &cx.incumbents;
-        let work = |weight: &Weight, seen: &Seen| {
-            let layer = Layer::new(&model.graph, weight, seen)?;
+        let work = |weight: &Weight, statistics: &LayerStatistics| {
+            let layer = Layer::new(&model.graph, weight, statistics)?;
             candidates(&layer, incumbents.get(&weight.value).unwrap_or(&none), bytes, choosing)
         };
         in_batches(model, cx, &work)
@@ -278,8 +278,8 @@ impl Method for Dictionary {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };
-        let made = factors::seen(&model.graph, weight, cx)?.and_then(|seen| {
-            let layer = Layer::new(&model.graph, weight, &seen)?;
+        let made = factors::statistics(&model.graph, weight, cx)?.and_then(|statistics| {
+            let layer = Layer::new(&model.graph, weight, &statistics)?;
             let found = Spectrum::of(layer.matrix.as_ref(), layer.joint.as_ref());
             let found = found.ok_or("its decomposition does not converge")?;
             let (coefficients, _) = sparse(&found, form, choosing);

@@ -2,7 +2,7 @@
 
 use super::{
     Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
-    factors::{self, Seen},
+    factors::{self, LayerStatistics},
     on_all_cores, spectrum, weights,
 };
 use crate::{Error, Info, Kind, Opt, Outcome, Saving};
@@ -62,10 +62,10 @@ fn dropped(units: usize, quiet: usize) -> usize {
 }
 
 /// Whether the smallest inputs together make little of every use's output.
-fn may_be_quiet(graph: &Graph, weight: &Weight, seen: &Seen) -> bool {
+fn may_be_quiet(graph: &Graph, weight: &Weight, statistics: &LayerStatistics) -> bool {
     let (units, window) = units(graph, weight);
     let most = LIMITS.iter().copied().fold(0.0, f64::max).powi(2);
-    let energies = energies(graph, weight, seen, units, window);
+    let energies = energies(graph, weight, statistics, units, window);
     let mut sorted: Vec<f64> = energies;
     sorted.sort_by(f64::total_cmp);
     let mut sum = 0.0;
@@ -77,9 +77,9 @@ fn may_be_quiet(graph: &Graph, weight: &Weight, seen: &Seen) -> bool {
 }
 
 /// The share of the output's mean square that every unit makes by itself, the largest of all uses.
-fn energies(graph: &Graph, weight: &Weight, seen: &Seen, units: usize, window: usize) -> Vec<f64> {
+fn energies(graph: &Graph, weight: &Weight, statistics: &LayerStatistics, units: usize, window: usize) -> Vec<f64> {
     let mut most = vec![0.0f64; units];
-    for (tap, (gram, output)) in weight.taps.iter().zip(seen.grams.iter().zip(&seen.outputs)) {
+    for (tap, (gram, output)) in weight.taps.iter().zip(statistics.grams.iter().zip(&statistics.outputs)) {
         let norms = weight.norms(graph, tap).unwrap_or_default();
         for (unit, most) in most.iter_mut().enumerate() {
             let all = (unit * window..(unit + 1) * window).map(|i| gram.matrix.get(i, i) * norms[i].powi(2));
@@ -99,10 +99,10 @@ struct Order {
 fn order(
     graph: &Graph,
     weight: &Weight,
-    seen: &Seen,
+    statistics: &LayerStatistics,
     cx: &MethodContext,
 ) -> Result<Result<Order, &'static str>, Error> {
-    if !may_be_quiet(graph, weight, seen) {
+    if !may_be_quiet(graph, weight, statistics) {
         return Ok(Err(FEW));
     }
     let Some(calibration) = cx.calibration else { return Ok(Err("nothing was seen of it on the calibration set")) };
@@ -110,7 +110,7 @@ fn order(
     // By limit, whether a unit is quiet for every use; by unit, its size relative to the largest limit's threshold.
     let mut quiet = vec![vec![true; units]; LIMITS.len()];
     let mut sizes = vec![0.0f64; units];
-    for (tap, output) in weight.taps.iter().zip(&seen.outputs) {
+    for (tap, output) in weight.taps.iter().zip(&statistics.outputs) {
         let magnitudes = tap.rows.as_ref().map(|rows| calibration.magnitudes(rows)).transpose()?.flatten();
         let norms = weight.norms(graph, tap).unwrap_or_default();
         let Some(magnitudes) = magnitudes.filter(|m| m.features() == norms.len()) else {
@@ -126,7 +126,7 @@ fn order(
             sizes.iter_mut().enumerate().for_each(|(unit, size)| *size = size.max(largest(unit) / threshold));
         }
     }
-    let energies = energies(graph, weight, seen, units, window);
+    let energies = energies(graph, weight, statistics, units, window);
     let mut order: Vec<usize> = (0..units).collect();
     order.sort_by(|&a, &b| sizes[b].total_cmp(&sizes[a]).then(energies[b].total_cmp(&energies[a])));
     let mut drops: Vec<usize> =
@@ -151,7 +151,13 @@ struct Picked {
     errors: Vec<f64>,
 }
 
-fn picked(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order, drop: usize) -> Result<Picked, &'static str> {
+fn picked(
+    graph: &Graph,
+    weight: &Weight,
+    statistics: &LayerStatistics,
+    order: &Order,
+    drop: usize,
+) -> Result<Picked, &'static str> {
     let (units, window) = units(graph, weight);
     let matrix = factors::matrix(graph, weight)?;
     let (kept, gone) = order.units.split_at(units - drop);
@@ -160,7 +166,7 @@ fn picked(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order, drop: usiz
     let gone: Vec<usize> = gone.iter().flat_map(|&unit| unit * window..(unit + 1) * window).collect();
     let rows = Mat::from_fn(gone.len(), matrix.ncols(), |row, column| matrix[(gone[row], column)]);
     let (mut biases, mut errors) = (Vec::new(), Vec::new());
-    for (gram, judge) in seen.grams.iter().zip(seen.judges()?) {
+    for (gram, judge) in statistics.grams.iter().zip(statistics.judges()?) {
         let mean = |i: usize| gram.mean[gone[i]];
         // Of other rows, around the mean that the bias takes.
         let other = |i: usize| judge.gram.mean[gone[i]];
@@ -177,7 +183,7 @@ fn picked(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order, drop: usiz
 }
 
 /// A layer that picks its inputs; only choices that save bytes and work are listed.
-fn picking(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order) -> Result<Site, &'static str> {
+fn picking(graph: &Graph, weight: &Weight, statistics: &LayerStatistics, order: &Order) -> Result<Site, &'static str> {
     let (units, _) = units(graph, weight);
     let uses = weight.taps.len() as u64;
     let (elements, n) = (weight.dims.iter().product::<usize>() as u64, weight.sides().1 as u64);
@@ -191,7 +197,7 @@ fn picking(graph: &Graph, weight: &Weight, seen: &Seen, order: &Order) -> Result
             flops_per_row: 2 * numbers + n,
         };
         if cost.bytes < 4 * elements && cost.flops_per_row < 2 * elements {
-            let errors = picked(graph, weight, seen, order, drop)?.errors;
+            let errors = picked(graph, weight, statistics, order, drop)?.errors;
             let label = format!("drop {drop} of {units} inputs");
             candidates.push(Candidate { label, cost, loss: Loss::PerTap(errors), edit: Edit::new(Dropped(drop)) });
         }
@@ -219,8 +225,8 @@ impl Method for DropInputs {
             return Ok(Vec::new());
         }
         for weight in &weights(&model.graph).0 {
-            if let Ok(seen) = factors::seen(&model.graph, weight, cx)?
-                && may_be_quiet(&model.graph, weight, &seen)
+            if let Ok(statistics) = factors::statistics(&model.graph, weight, cx)?
+                && may_be_quiet(&model.graph, weight, &statistics)
             {
                 wanted.extend(weight.taps.iter().filter_map(|tap| tap.rows.clone()));
             }
@@ -239,16 +245,16 @@ impl Method for DropInputs {
         refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
         let mut work = Vec::new();
         for weight in &found {
-            let ready = match factors::seen(graph, weight, cx)? {
-                Ok(seen) => order(graph, weight, &seen, cx)?.map(|order| (seen, order)),
+            let ready = match factors::statistics(graph, weight, cx)? {
+                Ok(statistics) => order(graph, weight, &statistics, cx)?.map(|order| (statistics, order)),
                 Err(reason) => Err(reason),
             };
             match ready {
-                Ok((seen, order)) => work.push((weight, seen, order)),
+                Ok((statistics, order)) => work.push((weight, statistics, order)),
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }
         }
-        let sites = on_all_cores(&work, |(weight, seen, order)| picking(graph, weight, seen, order));
+        let sites = on_all_cores(&work, |(weight, statistics, order)| picking(graph, weight, statistics, order));
         for ((weight, ..), site) in work.iter().zip(sites) {
             match site {
                 Ok(site) => proposal.sites.push(site),
@@ -270,9 +276,9 @@ impl Method for DropInputs {
         let graph = &mut model.graph;
         let (found, _) = weights(graph);
         let done = match found.iter().find(|w| Some(w.value) == site.weight) {
-            Some(weight) => match factors::seen(graph, weight, cx)? {
-                Ok(seen) => order(graph, weight, &seen, cx)?.and_then(|order| {
-                    let picked = picked(graph, weight, &seen, &order, drop)?;
+            Some(weight) => match factors::statistics(graph, weight, cx)? {
+                Ok(statistics) => order(graph, weight, &statistics, cx)?.and_then(|order| {
+                    let picked = picked(graph, weight, &statistics, &order, drop)?;
                     pick(graph, weight, &picked);
                     Ok(())
                 }),

@@ -2,7 +2,7 @@
 
 use super::{
     Candidate, Edit, Loss, Method, MethodContext, Proposal, Site, Weight, factors,
-    factors::{Layer, Seen},
+    factors::{Layer, LayerStatistics},
     in_batches,
     spectrum::{Spectrum, product},
     weights,
@@ -144,8 +144,8 @@ impl Method for Factorize {
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let metric: Metric = cx.setting(&INFO, "metric")?;
-        let work = |weight: &Weight, seen: &Seen| {
-            let layer = Layer::around(&model.graph, weight, seen, centred(&model.graph, weight, metric))?;
+        let work = |weight: &Weight, statistics: &LayerStatistics| {
+            let layer = Layer::around(&model.graph, weight, statistics, centred(&model.graph, weight, metric))?;
             candidates(&layer, metric, weight.taps.len())
         };
         in_batches(model, cx, &work)
@@ -168,20 +168,20 @@ impl Method for Factorize {
             return Ok(outcome);
         };
         let centred = centred(&model.graph, weight, metric);
-        let factored = factors::seen(&model.graph, weight, cx)?.and_then(|seen| {
-            let layer = Layer::around(&model.graph, weight, &seen, centred)?;
+        let factored = factors::statistics(&model.graph, weight, cx)?.and_then(|statistics| {
+            let layer = Layer::around(&model.graph, weight, &statistics, centred)?;
             let found = spectrum(&layer, metric)?;
-            Ok((seen, layer, found))
+            Ok((statistics, layer, found))
         });
         match factored {
-            Ok((seen, layer, found)) => {
+            Ok((statistics, layer, found)) => {
                 debug_assert_eq!(weight.sides(), (found.left.nrows(), found.right.nrows()), "factors span the weight");
                 let mut left = found.left.subcols(0, rank).to_owned();
                 let mut right = found.right.subcols(0, rank).to_owned();
                 let off = &layer.matrix - product(left.as_ref(), right.transpose());
                 factors::balance(&mut left, &mut right);
                 factors::emit(&mut model.graph, weight, left.as_ref(), right.as_ref());
-                for (tap, gram) in weight.taps.iter().zip(&seen.grams).filter(|_| centred) {
+                for (tap, gram) in weight.taps.iter().zip(&statistics.grams).filter(|_| centred) {
                     let mean = Mat::from_fn(1, gram.mean.len(), |_, column| gram.mean[column]);
                     let change = product(mean.as_ref(), off.as_ref());
                     factors::add_to_bias(&mut model.graph, tap, &factors::numbers(change.as_ref()));
@@ -202,12 +202,12 @@ mod tests {
     use lathe_ir::{ScopeId, text};
 
     /// Rows with a mean, `[rows, k]`, and the products with a weight.
-    struct Seen {
+    struct LayerStatistics {
         rows: Mat<f64>,
         outputs: Mat<f64>,
     }
 
-    impl Calibrate for Seen {
+    impl Calibrate for LayerStatistics {
         fn gram(&self, _: &Rows) -> Result<Option<Gram>, EvaluateError> {
             let (count, k) = (self.rows.nrows(), self.rows.ncols());
             let full = super::super::spectrum::tests::gram(&self.rows);
@@ -255,8 +255,8 @@ mod tests {
         );
         let model = text::parse(&source).unwrap();
         let rows = random(50, 64, 3) + Mat::from_fn(50, 64, |_, _| 3.0);
-        let seen = Seen { outputs: product(rows.as_ref(), weight.as_ref()), rows };
-        let cx = MethodContext::default().with_calibration(&seen);
+        let statistics = LayerStatistics { outputs: product(rows.as_ref(), weight.as_ref()), rows };
+        let cx = MethodContext::default().with_calibration(&statistics);
         let site = Factorize.propose(&model, &cx).unwrap().sites.remove(0);
         let mut changed = model.clone();
         let least = site.candidates.len() - 1;
@@ -275,12 +275,12 @@ mod tests {
         let named = changed.graph.find_value("h_bias").map_or("a_bias", |_| "h_bias");
         let bias = constant(named).to_f32s().unwrap();
         let old = random(1, 96, 2);
-        let off = product(seen.rows.as_ref(), (&weight - &low).as_ref());
+        let off = product(statistics.rows.as_ref(), (&weight - &low).as_ref());
         let given = Mat::from_fn(50, 96, |_, column| f64::from(bias[column]) - f64::from(old[(0, column)] as f32));
-        let norm = seen.outputs.squared_norm_l2();
+        let norm = statistics.outputs.squared_norm_l2();
         let lost = ((&off - &given).squared_norm_l2() / norm).sqrt();
-        let told = site.candidates[least].loss.per_tap().unwrap()[0];
-        assert!((lost - told).abs() < 1e-4 * told && told > 1e-3, "{body}: {lost} lost, {told} told");
+        let stated = site.candidates[least].loss.per_tap().unwrap()[0];
+        assert!((lost - stated).abs() < 1e-4 * stated && stated > 1e-3, "{body}: {lost} lost, {stated} told");
         assert!(off.squared_norm_l2() >= (&off - &given).squared_norm_l2());
     }
 

@@ -3,7 +3,7 @@
 use super::{
     BATCH, Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factorize::{self, Rank},
-    factors::{self, Judge, Seen},
+    factors::{self, Judge, LayerStatistics},
     on_all_cores,
     spectrum::{Spectrum, product, tails_of_products},
     weights,
@@ -68,13 +68,13 @@ fn team<'a>(
 ) -> Result<Option<Team<'a>>, Error> {
     let (mut members, mut grams) = (Vec::new(), None);
     for &weight in candidates {
-        let mut join = |seen: Seen| {
-            let Judge { gram, output } = seen.judges()?.swap_remove(0);
-            members.push(Member { weight, output: seen.outputs[0], judged: output });
-            grams.get_or_insert_with(|| (seen.grams[0].clone(), gram.clone()));
+        let mut join = |statistics: LayerStatistics| {
+            let Judge { gram, output } = statistics.judges()?.swap_remove(0);
+            members.push(Member { weight, output: statistics.outputs[0], judged: output });
+            grams.get_or_insert_with(|| (statistics.grams[0].clone(), gram.clone()));
             Ok(())
         };
-        if let Err(reason) = factors::seen(graph, weight, cx)?.and_then(&mut join) {
+        if let Err(reason) = factors::statistics(graph, weight, cx)?.and_then(&mut join) {
             outcome.refuse(reason, format!("`{}`", graph.value(weight.value).name));
         }
     }
@@ -111,7 +111,7 @@ impl Team<'_> {
         let k = found.left.nrows();
         let full = self.judge.matrix.to_full();
         let gram = Mat::from_fn(k, k, |row, column| full[row * k + column]);
-        let seen = product(found.left.transpose(), product(gram.as_ref(), found.left.as_ref()).as_ref());
+        let moments = product(found.left.transpose(), product(gram.as_ref(), found.left.as_ref()).as_ref());
         let mut from = 0;
         let mut all = Vec::new();
         for member in &self.members {
@@ -119,7 +119,7 @@ impl Team<'_> {
             let own = found.right.as_ref().subrows(from, n);
             let mut products = product(own.transpose(), own);
             for column in 0..products.ncols() {
-                products.col_mut(column).iter_mut().zip(seen.col(column).iter()).for_each(|(x, y)| *x *= y);
+                products.col_mut(column).iter_mut().zip(moments.col(column).iter()).for_each(|(x, y)| *x *= y);
             }
             let scale = member.output / member.judged;
             all.push(tails_of_products(products.as_ref()).into_iter().map(|tail| tail * scale).collect());
@@ -308,13 +308,13 @@ mod tests {
         let directions = team.spectrum(&model.graph).unwrap();
         let site = team.site(&model.graph).unwrap();
         let (rank, mut from) = (site.candidates[2].edit.of::<Rank>().0, 0);
-        for (member, told) in team.members.iter().zip(site.candidates[2].loss.per_tap().unwrap()) {
+        for (member, stated) in team.members.iter().zip(site.candidates[2].loss.per_tap().unwrap()) {
             let weight = factors::matrix(&model.graph, member.weight).unwrap();
             let right = directions.right.subcols(0, rank).subrows(from, 96) * faer::Scale(member.output.sqrt());
             let low = product(directions.left.as_ref().subcols(0, rank), right.transpose());
             let off = product(rows.as_ref(), (&weight - low).as_ref());
             let error = (off.squared_norm_l2() / 200.0 / member.output).sqrt();
-            assert!((error - told).abs() < 1e-6 * error && error > 0.01, "{error} {told}");
+            assert!((error - stated).abs() < 1e-6 * error && error > 0.01, "{error} {stated}");
             from += 96;
         }
     }

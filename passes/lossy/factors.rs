@@ -14,7 +14,7 @@ const SMALLEST_SIDE: usize = 32;
 pub const MOST_INPUTS: usize = 8192;
 
 /// What was seen of a layer.
-pub(super) struct Seen {
+pub(super) struct LayerStatistics {
     /// Second moments of what every use reads, `[k, k]`.
     pub grams: Vec<Gram>,
     /// Mean square norm of a row of every use's output.
@@ -30,7 +30,7 @@ pub(super) struct Judge<'a> {
     pub output: f64,
 }
 
-impl Seen {
+impl LayerStatistics {
     /// The rows that are held out. Where there are none, those of the fit, with its error raised by what least squares of
     /// as many unknowns as there are inputs lose beyond the rows that they were fitted to.
     pub fn judges(&self) -> Result<Vec<Judge<'_>>, &'static str> {
@@ -67,7 +67,11 @@ pub fn gram_rows(weight: &Weight) -> Vec<Rows> {
 }
 
 /// What was seen of a layer, or why it cannot be factored.
-pub(super) fn seen(graph: &Graph, weight: &Weight, cx: &MethodContext) -> Result<Result<Seen, &'static str>, Error> {
+pub(super) fn statistics(
+    graph: &Graph,
+    weight: &Weight,
+    cx: &MethodContext,
+) -> Result<Result<LayerStatistics, &'static str>, Error> {
     let (k, n) = weight.sides();
     let axis = weight.inputs_axis();
     if weight.taps.iter().any(|tap| tap.rows.is_none()) {
@@ -97,7 +101,7 @@ pub(super) fn seen(graph: &Graph, weight: &Weight, cx: &MethodContext) -> Result
         grams.push(gram);
         outputs.push(output);
     }
-    Ok(Ok(Seen { held: held(graph, weight, calibration)?, grams, outputs }))
+    Ok(Ok(LayerStatistics { held: held(graph, weight, calibration)?, grams, outputs }))
 }
 
 /// What every use reads and gives on the rows that no fit sees; nothing unless all of it is known.
@@ -159,12 +163,17 @@ pub(super) fn matrix(graph: &Graph, weight: &Weight) -> Result<Mat<f64>, &'stati
 
 impl Layer {
     /// Reads the weight and scales what was seen; why it cannot be used otherwise.
-    pub fn new(graph: &Graph, weight: &Weight, seen: &Seen) -> Result<Layer, &'static str> {
-        Layer::around(graph, weight, seen, false)
+    pub fn new(graph: &Graph, weight: &Weight, statistics: &LayerStatistics) -> Result<Layer, &'static str> {
+        Layer::around(graph, weight, statistics, false)
     }
 
     /// The same, of what is read less its mean if `centred`: what the mean loses of the output, a bias can give back.
-    pub fn around(graph: &Graph, weight: &Weight, seen: &Seen, centred: bool) -> Result<Layer, &'static str> {
+    pub fn around(
+        graph: &Graph,
+        weight: &Weight,
+        statistics: &LayerStatistics,
+        centred: bool,
+    ) -> Result<Layer, &'static str> {
         let matrix = matrix(graph, weight)?;
         let k = matrix.nrows();
         // A bias gives back the mean that was seen, whatever that of other rows is.
@@ -178,9 +187,13 @@ impl Layer {
             Mat::from_fn(k, k, |row, column| (full[row * k + column] + mean(row, column)) / output)
         };
         let mut joint = Mat::zeros(k, k);
-        seen.grams.iter().zip(&seen.outputs).for_each(|(gram, output)| joint += scaled(gram, gram, *output));
-        let judges = seen.judges()?;
-        let judges = judges.iter().zip(&seen.grams).map(|(judge, gram)| scaled(judge.gram, gram, judge.output));
+        statistics
+            .grams
+            .iter()
+            .zip(&statistics.outputs)
+            .for_each(|(gram, output)| joint += scaled(gram, gram, *output));
+        let judges = statistics.judges()?;
+        let judges = judges.iter().zip(&statistics.grams).map(|(judge, gram)| scaled(judge.gram, gram, judge.output));
         Ok(Layer { matrix, joint, judges: judges.collect() })
     }
 

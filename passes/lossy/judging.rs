@@ -150,10 +150,10 @@ fn errors_are_those_of_rows_that_fits_have_not_seen() {
                 for index in [0, site.candidates.len() / 2, site.candidates.len() - 1] {
                     let changed = bench.carried_out(method(name), site, index);
                     let candidate = &site.candidates[index];
-                    for (&tap, &told) in site.taps.iter().zip(candidate.loss.per_tap().unwrap()) {
+                    for (&tap, &stated) in site.taps.iter().zip(candidate.loss.per_tap().unwrap()) {
                         let found = bench.error(&changed, &bench.model.graph.value(tap).name);
-                        let near = (found - told).abs() < 2e-3 * told.max(1e-3);
-                        assert!(near, "{name} {} of {fits} rows: {found} found, {told} told", candidate.label);
+                        let near = (found - stated).abs() < 2e-3 * stated.max(1e-3);
+                        assert!(near, "{name} {} of {fits} rows: {found} found, {stated} told", candidate.label);
                     }
                 }
             }

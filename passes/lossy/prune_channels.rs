@@ -64,19 +64,28 @@ impl<'a> Run<'a> {
     }
 
     /// What was seen of what every step's units are read by, or why there is nothing.
-    fn seen(&self, graph: &Graph, cx: &MethodContext) -> Result<Result<Vec<factors::Seen>, &'static str>, Error> {
+    fn statistics(
+        &self,
+        graph: &Graph,
+        cx: &MethodContext,
+    ) -> Result<Result<Vec<factors::LayerStatistics>, &'static str>, Error> {
         let mut all = Vec::new();
         for step in &self.steps {
-            match factors::seen(graph, step.reader, cx)? {
-                Ok(seen) => all.push(seen),
+            match factors::statistics(graph, step.reader, cx)? {
+                Ok(statistics) => all.push(statistics),
                 Err(reason) => return Ok(Err(reason)),
             }
         }
         Ok(Ok(all))
     }
 
-    fn site(&self, graph: &Graph, seen: &[factors::Seen], rows: &BTreeMap<ValueId, u64>) -> Result<Site, &'static str> {
-        let prepared = self.steps.iter().zip(seen).map(|(step, seen)| prepare(graph, step, seen));
+    fn site(
+        &self,
+        graph: &Graph,
+        statistics: &[factors::LayerStatistics],
+        rows: &BTreeMap<ValueId, u64>,
+    ) -> Result<Site, &'static str> {
+        let prepared = self.steps.iter().zip(statistics).map(|(step, statistics)| prepare(graph, step, statistics));
         let chosen: Vec<Chosen> = prepared.collect::<Result<_, _>>()?;
         let first = self.steps[0].reader;
         let own_rows = rows.get(&first.value).copied().unwrap_or(1).max(1);
@@ -170,10 +179,10 @@ fn counts(step: &Hidden<'_>, chosen: &Chosen, shares: &[usize]) -> Vec<usize> {
     counts
 }
 
-fn prepare(graph: &Graph, step: &Hidden<'_>, seen: &factors::Seen) -> Result<Chosen, &'static str> {
-    let layer = Layer::new(graph, step.reader, seen)?;
-    let (mean, output) = (&seen.grams[0].mean, seen.outputs[0]);
-    let judge = seen.judges()?.swap_remove(0);
+fn prepare(graph: &Graph, step: &Hidden<'_>, statistics: &factors::LayerStatistics) -> Result<Chosen, &'static str> {
+    let layer = Layer::new(graph, step.reader, statistics)?;
+    let (mean, output) = (&statistics.grams[0].mean, statistics.outputs[0]);
+    let judge = statistics.judges()?.swap_remove(0);
     Chosen::of(&layer, mean, output, &judge, step.units, step.window).ok_or("its decomposition does not converge")
 }
 
@@ -236,10 +245,12 @@ impl Method for PruneChannels {
         let (found, _) = weights(graph);
         let runs = runs(graph, &found, &mut proposal.outcome);
         for batch in runs.chunks(BATCH) {
-            let seen = batch.iter().map(|run| Ok((run, run.seen(graph, cx)?))).collect::<Result<Vec<_>, Error>>()?;
+            let statistics =
+                batch.iter().map(|run| Ok((run, run.statistics(graph, cx)?))).collect::<Result<Vec<_>, Error>>()?;
             let rows = &cx.rows;
-            let sites =
-                on_all_cores(&seen, |(run, seen)| run.site(graph, seen.as_ref().map_err(|reason| *reason)?, rows));
+            let sites = on_all_cores(&statistics, |(run, statistics)| {
+                run.site(graph, statistics.as_ref().map_err(|reason| *reason)?, rows)
+            });
             for (run, site) in batch.iter().zip(sites) {
                 match site {
                     Ok(site) => proposal.sites.push(site),
@@ -269,14 +280,14 @@ impl Method for PruneChannels {
             outcome.refuse("the constants are no longer used as they were", place);
             return Ok(outcome);
         };
-        let seen = match run.seen(graph, cx)? {
-            Ok(seen) => seen,
+        let statistics = match run.statistics(graph, cx)? {
+            Ok(statistics) => statistics,
             Err(reason) => {
                 outcome.refuse(reason, place);
                 return Ok(outcome);
             }
         };
-        for ((step, seen), count) in run.steps.iter().zip(&seen).zip(counts) {
+        for ((step, statistics), count) in run.steps.iter().zip(&statistics).zip(counts) {
             if *count == step.units {
                 continue;
             }
@@ -285,7 +296,7 @@ impl Method for PruneChannels {
             let reader = now.iter().find(|w| w.value == step.reader.value);
             let again = reader.ok_or("the constants are no longer used as they were");
             let again = again.and_then(|reader| hidden(graph, reader, &by_node(&now)));
-            let made = again.and_then(|step| Ok((prepare(graph, &step, seen)?, step)));
+            let made = again.and_then(|step| Ok((prepare(graph, &step, statistics)?, step)));
             match made {
                 Ok((chosen, step)) => chosen.emit(graph, &step, *count),
                 Err(reason) => {
@@ -305,7 +316,7 @@ mod tests {
         product,
         tests::{gram, random},
     };
-    use super::{factors::Seen, *};
+    use super::{factors::LayerStatistics, *};
     use faer::Mat;
     use lathe_analysis::{Gram, SymMatrix};
     use lathe_ir::text;
@@ -331,13 +342,13 @@ mod tests {
         (text::parse(&source).unwrap(), hidden, down)
     }
 
-    fn seen(hidden: &Mat<f64>, down: &Mat<f64>) -> Seen {
+    fn statistics(hidden: &Mat<f64>, down: &Mat<f64>) -> LayerStatistics {
         let full = gram(hidden);
         let upper = (0..HIDDEN).flat_map(|i| (i..HIDDEN).map(move |j| (i, j))).map(|at| full[at]).collect();
         let mean = (0..HIDDEN).map(|unit| hidden.col(unit).iter().sum::<f64>() / 200.0).collect();
         let output = product(hidden.as_ref(), down.as_ref()).squared_norm_l2() / 200.0;
         let gram = Gram { matrix: SymMatrix::from_upper(HIDDEN, upper).unwrap(), mean, rows: 200 };
-        Seen { held: vec![(gram.clone(), output)], grams: vec![gram], outputs: vec![output] }
+        LayerStatistics { held: vec![(gram.clone(), output)], grams: vec![gram], outputs: vec![output] }
     }
 
     fn pruned(count: usize) -> (Model, Model, f64, Vec<usize>, Mat<f64>) {
@@ -346,8 +357,8 @@ mod tests {
         let found = weights(&model.graph).0;
         let reader = found.iter().find(|w| w.dims[0] == HIDDEN).unwrap();
         let hidden = hidden(&model.graph, reader, &by_node(&found)).unwrap();
-        let seen = seen(&rows, &down);
-        let chosen = prepare(&model.graph, &hidden, &seen).unwrap();
+        let statistics = statistics(&rows, &down);
+        let chosen = prepare(&model.graph, &hidden, &statistics).unwrap();
         assert!(counts(&hidden, &chosen, &SHARES).contains(&64));
         chosen.emit(&mut changed.graph, &hidden, count);
         changed.check().unwrap();
@@ -397,7 +408,7 @@ mod tests {
         let found = weights(&model.graph).0;
         let all = runs(&model.graph, &found, &mut Outcome::default());
         assert_eq!((all.len(), all[0].steps.len(), all[0].weights().len()), (1, 2, 3));
-        let seen: Vec<Seen> = all[0]
+        let statistics: Vec<LayerStatistics> = all[0]
             .steps
             .iter()
             .map(|step| {
@@ -408,10 +419,10 @@ mod tests {
                 let weight = factors::matrix(&model.graph, step.reader).unwrap();
                 let output = product(rows.as_ref(), weight.as_ref()).squared_norm_l2() / 900.0;
                 let gram = Gram { matrix: SymMatrix::from_upper(k, upper).unwrap(), mean: vec![0.0; k], rows: 900 };
-                Seen { held: vec![(gram.clone(), output)], grams: vec![gram], outputs: vec![output] }
+                LayerStatistics { held: vec![(gram.clone(), output)], grams: vec![gram], outputs: vec![output] }
             })
             .collect();
-        let site = all[0].site(&model.graph, &seen, &BTreeMap::new()).unwrap();
+        let site = all[0].site(&model.graph, &statistics, &BTreeMap::new()).unwrap();
         let at = |name: &str| site.candidates.iter().find(|c| c.label == name).unwrap();
         let both = at("keep 32 of 64 and 16 of 64 units");
         // Half the 1 x 1 kernels, an eighth of the 3 x 3 ones, a quarter of the last; and a bias for each reader.

@@ -113,7 +113,7 @@ impl std::str::FromStr for Ends {
 }
 
 /// How many units settings ask for; `None` if for none.
-fn asked(cx: &MethodContext) -> Result<Option<Counts>, Error> {
+fn requested(cx: &MethodContext) -> Result<Option<Counts>, Error> {
     let number = |name| cx.setting::<usize>(&INFO, name);
     let counts = Counts { any: number("count")?, attention: number("attention")?, mlp: number("mlp")? };
     Ok((counts.total() > 0).then_some(counts))
@@ -129,12 +129,12 @@ impl Method for PruneUnits {
     }
 
     fn is_requested(&self, cx: &MethodContext) -> Result<bool, Error> {
-        Ok(asked(cx)?.is_some())
+        Ok(requested(cx)?.is_some())
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
-        let counts = asked(cx)?;
+        let counts = requested(cx)?;
         let (mut found, refused) = candidates(model, cx.setting::<Ends>(&INFO, "ends")? == Ends::Free);
         refused.into_iter().for_each(|(reason, name)| proposal.outcome.refuse(reason, format!("`{name}`")));
         let Some(calibration) = cx.calibration.filter(|_| !found.is_empty()) else { return Ok(proposal) };

@@ -76,14 +76,14 @@ fn importance(tap: &Tap, weight: &Weight, calibration: Option<&dyn Calibrate>) -
 }
 
 /// What every scheme would make of a weight.
-fn site(graph: &Graph, weight: &Weight, seen: &[Importance], target: Target) -> Result<Site, &'static str> {
+fn site(graph: &Graph, weight: &Weight, importances: &[Importance], target: Target) -> Result<Site, &'static str> {
     let layout = Layout::of(weight);
     let tensor = graph.constant(weight.value).expect("weights are constants");
     let Some(matrix) = tensor.to_f32s().filter(|m| m.iter().all(|w| w.is_finite())) else {
         return Err("the constant holds a NaN or an infinity");
     };
     tensor.release();
-    let joint = joint(seen, layout);
+    let joint = joint(importances, layout);
     let baseline = matrix.len() as u64 * 4;
     let mut candidates = Vec::new();
     for &scheme in schemes(weight) {
@@ -97,14 +97,14 @@ fn site(graph: &Graph, weight: &Weight, seen: &[Importance], target: Target) -> 
             let total: f64 = lost.iter().zip(&tap.inputs).map(|(lost, x)| lost * x).sum();
             (total / tap.output).sqrt()
         };
-        let loss = Loss::PerTap(seen.iter().map(error).collect());
+        let loss = Loss::PerTap(importances.iter().map(error).collect());
         candidates.push(Candidate { label: scheme.name(), cost, loss, edit: Edit::new(scheme) });
     }
     Ok(weight.site(graph, candidates))
 }
 
 /// What was seen of every tap, or why the weight is passed over.
-fn seen(weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Importance>, &'static str>, Error> {
+fn importances(weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Importance>, &'static str>, Error> {
     let axis = Layout::of(weight).axis;
     if weight.taps.iter().any(|tap| tap.inputs_axis != axis) {
         return Ok(Err("its uses sum over different axes"));
@@ -120,9 +120,9 @@ fn seen(weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Importance>, &
 }
 
 /// One importance for all taps: each counts by its share of its own output.
-fn joint(seen: &[Importance], layout: Layout) -> Vec<f64> {
+fn joint(importances: &[Importance], layout: Layout) -> Vec<f64> {
     let mut joint = vec![0.0; layout.length];
-    for tap in seen {
+    for tap in importances {
         for (sum, x) in joint.iter_mut().zip(&tap.inputs) {
             *sum += x / tap.output;
         }
@@ -241,13 +241,13 @@ impl Method for Quantize {
                 proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(weight.value).name));
                 continue;
             }
-            match seen(weight, cx)? {
-                Ok(seen) => work.push((weight, seen)),
+            match importances(weight, cx)? {
+                Ok(importances) => work.push((weight, importances)),
                 Err(reason) => proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(weight.value).name)),
             }
         }
         let target = cx.target;
-        let sites = on_all_cores(&work, |(weight, seen)| site(&model.graph, weight, seen, target));
+        let sites = on_all_cores(&work, |(weight, importances)| site(&model.graph, weight, importances, target));
         for ((weight, _), site) in work.iter().zip(sites) {
             match site {
                 Ok(site) => proposal.sites.push(site),
@@ -280,8 +280,8 @@ impl Method for Quantize {
             return Ok(outcome);
         };
         let layout = Layout::of(weight);
-        let seen = match seen(weight, cx)? {
-            Ok(seen) => seen,
+        let importances = match importances(weight, cx)? {
+            Ok(importances) => importances,
             Err(reason) => {
                 outcome.refuse(reason, format!("`{}`", site.name));
                 return Ok(outcome);
@@ -289,7 +289,7 @@ impl Method for Quantize {
         };
         let tensor = model.graph.constant(weight.value).expect("weights are constants");
         let matrix = tensor.to_f32s().expect("sites are float32");
-        let coded = quantize(&matrix, layout, scheme, &joint(&seen, layout));
+        let coded = quantize(&matrix, layout, scheme, &joint(&importances, layout));
         tensor.release();
         blocks::emit(model, weight, layout, scheme, &coded, cx.target);
         outcome.change(candidate.label.clone(), format!("`{}`", site.name));

@@ -41,7 +41,11 @@ struct Input {
 }
 
 /// What was seen of every use, `None` where rows are picked, or why the weight is passed over.
-fn seen(graph: &Graph, weight: &Weight, cx: &MethodContext) -> Result<Result<Vec<Option<Input>>, &'static str>, Error> {
+fn inputs_of(
+    graph: &Graph,
+    weight: &Weight,
+    cx: &MethodContext,
+) -> Result<Result<Vec<Option<Input>>, &'static str>, Error> {
     if weight.dims.len() != 2 {
         return Ok(Err("it is a convolution"));
     }
@@ -143,7 +147,7 @@ impl Method for QuantizeDynamic {
         refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
         let mut work = Vec::new();
         for weight in &found {
-            match seen(graph, weight, cx)? {
+            match inputs_of(graph, weight, cx)? {
                 Ok(inputs) => work.push((weight, inputs)),
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }
@@ -166,7 +170,7 @@ impl Method for QuantizeDynamic {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };
-        let made = seen(&model.graph, weight, cx)?.and_then(|inputs| coded(&model.graph, weight, &inputs));
+        let made = inputs_of(&model.graph, weight, cx)?.and_then(|inputs| coded(&model.graph, weight, &inputs));
         match made {
             Ok(coded) => {
                 emit(&mut model.graph, weight, &coded);

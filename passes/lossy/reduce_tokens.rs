@@ -14,7 +14,7 @@ use crate::{Error, Info, Kind, Opt, Outcome, Pass as _, Quantity, Saving, exact:
 use emit::{Form, emit, most, open_sum};
 use lathe_analysis::{Bindings, Calibrate, Cost as ModelCost, Facts};
 use lathe_ir::{Model, NodeId, Use, ValueId};
-use place::{Chain, Wish, chains};
+use place::{Chain, TokenOptions, chains};
 use schedule::{SHARES, Stretch, merged, plans};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -109,18 +109,18 @@ impl std::str::FromStr for Temperature {
 }
 
 /// What settings ask for.
-struct Asked {
-    wish: Wish,
+struct Requested {
+    token_options: TokenOptions,
     forms: Forms,
     temperature: f32,
 }
 
-impl Asked {
-    fn of(cx: &MethodContext) -> Result<Asked, Error> {
+impl Requested {
+    fn of(cx: &MethodContext) -> Result<Requested, Error> {
         let Protected(protected) = cx.setting(&INFO, "protected")?;
         let Temperature(temperature) = cx.setting(&INFO, "temperature")?;
-        let wish = Wish { restore: cx.setting(&INFO, "restore")?, protected };
-        Ok(Asked { wish, forms: cx.setting(&INFO, "form")?, temperature })
+        let token_options = TokenOptions { restore: cx.setting(&INFO, "restore")?, protected };
+        Ok(Requested { token_options, forms: cx.setting(&INFO, "form")?, temperature })
     }
 
     /// The forms to try on a chain, the first one in order to make schedules.
@@ -173,10 +173,10 @@ impl Method for ReduceTokens {
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.quantities)) else { return Ok(proposal) };
-        let asked = Asked::of(cx)?;
-        for found in chains(model, asked.wish) {
+        let requested = Requested::of(cx)?;
+        for found in chains(model, requested.token_options) {
             match found {
-                Ok(chain) if model.opset() >= OLDEST_OPSET => match site(model, &chain, &asked, calibration)? {
+                Ok(chain) if model.opset() >= OLDEST_OPSET => match site(model, &chain, &requested, calibration)? {
                     Some(site) => proposal.sites.push(site),
                     None => proposal.outcome.refuse("no schedule saves anything", name(model, &chain)),
                 },
@@ -196,7 +196,9 @@ impl Method for ReduceTokens {
     ) -> Result<Option<NestedEffect>, Error> {
         let Schedule { counts, .. } = candidate.edit.of();
         let own = |chain: &Chain| name(model, chain) == site.name && chain.cuts.len() == counts.len();
-        let Some(chain) = chains(model, Asked::of(cx)?.wish).into_iter().flatten().find(own) else { return Ok(None) };
+        let Some(chain) = chains(model, Requested::of(cx)?.token_options).into_iter().flatten().find(own) else {
+            return Ok(None);
+        };
         let mut changed = model.clone();
         let done = self.apply(&mut changed, site, candidate, cx)?;
         DropDead.apply(&mut changed, &cx.pass_context())?;
@@ -213,7 +215,7 @@ impl Method for ReduceTokens {
     ) -> Result<Outcome, Error> {
         let mut outcome = Outcome::default();
         let Schedule { counts, form } = candidate.edit.of();
-        if reduce(model, Asked::of(cx)?.wish, &site.name, counts, *form) {
+        if reduce(model, Requested::of(cx)?.token_options, &site.name, counts, *form) {
             outcome.change(candidate.label.clone(), site.name.clone());
         } else {
             outcome.refuse("the tokens are no longer what they were", site.name.clone());
@@ -245,9 +247,9 @@ fn label(tokens: usize, counts: &[usize], form: Form) -> String {
 }
 
 /// Takes this many tokens away after every attention of the chain of this name; `false` if there is none that fits.
-fn reduce(model: &mut Model, wish: Wish, called: &str, counts: &[usize], form: Form) -> bool {
+fn reduce(model: &mut Model, token_options: TokenOptions, called: &str, counts: &[usize], form: Form) -> bool {
     let find = |model: &Model| {
-        let all = chains(model, wish).into_iter().flatten();
+        let all = chains(model, token_options).into_iter().flatten();
         all.into_iter().find(|chain| name(model, chain) == called && fits(chain, counts, form))
     };
     let Some(chain) = find(model) else { return false };
@@ -274,13 +276,18 @@ fn fits(chain: &Chain, counts: &[usize], form: Form) -> bool {
 }
 
 /// Proposes schedules for a chain; `None` if no model with fewer tokens gives finite outputs.
-fn site(model: &Model, chain: &Chain, asked: &Asked, calibration: &dyn Calibrate) -> Result<Option<Site>, Error> {
+fn site(
+    model: &Model,
+    chain: &Chain,
+    requested: &Requested,
+    calibration: &dyn Calibrate,
+) -> Result<Option<Site>, Error> {
     let called = name(model, chain);
-    let forms = asked.forms(model, chain);
+    let forms = requested.forms(model, chain);
     let Some(&form) = forms.first() else { return Ok(None) };
     let variant = |counts: &[usize], form: Form| {
         let mut changed = model.clone();
-        reduce(&mut changed, asked.wish, &called, counts, form).then_some(changed)
+        reduce(&mut changed, requested.token_options, &called, counts, form).then_some(changed)
     };
     let loss = |changed: &Model| -> Result<f64, Error> {
         Ok(calibration.trials(changed, &[Vec::new()])?.first().copied().unwrap_or(f64::INFINITY))

@@ -121,7 +121,7 @@ impl std::str::FromStr for Part {
 
 /// What settings ask for.
 #[derive(Debug, Clone)]
-struct Asked {
+struct Requested {
     span: Span,
     keep: Option<usize>,
     frames: usize,
@@ -130,9 +130,9 @@ struct Asked {
     task: f64,
 }
 
-impl Asked {
+impl Requested {
     /// `None` where nobody says which tokens are visual.
-    fn of(cx: &MethodContext) -> Result<Option<Asked>, Error> {
+    fn of(cx: &MethodContext) -> Result<Option<Requested>, Error> {
         let Some(span) = cx.setting::<Span>(&INFO, "span").map(|span| Some(span).filter(|s| *s != Span::None))? else {
             return Ok(None);
         };
@@ -140,7 +140,7 @@ impl Asked {
         let Number(segment) = cx.setting(&INFO, "segment")?;
         let Part(task) = cx.setting(&INFO, "task")?;
         let frames = cx.setting::<std::num::NonZeroUsize>(&INFO, "frames")?.get();
-        Ok(Some(Asked { span, keep, frames, segment, key, task }))
+        Ok(Some(Requested { span, keep, frames, segment, key, task }))
     }
 
     /// Frames in a row that are merged: a divisor of their number.
@@ -201,7 +201,7 @@ impl Method for SelectVisualTokens {
         let mut proposal = Proposal::default();
         let saves = |m: &Quantity| matches!(m, Quantity::Flops | Quantity::Latency);
         let Some(calibration) = cx.calibration.filter(|_| cx.quantities.iter().any(saves)) else { return Ok(proposal) };
-        let Some(asked) = Asked::of(cx)? else {
+        let Some(requested) = Requested::of(cx)? else {
             if looks_mixed(model) {
                 let reason =
                     "which tokens are visual is not told; --set select-visual-tokens.span=START:LENGTH tells it";
@@ -210,7 +210,7 @@ impl Method for SelectVisualTokens {
             return Ok(proposal);
         };
         let found = match model.opset() {
-            OLDEST_OPSET.. => place(model, &asked.span, asked.frames),
+            OLDEST_OPSET.. => place(model, &requested.span, requested.frames),
             _ => Err("operator set 18 or newer is needed"),
         };
         let place = match found {
@@ -224,10 +224,10 @@ impl Method for SelectVisualTokens {
         let (whole, nodes) = (flops(model), place.nodes(&model.graph));
         let baseline = baseline(model, &nodes);
         let mut candidates: Vec<Candidate> = Vec::new();
-        for keep in keeps(&asked, &place) {
-            for (form, rest) in asked.ways(keep) {
+        for keep in keeps(&requested, &place) {
+            for (form, rest) in requested.ways(keep) {
                 let mut changed = model.clone();
-                emit(&mut changed, &place, &asked.counts(form, keep), form, rest, asked.segment());
+                emit(&mut changed, &place, &requested.counts(form, keep), form, rest, requested.segment());
                 let loss = calibration.trials(&changed, &[Vec::new()])?.first().copied().unwrap_or(f64::INFINITY);
                 let saved = whole.saturating_sub(flops(&changed));
                 if !loss.is_finite() || saved == 0 {
@@ -275,15 +275,15 @@ impl Method for SelectVisualTokens {
     ) -> Result<Outcome, Error> {
         let kept = candidate.edit.of::<KeptTokens>();
         let mut outcome = Outcome::default();
-        let asked = Asked::of(cx)?;
-        let found = asked.as_ref().ok_or("which tokens are visual is not told");
-        let found = found.and_then(|asked| Ok((asked, place(model, &asked.span, asked.frames)?)));
-        let done = found.and_then(|(asked, place)| {
+        let requested = Requested::of(cx)?;
+        let found = requested.as_ref().ok_or("which tokens are visual is not told");
+        let found = found.and_then(|requested| Ok((requested, place(model, &requested.span, requested.frames)?)));
+        let done = found.and_then(|(requested, place)| {
             if (place.length, place.frames) != (kept.length, kept.frames) {
                 return Err("the visual tokens are no longer what they were");
             }
             let KeptTokens { keep, form, rest, .. } = *kept;
-            emit(model, &place, &asked.counts(form, keep), form, rest, asked.segment());
+            emit(model, &place, &requested.counts(form, keep), form, rest, requested.segment());
             Ok(())
         });
         match done {
@@ -323,9 +323,9 @@ impl KeptTokens {
 }
 
 /// How many tokens of every part may stay.
-fn keeps(asked: &Asked, place: &Place) -> Vec<usize> {
+fn keeps(requested: &Requested, place: &Place) -> Vec<usize> {
     let part = place.length / place.frames;
-    let mut keeps: Vec<usize> = match asked.keep {
+    let mut keeps: Vec<usize> = match requested.keep {
         Some(keep) => vec![keep / place.frames],
         None => SHARES.iter().map(|share| part * share / 100).collect(),
     };

@@ -36,8 +36,8 @@ impl Spectrum {
     pub fn of(weight: MatRef<'_, f64>, gram: MatRef<'_, f64>) -> Option<Spectrum> {
         let (k, n) = (weight.nrows(), weight.ncols());
         let right = if n <= k {
-            let seen = product(weight.transpose(), product(gram, weight).as_ref());
-            descending(seen.as_ref())?.1
+            let statistics = product(weight.transpose(), product(gram, weight).as_ref());
+            descending(statistics.as_ref())?.1
         } else {
             let strongest = (0..k).map(|i| gram[(i, i)]).fold(0.0, f64::max);
             let mut damped = gram.to_owned();

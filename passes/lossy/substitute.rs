@@ -111,7 +111,7 @@ impl Method for Substitute {
             return Ok(Vec::new());
         }
         let (found, _) = places(model);
-        Ok(found.iter().map(|place| place.rows(&model.graph, place.gives)).collect())
+        Ok(found.iter().map(|place| place.rows(&model.graph, place.output)).collect())
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
@@ -128,9 +128,9 @@ impl Method for Substitute {
         refused.into_iter().for_each(|(reason, place)| proposal.outcome.refuse(reason, place));
         let (work, quantities) = (Work::of(model), cx.quantities.as_slice());
         for batch in batches(&found) {
-            let seen = Seen::of(model, batch, calibration)?;
-            let ready: Vec<(&Place, &Seen)> = batch.iter().zip(&seen).collect();
-            let sites = on_all_cores(&ready, |(place, seen)| work.site(place, seen, most, quantities));
+            let moments = PlaceMoments::of(model, batch, calibration)?;
+            let ready: Vec<(&Place, &PlaceMoments)> = batch.iter().zip(&moments).collect();
+            let sites = on_all_cores(&ready, |(place, moments)| work.site(place, moments, most, quantities));
             for (place, site) in batch.iter().zip(sites) {
                 match site {
                     Ok(site) => proposal.sites.push(site),
@@ -181,14 +181,14 @@ fn batches(found: &[Place]) -> Vec<&[Place]> {
 }
 
 /// Moments of a place: of all its bases beside each other with what it gives, and with what its second layer reads.
-struct Seen {
+struct PlaceMoments {
     fits: [Moments; 2],
     held: [Moments; 2],
 }
 
-impl Seen {
+impl PlaceMoments {
     /// Of several places in one run over the calibration set.
-    fn of(model: &Model, places: &[Place], calibration: &dyn Calibrate) -> Result<Vec<Seen>, Error> {
+    fn of(model: &Model, places: &[Place], calibration: &dyn Calibrate) -> Result<Vec<PlaceMoments>, Error> {
         let mut variant = model.clone();
         let graph = &mut variant.graph;
         let mut pairs = Vec::new();
@@ -196,7 +196,7 @@ impl Seen {
             let features = basis::beside(graph, place);
             let features = place.rows(graph, features);
             pairs.push((features.clone(), features.clone()));
-            pairs.push((features.clone(), place.rows(graph, place.gives)));
+            pairs.push((features.clone(), place.rows(graph, place.output)));
             if let Some(second) = &place.second {
                 pairs.push((features, place.rows(graph, second.reads)));
             }
@@ -207,8 +207,8 @@ impl Seen {
             let mut next = || all.next().expect("there is one for every pair");
             let mut moments = Vec::new();
             for place in places {
-                let (own, gives) = (next(), next());
-                let whole = Moments::of(&own, &gives);
+                let (own, output) = (next(), next());
+                let whole = Moments::of(&own, &output);
                 let inner = place.second.as_ref().map(|_| Moments::of(&own, &next()));
                 let inner = inner.unwrap_or_else(|| whole.clone());
                 moments.push([whole, inner]);
@@ -217,7 +217,7 @@ impl Seen {
         };
         let fits = split(calibration.cross(&variant, &pairs)?);
         let held = split(calibration.held_out(&variant, &pairs)?);
-        Ok(fits.into_iter().zip(held).map(|(fits, held)| Seen { fits, held }).collect())
+        Ok(fits.into_iter().zip(held).map(|(fits, held)| PlaceMoments { fits, held }).collect())
     }
 }
 
@@ -265,9 +265,15 @@ impl<'a> Work<'a> {
     }
 
     /// The site of a place with everything that could stand in it.
-    fn site(&self, place: &Place, seen: &Seen, most: f64, quantities: &[Quantity]) -> Result<Site, &'static str> {
+    fn site(
+        &self,
+        place: &Place,
+        moments: &PlaceMoments,
+        most: f64,
+        quantities: &[Quantity],
+    ) -> Result<Site, &'static str> {
         let graph = &self.model.graph;
-        let [fits, held] = [&seen.fits[0], &seen.held[0]];
+        let [fits, held] = [&moments.fits[0], &moments.held[0]];
         if !fits.is_finite() || !held.is_finite() || held.output() <= 0.0 {
             return Err("what it reads or gives is not finite, or is all zero");
         }
@@ -277,18 +283,18 @@ impl<'a> Work<'a> {
         for bases in basis::combinations(&all) {
             let columns: Vec<usize> = bases.iter().flat_map(|base| columns(&all, *base, place.inputs)).collect();
             for form in Form::of(place, &bases) {
-                let made = self.fit(place, seen, &columns, form);
+                let made = self.fit(place, moments, &columns, form);
                 let Some((fit, lost)) = made else { continue };
                 if lost > most * held.variance() || !lost.is_finite() {
                     continue;
                 }
-                let fragment = basis::piece(graph, place, &bases, &fit, form);
+                let fragment = basis::fragment(graph, place, &bases, &fit, form);
                 let cost = self.cost(&fragment, &[place.reads]);
                 if !saves(&cost, &baseline, quantities) {
                     continue;
                 }
                 let name = |value: ValueId| graph.value(value).name.clone();
-                let fitted = Fitted { inputs: vec![name(place.reads)], output: name(place.gives), fragment };
+                let fitted = Fitted { inputs: vec![name(place.reads)], output: name(place.output), fragment };
                 candidates.push(Candidate {
                     label: basis::name(&bases, form),
                     cost,
@@ -305,7 +311,7 @@ impl<'a> Work<'a> {
             footprint: place.footprint.clone(),
             nodes: place.nodes.clone(),
             name: place.name.clone(),
-            taps: vec![place.gives],
+            taps: vec![place.output],
             baseline,
             candidates,
             required: false,
@@ -314,8 +320,8 @@ impl<'a> Work<'a> {
     }
 
     /// The best map of one form, and what it loses of the output in mean square where it was not fitted.
-    fn fit(&self, place: &Place, seen: &Seen, columns: &[usize], form: Form) -> Option<(Fit, f64)> {
-        let [fits, held] = [&seen.fits, &seen.held].map(|moments| moments[0].pick(columns));
+    fn fit(&self, place: &Place, moments: &PlaceMoments, columns: &[usize], form: Form) -> Option<(Fit, f64)> {
+        let [fits, held] = [&moments.fits, &moments.held].map(|moments| moments[0].pick(columns));
         match form {
             Form::Layer => fit::layer(&fits, &held),
             Form::Factors => {
@@ -325,7 +331,7 @@ impl<'a> Work<'a> {
             }
             Form::Folded => {
                 let second = place.second.as_ref()?;
-                let factors = fit::factors(&seen.fits[1].pick(columns))?;
+                let factors = fit::factors(&moments.fits[1].pick(columns))?;
                 let fit = second.after(&self.model.graph, &factors)?;
                 let lost = held.lost(&fit);
                 Some((fit, lost))

@@ -2,7 +2,7 @@
 
 use super::{
     Candidate, MethodContext, Proposal, Weight,
-    factors::{self, Seen},
+    factors::{self, LayerStatistics},
     weights,
 };
 use crate::Error;
@@ -16,7 +16,7 @@ use std::{
 pub(super) const BATCH: usize = 8;
 
 /// What a method makes of one layer.
-pub(super) type Work<'a> = dyn Fn(&Weight, &Seen) -> Result<Vec<Candidate>, &'static str> + Sync + 'a;
+pub(super) type Work<'a> = dyn Fn(&Weight, &LayerStatistics) -> Result<Vec<Candidate>, &'static str> + Sync + 'a;
 
 /// What `work` makes of every layer that can be factored, a few layers at a time.
 pub(super) fn in_batches(model: &Model, cx: &MethodContext, work: &Work<'_>) -> Result<Proposal, Error> {
@@ -28,12 +28,12 @@ pub(super) fn in_batches(model: &Model, cx: &MethodContext, work: &Work<'_>) -> 
     for batch in found.chunks(BATCH) {
         let mut ready = Vec::new();
         for weight in batch {
-            match factors::seen(graph, weight, cx)? {
-                Ok(seen) => ready.push((weight, seen)),
+            match factors::statistics(graph, weight, cx)? {
+                Ok(statistics) => ready.push((weight, statistics)),
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }
         }
-        let done = on_all_cores(&ready, |(weight, seen)| work(weight, seen));
+        let done = on_all_cores(&ready, |(weight, statistics)| work(weight, statistics));
         for ((weight, _), candidates) in ready.iter().zip(done) {
             match candidates {
                 Ok(candidates) => proposal.sites.push(weight.site(graph, candidates)),

@@ -219,7 +219,7 @@ fn the_error_is_the_one_told() {
     for form in Form::ALL {
         let dtype = form.dtype();
         let rounded = rounded(&weight, &numbers, dtype).unwrap();
-        let told = errors(&model.graph, &weight, &inputs, &rounded, form)[0];
+        let stated = errors(&model.graph, &weight, &inputs, &rounded, form)[0];
         let made = match form {
             Form::Stored(_) => product(x.as_ref(), rounded_to(&w, dtype).as_ref()),
             Form::Multiplied => {
@@ -228,6 +228,6 @@ fn the_error_is_the_one_told() {
             }
         };
         let found = (&whole - &made).norm_l2() / whole.norm_l2();
-        assert!((found / told - 1.0).abs() < 0.1, "{}: {found} found, {told} told", form.name());
+        assert!((found / stated - 1.0).abs() < 0.1, "{}: {found} found, {stated} told", form.name());
     }
 }

@@ -172,9 +172,9 @@ fn the_error_is_the_one_told_and_the_bias_takes_the_mean() {
     let bench = Bench::plain(64, 64, 16);
     let found = weights(&bench.model.graph).0;
     let cx = turned_on(&bench.known);
-    let seen = factors::seen(&bench.model.graph, &found[0], &cx).unwrap().unwrap();
-    let order = order(&bench.model.graph, &found[0], &seen, &cx).unwrap().unwrap();
-    let picked = picked(&bench.model.graph, &found[0], &seen, &order, 16).unwrap();
+    let statistics = factors::statistics(&bench.model.graph, &found[0], &cx).unwrap().unwrap();
+    let order = order(&bench.model.graph, &found[0], &statistics, &cx).unwrap().unwrap();
+    let picked = picked(&bench.model.graph, &found[0], &statistics, &order, 16).unwrap();
     assert_eq!(picked.kept, (0..48).collect::<Vec<_>>());
     let (x, whole) = (&bench.known.values["s"], &bench.known.values["h"]);
     let left = product(x.as_ref().subcols(0, 48), bench.weight.as_ref().subrows(0, 48));

@@ -120,12 +120,12 @@ impl Chosen {
             (None, Some(one)) | (Some(one), None) => judge.gram.mean[from[one]] / judge.output,
             (Some(i), Some(j)) => judge.gram.matrix.get(from[i], from[j]) / judge.output,
         };
-        let mut seen = Mat::from_fn(k + 1, k + 1, moment);
-        solve_lower_triangular_in_place(lower.as_ref(), seen.as_mut(), faer::Par::Seq);
-        let mut seen = seen.transpose().to_owned();
-        solve_lower_triangular_in_place(lower.as_ref(), seen.as_mut(), faer::Par::Seq);
+        let mut statistics = Mat::from_fn(k + 1, k + 1, moment);
+        solve_lower_triangular_in_place(lower.as_ref(), statistics.as_mut(), faer::Par::Seq);
+        let mut statistics = statistics.transpose().to_owned();
+        solve_lower_triangular_in_place(lower.as_ref(), statistics.as_mut(), faer::Par::Seq);
         for column in 0..=k {
-            products.col_mut(column).iter_mut().zip(seen.col(column).iter()).for_each(|(x, y)| *x *= y);
+            products.col_mut(column).iter_mut().zip(statistics.col(column).iter()).for_each(|(x, y)| *x *= y);
         }
         let tails = spectrum::tails_of_products(products.as_ref());
         Some(Chosen { order, lower, matrix, tails })

@@ -161,10 +161,10 @@ fn spans_end_where_a_unit_stays() {
     let value = |name: &str| model.graph.find_value(name).unwrap();
     let found = span::spans(&model.graph, &[value("d4"), value("d1"), value("d2")]);
     type Told = (ValueId, ValueId, Option<(ValueId, ValueId)>);
-    let told: Vec<Told> = found.iter().map(|s| (s.enter, s.leave, s.before)).collect();
+    let stated: Vec<Told> = found.iter().map(|s| (s.enter, s.leave, s.before)).collect();
     let expected = [
         (value("s1"), value("s3"), Some((value("d0"), value("s1")))),
         (value("s4"), value("s5"), Some((value("d3"), value("s4")))),
     ];
-    assert_eq!(told, expected);
+    assert_eq!(stated, expected);
 }

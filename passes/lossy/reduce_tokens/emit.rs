@@ -263,9 +263,9 @@ fn reduce(graph: &mut Graph, chain: &Chain, cut: &Cut, r: usize, before: Option<
         }
     };
     let site = Site { keys, whole, count, r, protected: chain.protected, width: cut.width as i64 };
-    let asked = !chain.restores.is_empty();
+    let requested = !chain.restores.is_empty();
     let (joined, origin) = match form {
-        Form::Merge => site.merge(w, asked),
+        Form::Merge => site.merge(w, requested),
         Form::Mix(temperature) => {
             let weights = w.graph.node(cut.node).output(0).expect("an attention has an output");
             site.mix(w, weights, temperature)
@@ -282,7 +282,7 @@ fn reduce(graph: &mut Graph, chain: &Chain, cut: &Cut, r: usize, before: Option<
             _ => {}
         }
     }
-    Merged { count: count - r, sizes, origin: Some(origin).filter(|_| asked) }
+    Merged { count: count - r, sizes, origin: Some(origin).filter(|_| requested) }
 }
 
 /// One place where tokens become fewer.
@@ -340,7 +340,7 @@ impl Site {
     }
 
     /// Adds the `r` tokens at even positions that are most like one at an odd position to that one.
-    fn merge(&self, w: &mut Writer<'_>, asked: bool) -> (ValueId, Origin) {
+    fn merge(&self, w: &mut Writer<'_>, requested: bool) -> (ValueId, Origin) {
         let ((first_a, a), (first_b, b)) = halves(self.count, self.protected);
         let (r, stay) = (self.r, a - self.r);
         let (even, odd) = (w.slice(self.keys, first_a, END, 2), w.slice(self.keys, first_b, END, 2));
@@ -384,7 +384,7 @@ impl Site {
         parts.push(sums);
         let joined = w.join(&parts, 1);
         let moved = Moved { order, from, kept, target, first_b, a, b, stay, protected: self.protected };
-        (joined, Origin::Place(if asked { moved.places(w) } else { order }))
+        (joined, Origin::Place(if requested { moved.places(w) } else { order }))
     }
 }
 

@@ -42,7 +42,7 @@ pub(super) struct Chain {
 
 /// What is asked of chains.
 #[derive(Clone, Copy)]
-pub(super) struct Wish {
+pub(super) struct TokenOptions {
     /// Whether heads that need every token get all of them back.
     pub restore: bool,
     /// Tokens at the front that stay as they are; `None` for those that the model picks.
@@ -50,7 +50,7 @@ pub(super) struct Wish {
 }
 
 /// Every chain of attentions, or where one begins and why its tokens stay.
-pub(super) fn chains(model: &Model, wish: Wish) -> Vec<Result<Chain, (String, &'static str)>> {
+pub(super) fn chains(model: &Model, token_options: TokenOptions) -> Vec<Result<Chain, (String, &'static str)>> {
     let facts = Facts::infer(model);
     let units = Units::find(model, &facts);
     let mut found = Vec::new();
@@ -59,7 +59,7 @@ pub(super) fn chains(model: &Model, wish: Wish) -> Vec<Result<Chain, (String, &'
         let Some(first) = attentions().next() else { continue };
         let place = format!("`{}`", model.graph.value(first.stream_in).name);
         let owns = |unit: &lathe_analysis::Unit, node: NodeId| unit.nodes.contains(&node) || unit.join == node;
-        let made = follow(model, &facts, first.stream_in, wish).and_then(|(tokens, restores)| {
+        let made = follow(model, &facts, first.stream_in, token_options).and_then(|(tokens, restores)| {
             let mut cuts = Vec::new();
             for unit in attentions() {
                 let stream = unit.stream_out;
@@ -70,7 +70,7 @@ pub(super) fn chains(model: &Model, wish: Wish) -> Vec<Result<Chain, (String, &'
                     cuts.push(Cut { stream, keys: attention.keys.clone(), node: attention.node, width });
                 }
             }
-            let protected = wish.protected.unwrap_or(0).max(tokens.picked);
+            let protected = token_options.protected.unwrap_or(0).max(tokens.picked);
             let chain = Chain { from: first.stream_in, tokens, cuts, restores, protected };
             chain.check(model, &facts)?;
             Ok(chain)
@@ -81,14 +81,19 @@ pub(super) fn chains(model: &Model, wish: Wish) -> Vec<Result<Chain, (String, &'
 }
 
 /// Follows tokens to the end of the model; uses behind the last attention that need them all are listed.
-fn follow(model: &Model, facts: &Facts, from: ValueId, wish: Wish) -> Result<(Tokens, Vec<Restore>), &'static str> {
+fn follow(
+    model: &Model,
+    facts: &Facts,
+    from: ValueId,
+    token_options: TokenOptions,
+) -> Result<(Tokens, Vec<Restore>), &'static str> {
     let graph = &model.graph;
     let mut stops: BTreeSet<Use> = BTreeSet::new();
     let mut restores = Vec::new();
     loop {
         let tokens = Tokens::follow(model, facts, from, &stops)?;
         let Some(block) = tokens.blocks.first() else { return Ok((tokens, restores)) };
-        if !wish.restore || restores.len() == MOST_RESTORED {
+        if !token_options.restore || restores.len() == MOST_RESTORED {
             return Err(block.reason);
         }
         // Back to where tokens are rows.

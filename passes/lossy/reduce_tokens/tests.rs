@@ -4,7 +4,7 @@ use super::{
     ReduceTokens, Schedule, Work,
     emit::{Form, emit, most},
     label, name,
-    place::{Chain, Wish, chains},
+    place::{Chain, TokenOptions, chains},
     reduce,
 };
 use crate::{
@@ -16,7 +16,7 @@ use lathe_analysis::{Bindings, Calibrate, Cost as ModelCost, EvaluateError, Fact
 use lathe_ir::{Initializer, Model, Tensor, text};
 use std::fmt::Write as _;
 
-const WISH: Wish = Wish { restore: true, protected: None };
+const TOKEN_OPTIONS: TokenOptions = TokenOptions { restore: true, protected: None };
 
 /// Numbers from a seed, in `(-1, 1)`.
 fn noise(count: usize, seed: u64) -> Vec<f32> {
@@ -135,7 +135,7 @@ fn twins(style: Style, output: &str, head: &str) -> Model {
 }
 
 fn only(model: &Model) -> Chain {
-    let mut found = chains(model, WISH);
+    let mut found = chains(model, TOKEN_OPTIONS);
     assert_eq!(found.len(), 1);
     found.pop().unwrap().unwrap()
 }
@@ -146,7 +146,7 @@ fn reduced(model: &Model, counts: &[usize]) -> Model {
 
 fn reduced_by(model: &Model, counts: &[usize], form: Form) -> Model {
     let mut changed = model.clone();
-    assert!(reduce(&mut changed, WISH, &name(model, &only(model)), counts, form));
+    assert!(reduce(&mut changed, TOKEN_OPTIONS, &name(model, &only(model)), counts, form));
     changed.check().unwrap_or_else(|error| panic!("{error}\n{}", text::print(&changed)));
     changed
 }
@@ -190,7 +190,7 @@ fn dense_heads_get_every_token_back() {
     assert_equivalent(&dense, &reduced(&dense, &[0, 4]));
     let grid = twins(Style::Packed, "batch, 8, 3, 3", "c = Transpose <perm = [0, 2, 1]> (s) y = Reshape (c, grid)");
     assert_equivalent(&grid, &reduced(&grid, &[2, 0]));
-    let none = chains(&dense, Wish { restore: false, protected: None }).pop().unwrap();
+    let none = chains(&dense, TokenOptions { restore: false, protected: None }).pop().unwrap();
     assert_eq!(none.err().unwrap().1, "an output of the model has a row per token");
 }
 
@@ -282,7 +282,7 @@ fn labels_count_the_tokens_that_are_left_and_what_does_not_fit_is_not_carried_ou
     let model = twins(Style::Spelled, "batch, 8", PICK);
     let chain = super::name(&model, &only(&model));
     for wrong in [&[5, 0][..], &[1][..], &[4, 3][..]] {
-        assert!(!reduce(&mut model.clone(), WISH, &chain, wrong, Form::Merge), "{wrong:?}");
+        assert!(!reduce(&mut model.clone(), TOKEN_OPTIONS, &chain, wrong, Form::Merge), "{wrong:?}");
     }
 }
 
@@ -335,7 +335,7 @@ fn windows_are_refused_with_the_reason() {
         list(24)
     );
     let model = text::parse(&source).unwrap();
-    let refused = chains(&model, WISH).pop().unwrap().err().unwrap();
+    let refused = chains(&model, TOKEN_OPTIONS).pop().unwrap().err().unwrap();
     let reason = "the tokens are divided into windows or a grid, or joined with another axis";
     assert_eq!(refused, ("`x`".to_owned(), reason));
 }
@@ -479,13 +479,13 @@ fn fewer_tokens_and_units_that_go_add_up_in_one_plan() {
             let cost = |model: &Model| ModelCost::of(model, &Facts::infer(model), &Bindings::default());
             let (before, after, left) = (cost(&model), cost(&joint), nested.candidates[0].unwrap());
             let schedule = tokens.candidates[0].cost;
-            let told = |of: &dyn Fn(&Cost) -> u64, whole: u64| {
+            let stated = |of: &dyn Fn(&Cost) -> u64, whole: u64| {
                 whole - of(&tokens.baseline) + of(&schedule) - of(&nested.baseline) + of(&left)
             };
-            assert_eq!(told(&|s| s.flops_per_row, before.flops), after.flops, "{counts:?}");
-            assert_eq!(told(&|s| s.parameters, before.parameters), after.parameters, "{counts:?}");
+            assert_eq!(stated(&|s| s.flops_per_row, before.flops), after.flops, "{counts:?}");
+            assert_eq!(stated(&|s| s.parameters, before.parameters), after.parameters, "{counts:?}");
             let added = cost(&reduced(&model, &counts)).nodes - before.nodes;
-            let bytes = told(&|s| s.bytes, before.weight_bytes) - super::OVERHEAD * added as u64;
+            let bytes = stated(&|s| s.bytes, before.weight_bytes) - super::OVERHEAD * added as u64;
             assert_eq!(bytes, after.weight_bytes, "{counts:?}");
             // The keys of an attention that goes stay where tokens merge by them.
             assert_eq!(left.flops_per_row > 0, counts[1] > 0, "{counts:?}");

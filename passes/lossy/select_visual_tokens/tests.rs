@@ -149,8 +149,9 @@ fn the_tokens_that_stay_are_those_the_method_names() {
         let part = VISUAL / frames;
         let keep = 4 / frames;
         for form in [Form::Score, Form::Spread] {
-            let asked = Asked { span: Span::At(3, VISUAL), keep: None, frames, segment: None, key: Some(1), task: 0.4 };
-            let counts = asked.counts(form, keep);
+            let requested =
+                Requested { span: Span::At(3, VISUAL), keep: None, frames, segment: None, key: Some(1), task: 0.4 };
+            let counts = requested.counts(form, keep);
             let mut expected: Vec<usize> = vec![0, 1, 2];
             for frame in 0..frames {
                 let own = |at: usize| &looks[(frame * part + at) % looks.len()];
@@ -159,7 +160,7 @@ fn the_tokens_that_stay_are_those_the_method_names() {
                 expected.extend(chosen(&h[first..first + part], &score, counts, form).iter().map(|i| first + i));
             }
             let mut changed = model.clone();
-            let place = place(&model, &asked.span, frames).unwrap();
+            let place = place(&model, &requested.span, frames).unwrap();
             emit(&mut changed, &place, &counts, form, Rest::Gone, 1);
             changed.check().unwrap();
             let norm = changed.graph.producer(changed.graph.find_value("n").unwrap()).unwrap();

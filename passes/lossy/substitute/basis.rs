@@ -132,7 +132,7 @@ pub(super) fn beside(graph: &mut Graph, place: &Place) -> ValueId {
 }
 
 /// The graph that gives what a place gave, from one input.
-pub(super) fn piece(from: &Graph, place: &Place, bases: &[Base], fit: &Fit, form: Form) -> Graph {
+pub(super) fn fragment(from: &Graph, place: &Place, bases: &[Base], fit: &Fit, form: Form) -> Graph {
     let mut graph = Graph::new("piece");
     let input = graph.add_value(from.value(place.reads).name.clone(), None);
     graph.add_input(ScopeId::MAIN, input);

@@ -95,35 +95,35 @@ fn mean_row(mean: &[f64]) -> Mat<f64> {
 }
 
 /// A factor and a constant per feature; `None` unless there is one thing to make of each feature.
-pub(super) fn factors(seen: &Moments) -> Option<Fit> {
-    let k = seen.x_mean.len();
-    if seen.y_mean.len() != k {
+pub(super) fn factors(moments: &Moments) -> Option<Fit> {
+    let k = moments.x_mean.len();
+    if moments.y_mean.len() != k {
         return None;
     }
     let factor = |i: usize| {
-        let variance = seen.own[(i, i)] - seen.x_mean[i] * seen.x_mean[i];
-        let shared = seen.cross[(i, i)] - seen.x_mean[i] * seen.y_mean[i];
+        let variance = moments.own[(i, i)] - moments.x_mean[i] * moments.x_mean[i];
+        let shared = moments.cross[(i, i)] - moments.x_mean[i] * moments.y_mean[i];
         // A feature that is constant up to rounding has no slope.
-        if variance > 1e-12 * seen.own[(i, i)] { shared / variance } else { 0.0 }
+        if variance > 1e-12 * moments.own[(i, i)] { shared / variance } else { 0.0 }
     };
     let matrix = Mat::from_fn(k, k, |i, j| if i == j { factor(i) } else { 0.0 });
-    let bias = seen.constant(&matrix);
+    let bias = moments.constant(&matrix);
     Some(Fit { matrix, bias })
 }
 
 /// A layer by ridge regression on features of equal variance, with the ridge that loses least on `held`, and what that is;
 /// `None` if there are too few rows.
-pub(super) fn layer(seen: &Moments, held: &Moments) -> Option<(Fit, f64)> {
-    let (k, m) = (seen.x_mean.len(), seen.y_mean.len());
-    if seen.rows < ROWS_PER_FEATURE * k as u64 {
+pub(super) fn layer(moments: &Moments, held: &Moments) -> Option<(Fit, f64)> {
+    let (k, m) = (moments.x_mean.len(), moments.y_mean.len());
+    if moments.rows < ROWS_PER_FEATURE * k as u64 {
         return None;
     }
-    let covariance = |i: usize, j: usize| seen.own[(i, j)] - seen.x_mean[i] * seen.x_mean[j];
+    let covariance = |i: usize, j: usize| moments.own[(i, j)] - moments.x_mean[i] * moments.x_mean[j];
     let scale: Vec<f64> = (0..k)
-        .map(|i| if covariance(i, i) > 1e-12 * seen.own[(i, i)] { 1.0 / covariance(i, i).sqrt() } else { 0.0 })
+        .map(|i| if covariance(i, i) > 1e-12 * moments.own[(i, i)] { 1.0 / covariance(i, i).sqrt() } else { 0.0 })
         .collect();
     let level = Mat::from_fn(k, k, |i, j| covariance(i, j) * scale[i] * scale[j]);
-    let shared = Mat::from_fn(k, m, |i, j| (seen.cross[(i, j)] - seen.x_mean[i] * seen.y_mean[j]) * scale[i]);
+    let shared = Mat::from_fn(k, m, |i, j| (moments.cross[(i, j)] - moments.x_mean[i] * moments.y_mean[j]) * scale[i]);
     let mut best: Option<(Fit, f64)> = None;
     for ridge in RIDGES {
         let mut damped = level.clone();
@@ -131,7 +131,7 @@ pub(super) fn layer(seen: &Moments, held: &Moments) -> Option<(Fit, f64)> {
         let Ok(solver) = damped.llt(Side::Lower) else { continue };
         let solved = solver.solve(shared.as_ref());
         let matrix = Mat::from_fn(k, m, |i, j| solved[(i, j)] * scale[i]);
-        let fit = Fit { bias: seen.constant(&matrix), matrix };
+        let fit = Fit { bias: moments.constant(&matrix), matrix };
         let lost = held.lost(&fit);
         if lost.is_finite() && best.as_ref().is_none_or(|(_, least)| lost < *least) {
             best = Some((fit, lost));

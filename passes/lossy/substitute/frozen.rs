@@ -96,13 +96,13 @@ fn means(model: &Model, found: &[Attention], calibration: &dyn Calibrate) -> Res
         pairs.push((rows(one), rows(row)));
     }
     graph.sort()?;
-    let seen = calibration.cross(&variant, &pairs)?;
-    let tensor = |(attention, seen): (&Attention, &lathe_analysis::Cross)| {
-        let numbers: Vec<f32> = seen.y_mean.iter().map(|&x| x as f32).collect();
+    let moments = calibration.cross(&variant, &pairs)?;
+    let tensor = |(attention, moments): (&Attention, &lathe_analysis::Cross)| {
+        let numbers: Vec<f32> = moments.y_mean.iter().map(|&x| x as f32).collect();
         let dims: Vec<usize> = std::iter::once(1).chain(attention.sizes.iter().copied()).collect();
         Tensor::from_f32s(&dims, &numbers)
     };
-    Ok(found.iter().zip(&seen).map(tensor).collect())
+    Ok(found.iter().zip(&moments).map(tensor).collect())
 }
 
 fn site(

@@ -110,7 +110,7 @@ impl Second {
 pub(super) struct Place {
     pub name: String,
     pub reads: ValueId,
-    pub gives: ValueId,
+    pub output: ValueId,
     /// The nodes between them, in order.
     pub nodes: Vec<NodeId>,
     pub footprint: Vec<ValueId>,
@@ -175,7 +175,7 @@ fn is_spatial(graph: &Graph, id: NodeId) -> bool {
 
 fn convolution(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Place, &'static str> {
     let node = graph.node(id);
-    let (reads, gives, weight) = ends(graph, node)?;
+    let (reads, output, weight) = ends(graph, node)?;
     let tensor = weight_of(graph, weight)?;
     let dims = tensor.dims();
     let group = node.int("group").unwrap_or(1);
@@ -210,7 +210,7 @@ fn convolution(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Place, &'stat
     Ok(Place {
         name: graph.value(weight).name.clone(),
         reads,
-        gives,
+        output,
         nodes: vec![id],
         footprint: vec![weight],
         layout: Layout::Image(Window { kernel, strides, shifts }),
@@ -223,16 +223,16 @@ fn convolution(graph: &Graph, facts: &Facts, id: NodeId) -> Result<Place, &'stat
 
 /// What a convolution reads and gives, and its weight.
 fn ends(graph: &Graph, node: &Node) -> Result<(ValueId, ValueId, ValueId), &'static str> {
-    let (Some(reads), Some(weight), Some(gives)) = (node.input(0), node.input(1), node.output(0)) else {
+    let (Some(reads), Some(weight), Some(output)) = (node.input(0), node.input(1), node.output(0)) else {
         return Err("it lacks an input or an output");
     };
     if graph.constant(reads).is_some() {
         return Err("it reads a constant");
     }
-    if graph.is_output(gives) {
+    if graph.is_output(output) {
         return Err("it gives an output of the model");
     }
-    Ok((reads, gives, weight))
+    Ok((reads, output, weight))
 }
 
 fn weight_of(graph: &Graph, weight: ValueId) -> Result<&Tensor, &'static str> {
@@ -277,7 +277,7 @@ fn shifts(weight: &Tensor, depthwise: bool, inputs: usize) -> Option<Vec<Vec<i64
 /// A convolution with the activation and the pointwise layer behind it.
 fn pair(graph: &Graph, facts: &Facts, id: NodeId, first: &Place) -> Option<Place> {
     let mut nodes = vec![id];
-    let mut value = first.gives;
+    let mut value = first.output;
     for _ in 0..=MOST_STEPS {
         let uses = graph.value(value).uses();
         let &Use::Node(next, 0) = uses.first().filter(|_| uses.len() == 1)? else { return None };
@@ -294,7 +294,7 @@ fn pair(graph: &Graph, facts: &Facts, id: NodeId, first: &Place) -> Option<Place
         if !node.is("Conv") || facts.elem(value) != Some(DataType::Float) {
             return None;
         }
-        let (reads, gives, weight) = ends(graph, node).ok()?;
+        let (reads, output, weight) = ends(graph, node).ok()?;
         let dims = weight_of(graph, weight).ok()?.dims();
         let list = |name: &str, plain: i64| node.ints(name).is_none_or(|l| l.iter().all(|&x| x == plain));
         let pointwise = dims.len() > 2 && dims[2..].iter().all(|&k| k == 1) && list("strides", 1) && list("pads", 0);
@@ -308,7 +308,7 @@ fn pair(graph: &Graph, facts: &Facts, id: NodeId, first: &Place) -> Option<Place
         footprint.sort_unstable();
         return Some(Place {
             name: format!("{}, {}", first.name, graph.value(weight).name),
-            gives,
+            output,
             nodes,
             footprint,
             outputs: dims[0],
@@ -324,7 +324,7 @@ fn branch(graph: &Graph, facts: &Facts, unit: &lathe_analysis::Unit, name: Strin
     if graph.node(unit.join).scope() != ScopeId::MAIN {
         return Err("it lies in a subgraph");
     }
-    let &[gives] = unit.branch.as_slice() else { return Err("its branches cannot be told apart") };
+    let &[output] = unit.branch.as_slice() else { return Err("its branches cannot be told apart") };
     if !unit.side_inputs.is_empty() || !unit.outputs.is_empty() || !unit.shape_taps.is_empty() {
         return Err("it reads or gives more than the stream");
     }
@@ -332,14 +332,14 @@ fn branch(graph: &Graph, facts: &Facts, unit: &lathe_analysis::Unit, name: Strin
     let all: BTreeSet<NodeId> =
         unit.nodes.iter().chain(&unit.support).copied().filter(|id| Some(*id) != norm).collect();
     let floats = |v: ValueId| facts.elem(v) == Some(DataType::Float);
-    if !floats(reads) || !floats(gives) || graph.is_output(gives) {
+    if !floats(reads) || !floats(output) || graph.is_output(output) {
         return Err("its stream holds no float32, or is an output of the model");
     }
     let width = |value: ValueId| {
         let shape = facts.shape(value).filter(|s| s.len() == 2 || s.len() == 3)?;
         usize::try_from(shape.last()?.as_known()?).ok().filter(|&w| w > 1)
     };
-    let (Some(inputs), Some(outputs)) = (width(reads), width(gives)) else {
+    let (Some(inputs), Some(outputs)) = (width(reads), width(output)) else {
         return Err("its features are not on the last axis, or their number is not known");
     };
     if inputs > super::MOST_FEATURES {
@@ -351,7 +351,7 @@ fn branch(graph: &Graph, facts: &Facts, unit: &lathe_analysis::Unit, name: Strin
     Ok(Place {
         name,
         reads,
-        gives,
+        output,
         footprint: own_values(graph, &all).into_iter().collect(),
         nodes: graph.nodes(ScopeId::MAIN).filter(|id| all.contains(id)).collect(),
         layout: Layout::Tokens(tokens.map(|count| Tokens { grid: grid(count) })),

@@ -147,12 +147,12 @@ fn find<'a>(proposal: &'a Proposal, site: &str) -> &'a Site {
 /// The choice of this name, with an error that is only rounding, carried out: the same function.
 fn check(model: &Model, proposal: &Proposal, site: &str, choice: &str) -> Model {
     let site = find(proposal, site);
-    let told: Vec<(&str, &Loss)> = site.candidates.iter().map(|c| (c.label.as_str(), &c.loss)).collect();
+    let stated: Vec<(&str, &Loss)> = site.candidates.iter().map(|c| (c.label.as_str(), &c.loss)).collect();
     let at = site
         .candidates
         .iter()
         .position(|c| c.label == choice)
-        .unwrap_or_else(|| panic!("{choice} is not among {told:?}"));
+        .unwrap_or_else(|| panic!("{choice} is not among {stated:?}"));
     let loss = &site.candidates[at].loss;
     let error = loss.measured().unwrap_or_else(|| loss.per_tap().unwrap()[0]);
     assert!(error < 1e-5, "{choice}: {error}");
@@ -242,24 +242,24 @@ fn what_is_told_is_what_is_lost() {
     let model = planted(&kernels, false, "", "4,8,8", "r = Relu (u) z = Conv (r, v, c) y = Tanh (z)");
     let runs = Runs::of(&model, &IMAGE);
     let found = proposal(&model, &runs);
-    let mut seen = BTreeSet::new();
+    let mut moments = BTreeSet::new();
     for site in &found.sites {
         let tap = model.graph.value(site.taps[0]).name.as_str();
         let whole = runs.values(&model, &[tap], 2).remove(0);
         for (at, choice) in site.candidates.iter().enumerate() {
             let lost = off(&whole, &runs.values(&replaced(&model, site, at), &[tap], 2)[0]).sqrt();
-            let told = choice.loss.per_tap().unwrap()[0];
+            let stated = choice.loss.per_tap().unwrap()[0];
             assert!(
-                (lost - told).abs() < 1e-3 * told.max(1e-3),
-                "{} {}: {lost} lost, {told} told",
+                (lost - stated).abs() < 1e-3 * stated.max(1e-3),
+                "{} {}: {lost} lost, {stated} told",
                 site.name,
                 choice.label
             );
-            seen.insert(choice.label.clone());
+            moments.insert(choice.label.clone());
         }
     }
     for name in ["max pool, one layer", "identity + average pool + max pool, one layer", "shift, one layer"] {
-        assert!(seen.contains(name), "{name} is not among {seen:?}");
+        assert!(moments.contains(name), "{name} is not among {moments:?}");
     }
 }
 
