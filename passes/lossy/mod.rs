@@ -30,23 +30,12 @@ mod stored;
 mod substitute;
 mod work;
 
-pub use compensate::Compensate;
-pub use convert_floats::ConvertFloats;
-pub use dictionary::Dictionary;
-pub use drop_inputs::{DropInputs, QUIET};
-pub use factorize::{Factorize, block_by_block};
-pub use factorize_jointly::FactorizeJointly;
+pub use drop_inputs::QUIET;
+pub use factorize::block_by_block;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use layers::{SMALLEST, Tap, Weight, weights};
 pub use method::{Method, MethodContext, Needs, NestedCost, NestedEffect, OLDEST_OPSET, Proposal};
-pub use prune_channels::PruneChannels;
-pub use prune_units::PruneUnits;
-pub use quantize::Quantize;
-pub use quantize_dynamic::QuantizeDynamic;
-pub use reduce_tokens::ReduceTokens;
-pub use select_visual_tokens::SelectVisualTokens;
 pub use site::{Candidate, Cost, Edit, Loss, Site};
-pub use substitute::Substitute;
 
 use site::OVERHEAD;
 use work::{BATCH, in_batches, on_all_cores};
@@ -56,17 +45,17 @@ const NOT_HELD_OUT: &str = "the calibration set has one sample only, and none is
 
 /// Every lossy method.
 pub const METHODS: &[&dyn Method] = &[
-    &Quantize,
-    &QuantizeDynamic,
-    &ConvertFloats,
-    &Compensate,
-    &Factorize,
-    &FactorizeJointly,
-    &Dictionary,
-    &PruneChannels,
-    &DropInputs,
-    &PruneUnits,
-    &Substitute,
-    &ReduceTokens,
-    &SelectVisualTokens,
+    &quantize::Quantize,
+    &quantize_dynamic::QuantizeDynamic,
+    &convert_floats::ConvertFloats,
+    &compensate::Compensate,
+    &factorize::Factorize,
+    &factorize_jointly::FactorizeJointly,
+    &dictionary::Dictionary,
+    &prune_channels::PruneChannels,
+    &drop_inputs::DropInputs,
+    &prune_units::PruneUnits,
+    &substitute::Substitute,
+    &reduce_tokens::ReduceTokens,
+    &select_visual_tokens::SelectVisualTokens,
 ];

@@ -438,3 +438,29 @@ fn relaxed(limits: &[Limit], part: f64) -> Vec<Limit> {
     let whole = |l: &Limit| (l.exact / l.original).max(l.share);
     limits.iter().map(|l| Limit { share: l.share + part * (whole(l) - l.share), ..*l }).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_of_a_budget_is_of_the_whole_model_in_the_units_of_the_report() {
+        let limit = |quantity, share| Limit { quantity, share, original: 2e6, exact: 1.8e6, baseline: 1_000_000 };
+        let row = limit(Quantity::Latency, 0.7).row(0.65);
+        assert_eq!(row, BudgetRow { limit: 0.7, allowed: 0.7 * 2.0, used: 1.3, share: 0.65 });
+        let row = limit(Quantity::Size, 0.7).row(0.6500001);
+        assert_eq!(row, BudgetRow { limit: 0.7, allowed: 0.7 * 2e6, used: 1_300_000.0, share: 0.6500001 });
+        // What does not change takes 0.8 million, so that regions may take 0.6 of what is allowed.
+        assert_eq!(limit(Quantity::Flops, 0.7).of_regions(), Ok(600_000));
+        assert_eq!(limit(Quantity::Parameters, 0.3).of_regions(), Err(0.4));
+    }
+
+    #[test]
+    fn limits_move_towards_what_the_exact_passes_left() {
+        let limit = Limit { quantity: Quantity::Size, share: 0.5, original: 100.0, exact: 90.0, baseline: 60 };
+        let shares: Vec<f64> = [0.0, 0.5, 1.0].map(|part| relaxed(&[limit], part)[0].share).to_vec();
+        assert_eq!(shares, [0.5, 0.7, 0.9]);
+        let beyond = Limit { share: 0.95, ..limit };
+        assert_eq!(relaxed(&[beyond], 0.5)[0].share, 0.95);
+    }
+}

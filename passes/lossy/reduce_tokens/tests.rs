@@ -10,7 +10,7 @@ use super::{
 use crate::{
     Pass as _,
     exact::DropDead,
-    lossy::{Candidate, Cost, Edit, Loss, Method as _, MethodContext, NestedCost, PruneUnits, Site},
+    lossy::{Candidate, Cost, Edit, Loss, Method as _, MethodContext, NestedCost, Site, prune_units::PruneUnits},
 };
 use lathe_analysis::{Bindings, Calibrate, Cost as ModelCost, EvaluateError, Facts, Gram, Moments, Rows};
 use lathe_ir::{Initializer, Model, Tensor, text};
