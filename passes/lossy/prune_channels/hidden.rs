@@ -90,7 +90,7 @@ pub(in crate::lossy) fn hidden<'a>(
 
 impl<'a> Hidden<'a> {
     /// Where the axis of the units is in constants that are added or multiplied, from the end.
-    fn from_end(&self) -> usize {
+    fn axis_from_end(&self) -> usize {
         if self.conv { self.reader.dims.len() - 1 } else { 1 }
     }
 
@@ -106,7 +106,7 @@ impl<'a> Hidden<'a> {
         self.makers.push(maker);
         self.sliced.insert(maker.value, if self.conv { 0 } else { 1 - maker.inputs_axis() });
         match node.input(2) {
-            Some(bias) => slice(graph, self, bias, if self.conv { 1 } else { self.from_end() }),
+            Some(bias) => slice(graph, self, bias, if self.conv { 1 } else { self.axis_from_end() }),
             None => Ok(()),
         }
     }
@@ -131,12 +131,12 @@ impl<'a> Hidden<'a> {
             constants().try_for_each(|input| slice(graph, self, input, 1))?;
             return Ok(data());
         }
-        if !elementwise(node) && !(self.conv && PER_CHANNEL.iter().any(|op| node.is(op))) {
+        if !(elementwise(node) || self.conv && PER_CHANNEL.iter().any(|op| node.is(op))) {
             return Err("other than layers and element-wise operators make the units");
         }
         let (known, read): (Vec<ValueId>, Vec<ValueId>) =
             node.inputs().iter().flatten().partition(|input| graph.constant(**input).is_some());
-        known.into_iter().try_for_each(|input| slice(graph, self, input, self.from_end()))?;
+        known.into_iter().try_for_each(|input| slice(graph, self, input, self.axis_from_end()))?;
         Ok(read)
     }
 }
