@@ -5,9 +5,11 @@
 //! and the caller then treats the result as unknown.
 
 mod display;
+mod terms;
 
 use lathe_ir::ValueId;
 use std::sync::Arc;
+use terms::{Atom, Term};
 
 /// Something an expression depends on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,26 +36,6 @@ pub enum Symbol {
     },
 }
 
-/// What stands for itself in a polynomial.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-enum Atom {
-    Symbol(Symbol),
-    /// The quotient rounded towards minus infinity.
-    FloorDiv(DimExpr, DimExpr),
-    Min(DimExpr, DimExpr),
-    Max(DimExpr, DimExpr),
-    /// The size that two axes broadcast to: the second if the first is 1, else the first.
-    Broadcast(DimExpr, DimExpr),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-struct Term {
-    /// Sorted; a repeated atom is a power.
-    factors: Vec<Atom>,
-    /// Never 0.
-    coefficient: i64,
-}
-
 #[derive(Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Sum {
     constant: i64,
@@ -68,9 +50,6 @@ enum Repr {
     Known(i64),
     Sum(Arc<Sum>),
 }
-
-/// The smallest and the largest value, where there is a bound.
-type Range = (Option<i64>, Option<i64>);
 
 /// A whole number that may depend on symbols. See the module's documentation.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -525,101 +504,6 @@ impl DimExpr {
     pub fn is_linear(&self) -> bool {
         let (_, terms) = self.parts();
         terms.iter().all(|t| matches!(t.factors.as_slice(), [Atom::Symbol(_)]))
-    }
-}
-
-impl Term {
-    fn times(&self, other: &Term) -> Option<Term> {
-        let mut factors: Vec<Atom> = self.factors.iter().chain(&other.factors).cloned().collect();
-        factors.sort();
-        Some(Term { factors, coefficient: self.coefficient.checked_mul(other.coefficient)? })
-    }
-
-    fn divided_by(&self, other: &Term) -> Option<Term> {
-        if self.coefficient.checked_rem(other.coefficient)? != 0 {
-            return None;
-        }
-        let mut factors = self.factors.clone();
-        for factor in &other.factors {
-            factors.remove(factors.iter().position(|f| f == factor)?);
-        }
-        Some(Term { factors, coefficient: self.coefficient.checked_div(other.coefficient)? })
-    }
-
-    fn range(&self) -> Range {
-        let ranges: Vec<_> = self.factors.iter().map(Atom::range).collect();
-        let (low, high) = match ranges.as_slice() {
-            [only] => *only,
-            // Only products of sizes are bounded; a product of anything else is rare.
-            _ if ranges.iter().all(|(low, _)| low.is_some_and(|l| l >= 0)) => {
-                let product = |pick: fn(&Range) -> Option<i64>| {
-                    ranges.iter().try_fold(1i64, |total, range| total.checked_mul(pick(range)?))
-                };
-                (Some(product(|r| r.0).unwrap_or(0)), product(|r| r.1))
-            }
-            _ => (None, None),
-        };
-        let scale = |bound: Option<i64>| bound.and_then(|b| b.checked_mul(self.coefficient));
-        if self.coefficient >= 0 { (scale(low), scale(high)) } else { (scale(high), scale(low)) }
-    }
-}
-
-impl Atom {
-    /// The size `s` of a `min(1, s)` in it.
-    fn capped_by_one(&self) -> Option<&Symbol> {
-        fn inside(dim: &DimExpr) -> Option<&Symbol> {
-            dim.parts().1.iter().flat_map(|t| &t.factors).find_map(Atom::capped_by_one)
-        }
-        match self {
-            Atom::Symbol(_) => None,
-            Atom::Min(a, b) if a.as_known() == Some(1) => match b.as_symbol() {
-                Some(Symbol::Element { .. }) | None => inside(b),
-                symbol => symbol,
-            },
-            Atom::FloorDiv(a, b) | Atom::Min(a, b) | Atom::Max(a, b) | Atom::Broadcast(a, b) => {
-                inside(a).or_else(|| inside(b))
-            }
-        }
-    }
-
-    fn weight(&self) -> usize {
-        match self {
-            Atom::Symbol(_) => 1,
-            Atom::FloorDiv(a, b) | Atom::Min(a, b) | Atom::Max(a, b) | Atom::Broadcast(a, b) => {
-                1 + a.weight() + b.weight()
-            }
-        }
-    }
-
-    fn range(&self) -> Range {
-        let either = |a: Option<i64>, b: Option<i64>, pick: fn(i64, i64) -> i64| match (a, b) {
-            (Some(a), Some(b)) => Some(pick(a, b)),
-            (one, other) => one.or(other),
-        };
-        match self {
-            Atom::Symbol(Symbol::Element { .. }) => (None, None),
-            Atom::Symbol(_) => (Some(0), None),
-            Atom::FloorDiv(a, b) => match b.as_known() {
-                Some(b) if b > 0 => {
-                    let (low, high) = a.range();
-                    (low.map(|l| l.div_euclid(b)), high.map(|h| h.div_euclid(b)))
-                }
-                // Both are known not to be negative when this atom is made.
-                _ => (Some(0), a.range().1),
-            },
-            Atom::Min(a, b) => {
-                let ((la, ha), (lb, hb)) = (a.range(), b.range());
-                (la.zip(lb).map(|(x, y)| x.min(y)), either(ha, hb, i64::min))
-            }
-            Atom::Max(a, b) => {
-                let ((la, ha), (lb, hb)) = (a.range(), b.range());
-                (either(la, lb, i64::max), ha.zip(hb).map(|(x, y)| x.max(y)))
-            }
-            Atom::Broadcast(a, b) => {
-                let ((la, ha), (lb, hb)) = (a.range(), b.range());
-                (la.zip(lb).map(|(x, y)| x.min(y)), ha.zip(hb).map(|(x, y)| x.max(y)))
-            }
-        }
     }
 }
 

@@ -201,8 +201,8 @@ fn boundary(graph: &Graph, masks: &[Mask], wanted: Mask) -> Vec<ValueId> {
         Use::Annotation(_) => false,
     };
     let inputs = graph.main().inputs().iter().copied();
-    let made = graph.nodes(ScopeId::MAIN).flat_map(|id| graph.node(id).outputs().iter().flatten().copied());
-    let here = inputs.chain(made).filter(|v| masks[v.index()] == wanted);
+    let computed = graph.nodes(ScopeId::MAIN).flat_map(|id| graph.node(id).outputs().iter().flatten().copied());
+    let here = inputs.chain(computed).filter(|v| masks[v.index()] == wanted);
     here.filter(|&v| graph.value(v).uses().iter().any(outside)).collect()
 }
 
@@ -217,9 +217,9 @@ fn outermost(graph: &Graph, mut id: NodeId) -> NodeId {
 /// A model that computes some values of another one. Values that are its inputs are left out.
 fn part(model: &Model, values: &[ValueId]) -> Result<Model, Error> {
     let mut part = model.clone();
-    let made = |v: &&ValueId| matches!(model.graph.value(**v).origin(), Origin::Node(..));
-    let made: Vec<ValueId> = values.iter().filter(made).copied().collect();
-    keep_outputs(&mut part, &made)?;
+    let is_computed = |v: &&ValueId| matches!(model.graph.value(**v).origin(), Origin::Node(..));
+    let computed: Vec<ValueId> = values.iter().filter(is_computed).copied().collect();
+    keep_outputs(&mut part, &computed)?;
     drop_inputs(&mut part);
     Ok(part)
 }

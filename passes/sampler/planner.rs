@@ -157,7 +157,7 @@ const BISECTIONS: usize = 60;
 
 /// The mask of the smallest error that some price gives and that costs no more than `budget`; `None` if no mask is cheap
 /// enough. Masks off the convex hull of cost and error have no price and are not found.
-pub fn within(errors: &[Vec<f64>], cost: StepCost, budget: f64, bounds: Bounds) -> Option<Mask> {
+pub fn within_budget(errors: &[Vec<f64>], cost: StepCost, budget: f64, bounds: Bounds) -> Option<Mask> {
     let allowance = budget * (1.0 + 1e-12);
     let whole = cheapest(errors, cost, f64::MAX.sqrt(), bounds);
     if whole.cost <= allowance {
@@ -236,7 +236,7 @@ fn allowed(computed: &[bool], bounds: Bounds) -> bool {
 mod tests {
     use super::*;
 
-    fn told(mask: &[bool]) -> String {
+    fn shown(mask: &[bool]) -> String {
         mask.iter().map(|&c| if c { 'x' } else { '.' }).collect()
     }
 
@@ -282,7 +282,7 @@ mod tests {
             let of = |mask: &Mask| mask.cost + price * mask.error;
             let least = masks.iter().map(of).fold(f64::INFINITY, f64::min);
             let found = cheapest(&errors, COST, price, BOUNDS);
-            assert!((of(&found) - least).abs() < 1e-9, "{price}: {}", told(&found.computed));
+            assert!((of(&found) - least).abs() < 1e-9, "{price}: {}", shown(&found.computed));
             let same = masks.iter().find(|m| m.computed == found.computed).unwrap();
             assert!((same.cost - found.cost).abs() < 1e-9 && (same.error - found.error).abs() < 1e-9);
         }
@@ -292,15 +292,15 @@ mod tests {
     fn a_budget_is_kept_and_used() {
         let errors = errors(11);
         for budget in [5.7, 6.5, 7.5, 9.0, 11.0] {
-            let found = within(&errors, COST, budget, BOUNDS).unwrap();
+            let found = within_budget(&errors, COST, budget, BOUNDS).unwrap();
             assert!(found.cost <= budget + 1e-9, "{budget}: {found:?}");
             // Nothing that is at least as cheap on the hull is better: a price finds it too.
             let better =
                 all(&errors).into_iter().filter(|m| m.cost <= found.cost + 1e-9 && m.error < found.error - 1e-9);
-            assert_eq!(better.count(), 0, "{budget}: {}", told(&found.computed));
+            assert_eq!(better.count(), 0, "{budget}: {}", shown(&found.computed));
         }
-        assert_eq!(told(&within(&errors, COST, 11.0, BOUNDS).unwrap().computed), "xxxxxxxxxxx");
-        assert_eq!(within(&errors, COST, 1.0, BOUNDS), None);
+        assert_eq!(shown(&within_budget(&errors, COST, 11.0, BOUNDS).unwrap().computed), "xxxxxxxxxxx");
+        assert_eq!(within_budget(&errors, COST, 1.0, BOUNDS), None);
     }
 
     #[test]
@@ -308,7 +308,7 @@ mod tests {
         let mut errors = errors(8);
         errors[4] = vec![f64::INFINITY; 4];
         let found = cheapest(&errors, COST, 1e-3, BOUNDS);
-        assert!(found.computed[4] && found.error.is_finite(), "{}", told(&found.computed));
+        assert!(found.computed[4] && found.error.is_finite(), "{}", shown(&found.computed));
     }
 
     #[test]
@@ -342,7 +342,7 @@ mod tests {
             Ok(inner.iter().zip([3, 5]).map(|(&a, b): (&usize, usize)| a.abs_diff(b) as f64).sum())
         };
         let (mask, loss) = refine::<Error>(start.clone(), bounds, 100, &mut measure).unwrap();
-        assert_eq!((told(&mask).as_str(), loss), ("x..x.x.x", 0.0));
+        assert_eq!((shown(&mask).as_str(), loss), ("x..x.x.x", 0.0));
         assert!(asked < 100);
         let mut asked = 0;
         let mut count = |_: &[bool]| {

@@ -197,8 +197,8 @@ pub(crate) fn compare_samplers(pair: &SamplerComparison) -> Result<Compared, Fai
         notes.push(format!("A adds noise in {} steps and B in {}, of which the first are equal", noises[0], noises[1]));
     }
     let mut all: Vec<Pair> = Vec::new();
-    let mut seen = [Features::new(), Features::new()];
-    let mut looks: Vec<f64> = Vec::new();
+    let mut features = [Features::new(), Features::new()];
+    let mut feature_pairs: Vec<f64> = Vec::new();
     for group in batches(&inputs, 0..pair.seeds, noises[0].max(noises[1])) {
         let ours = a.samples(&inputs, &group).map_err(|e| Failure::Error(anyhow!("`{}`: {e}", pair.a.display())))?;
         let theirs =
@@ -218,10 +218,10 @@ pub(crate) fn compare_samplers(pair: &SamplerComparison) -> Result<Compared, Fai
             all.extend(pairs(&x, &y, 2.0)?);
             if let Some(extractor) = &extractor {
                 let (x, y) = (extractor.see(&x)?, extractor.see(&y)?);
-                seen[0].push(&x[0])?;
-                seen[1].push(&y[0])?;
+                features[0].push(&x[0])?;
+                features[1].push(&y[0])?;
                 let layers: Vec<_> = x.iter().zip(&y).filter(|(x, _)| x.dims().len() > 1).collect();
-                looks.extend(feature_distances(&layers)?);
+                feature_pairs.extend(feature_distances(&layers)?);
             }
         }
         pair.run.progress.hear(&Progress::new(all.len(), pair.seeds, "pairs"));
@@ -241,7 +241,7 @@ pub(crate) fn compare_samplers(pair: &SamplerComparison) -> Result<Compared, Fai
     };
     let limit = pair.max_drop.unwrap_or(f64::INFINITY);
     let features = match extractor {
-        Some(_) => Some(distances(&seen, Spread::of(&looks, seed), seed)?),
+        Some(_) => Some(distances(&features, Spread::of(&feature_pairs, seed), seed)?),
         None => None,
     };
     Ok(Compared {
@@ -280,13 +280,13 @@ fn not_finite(samples: &Tensor) -> Option<usize> {
     samples.to_f64s().unwrap_or_default().iter().position(|v| !v.is_finite()).map(|at| at / size)
 }
 
-fn distances(seen: &[Features; 2], paired: Spread, seed: u64) -> Result<FeatureDistances, FeatureError> {
-    let count = seen[0].len() / 2;
+fn distances(features: &[Features; 2], paired: Spread, seed: u64) -> Result<FeatureDistances, FeatureError> {
+    let count = features[0].len() / 2;
     if count * 2 < LEAST_SEEDS {
-        return Err(FeatureError::Few { found: seen[0].len(), expected: LEAST_SEEDS });
+        return Err(FeatureError::Few { found: features[0].len(), expected: LEAST_SEEDS });
     }
     let halves = |of: &Features| [0..count, count..2 * count].map(|half| of.select(&half.collect::<Vec<_>>()));
-    let ([a, c], [b, d]) = (halves(&seen[0]), halves(&seen[1]));
+    let ([a, c], [b, d]) = (halves(&features[0]), halves(&features[1]));
     let mean = |of: &dyn Fn(&Features, &Features) -> Result<f64, FeatureError>| -> Result<f64, FeatureError> {
         Ok((of(&a, &d)? + of(&c, &b)?) / 2.0)
     };

@@ -32,8 +32,8 @@ struct Carried {
     back: usize,
 }
 
-/// What a substitution takes the place of, in which passes, and the terms it is made of.
-type Made = (String, Option<Pass>, Vec<Term>);
+/// What a substitution takes the place of, in which passes, and the terms it is replaced of.
+type Replaced = (String, Option<Pass>, Vec<Term>);
 
 /// A tensor, how many steps back, in which pass, and the bits of its weight.
 type Term = (Option<String>, usize, Option<Pass>, u64);
@@ -42,7 +42,7 @@ type Term = (Option<String>, usize, Option<Pass>, u64);
 #[derive(PartialEq)]
 struct Signature {
     mode: Mode,
-    made: Vec<Made>,
+    replaced: Vec<Replaced>,
     noise: bool,
     stored: Vec<What>,
 }
@@ -68,7 +68,7 @@ impl Emitter<'_> {
 
     fn signature(&self, step: usize) -> Signature {
         let plan = self.sampler.plan;
-        let made = |one: &Substitution| {
+        let replaced = |one: &Substitution| {
             let relative = |(r, weight): &(Ref, f64)| (r.of.clone(), step - r.step, r.pass, weight.to_bits());
             let name = match &one.kind {
                 Kind::Delta { input, .. } => format!("{} - {input}", one.cut),
@@ -79,7 +79,7 @@ impl Emitter<'_> {
         };
         Signature {
             mode: plan.cfg[step],
-            made: plan.at(step).iter().map(made).collect(),
+            replaced: plan.at(step).iter().map(replaced).collect(),
             noise: self.sampler.table.rows[step].noise != 0.0,
             stored: self.stored.get(&step).into_iter().flatten().cloned().collect(),
         }
@@ -215,7 +215,7 @@ impl Emitter<'_> {
     ) -> Vec<ValueId> {
         let going = self.out.graph.scope(scope).inputs()[1];
         let mut sums = self.sums(scope);
-        // An output of a body is made inside it, and once.
+        // An output of a body is replaced inside it, and once.
         let going = sums.node("Identity", &[going], "goes_on");
         let outputs: Vec<ValueId> = outputs.iter().map(|&v| sums.node("Identity", &[v], "next")).collect();
         for value in std::iter::once(going).chain(outputs.iter().copied()) {

@@ -152,9 +152,9 @@ impl Emitter<'_> {
             None => {
                 let variant = network::variant(&self.net.model, self.net.output, cuts, kept)?;
                 let fragment = variant.model.graph.fragment(ScopeId::MAIN);
-                let made = Rc::new((variant, fragment));
-                self.variants.insert(key, Rc::clone(&made));
-                made
+                let emitted = Rc::new((variant, fragment));
+                self.variants.insert(key, Rc::clone(&emitted));
+                emitted
             }
         };
         let (variant, fragment) = &*variant;

@@ -194,7 +194,12 @@ mod tests {
     use crate::sampler::{Mode, testing::scheduler};
     use serde_json::{Value, json};
 
-    fn made(class: &str, settings: Value, request: &Request, options: &Bottleneck) -> Result<(StepPlan, Table), Error> {
+    fn staged(
+        class: &str,
+        settings: Value,
+        request: &Request,
+        options: &Bottleneck,
+    ) -> Result<(StepPlan, Table), Error> {
         let scheduler = scheduler(class, settings);
         let table = Table::new(&scheduler, request)?;
         let grid = table.rows.iter().map(|row| row.time).collect();
@@ -215,7 +220,7 @@ mod tests {
         // Even levels 1, 0.875, …, so the first stage ends at 0.75 and the second at 0.25.
         let request = Request { explicit_sigmas: true, ..Request::steps(8) };
         let (plan, table) =
-            made("FlowMatchEulerDiscreteScheduler", json!({}), &request, &options(&[2, 6, 8], Up::Linear)).unwrap();
+            staged("FlowMatchEulerDiscreteScheduler", json!({}), &request, &options(&[2, 6, 8], Up::Linear)).unwrap();
         let shares: Vec<f64> = plan.grid.iter().map(|t| t / 1000.0).collect();
         // Half the side: levels are S½ of even ones from S₂(0.75) = 6/7 to S₂(0.25) = 2/5.
         let low = |k: f64| shifted(6.0 / 7.0 + (2.0 / 5.0 - 6.0 / 7.0) * k / 4.0, 0.5);
@@ -240,7 +245,7 @@ mod tests {
             ("DDIMScheduler", json!({"clip_sample": false})),
             ("EulerDiscreteScheduler", json!({})),
         ] {
-            let (_, table) = made(class, settings, &Request::steps(9), &options(&[2, 6, 9], Up::Matched)).unwrap();
+            let (_, table) = staged(class, settings, &Request::steps(9), &options(&[2, 6, 9], Up::Matched)).unwrap();
             let (row, next) = (&table.rows[5], table.rows[6].level);
             let signal = row.state * row.level.alpha + row.estimates[0];
             let noise = row.state * row.level.noise;
@@ -253,7 +258,7 @@ mod tests {
 
     #[test]
     fn times_of_a_schedule_are_whole_and_fall_in_each_stage() {
-        let (plan, _) = made(
+        let (plan, _) = staged(
             "DDPMScheduler",
             json!({"clip_sample": false}),
             &Request::steps(21),
@@ -278,7 +283,7 @@ mod tests {
     #[test]
     fn what_makes_no_stages_is_refused() {
         let refused = |class: &str, settings: Value, options: &Bottleneck| {
-            made(class, settings, &Request::steps(6), options).unwrap_err().to_string()
+            staged(class, settings, &Request::steps(6), options).unwrap_err().to_string()
         };
         let flow = "FlowMatchEulerDiscreteScheduler";
         let usual = options(&[1, 4, 6], Up::Linear);

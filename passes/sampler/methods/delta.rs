@@ -102,10 +102,10 @@ mod tests {
         let mut plan = guided(7);
         delta(&mut plan, &parts(10), &Delta { blocks: 3, switch: 4, every: 2 }).unwrap();
         plan.check().unwrap();
-        let told: Vec<_> = plan.steps.iter().map(|(step, all)| (*step, all[0].cut.as_str(), &all[0].kind)).collect();
+        let shown: Vec<_> = plan.steps.iter().map(|(step, all)| (*step, all[0].cut.as_str(), &all[0].kind)).collect();
         let kind = |input: &str, from| Kind::Delta { input: input.to_owned(), from };
         let expected = [(1, "h10", &kind("h7", 0)), (3, "h10", &kind("h7", 2)), (5, "h3", &kind("h0", 4))];
-        assert_eq!(told, expected);
+        assert_eq!(shown, expected);
     }
 
     #[test]

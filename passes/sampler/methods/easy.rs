@@ -49,13 +49,13 @@ fn apply(plan: &mut StepPlan, options: &Options, cx: &PlanContext) -> Result<(),
 /// the prediction of the conditional pass in the coordinates of a flow.
 fn follow(rule: &Adaptive, states: &[Vec<f64>], flows: &[Vec<f64>]) -> Vec<bool> {
     let size = |values: &[f64]| values.iter().map(|v| v.abs()).sum::<f64>();
-    let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| (x - y).abs()).sum::<f64>();
+    let distance = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| (x - y).abs()).sum::<f64>();
     let steps = states.len();
     // The last computed step, the rate at which the flow changes with the latent, and the change expected since.
     let (mut last, mut rate, mut sum) = (None::<usize>, 0.0, 0.0);
     let mut decide = |step: usize| {
         let expected = match last {
-            Some(last) => sum + rate * apart(&states[step], &states[step - 1]) / size(&flows[last]),
+            Some(last) => sum + rate * distance(&states[step], &states[step - 1]) / size(&flows[last]),
             None => f64::INFINITY,
         };
         let forced = step < rule.warmup.max(2) || step + rule.tail >= steps;
@@ -64,7 +64,7 @@ fn follow(rule: &Adaptive, states: &[Vec<f64>], flows: &[Vec<f64>]) -> Vec<bool>
             return false;
         }
         if let Some(last) = last {
-            rate = apart(&flows[step], &flows[last]) / apart(&states[step], &states[last]).max(1e-12);
+            rate = distance(&flows[step], &flows[last]) / distance(&states[step], &states[last]).max(1e-12);
         }
         (last, sum) = (Some(step), 0.0);
         true
@@ -117,7 +117,7 @@ mod tests {
     use crate::sampler::testing::table;
     use serde_json::json;
 
-    fn told(mask: &[bool]) -> String {
+    fn shown(mask: &[bool]) -> String {
         mask.iter().map(|&c| if c { 'x' } else { '.' }).collect()
     }
 
@@ -136,19 +136,19 @@ mod tests {
     fn the_rule_computes_where_the_flow_turns() {
         let (states, flows) = run();
         let rule = |threshold: f64| Adaptive { threshold, warmup: 4, tail: 1 };
-        assert_eq!(told(&follow(&rule(0.0), &states, &flows)), "xxxxxxxxxxxxxx");
-        assert_eq!(told(&follow(&rule(f64::INFINITY), &states, &flows)), "xxxx.........x");
+        assert_eq!(shown(&follow(&rule(0.0), &states, &flows)), "xxxxxxxxxxxxxx");
+        assert_eq!(shown(&follow(&rule(f64::INFINITY), &states, &flows)), "xxxx.........x");
         // From the flow 16.5 on, half a unit a step: the second step brings the sum to more than a twentieth.
-        assert_eq!(told(&follow(&rule(0.05), &states, &flows)), "xxxx.x.x.xxxxx");
+        assert_eq!(shown(&follow(&rule(0.05), &states, &flows)), "xxxx.x.x.xxxxx");
     }
 
     #[test]
     fn runs_vote() {
         let runs = [[true, true, false, false], [true, false, true, false], [true, false, false, false]].map(Vec::from);
         let (computed, agreement) = vote(&runs, 0.5);
-        assert_eq!(told(&computed), "x...");
+        assert_eq!(shown(&computed), "x...");
         assert!((agreement - (1.0 + 2.0 / 3.0 + 2.0 / 3.0 + 1.0) / 4.0).abs() < 1e-12);
-        assert_eq!(told(&vote(&runs, 0.3).0), "xxx.");
+        assert_eq!(shown(&vote(&runs, 0.3).0), "xxx.");
     }
 
     #[test]

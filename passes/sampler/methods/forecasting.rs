@@ -124,12 +124,12 @@ mod tests {
 
     #[test]
     fn intervals_begin_after_the_first_steps() {
-        let told = |interval, first, steps| {
+        let shown = |interval, first, steps| {
             every(interval, first, steps).iter().map(|&c| if c { 'x' } else { '.' }).collect::<String>()
         };
-        assert_eq!(told(3, 3, 10), "xxx..x..xx");
-        assert_eq!(told(1, 0, 3), "xxx");
-        assert_eq!(told(2, 1, 6), "x.x.xx");
+        assert_eq!(shown(3, 3, 10), "xxx..x..xx");
+        assert_eq!(shown(1, 0, 3), "xxx");
+        assert_eq!(shown(2, 1, 6), "x.x.xx");
     }
 
     #[test]

@@ -54,14 +54,14 @@ mod tests {
 
     #[test]
     fn what_turns_is_computed() {
-        let told = |threshold, longest| {
+        let shown = |threshold, longest| {
             let angle = |step: usize| if step < 4 { 0.5 * step as f64 } else { 2.0 + 0.01 * step as f64 };
             let found = rehash(10, threshold, longest, &|a, b| (angle(a) - angle(b)).cos());
             found.iter().map(|&c| if c { 'x' } else { '.' }).collect::<String>()
         };
-        assert_eq!(told(0.95, 8), "xxxxx....x");
-        assert_eq!(told(0.95, 2), "xxxxx..x.x");
-        assert_eq!(told(-2.0, 8), "x........x");
-        assert_eq!(told(2.0, 8), "xxxxxxxxxx");
+        assert_eq!(shown(0.95, 8), "xxxxx....x");
+        assert_eq!(shown(0.95, 2), "xxxxx..x.x");
+        assert_eq!(shown(-2.0, 8), "x........x");
+        assert_eq!(shown(2.0, 8), "xxxxxxxxxx");
     }
 }

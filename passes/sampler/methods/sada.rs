@@ -144,7 +144,7 @@ mod tests {
     use super::*;
     use crate::sampler::Kind;
 
-    fn told(plan: &StepPlan) -> String {
+    fn shown(plan: &StepPlan) -> String {
         (0..plan.grid.len()).map(|i| if plan.at(i).is_empty() { 'x' } else { '.' }).collect()
     }
 
@@ -155,13 +155,13 @@ mod tests {
         let votes: Vec<f64> = (0..20).map(|i| if i % 2 == 0 { 0.9 } else { 0.5 }).collect();
         sada(&mut plan, "eps", &votes, &options).unwrap();
         plan.check().unwrap();
-        assert_eq!(told(&plan), "xxxx.x.xx...x...x.xx");
+        assert_eq!(shown(&plan), "xxxx.x.xx...x...x.xx");
         assert_eq!(plan.at(4)[0].kind, Kind::Taylor { order: 1, refs: vec![3, 2] });
         assert_eq!(plan.at(13)[0].kind, Kind::Lagrange { refs: vec![12, 8, 7, 5] });
         let mut all = guided(20);
         sada(&mut all, "eps", &[1.0; 20], &options).unwrap();
         // Four in a row are the most.
-        assert_eq!(told(&all), "xxx....xx...x...x.xx");
+        assert_eq!(shown(&all), "xxx....xx...x...x.xx");
         assert!(sada(&mut guided(20), "eps", &[1.0; 3], &options).is_err());
     }
 

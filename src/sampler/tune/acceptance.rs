@@ -110,20 +110,20 @@ impl Baseline {
         progress: &Listener,
     ) -> Result<(StepPlan, Option<String>), Failure> {
         let grid = self.grid(compiler, candidate.share)?;
-        let wanted = self.samples(compiler, &self.path)?;
-        let ours = self.pairs(compiler, &wanted, &candidate.path)?;
-        let theirs = self.pairs(compiler, &wanted, &grid.path)?;
+        let reference = self.samples(compiler, &self.path)?;
+        let of_plan = self.pairs(compiler, &reference, &candidate.path)?;
+        let of_grid = self.pairs(compiler, &reference, &grid.path)?;
         let psnr = |of: &[Pair]| quantile(&of.iter().map(|p| p.psnr.min(200.0)).collect::<Vec<_>>(), 0.5);
         let p10 = |of: &[Pair]| quantile(&of.iter().map(|p| p.psnr.min(200.0)).collect::<Vec<_>>(), 0.1);
         // The same noise in both: what counts is the difference of each pair.
-        let gained: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| b.rmse - a.rmse).collect();
+        let gained: Vec<f64> = of_plan.iter().zip(&of_grid).map(|(a, b)| b.rmse - a.rmse).collect();
         let interval = bootstrap(&gained, 1000, compiler.plans.inputs.seed);
         let sets = match images {
             Some(images) => Some(distances_to_real(compiler, images, [&candidate.path, &grid.path], progress)?),
             None => None,
         };
         let steps = grid.table.rows.len();
-        let figures = format!("PSNR {:.1} dB where {:.1}", psnr(&ours), psnr(&theirs));
+        let figures = format!("PSNR {:.1} dB where {:.1}", psnr(&of_plan), psnr(&of_grid));
         let reason = match &sets {
             _ if gained.iter().any(|g| !g.is_finite()) => Some("draws what is not finite".to_owned()),
             _ if candidate.share > 1.0 - LEAST_SAVED => Some(format!("takes {:.2} of the time", candidate.share)),
@@ -134,8 +134,8 @@ impl Baseline {
             _ => None,
         };
         let evidence = json!({
-            "share": candidate.share, "grid_steps": steps, "grid_share": grid.share, "pairs": ours.len(),
-            "psnr": psnr(&ours), "psnr_p10": p10(&ours), "grid_psnr": psnr(&theirs), "grid_psnr_p10": p10(&theirs),
+            "share": candidate.share, "grid_steps": steps, "grid_share": grid.share, "pairs": of_plan.len(),
+            "psnr": psnr(&of_plan), "psnr_p10": p10(&of_plan), "grid_psnr": psnr(&of_grid), "grid_psnr_p10": p10(&of_grid),
             "gained_rmse": interval,
             "kid": sets.as_ref().map(|s| s.kid[0]), "grid_kid": sets.as_ref().map(|s| s.kid[1]),
             "kid_deviation": sets.as_ref().map(|s| s.deviation),
@@ -162,11 +162,11 @@ impl Baseline {
         Ok(all)
     }
 
-    fn pairs(&self, compiler: &PlanCompiler, wanted: &[Tensor], path: &Path) -> Result<Vec<Pair>, Failure> {
+    fn pairs(&self, compiler: &PlanCompiler, reference: &[Tensor], path: &Path) -> Result<Vec<Pair>, Failure> {
         let found = self.samples(compiler, path)?;
         let mut all = Vec::new();
-        for (wanted, found) in wanted.iter().zip(&found) {
-            all.extend(pairs(wanted, found, 2.0)?);
+        for (reference, found) in reference.iter().zip(&found) {
+            all.extend(pairs(reference, found, 2.0)?);
         }
         Ok(all)
     }

@@ -10,7 +10,7 @@ use lathe_ir::Tensor;
 use lathe_passes::sampler::{
     Error, StepPlan, Table,
     methods::{Calibration, Forecast, agreement_of_passes, forecast, gate, guide_until},
-    planner::{Bounds, Profile, StepCost, refine, within},
+    planner::{Bounds, Profile, StepCost, refine, within_budget},
 };
 use lathe_runtime::{Listener, Progress, pairs};
 use serde_json::json;
@@ -195,7 +195,7 @@ impl<'a> Planner<'a> {
         for _ in 0..30 {
             let middle = (low + high) / 2.0;
             let cost = StepCost { full: passes, forecast: IDLE };
-            match within(&errors, cost, middle, BOUNDS) {
+            match within_budget(&errors, cost, middle, BOUNDS) {
                 Some(mask) if of(&mask.computed) > budget => high = middle,
                 Some(mask) => {
                     found = Some(mask.computed);

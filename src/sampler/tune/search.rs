@@ -66,20 +66,20 @@ struct RealImages<'a> {
 }
 
 /// Finds timesteps, writes every score into the log at once, and returns the plan of the best.
-pub(super) fn find(plans: &PlanRunner, wanted: &Search, progress: &Listener) -> Result<StepPlan, Failure> {
+pub(super) fn find(plans: &PlanRunner, options: &Search, progress: &Listener) -> Result<StepPlan, Failure> {
     let train = plans.scheduler.num_train_timesteps;
     let dense = plans.table_of(REFERENCE_STEPS.min(train))?;
-    let extractor = wanted.reference.as_ref().map(|path| Extractor::read(path, plans.evaluator)).transpose()?;
-    let images = match (&wanted.real, &extractor) {
+    let extractor = options.reference.as_ref().map(|path| Extractor::read(path, plans.evaluator)).transpose()?;
+    let images = match (&options.real, &extractor) {
         (Some(real), Some(extractor)) => Some(RealImages { extractor, features: extractor.of_set(real, MOST_REAL)? }),
         _ => None,
     };
-    let samples = if images.is_some() { wanted.pairs.max(LEAST_SAMPLES) } else { wanted.pairs };
+    let samples = if images.is_some() { options.pairs.max(LEAST_SAMPLES) } else { options.pairs };
     let batches = samples.div_ceil(BATCH).max(1) as u64;
-    let layers = if wanted.skip > 0.0 { Parts::find(plans.denoiser, plans.roles)?.arms } else { Vec::new() };
+    let layers = if options.skip > 0.0 { Parts::find(plans.denoiser, plans.roles)?.arms } else { Vec::new() };
     let candidates = Candidates { plans, layers };
     let (first, record) = plans.samples_and_record(&dense, 0)?;
-    let starts = starts::candidates(plans, &dense, &record, wanted.steps)?;
+    let starts = starts::candidates(plans, &dense, &record, options.steps)?;
     let (mut by_images, mut by_reference);
     let scorer: &mut dyn Scorer<Failure> = match &images {
         Some(images) => {
@@ -95,11 +95,11 @@ pub(super) fn find(plans: &PlanRunner, wanted: &Search, progress: &Listener) -> 
             &mut by_reference
         }
     };
-    let ranked = rank(&candidates, wanted, &starts, scorer, progress)?;
+    let ranked = rank(&candidates, options, &starts, scorer, progress)?;
     let (best, decided) = match &images {
         Some(images) => {
             let best = ranked.iter().take(FINALISTS).map(|s| &s.candidate);
-            candidates.decide(images, wanted.draws, &best.chain(starts.first()).collect::<Vec<_>>(), progress)?
+            candidates.decide(images, options.draws, &best.chain(starts.first()).collect::<Vec<_>>(), progress)?
         }
         None => (ranked[0].candidate.clone(), Value::Null),
     };
@@ -122,24 +122,24 @@ pub(super) fn find(plans: &PlanRunner, wanted: &Search, progress: &Listener) -> 
 /// All candidates that were scored, the best first, with scores of earlier searches read from the log and new ones written.
 fn rank(
     candidates: &Candidates,
-    wanted: &Search,
+    options: &Search,
     starts: &[Candidate],
     scorer: &mut dyn Scorer<Failure>,
     progress: &Listener,
 ) -> Result<Vec<Scored>, Failure> {
-    let (known, mut log) = log::open(&wanted.log, &candidates.setting(wanted))?;
-    let options = SearchOptions {
-        steps: wanted.steps,
+    let (known, mut log) = log::open(&options.log, &candidates.setting(options))?;
+    let settings = SearchOptions {
+        steps: options.steps,
         train: candidates.plans.scheduler.num_train_timesteps,
-        evaluations: wanted.evaluations,
+        evaluations: options.evaluations,
         layers: candidates.layers.len(),
-        most_skipped: wanted.skip,
+        most_skipped: options.skip,
         seed: candidates.plans.inputs.seed,
     };
     let mut keep = |key: &str, score: f64| log::keep(&mut log, key, score);
     let mut remembering = Remembering::new(known, scorer, &mut keep);
-    search(&options, starts, &mut remembering, &mut |done, _, best| {
-        progress.hear(&Progress::new(done, wanted.evaluations, &format!("candidates, best {:.4}", best.score)));
+    search(&settings, starts, &mut remembering, &mut |done, _, best| {
+        progress.hear(&Progress::new(done, options.evaluations, &format!("candidates, best {:.4}", best.score)));
     })
 }
 
@@ -210,15 +210,15 @@ impl Candidates<'_> {
     }
 
     /// What scores depend on; scores of another setting are not read.
-    fn setting(&self, wanted: &Search) -> Value {
+    fn setting(&self, options: &Search) -> Value {
         let plans = self.plans;
         let key = plans.key();
         json!({
             "denoiser": key.model, "guidance": key.guidance, "shape": key.shape,
             "solver": plans.scheduler.solver.name(), "scheduler": format!("{:?}", plans.scheduler),
-            "eta": plans.request.eta, "seed": plans.inputs.seed, "pairs": wanted.pairs,
-            "layers": self.layers.len(), "reference": wanted.reference, "shapes": plans.inputs.shapes,
-            "real": wanted.real.as_ref().map(|real| format!("{real:?}")),
+            "eta": plans.request.eta, "seed": plans.inputs.seed, "pairs": options.pairs,
+            "layers": self.layers.len(), "reference": options.reference, "shapes": plans.inputs.shapes,
+            "real": options.real.as_ref().map(|real| format!("{real:?}")),
         })
     }
 }
