@@ -44,7 +44,7 @@ impl std::str::FromStr for Solver {
 pub static INFO: Info = Info {
     name: "allocate",
     summary: "choose what every lossy method does where, within the budgets",
-    doc: "Every method offers options for the same weights, each with its exact bytes, numbers, multiply-adds and \
+    doc: "Every method offers options for the same weights, each with its exact bytes, numbers, FLOPs and \
           measured latency, and the error it adds to the model's output as far as the calibration set tells. One option \
           per weight is chosen so that the errors sum to the least within all budgets: by an exact Pareto programme for \
           one budget, by an integer linear programme for several.",
