@@ -1,7 +1,7 @@
 //! First stage: statistics of what layers read and give, and how much the outputs answer to errors of each.
 
 use super::{
-    calibration::{self, Calibration, Part, Split},
+    calibration::{Calibration, Part, Split, sizes},
     position_weights::{PositionWeights, Sensitivities, SlicedPositions},
     setup::Setup,
 };
@@ -131,7 +131,7 @@ fn statistics<'a>(
     let rows = ROWS_PER_FEATURE * widest;
     let fits = part(&split.fits, rows.max(LEAST_ROWS), rows)?;
     let held = if split.holds_out { Some(part(&split.trials, HELD_ROWS, MOST_ALONE)?) } else { None };
-    let mut seen = Calibration {
+    let mut calibration = Calibration {
         whole: if half { Some(gather(setup.set, &columns)?) } else { None },
         fits,
         held,
@@ -142,13 +142,13 @@ fn statistics<'a>(
         split,
         load: setup.load,
         distance: setup.distance,
-        // Variants come once; what is kept for later runs is about the model itsetup.
+        // Variants come once; what is kept for later runs is about the model itself.
         collect: CollectOptions {
             memory: collect.memory,
             ..CollectOptions::new(setup.load.clone(), scratch.to_owned())
         },
     };
-    let cx = setup.cx.with_calibration(&seen);
+    let cx = setup.cx.with_calibration(&calibration);
     let mut wanted = BTreeSet::new();
     for method in &setup.methods {
         wanted.extend(method.magnitudes(model, &cx).map_err(anyhow::Error::from)?);
@@ -157,16 +157,16 @@ fn statistics<'a>(
     if !wanted.is_empty() {
         let requests: Vec<Request> = wanted.into_iter().map(Request::Magnitudes).collect();
         let found = setup.runner.collect(model, setup.set, &requests, &collect).map_err(anyhow::Error::from)?;
-        seen.magnitudes = Some(found);
+        calibration.magnitudes = Some(found);
     }
-    Ok(seen)
+    Ok(calibration)
 }
 
 /// How many samples have as many rows as are `wanted` of every layer.
 fn samples_for(model: &Model, layers: &[Weight], set: &SampleSet, wanted: usize) -> Result<usize, Failure> {
     let facts = Facts::infer(model);
     let Some(batch) = set.batches().next().transpose().map_err(anyhow::Error::from)? else { return Ok(0) };
-    let bindings = calibration::sizes(model, &batch.inputs);
+    let bindings = sizes(model, &batch.inputs);
     let taps = layers.iter().flat_map(|w| &w.taps).filter(|tap| tap.rows.is_some());
     let fewest = taps.map(|tap| rows_of(&facts, &bindings, tap) as usize).filter(|&rows| rows > 0).min();
     Ok((wanted * batch.samples.max(1)).div_ceil(fewest.unwrap_or(1)).max(LEAST_SAMPLES))
@@ -197,27 +197,31 @@ fn sensitivity(
     known.sort_by(f64::total_cmp);
     let is_known = known.iter().any(|&answer| answer > 0.0);
     if !is_known {
-        // Outputs that answer to nothing tell layers not sliced.
+        // Outputs that answer to nothing do not tell layers apart.
         found.iter_mut().for_each(|answer| *answer = None);
     }
     let median = known.get(known.len() / 2).copied().filter(|_| is_known).unwrap_or(1.0);
     let missing: Vec<ValueId> =
         values.keys().zip(&found).filter(|(v, s)| s.is_none() && ndim(v) > 0).map(|(&v, _)| v).collect();
     if let Some(&first) = missing.first() {
-        let instead = if is_known { "the median of the others stands in" } else { "errors of all of them count alike" };
-        warnings.push(format!(
-            "no output sensitivities to an error in {} of {} layers, first the one that makes `{}`: {instead}; a calibration set \
-             with more samples, and finite outputs on all of them, may tell",
-            missing.len(),
-            values.len(),
-            model.graph.value(first).name
-        ));
+        let first = &model.graph.value(first).name;
+        warnings.push(unanswered([missing.len(), values.len()], first, is_known));
     }
     Ok(Sensitivities {
         is_known,
         values: values.keys().zip(found).map(|(&v, s)| (v, s.unwrap_or(median))).collect(),
         positions: positions.iter().zip(of_positions).filter_map(|(&at, s)| Some((at, s?))).collect(),
     })
+}
+
+/// That outputs do not answer to errors of some of all layers.
+fn unanswered([missing, all]: [usize; 2], first: &str, others_are_known: bool) -> String {
+    let instead =
+        if others_are_known { "the median of the others stands in" } else { "errors of all of them count alike" };
+    format!(
+        "no output answers to an error in {missing} of {all} layers, first the one that makes `{first}`: {instead}; a \
+         calibration set with more samples, and finite outputs on all of them, may tell"
+    )
 }
 
 /// What is collected of layers: sums and ranges of columns, and Gram matrices, which tell sums of their columns too.
@@ -264,6 +268,17 @@ impl Runner {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn layers_that_no_output_answers_to_are_named_with_what_stands_in() {
+        let known = unanswered([2, 9], "hidden", true);
+        assert_eq!(
+            known,
+            "no output answers to an error in 2 of 9 layers, first the one that makes `hidden`: the median of the others \
+             stands in; a calibration set with more samples, and finite outputs on all of them, may tell"
+        );
+        assert!(unanswered([9, 9], "hidden", false).contains("`hidden`: errors of all of them count alike; "));
+    }
 
     /// A Gram matrix tells the squares of what a layer reads, but not how large it gets.
     #[test]

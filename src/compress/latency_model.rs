@@ -56,13 +56,17 @@ pub(super) fn time_candidates(
         region.latency.iter_mut().flatten().for_each(|ns| *ns = (*ns as f64 * factor) as u64);
     }
     if let Some(first) = untimed.first() {
-        warnings.push(format!(
-            "{} regions, first `{first}`, stay as they are: what is there cannot be timed by itself; budgets of --size, \
-             --params and --flops reach them",
-            untimed.len()
-        ));
+        warnings.push(untimed_places(untimed.len(), first));
     }
     Ok(())
+}
+
+/// That some places stay as they are.
+fn untimed_places(count: usize, first: &str) -> String {
+    format!(
+        "{count} places, first `{first}`, stay as they are: what is there cannot be timed by itself; budgets of --size, \
+         --params and --flops reach them"
+    )
 }
 
 /// The sizes that symbols have in a run that is timed: as given, or of the first batch of the calibration set.
@@ -312,6 +316,15 @@ pub(super) mod tests {
             rows: 1,
             nested: vec![],
         }
+    }
+
+    #[test]
+    fn places_that_cannot_be_timed_are_named_with_what_reaches_them() {
+        assert_eq!(
+            untimed_places(3, "table"),
+            "3 places, first `table`, stay as they are: what is there cannot be timed by itself; budgets of --size, \
+             --params and --flops reach them"
+        );
     }
 
     #[test]
