@@ -30,5 +30,5 @@ pub use onnx::{
 };
 pub use patch::Patch;
 pub use pattern::{Bindings, Pattern};
-pub use tensor::{Metadata, SparseTensor, Tensor, TensorError, element_count};
+pub use tensor::{Metadata, Parts, SparseTensor, Tensor, TensorError, element_count};
 pub use types::{DataType, Dim, Shape, Type, TypeKind};

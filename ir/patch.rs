@@ -35,7 +35,7 @@ impl Patch {
 
     /// A new constant, named like `name`.
     pub fn constant(&mut self, name: &str, tensor: Tensor) -> ValueId {
-        self.pend(Pending::Constant(tensor, name.to_owned()))
+        self.pend(Pending::Constant(tensor.spilled(), name.to_owned()))
     }
 
     /// A new one-axis int64 constant.

@@ -8,6 +8,12 @@ use bytes::Bytes;
 use half::{bf16, f16};
 use std::{fmt, path::Path, sync::Arc};
 
+/// Bytes of one of [`Tensor::parts`].
+const PART: usize = 1 << 20;
+
+/// Smaller tensors share their pages with others, and letting them go would cost more than reading them.
+const SMALLEST_RELEASED: usize = 64 << 10;
+
 /// Key and value pairs that travel with a model, graph, node, value or tensor.
 pub type Metadata = Vec<(String, String)>;
 
@@ -182,6 +188,13 @@ impl Tensor {
         }
     }
 
+    /// [`Tensor::bytes`] part by part; every part but the last is of a length that all element types of whole bytes
+    /// divide. Pages of a mapped file are let go when the next part is asked for, so that a large tensor takes no more
+    /// memory than a part.
+    pub fn parts(&self) -> Parts<'_> {
+        Parts { tensor: self, at: 0, len: 0 }
+    }
+
     /// The packed bytes, shared; empty for strings.
     pub fn shared_bytes(&self) -> Bytes {
         match &self.data {
@@ -203,6 +216,17 @@ impl Tensor {
         match &self.data {
             Data::Bytes(buffer) => buffer.as_slice().len(),
             Data::Strings(strings) => strings.iter().map(Bytes::len).sum(),
+        }
+    }
+
+    /// The same tensor with its data on disk, where it is large and held in memory; see [`Tensor::release`].
+    ///
+    /// Constants that a rewrite computes are as large as those that it replaces. What is part of a graph is spilled by
+    /// [`Graph::add_initializer`](crate::Graph::add_initializer) and [`Patch::constant`](crate::Patch::constant).
+    pub fn spilled(self) -> Tensor {
+        match self.data {
+            Data::Bytes(buffer) => Tensor { data: Data::Bytes(buffer.spilled()), ..self },
+            Data::Strings(_) => self,
         }
     }
 
@@ -245,23 +269,17 @@ impl Tensor {
 
     /// Whole numbers of any width and booleans as int64; `None` for other types and for uint64 beyond its range.
     pub fn to_i64s(&self) -> Option<Vec<i64>> {
-        fn map<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> i64) -> Vec<i64> {
-            bytes.as_chunks::<N>().0.iter().map(|&chunk| read(chunk)).collect()
-        }
-        let bytes = self.bytes();
         Some(match self.dtype {
-            DataType::Int64 => map(bytes, i64::from_le_bytes),
-            DataType::Int32 => map(bytes, |b| i32::from_le_bytes(b).into()),
-            DataType::Int16 => map(bytes, |b| i16::from_le_bytes(b).into()),
-            DataType::Int8 => map(bytes, |b| i8::from_le_bytes(b).into()),
+            DataType::Int64 => self.elements(i64::from_le_bytes),
+            DataType::Int32 => self.elements(|b| i32::from_le_bytes(b).into()),
+            DataType::Int16 => self.elements(|b| i16::from_le_bytes(b).into()),
+            DataType::Int8 => self.elements(|b| i8::from_le_bytes(b).into()),
             DataType::Uint64 => {
-                let all: Option<Vec<i64>> =
-                    bytes.as_chunks::<8>().0.iter().map(|&b| u64::from_le_bytes(b).try_into().ok()).collect();
-                return all;
+                return self.elements(u64::from_le_bytes).into_iter().map(|v| v.try_into().ok()).collect();
             }
-            DataType::Uint32 => map(bytes, |b| u32::from_le_bytes(b).into()),
-            DataType::Uint16 => map(bytes, |b| u16::from_le_bytes(b).into()),
-            DataType::Uint8 | DataType::Bool => map(bytes, |[b]: [u8; 1]| b.into()),
+            DataType::Uint32 => self.elements(|b| u32::from_le_bytes(b).into()),
+            DataType::Uint16 => self.elements(|b| u16::from_le_bytes(b).into()),
+            DataType::Uint8 | DataType::Bool => self.elements(|[b]: [u8; 1]| b.into()),
             DataType::Uint4 => self.unpacked(4).map(i64::from).collect(),
             DataType::Int4 => self.unpacked(4).map(|b| i64::from((b << 4) as i8 >> 4)).collect(),
             DataType::Uint2 => self.unpacked(2).map(i64::from).collect(),
@@ -272,21 +290,19 @@ impl Tensor {
 
     /// Real numbers, whole numbers and booleans as float64; `None` for strings and complex numbers.
     pub fn to_f64s(&self) -> Option<Vec<f64>> {
-        fn map<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f64) -> Vec<f64> {
-            bytes.as_chunks::<N>().0.iter().map(|&chunk| read(chunk)).collect()
-        }
-        let bytes = self.bytes();
         Some(match self.dtype {
-            DataType::Float => map(bytes, |b| f32::from_le_bytes(b).into()),
-            DataType::Double => map(bytes, f64::from_le_bytes),
-            DataType::Float16 => map(bytes, |b| f16::from_le_bytes(b).into()),
-            DataType::Bfloat16 => map(bytes, |b| bf16::from_le_bytes(b).into()),
-            DataType::Uint64 => map(bytes, |b| u64::from_le_bytes(b) as f64),
-            DataType::Float8E4M3FN => map(bytes, |[b]| small_float(b, 4, 3, 7, Special::NanAllOnes)),
-            DataType::Float8E4M3FNUZ => map(bytes, |[b]| small_float(b, 4, 3, 8, Special::NanNegativeZero)),
-            DataType::Float8E5M2 => map(bytes, |[b]| small_float(b, 5, 2, 15, Special::Ieee)),
-            DataType::Float8E5M2FNUZ => map(bytes, |[b]| small_float(b, 5, 2, 16, Special::NanNegativeZero)),
-            DataType::Float8E8M0 => map(bytes, |[b]| if b == 255 { f64::NAN } else { 2f64.powi(i32::from(b) - 127) }),
+            DataType::Float => self.elements(|b| f32::from_le_bytes(b).into()),
+            DataType::Double => self.elements(f64::from_le_bytes),
+            DataType::Float16 => self.elements(|b| f16::from_le_bytes(b).into()),
+            DataType::Bfloat16 => self.elements(|b| bf16::from_le_bytes(b).into()),
+            DataType::Uint64 => self.elements(|b| u64::from_le_bytes(b) as f64),
+            DataType::Float8E4M3FN => self.elements(|[b]| small_float(b, 4, 3, 7, Special::NanAllOnes)),
+            DataType::Float8E4M3FNUZ => self.elements(|[b]| small_float(b, 4, 3, 8, Special::NanNegativeZero)),
+            DataType::Float8E5M2 => self.elements(|[b]| small_float(b, 5, 2, 15, Special::Ieee)),
+            DataType::Float8E5M2FNUZ => self.elements(|[b]| small_float(b, 5, 2, 16, Special::NanNegativeZero)),
+            DataType::Float8E8M0 => {
+                self.elements(|[b]| if b == 255 { f64::NAN } else { 2f64.powi(i32::from(b) - 127) })
+            }
             DataType::Float4E2M1 => self.unpacked(4).map(|b| small_float(b, 2, 1, 1, Special::None)).collect(),
             DataType::Float6E2M3 => self.unpacked(6).map(|b| small_float(b, 2, 3, 1, Special::None)).collect(),
             DataType::Float6E3M2 => self.unpacked(6).map(|b| small_float(b, 3, 2, 3, Special::None)).collect(),
@@ -297,8 +313,14 @@ impl Tensor {
 
     /// The float32 elements; `None` for other types.
     pub fn to_f32s(&self) -> Option<Vec<f32>> {
-        (self.dtype == DataType::Float)
-            .then(|| self.bytes().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect())
+        (self.dtype == DataType::Float).then(|| self.elements(f32::from_le_bytes))
+    }
+
+    /// Every element of `N` bytes, read part by part.
+    fn elements<const N: usize, T>(&self, read: impl Fn([u8; N]) -> T) -> Vec<T> {
+        let mut all = Vec::with_capacity(self.bytes().len() / N);
+        self.parts().for_each(|part| all.extend(part.as_chunks::<N>().0.iter().map(|&bytes| read(bytes))));
+        all
     }
 
     /// The only element as float64, if there is exactly one.
@@ -326,10 +348,48 @@ impl Tensor {
         self.dtype == other.dtype
             && self.dims == other.dims
             && match (&self.data, &other.data) {
-                (Data::Bytes(a), Data::Bytes(b)) => a.as_slice() == b.as_slice(),
+                (Data::Bytes(a), Data::Bytes(b)) => {
+                    std::ptr::eq(a.as_slice(), b.as_slice()) || self.parts().eq(other.parts())
+                }
                 (Data::Strings(a), Data::Strings(b)) => a == b,
                 _ => false,
             }
+    }
+}
+
+/// See [`Tensor::parts`].
+pub struct Parts<'a> {
+    tensor: &'a Tensor,
+    /// Where the part that was given last begins, and its length.
+    at: usize,
+    len: usize,
+}
+
+impl Parts<'_> {
+    /// Lets go of the part that was given last.
+    fn release(&self) {
+        let bytes = self.tensor.bytes();
+        if bytes.len() >= SMALLEST_RELEASED {
+            self.tensor.release_part(&bytes[self.at..self.at + self.len]);
+        }
+    }
+}
+
+impl<'a> Iterator for Parts<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        self.release();
+        let bytes = self.tensor.bytes();
+        self.at += self.len;
+        self.len = PART.min(bytes.len() - self.at);
+        (self.len > 0).then(|| &bytes[self.at..self.at + self.len])
+    }
+}
+
+impl Drop for Parts<'_> {
+    fn drop(&mut self) {
+        self.release();
     }
 }
 

@@ -70,7 +70,7 @@ impl Graph {
     pub fn add_initializer(&mut self, scope: ScopeId, name: &str, tensor: Tensor) -> ValueId {
         let name = self.fresh_name(name);
         let value = self.add_value(name, None);
-        self.make_initializer(scope, value, Initializer::Dense(tensor));
+        self.make_initializer(scope, value, Initializer::Dense(tensor.spilled()));
         value
     }
 

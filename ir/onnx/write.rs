@@ -22,8 +22,6 @@ const LARGEST_INLINE: u64 = 1_900_000_000;
 const SMALLEST_EXTERNAL: usize = 1024;
 /// Tensors of at least this many bytes start on a page, so that runtimes can map them; smaller ones on a cache line.
 const PAGE_ALIGNED: usize = 1 << 20;
-/// Bytes written before the pages they came from are let go.
-const CHUNK: usize = 8 << 20;
 
 /// Where weights are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -433,11 +431,6 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Writes the bytes of `tensor`, letting mapped pages go as it proceeds.
 fn write_data(tensor: &Tensor, out: &mut impl Write) -> io::Result<()> {
-    for part in tensor.bytes().chunks(CHUNK) {
-        out.write_all(part)?;
-        tensor.release_part(part);
-    }
-    Ok(())
+    tensor.parts().try_for_each(|part| out.write_all(part))
 }

@@ -66,7 +66,7 @@ pub(super) fn compute(
         match result {
             Ok(tensors) if tensors.len() >= node.outputs().len() => {
                 let pairs = node.outputs().iter().zip(tensors);
-                done.extend(pairs.filter_map(|(v, tensor)| Some(((*v)?, tensor))));
+                done.extend(pairs.filter_map(|(v, tensor)| Some(((*v)?, tensor.spilled()))));
             }
             Err(kernels::Unsupported::TooLarge { .. }) => {
                 failures.push((id, "the result is too large to be computed ahead".to_owned()));
@@ -210,7 +210,7 @@ fn run(
     let model =
         Model { ir_version: source.ir_version.max(4), opsets: source.opsets.to_vec(), graph, ..Model::default() };
     let mut results: BTreeMap<String, Tensor> = evaluator.run(&model, &[])?.into_iter().collect();
-    let take = |&v: &ValueId| Some((v, results.remove(&name(v))?));
+    let take = |&v: &ValueId| Some((v, results.remove(&name(v))?.spilled()));
     outputs
         .iter()
         .map(take)

@@ -132,7 +132,6 @@ pub(super) fn scaled(
             let by = factor(block);
             values.iter_mut().for_each(|x| *x *= by);
         }
-        tensor.release();
         Ok(numbers)
     };
     if tensor.dtype() != DataType::Float {
@@ -142,17 +141,24 @@ pub(super) fn scaled(
     let format = Format::of(DataType::Float)?;
     let mut bytes = Vec::with_capacity(tensor.byte_len());
     let (mut finite, mut small) = (true, false);
-    for (block, values) in tensor.bytes().chunks(4 * inner).enumerate() {
-        let by = factor(block);
-        for &value in values.as_chunks::<4>().0 {
-            let exact = f64::from(f32::from_le_bytes(value)) * by;
-            let product = exact as f32;
-            finite &= product.is_finite();
-            small |= format.is_small(exact);
-            bytes.extend_from_slice(&product.to_le_bytes());
+    let (mut block, mut left, mut by) = (0, 0, 1.0);
+    for mut part in tensor.parts() {
+        // A part ends where it may, also within a block.
+        while !part.is_empty() {
+            if left == 0 {
+                (block, left, by) = (block + 1, 4 * inner, factor(block));
+            }
+            let (values, rest) = part.split_at(left.min(part.len()));
+            for &value in values.as_chunks::<4>().0 {
+                let exact = f64::from(f32::from_le_bytes(value)) * by;
+                let product = exact as f32;
+                finite &= product.is_finite();
+                small |= format.is_small(exact);
+                bytes.extend_from_slice(&product.to_le_bytes());
+            }
+            (part, left) = (rest, left - values.len());
         }
     }
-    tensor.release();
     if !finite {
         return Err(RANGE.into());
     }

@@ -43,7 +43,12 @@ fn key(tensor: &Tensor) -> Key {
     let sample = match tensor.string_data() {
         Some(strings) => strings.iter().flat_map(|s| [s.as_ref(), &[0]].concat()).take(SAMPLE).collect(),
         None if bytes.len() <= 2 * SAMPLE => bytes.to_vec(),
-        None => [&bytes[..SAMPLE], &bytes[bytes.len() - SAMPLE..]].concat(),
+        None => {
+            let sample = [&bytes[..SAMPLE], &bytes[bytes.len() - SAMPLE..]].concat();
+            // Touching a page brings its neighbours along.
+            tensor.release();
+            sample
+        }
     };
     (tensor.dtype(), tensor.dims().to_vec(), sample)
 }
@@ -59,7 +64,7 @@ fn share(graph: &mut Graph, outcome: &mut Outcome) {
         for value in all {
             let Some(tensor) = graph.constant(value) else { continue };
             let key = key(tensor);
-            let same = |other: &&ValueId| graph.constant(**other).is_some_and(|o| equal(o, tensor));
+            let same = |other: &&ValueId| graph.constant(**other).is_some_and(|o| o.same_bits(tensor));
             let candidates = visible.iter().filter_map(|s| kept.get(s)?.get(&key)).flatten();
             let found = if graph.is_output(value) { None } else { candidates.into_iter().find(same).copied() };
             match found {
@@ -73,13 +78,6 @@ fn share(graph: &mut Graph, outcome: &mut Outcome) {
             }
         }
     }
-}
-
-/// Whether two tensors with equal samples are equal throughout.
-fn equal(a: &Tensor, b: &Tensor) -> bool {
-    let same = a.same_bits(b);
-    a.release();
-    same
 }
 
 #[cfg(test)]
