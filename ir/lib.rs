@@ -14,6 +14,7 @@ mod patch;
 mod pattern;
 mod tensor;
 mod types;
+mod whole_file;
 
 pub mod text;
 
@@ -32,3 +33,4 @@ pub use patch::Patch;
 pub use pattern::{Bindings, Pattern};
 pub use tensor::{Metadata, Parts, SparseTensor, Tensor, TensorError, element_count};
 pub use types::{DataType, Dim, Shape, Type, TypeKind};
+pub use whole_file::write_whole;

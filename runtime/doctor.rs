@@ -170,17 +170,17 @@ pub fn install(gpu: bool, data_dir: &Path, python: &Path) -> Result<Vec<PathBuf>
         let path = path.to_owned();
         move |source| InstallError::Io { path, source }
     };
-    let work = data_dir.join("download");
-    let _ = fs::remove_dir_all(&work);
-    fs::create_dir_all(&work).map_err(at(&work))?;
+    fs::create_dir_all(data_dir).map_err(at(data_dir))?;
+    let folder = tempfile::Builder::new().prefix("download-").tempdir_in(data_dir).map_err(at(data_dir))?;
+    let work = folder.path();
     let list = work.join("requirements.txt");
     fs::write(&list, requirement(wheel)).map_err(at(&list))?;
     let mut pip = Command::new(python);
     pip.args(["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]);
     pip.args(["--implementation", "cp", "--python-version", PYTHON, "--platform", wheel.platform]);
-    pip.arg("--dest").arg(&work).arg("--requirement").arg(&list);
+    pip.arg("--dest").arg(work).arg("--requirement").arg(&list);
     succeed("downloading ONNX Runtime with pip", &mut pip)?;
-    let entries = || fs::read_dir(&work).into_iter().flatten().flatten().map(|entry| entry.path());
+    let entries = || fs::read_dir(work).into_iter().flatten().flatten().map(|entry| entry.path());
     let archive = entries().find(|path| path.extension().is_some_and(|e| e == "whl"));
     let archive = archive.ok_or(InstallError::Empty { requirement: wheel.requirement })?;
     let unpacked = work.join("wheel");
@@ -200,7 +200,6 @@ pub fn install(gpu: bool, data_dir: &Path, python: &Path) -> Result<Vec<PathBuf>
             written.push(target);
         }
     }
-    let _ = fs::remove_dir_all(&work);
     written.sort();
     if written.is_empty() { Err(InstallError::Empty { requirement: wheel.requirement }) } else { Ok(written) }
 }
@@ -234,9 +233,9 @@ mod tests {
 
     #[test]
     fn a_python_that_is_not_there_is_an_error() {
-        let folder = std::env::temp_dir().join(format!("lathe-install-{}", std::process::id()));
-        let error = install(false, &folder, Path::new("no-such-python")).unwrap_err().to_string();
-        fs::remove_dir_all(&folder).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let error = install(false, folder.path(), Path::new("no-such-python")).unwrap_err().to_string();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "the download folder is gone");
         assert!(error.starts_with("downloading ONNX Runtime with pip failed"), "{error}");
     }
 

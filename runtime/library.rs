@@ -267,40 +267,29 @@ fn ask_python(python: &Path) -> Result<PathBuf, PythonError> {
 mod tests {
     use super::*;
 
-    /// A folder that is removed at the end.
-    struct Folder(PathBuf);
-
-    impl Folder {
-        fn new(name: &str, files: &[&str]) -> Folder {
-            let path = std::env::temp_dir().join(format!("lathe-library-{name}-{}", std::process::id()));
-            fs::create_dir_all(&path).unwrap();
-            files.iter().for_each(|file| fs::write(path.join(file), "").unwrap());
-            Folder(path)
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
+    fn folder(files: &[&str]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        files.iter().for_each(|file| fs::write(folder.path().join(file), "").unwrap());
+        folder
     }
 
     #[test]
     #[cfg(target_os = "linux")]
     fn places_are_tried_in_order_until_one_is_usable() {
-        let beside = Folder::new("beside", &["libonnxruntime.so.1.9.0", "libonnxruntime_providers_shared.so"]);
-        let data = Folder::new("data", &["libonnxruntime.so.1.9.0", "libonnxruntime.so.1.32.0"]);
+        let beside = folder(&["libonnxruntime.so.1.9.0", "libonnxruntime_providers_shared.so"]);
+        let data = folder(&["libonnxruntime.so.1.9.0", "libonnxruntime.so.1.32.0"]);
         let search = LibrarySearch {
-            executable_dir: Some(beside.0.clone()),
-            data_dir: Some(data.0.clone()),
+            executable_dir: Some(beside.path().to_owned()),
+            data_dir: Some(data.path().to_owned()),
             packages: vec!["no/such/package".into()],
             pythons: vec!["no-such-python".into()],
             ..LibrarySearch::default()
         };
-        let mut accept =
-            |path: &Path| if path.starts_with(&data.0) { Ok(()) } else { Err(Unusable::Refused("too old".to_owned())) };
+        let mut accept = |path: &Path| {
+            if path.starts_with(data.path()) { Ok(()) } else { Err(Unusable::Refused("too old".to_owned())) }
+        };
         let found = search.find(&mut accept).unwrap().found.unwrap();
-        assert_eq!((found.path, found.place), (data.0.join("libonnxruntime.so.1.32.0"), SearchPlace::DataDir));
+        assert_eq!((found.path, found.place), (data.path().join("libonnxruntime.so.1.32.0"), SearchPlace::DataDir));
         let nothing = search.find(&mut |_| Err(Unusable::Refused("too old".to_owned()))).unwrap();
         assert!(nothing.found.is_none());
         let lines: Vec<String> = nothing.tried.iter().map(ToString::to_string).collect();

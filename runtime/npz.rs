@@ -3,7 +3,7 @@
 use lathe_ir::{DataType, Tensor};
 use std::{
     fs::File,
-    io::{self, BufWriter, Write},
+    io::{self, BufWriter, Seek, Write},
     path::Path,
 };
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
@@ -12,14 +12,21 @@ use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 const LARGE: usize = 1 << 31;
 
 /// An archive being written. It is complete after [`NpzWriter::finish`].
-pub struct NpzWriter {
-    zip: ZipWriter<BufWriter<File>>,
+pub struct NpzWriter<W: Write + Seek = BufWriter<File>> {
+    zip: ZipWriter<W>,
 }
 
 impl NpzWriter {
     /// Creates the file.
     pub fn create(path: &Path) -> io::Result<NpzWriter> {
-        Ok(NpzWriter { zip: ZipWriter::new(BufWriter::with_capacity(1 << 20, File::create(path)?)) })
+        Ok(NpzWriter::new(BufWriter::with_capacity(1 << 20, File::create(path)?)))
+    }
+}
+
+impl<W: Write + Seek> NpzWriter<W> {
+    /// An archive that is written to `out`.
+    pub fn new(out: W) -> NpzWriter<W> {
+        NpzWriter { zip: ZipWriter::new(out) }
     }
 
     /// Adds an array. Fails for types that NumPy does not have.

@@ -18,6 +18,7 @@ use lathe_passes::{Quantity, lossy::METHODS};
 use search::{Arm, Tried};
 use std::{
     fs,
+    io::Write as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -291,7 +292,8 @@ impl<'a> Search<'a> {
                 files.extend(self.copy(found, &path)?);
                 let report = path.with_extension("json");
                 let own = Report { output: with_path(&found.report, &path), ..found.report.clone() };
-                fs::write(&report, own.to_json()).with_context(|| format!("cannot write `{}`", report.display()))?;
+                lathe_ir::write_whole(&report, |out| out.write_all(own.to_json().as_bytes()))
+                    .with_context(|| format!("cannot write `{}`", report.display()))?;
                 files.push(report);
                 self.points[found.at].file = Some(path.display().to_string());
             }

@@ -27,6 +27,7 @@ use lathe_passes::{
 use lathe_runtime::{BenchInputs, ChosenSamples, SampleSet, SetSpec};
 use std::{
     collections::BTreeMap,
+    io::Write as _,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -464,7 +465,8 @@ fn write_names(target: &Path, model: &Model) -> Result<PathBuf, Failure> {
     path.push(".names.json");
     let path = PathBuf::from(path);
     let names = serde_json::to_string_pretty(&serde_json::json!({ "renamed": model.renamed() }));
-    let written = std::fs::write(&path, names.expect("names are text"));
+    let names = names.expect("names are text");
+    let written = lathe_ir::write_whole(&path, |out| out.write_all(names.as_bytes()));
     written.with_context(|| format!("cannot write `{}`", path.display()))?;
     Ok(path)
 }

@@ -8,7 +8,7 @@ use anyhow::{Context as _, anyhow};
 use lathe_ir::text;
 use lathe_runtime::{BenchInputs, InputSpec, provider_name};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeSet, fs, path::PathBuf};
+use std::{collections::BTreeSet, fs, io::Write as _, path::PathBuf};
 
 /// An operator, and a model with it beside one without.
 struct Kernel {
@@ -151,7 +151,9 @@ fn keep(found: &[Verdict]) -> anyhow::Result<()> {
     all.extend_from_slice(found);
     let folder = file.parent().expect("the file lies in the data folder");
     fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
-    fs::write(&file, serde_json::to_string_pretty(&all)?).with_context(|| format!("cannot write `{}`", file.display()))
+    let text = serde_json::to_string_pretty(&all)?;
+    lathe_ir::write_whole(&file, |out| out.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write `{}`", file.display()))
 }
 
 fn model(kernel: &Kernel, body: &str) -> anyhow::Result<lathe_ir::Model> {

@@ -2,7 +2,7 @@
 
 use crate::{Failure, commands::optimize::args::OptimizeArgs};
 use anyhow::{Context as _, anyhow};
-use std::{ffi::OsString, path::Path};
+use std::{ffi::OsString, io::Write as _, path::Path};
 
 /// Options that a recipe cannot have: it would name itself.
 const OUTSIDE: [&str; 2] = ["recipe", "save-recipe"];
@@ -48,5 +48,6 @@ pub(crate) fn read(recipe: &Path, command: &clap::Command) -> Result<Vec<(String
 /// Writes the options of a run as a recipe.
 pub(crate) fn save(options: &OptimizeArgs, path: &Path) -> anyhow::Result<()> {
     let text = toml::to_string_pretty(options).context("these options cannot be written as TOML")?;
-    std::fs::write(path, text).with_context(|| format!("cannot write recipe `{}`", path.display()))
+    lathe_ir::write_whole(path, |out| out.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write recipe `{}`", path.display()))
 }

@@ -1,6 +1,10 @@
 //! Measured sensitivities on disk: a checksum and the bits of every number, so that a later run gives the same bytes.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::Path,
+};
 
 const FILE: &str = "sensitivity.json";
 
@@ -22,9 +26,10 @@ pub(super) fn write(folder: &Path, found: &[Option<f64>]) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let bits: Vec<Option<u64>> = found.iter().map(|x| x.map(f64::to_bits)).collect();
     let body = serde_json::to_vec(&bits)?;
-    let aside = folder.join(format!("{FILE}.{}.part", std::process::id()));
-    fs::write(&aside, [blake3::hash(&body).to_hex().as_bytes(), &body].concat())?;
-    fs::rename(&aside, folder.join(FILE))
+    lathe_ir::write_whole(&folder.join(FILE), |out| {
+        out.write_all(blake3::hash(&body).to_hex().as_bytes())?;
+        out.write_all(&body)
+    })
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use super::request::Request;
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
-    io::{self, BufWriter, Read, Write},
+    io::{self, Read, Write},
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -59,23 +59,21 @@ pub(crate) fn short(hash: &blake3::Hash) -> String {
 
 /// Writes a file aside and puts it in place whole.
 pub(crate) fn write(path: &Path, head: &FileHead, data: &[&[f64]]) -> io::Result<()> {
-    let aside = path.with_extension(format!("{}.part", std::process::id()));
-    let mut out =
-        Hashing { out: BufWriter::with_capacity(1 << 20, File::create(&aside)?), hash: blake3::Hasher::new() };
-    let header = serde_json::to_vec(head)?;
-    out.write_all(&MAGIC)?;
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
-    let mut bytes = Vec::with_capacity(1 << 16);
-    for part in data.iter().flat_map(|array| array.chunks(1 << 13)) {
-        bytes.clear();
-        bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
-        out.write_all(&bytes)?;
-    }
-    let checksum = out.hash.finalize();
-    out.out.write_all(checksum.as_bytes())?;
-    out.out.into_inner()?.sync_all()?;
-    fs::rename(&aside, path)
+    lathe_ir::write_whole(path, |file| {
+        let mut out = Hashing { out: file, hash: blake3::Hasher::new() };
+        let header = serde_json::to_vec(head)?;
+        out.write_all(&MAGIC)?;
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        let mut bytes = Vec::with_capacity(1 << 16);
+        for part in data.iter().flat_map(|array| array.chunks(1 << 13)) {
+            bytes.clear();
+            bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
+            out.write_all(&bytes)?;
+        }
+        let checksum = out.hash.finalize();
+        out.out.write_all(checksum.as_bytes())
+    })
 }
 
 struct Hashing<W> {

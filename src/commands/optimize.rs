@@ -15,7 +15,7 @@ use anyhow::{Context as _, anyhow};
 use lathe_ir::External;
 use lathe_passes::{Quantity, QuantityMap, Target};
 use lathe_runtime::Listener;
-use std::{collections::BTreeMap, ffi::OsString, path::Path};
+use std::{collections::BTreeMap, ffi::OsString, io::Write as _, path::Path};
 
 /// Time that `--bench` spends on runs.
 const TIMING_SECONDS: f64 = 10.0;
@@ -100,7 +100,8 @@ fn write_report(report: &Report, path: &Path, kind: ReportKind) -> Result<(), Fa
         ReportKind::Json => report.to_json(),
         ReportKind::Markdown => report.to_markdown(),
     };
-    std::fs::write(path, text).with_context(|| format!("cannot write report `{}`", path.display()))?;
+    lathe_ir::write_whole(path, |out| out.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write report `{}`", path.display()))?;
     Ok(())
 }
 

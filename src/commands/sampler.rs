@@ -16,7 +16,7 @@ use lathe_passes::sampler::{
 };
 use lathe_runtime::{Listener, SetSpec};
 use serde_json::Value;
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, io::Write as _, path::PathBuf};
 
 /// Forms on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -274,7 +274,8 @@ fn perform(args: &SamplerArgs, options: SamplerOptions) -> Result<SamplerDone, F
     }
     let done = sampler::compile(&options)?;
     let write = |path: &PathBuf, bytes: &[u8]| {
-        std::fs::write(path, bytes).with_context(|| format!("cannot write `{}`", path.display()))
+        lathe_ir::write_whole(path, |out| out.write_all(bytes))
+            .with_context(|| format!("cannot write `{}`", path.display()))
     };
     if let Some(path) = &args.report {
         write(path, done.report.to_json().as_bytes())?;

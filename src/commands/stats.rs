@@ -149,22 +149,21 @@ fn tensor(text: &str) -> Rows {
 }
 
 fn write(args: &StatsArgs, statistics: &Statistics, text: &mut String) -> anyhow::Result<()> {
-    let aside = args.output.with_extension("npz.part");
-    let mut npz = NpzWriter::create(&aside)?;
-    for request in statistics.requests() {
-        let label = request.label();
-        let counts = statistics.counts(request)?;
-        let _ = writeln!(text, "{label}: {} rows, {} padded, {} broken", counts.rows, counts.padded, counts.broken);
-        let mut add = |name: &str, dims: &[usize], data: &[f64]| {
-            let tensor = Tensor::from_f64s(DataType::Double, dims, data).expect("numbers fit float64");
-            npz.add(&format!("{label}/{name}"), &tensor)
-        };
-        for field in statistics.fields(request)? {
-            add(&field.name, &field.dims, &field.data)?;
+    lathe_ir::write_whole(&args.output, |out| {
+        let mut npz = NpzWriter::new(out);
+        for request in statistics.requests() {
+            let label = request.label();
+            let counts = statistics.counts(request)?;
+            let _ = writeln!(text, "{label}: {} rows, {} padded, {} broken", counts.rows, counts.padded, counts.broken);
+            let mut add = |name: &str, dims: &[usize], data: &[f64]| {
+                let tensor = Tensor::from_f64s(DataType::Double, dims, data).expect("numbers fit float64");
+                npz.add(&format!("{label}/{name}"), &tensor)
+            };
+            for field in statistics.fields(request)? {
+                add(&field.name, &field.dims, &field.data)?;
+            }
+            add("counts", &[3], &[counts.rows, counts.padded, counts.broken].map(|count| count as f64))?;
         }
-        add("counts", &[3], &[counts.rows, counts.padded, counts.broken].map(|count| count as f64))?;
-    }
-    npz.finish()?;
-    std::fs::rename(&aside, &args.output)?;
-    Ok(())
+        Ok(npz.finish()?)
+    })
 }
