@@ -53,7 +53,12 @@ pub(crate) fn compress(
     let quantities = goal.shares.iter().map(|&(quantity, _)| quantity).collect();
     let setup = Setup {
         runner: bench.runner,
-        cx: request.cx.clone().with_quantities(quantities).with_half_precision(computes_in_half(&run.load.provider)),
+        cx: request
+            .cx
+            .clone()
+            .with_quantities(quantities)
+            .with_half_precision(computes_in_half(&run.load.provider))
+            .with_memory(run.memory.unwrap_or_else(lathe_runtime::quarter_of_memory)),
         methods: goal.methods.clone(),
         set: &request.calibration,
         load: &run.load,

@@ -127,7 +127,7 @@ fn sparse(found: &Spectrum, form: Form, choosing: Choosing) -> (Mat<f64>, f64) {
     let score = |i: usize, j: usize| all[(i, j)].abs() * damage[i].powf(choosing.lambda);
     let kept = form.coefficients.saturating_sub((choosing.beta * k as f64).ceil() as usize).max(1).min(k);
     let mut chosen = Mat::<f64>::zeros(k, n);
-    let mut others: Vec<(f64, usize, usize)> = Vec::new();
+    let mut others: Vec<(f64, u32, u32)> = Vec::new();
     for j in 0..n {
         let mut order: Vec<(f64, usize)> = (0..k).map(|i| (score(i, j), i)).collect();
         let largest = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
@@ -138,11 +138,14 @@ fn sparse(found: &Spectrum, form: Form, choosing: Choosing) -> (Mat<f64>, f64) {
         if most > kept {
             order[kept..].select_nth_unstable_by(most - kept - 1, largest);
         }
-        others.extend(order[kept..most].iter().map(|&(score, i)| (score, i, j)));
+        others.extend(order[kept..most].iter().map(|&(score, i)| (score, i as u32, j as u32)));
     }
     let extra = (form.coefficients * n).saturating_sub(kept * n).min(others.len());
     others.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-    others[..extra].iter().for_each(|&(_, i, j)| chosen[(i, j)] = all[(i, j)]);
+    for &(_, i, j) in &others[..extra] {
+        let at = (i as usize, j as usize);
+        chosen[at] = all[at];
+    }
     let tail = Spectrum::tails(&found.energy)[k];
     let masked = all.squared_norm_l2() - chosen.squared_norm_l2();
     (chosen, tail + masked.max(0.0))

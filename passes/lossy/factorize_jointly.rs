@@ -1,12 +1,11 @@
 //! Layers that read the same value as one thin layer that they share and one of their own each.
 
 use super::{
-    BATCH, Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight, batches,
     factorize::{self, Rank},
     factors::{self, Judge, LayerStatistics},
-    on_all_cores,
     spectrum::{Spectrum, product, tails_of_products},
-    weights,
+    weights, within_memory,
 };
 use crate::{Error, Info, Kind, Outcome, Saving};
 use faer::Mat;
@@ -101,16 +100,14 @@ impl Team<'_> {
             }
             from += own.ncols();
         }
-        let full = self.gram.matrix.to_full();
-        let gram = Mat::from_fn(k, k, |row, column| full[row * k + column]);
+        let gram = Mat::from_fn(k, k, |row, column| self.gram.matrix.get(row, column));
         Spectrum::of(all.as_ref(), gram.as_ref()).ok_or("its decomposition does not converge")
     }
 
     /// Squared relative error of every member at every rank.
     fn tails(&self, found: &Spectrum) -> Vec<Vec<f64>> {
         let k = found.left.nrows();
-        let full = self.judge.matrix.to_full();
-        let gram = Mat::from_fn(k, k, |row, column| full[row * k + column]);
+        let gram = Mat::from_fn(k, k, |row, column| self.judge.matrix.get(row, column));
         let moments = product(found.left.transpose(), product(gram.as_ref(), found.left.as_ref()).as_ref());
         let mut from = 0;
         let mut all = Vec::new();
@@ -199,12 +196,15 @@ impl Method for FactorizeJointly {
         let (found, refused) = weights(graph);
         let place = |value: ValueId| format!("`{}`", graph.value(value).name);
         refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
-        for batch in candidates(graph, &found).chunks(BATCH) {
+        // Members read the same, and its second moments are kept once.
+        let bytes = |members: &Vec<&Weight>| members.first().map_or(0, |weight| factors::statistics_bytes(weight));
+        for batch in batches(&candidates(graph, &found), cx, bytes) {
             let mut teams = Vec::new();
             for candidates in batch {
                 teams.extend(team(graph, candidates, cx, &mut proposal.outcome)?);
             }
-            for (team, site) in teams.iter().zip(on_all_cores(&teams, |team| team.site(graph))) {
+            let bytes = |team: &Team| factors::working_bytes(team.sides());
+            for (team, site) in teams.iter().zip(within_memory(&teams, cx, bytes, |team| team.site(graph))) {
                 match site {
                     Ok(site) => proposal.sites.push(site),
                     Err(reason) => proposal.outcome.refuse(reason, place(team.members[0].weight.value)),

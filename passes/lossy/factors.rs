@@ -66,6 +66,19 @@ pub fn gram_rows(weight: &Weight) -> Vec<Rows> {
     rows.filter(|_| weight.sides().0 <= MOST_INPUTS).unwrap_or_default()
 }
 
+/// Bytes of the second moments of a weight, of fits and of what they are judged by.
+pub(super) fn statistics_bytes(weight: &Weight) -> u64 {
+    let k = weight.sides().0 as u64;
+    8 * k * (k + 1) * gram_rows(weight).len() as u64
+}
+
+/// Bytes that fits of a layer with `k` inputs and `n` outputs take while they are made: the weight in double precision
+/// and what a decomposition makes of it, four times `[k, n]`, and some square matrices of the smaller side.
+pub(super) fn working_bytes((k, n): (usize, usize)) -> u64 {
+    let (k, n) = (k as u64, n as u64);
+    8 * (4 * k * n + 2 * k * k + 4 * k.min(n).pow(2))
+}
+
 /// What was seen of a layer, or why it cannot be factored.
 pub(super) fn statistics(
     graph: &Graph,
@@ -178,13 +191,12 @@ impl Layer {
         let k = matrix.nrows();
         // A bias gives back the mean that was seen, whatever that of other rows is.
         let scaled = |gram: &Gram, given: &Gram, output: f64| {
-            let full = gram.matrix.to_full();
             let around = |row: usize, column: usize| {
                 let (own, back) = (&gram.mean, &given.mean);
                 back[row] * back[column] - own[row] * back[column] - back[row] * own[column]
             };
             let mean = |row: usize, column: usize| if centred { around(row, column) } else { 0.0 };
-            Mat::from_fn(k, k, |row, column| (full[row * k + column] + mean(row, column)) / output)
+            Mat::from_fn(k, k, |row, column| (gram.matrix.get(row, column) + mean(row, column)) / output)
         };
         let mut joint = Mat::zeros(k, k);
         statistics

@@ -25,6 +25,8 @@ pub struct MethodContext<'a> {
     pub rows: BTreeMap<ValueId, u64>,
     /// What other methods have proposed for the same constants: what these beat need not be proposed.
     pub incumbents: BTreeMap<ValueId, Vec<Candidate>>,
+    /// Bytes that work on layers may take; `None` for 4 GiB.
+    pub memory: Option<u64>,
     settings: Settings,
 }
 
@@ -52,6 +54,12 @@ impl<'a> MethodContext<'a> {
         MethodContext { half_precision, ..self }
     }
 
+    /// With bytes that work on layers may take.
+    #[must_use]
+    pub fn with_memory(self, memory: u64) -> Self {
+        MethodContext { memory: Some(memory), ..self }
+    }
+
     /// With what was seen on a calibration set.
     #[must_use]
     pub fn with_calibration<'b>(&self, calibration: &'b dyn Calibrate) -> MethodContext<'b> {
@@ -62,6 +70,7 @@ impl<'a> MethodContext<'a> {
             half_precision: self.half_precision,
             rows: self.rows.clone(),
             incumbents: self.incumbents.clone(),
+            memory: self.memory,
             settings: self.settings.clone(),
         }
     }

@@ -38,7 +38,7 @@ pub use method::{Method, MethodContext, Needs, NestedCost, NestedEffect, OLDEST_
 pub use site::{Candidate, Cost, Edit, Loss, Site};
 
 use site::OVERHEAD;
-use work::{BATCH, in_batches, on_all_cores};
+use work::{batches, in_batches, on_all_cores, within_memory};
 
 /// Why nothing is fitted: there are no samples to judge it by.
 const NOT_HELD_OUT: &str = "the calibration set has one sample only, and none is left to judge a fit by";

@@ -4,9 +4,9 @@ mod hidden;
 mod keep;
 
 use super::{
-    BATCH, Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
+    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight, batches,
     factors::{self, Layer},
-    layers, on_all_cores, weights,
+    layers, weights, within_memory,
 };
 use crate::{Error, Info, Kind, Outcome, Saving};
 use hidden::{Hidden, hidden};
@@ -244,11 +244,15 @@ impl Method for PruneChannels {
         let graph = &model.graph;
         let (found, _) = weights(graph);
         let runs = runs(graph, &found, &mut proposal.outcome);
-        for batch in runs.chunks(BATCH) {
+        let statistics_bytes = |run: &Run| run.steps.iter().map(|s| factors::statistics_bytes(s.reader)).sum();
+        for batch in batches(&runs, cx, statistics_bytes) {
             let statistics =
                 batch.iter().map(|run| Ok((run, run.statistics(graph, cx)?))).collect::<Result<Vec<_>, Error>>()?;
             let rows = &cx.rows;
-            let sites = on_all_cores(&statistics, |(run, statistics)| {
+            let bytes = |(run, _): &(&Run, _)| {
+                run.steps.iter().map(|s| factors::working_bytes(s.reader.sides())).max().unwrap_or(0)
+            };
+            let sites = within_memory(&statistics, cx, bytes, |(run, statistics)| {
                 run.site(graph, statistics.as_ref().map_err(|reason| *reason)?, rows)
             });
             for (run, site) in batch.iter().zip(sites) {

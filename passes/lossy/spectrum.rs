@@ -43,8 +43,10 @@ impl Spectrum {
             let mut damped = gram.to_owned();
             (0..k).for_each(|i| damped[(i, i)] += RIDGE * strongest + f64::MIN_POSITIVE);
             let lower = damped.llt(Side::Lower).ok()?;
+            drop(damped);
             // `Y = RW` with `RᵀR = G`; its right directions are `Yᵀb / σ`.
             let whitened = product(lower.L().transpose(), weight);
+            drop(lower);
             let (energy, basis) = descending(product(whitened.as_ref(), whitened.transpose()).as_ref())?;
             let kept = energy.iter().take_while(|&&e| e > NEGLIGIBLE * energy[0]).count();
             let mut right = product(whitened.transpose(), basis.as_ref().subcols(0, kept));
