@@ -4,13 +4,15 @@
 use bytes::Bytes;
 use memmap2::{Mmap, UncheckedAdvice};
 use std::{
-    fs::File,
+    collections::BTreeSet,
+    fs::{self, File},
     io::{self, Write},
     ops::Range,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
+use tempfile::TempPath;
 
 /// Fewer bytes than this stay in memory: a file and a mapping of their own cost more than they free.
 const SMALLEST_SPILLED: usize = 256 << 10;
@@ -19,8 +21,10 @@ const SMALLEST_SPILLED: usize = 256 << 10;
 #[derive(Debug)]
 pub(crate) struct Mapping {
     map: Mmap,
-    /// Where the file is and when it was last written; `None` for a file without a name.
-    named: Option<(PathBuf, Option<SystemTime>)>,
+    path: PathBuf,
+    modified: Option<SystemTime>,
+    /// Removes the file with the mapping.
+    _spilled: Option<Spilled>,
 }
 
 struct Owner(Arc<Mapping>);
@@ -42,16 +46,17 @@ impl Mapping {
         // SAFETY: the mapping is private and read-only. Nothing of this program writes to a file it maps:
         // results are written aside and renamed, which leaves the mapped file untouched.
         let map = unsafe { Mmap::map(&file)? };
-        Ok(Arc::new(Mapping { map, named: Some((path.to_owned(), metadata.modified().ok())) }))
+        Ok(Arc::new(Mapping { map, path: path.to_owned(), modified: metadata.modified().ok(), _spilled: None }))
     }
 
-    /// Writes `bytes` to a file without a name, which ends with the mapping, and maps that.
-    fn unnamed(bytes: &[u8]) -> io::Result<Arc<Mapping>> {
-        let mut file = scratch_file()?;
+    /// Writes `bytes` to a temporary file, which goes with the mapping, and maps that.
+    fn spilled(bytes: &[u8]) -> io::Result<Arc<Mapping>> {
+        let (mut file, spilled) = Spilled::create()?;
         file.write_all(bytes)?;
-        // SAFETY: the mapping is private and read-only, and nobody else can open a file without a name.
+        let modified = file.metadata()?.modified().ok();
+        // SAFETY: the mapping is private and read-only, and nobody writes to a temporary file of this program.
         let map = unsafe { Mmap::map(&file)? };
-        Ok(Arc::new(Mapping { map, named: None }))
+        Ok(Arc::new(Mapping { map, path: spilled.0.to_path_buf(), modified, _spilled: Some(spilled) }))
     }
 
     /// The contents, borrowed from the mapping and keeping it alive.
@@ -73,10 +78,9 @@ impl Mapping {
 
     /// The file, unless something else has taken its place since it was mapped.
     fn file(&self) -> Option<&Path> {
-        let (path, modified) = self.named.as_ref()?;
-        let now = std::fs::metadata(path).ok()?;
-        let same = now.len() == self.map.len() as u64 && now.modified().ok() == *modified;
-        same.then_some(path.as_path())
+        let now = fs::metadata(&self.path).ok()?;
+        let same = now.len() == self.map.len() as u64 && now.modified().ok() == self.modified;
+        same.then_some(self.path.as_path())
     }
 
     /// Lets go of the physical pages behind `slice`; they are read again from the file when next touched.
@@ -93,16 +97,47 @@ impl Mapping {
     }
 }
 
-/// A file without a name in the folder for temporary files.
-fn scratch_file() -> io::Result<File> {
-    let folder = std::env::temp_dir();
-    // `/tmp` is memory on many systems, and what is large belongs into `/var/tmp`. Another folder is the user's choice.
-    if folder == Path::new("/tmp")
-        && let Ok(file) = tempfile::tempfile_in("/var/tmp")
-    {
-        return Ok(file);
+/// A temporary file that is there as long as this is.
+#[derive(Debug)]
+struct Spilled(TempPath);
+
+/// The temporary files that are there; `None` once the program is ending and no more are made.
+static SPILLED: Mutex<Option<BTreeSet<PathBuf>>> = Mutex::new(Some(BTreeSet::new()));
+
+fn all_spilled() -> MutexGuard<'static, Option<BTreeSet<PathBuf>>> {
+    SPILLED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Spilled {
+    fn create() -> io::Result<(File, Spilled)> {
+        let create =
+            |folder: &Path| tempfile::Builder::new().prefix(".optimize-").suffix(".weights").tempfile_in(folder);
+        let folder = std::env::temp_dir();
+        // An interrupt sees either no file or one that it knows of.
+        let mut all = all_spilled();
+        let all = all.as_mut().ok_or(io::ErrorKind::Interrupted)?;
+        // `/tmp` is memory on many systems, and what is large belongs into `/var/tmp`. Another folder is the user's choice.
+        let large = Some(Path::new("/var/tmp")).filter(|_| folder == Path::new("/tmp"));
+        let (file, path) = large.and_then(|large| create(large).ok()).map_or_else(|| create(&folder), Ok)?.into_parts();
+        all.insert(path.to_path_buf());
+        Ok((file, Spilled(path)))
     }
-    tempfile::tempfile_in(folder)
+}
+
+impl Drop for Spilled {
+    fn drop(&mut self) {
+        if let Some(all) = all_spilled().as_mut() {
+            all.remove::<Path>(&self.0);
+        }
+    }
+}
+
+/// Removes all temporary files, for a program about to end. What is mapped stays readable.
+pub(crate) fn remove_spilled() {
+    for path in all_spilled().take().into_iter().flatten() {
+        // The program is ending; a file that cannot be removed is only litter.
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// Bytes of a tensor: owned, or borrowed from a mapped file.
@@ -139,7 +174,7 @@ impl Buffer {
         if !cfg!(unix) || self.mapping.is_some() || self.bytes.len() < SMALLEST_SPILLED {
             return self;
         }
-        match Mapping::unnamed(&self.bytes) {
+        match Mapping::spilled(&self.bytes) {
             Ok(mapping) => Buffer { bytes: mapping.bytes(), mapping: Some(mapping) },
             Err(_) => self,
         }
@@ -163,13 +198,19 @@ impl Buffer {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use crate::{DataType, Tensor};
+    use std::{fs, path::PathBuf};
 
     const SIZE: usize = 32 << 20;
 
-    /// MiB of files that are in the memory of this process.
-    fn mapped() -> usize {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("RssFile:")).unwrap();
+    fn file(tensor: &Tensor) -> PathBuf {
+        tensor.place().unwrap().0.to_owned()
+    }
+
+    /// MiB of the file behind a tensor that are in the memory of this process.
+    fn resident(tensor: &Tensor) -> usize {
+        let (all, file) = (fs::read_to_string("/proc/self/smaps").unwrap(), file(tensor));
+        let mapping = all.split_once(file.to_str().unwrap()).unwrap().1;
+        let line = mapping.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
         line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() >> 10
     }
 
@@ -178,18 +219,26 @@ mod tests {
         let bytes: Vec<u8> = (0..SIZE).map(|at| (at % 251) as u8).collect();
         let kept = Tensor::new(DataType::Uint8, vec![SIZE], bytes.clone()).unwrap();
         let [first, second] = [(); 2].map(|()| kept.clone().spilled());
-        let before = mapped();
-        assert!(first.bytes() == bytes, "read at once, pages stay");
-        assert!(mapped() > before + 24, "{} MiB, {before} before", mapped());
+        assert!(first.bytes() == bytes);
+        assert!(resident(&first) > 24, "read at once, pages stay");
         first.release();
-        assert!(mapped() < before + 8, "{} MiB, {before} before", mapped());
-        assert!(first.same_bits(&second) && first.same_bits(&kept));
+        assert_eq!(resident(&first), 0);
+        assert!(first.same_bits(&second) && first.same_bits(&kept) && kept.same_bits(&second));
         assert_eq!(first.to_i64s().unwrap()[251..254], [0, 1, 2]);
-        assert!(mapped() < before + 8, "{} MiB, {before} before", mapped());
-        assert!(first.place().is_none() && second.spilled().same_bits(&kept));
         let mut other = bytes;
         other[0] = 1;
-        assert!(!first.same_bits(&Tensor::new(DataType::Uint8, vec![SIZE], other).unwrap().spilled()));
-        assert!(mapped() < before + 8, "{} MiB, {before} before", mapped());
+        let other = Tensor::new(DataType::Uint8, vec![SIZE], other).unwrap().spilled();
+        assert!(!first.same_bits(&other));
+        assert_eq!([&first, &second, &other].map(resident), [0; 3]);
+    }
+
+    #[test]
+    fn the_file_goes_with_the_last_tensor_that_needs_it() {
+        let first = Tensor::new(DataType::Uint8, vec![1 << 20], vec![1; 1 << 20]).unwrap().spilled();
+        let (copy, file) = (first.clone().spilled(), file(&first));
+        drop(first);
+        assert!(file.exists() && copy.bytes()[1] == 1);
+        drop(copy);
+        assert!(!file.exists());
     }
 }

@@ -4,7 +4,11 @@
 
 use lathe_ir::{External, Initializer, Model, ScopeId, Tensor, WriteOptions, text};
 use serde_json::Value;
-use std::{fmt::Write, fs, process::Command};
+use std::{
+    fmt::Write,
+    fs,
+    process::{Command, Stdio},
+};
 
 const BLOCKS: usize = 6;
 const WIDTH: usize = 1024;
@@ -52,8 +56,10 @@ fn weights_stay_on_disk_also_where_a_rewrite_computes_them() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let written = model().write(path("model.onnx").as_ref(), &WriteOptions { external: External::Always }).unwrap();
     assert!(written.data_bytes > 280 << 20);
+    fs::create_dir(path("scratch")).unwrap();
     for target in ["portable", "ort"] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+        command.env("TMPDIR", path("scratch"));
         command.args([&path("model.onnx"), "-o", &path("out.onnx"), "--no-verify", "--target", target]);
         let output = command.args(["--report", &path("report.json")]).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -62,5 +68,23 @@ fn weights_stay_on_disk_also_where_a_rewrite_computes_them() {
         assert_eq!(folded["changes"], BLOCKS, "the factors are folded into the weights");
         let peak = report["peak_rss_bytes"].as_u64().unwrap();
         assert!(peak < LIMIT, "{} MiB of a model of {} MiB", peak >> 20, written.data_bytes >> 20);
+        assert_eq!(spilled(&path("scratch")), 0);
     }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+    command.env("TMPDIR", path("scratch")).stderr(Stdio::null());
+    let mut child = command.args([&path("model.onnx"), "-o", &path("out.onnx"), "--no-verify"]).spawn().unwrap();
+    while spilled(&path("scratch")) == 0 {
+        assert!(child.try_wait().unwrap().is_none(), "nothing was spilled");
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(spilled(&path("scratch")), 0, "an interrupt leaves nothing");
+}
+
+/// Temporary files of weights in a folder.
+fn spilled(folder: &str) -> usize {
+    fs::read_dir(folder)
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().path().extension() == Some("weights".as_ref()))
+        .count()
 }

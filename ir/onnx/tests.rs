@@ -83,13 +83,37 @@ fn leaves_weights_where_they_are() {
         assert!((8_000..12_000).contains(&std::fs::metadata(&linked).unwrap().len()));
         assert_eq!(Model::read(&linked).unwrap().model.to_bytes(), read.to_bytes());
         // What has taken the place of a mapped file is not what the model was read from.
-        std::fs::remove_file(away.path().join("weights-0")).unwrap();
+        let links = || std::fs::read_dir(away.path()).unwrap().map(|entry| entry.unwrap().path());
+        let link = links().find(|path| *path != linked).unwrap();
+        std::fs::remove_file(link).unwrap();
         let source = if external == External::Always { folder.path().join("m.onnx.data") } else { path.clone() };
         let other = folder.path().join("other");
         std::fs::write(&other, b"something else").unwrap();
         std::fs::rename(&other, &source).unwrap();
         read.write_linked(&linked).unwrap();
         assert_eq!(Model::read(&linked).unwrap().model.to_bytes(), read.to_bytes());
+    }
+}
+
+#[test]
+fn weights_that_were_spilled_are_linked_too() {
+    let mut model = branching();
+    let folder = tempfile::tempdir().unwrap();
+    let weight =
+        |factor: f32| Tensor::from_f32s(&[1 << 17], &(0..1 << 17).map(|i| i as f32 * factor).collect::<Vec<_>>());
+    model.graph.add_initializer(ScopeId::MAIN, "first", weight(1.0));
+    let mut other = model.clone();
+    model.graph.add_initializer(ScopeId::MAIN, "second", weight(2.0));
+    other.graph.add_initializer(ScopeId::MAIN, "third", weight(3.0));
+    let path = |name: &str| folder.path().join(name);
+    for (name, model) in [("a.onnx", &model), ("b.onnx", &other), ("a.onnx", &model)] {
+        model.write_linked(&path(name)).unwrap();
+        assert!(std::fs::metadata(path(name)).unwrap().len() < 4096);
+    }
+    // The weight that both have is there once, and each has its own.
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2 + 3);
+    for (name, model) in [("a.onnx", model), ("b.onnx", other)] {
+        assert_eq!(Model::read(&path(name)).unwrap().model.to_bytes(), model.to_bytes());
     }
 }
 

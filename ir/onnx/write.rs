@@ -5,11 +5,12 @@ use super::{
     message::{function_proto, scope_proto},
     proto,
 };
-use crate::{Initializer, Model, ScopeId, Tensor};
+use crate::{Initializer, Model, ScopeId, Tensor, mapping};
 use prost::Message;
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    hash::{DefaultHasher, Hash, Hasher},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
     sync::Mutex,
@@ -88,8 +89,12 @@ impl Model {
         for value in self.graph.initializers(ScopeId::MAIN) {
             let Some(Initializer::Dense(tensor)) = self.graph.value(value).initializer() else { continue };
             let Some((file, _)) = tensor.place().filter(|_| tensor.byte_len() >= SMALLEST_EXTERNAL) else { continue };
-            let name = format!("weights-{}", files.len());
-            files.entry(file.to_owned()).or_insert(name);
+            if !files.contains_key(file) {
+                // By what they are, so that models written to one folder share links, and none takes that of another.
+                let mut hash = DefaultHasher::new();
+                (file, fs::metadata(file).and_then(|found| found.modified()).ok()).hash(&mut hash);
+                files.insert(file.to_owned(), format!("weights-{:016x}", hash.finish()));
+            }
         }
         for (file, name) in &files {
             let link = path.with_file_name(name);
@@ -181,6 +186,7 @@ fn staging() -> std::sync::MutexGuard<'static, Staging> {
 pub fn remove_staged() {
     let mut staging = staging();
     staging.ended = true;
+    mapping::remove_spilled();
     for (_, folder) in staging.folders.drain(..) {
         // The program is ending; a folder that cannot be removed is only litter.
         let _ = (0..REMOVALS).find(|_| fs::remove_dir_all(&folder).is_ok());

@@ -37,10 +37,7 @@ impl<'a> PlanCompiler<'a> {
         let PlanRunner { denoiser, roles, guidance, evaluator, .. } = self.plans;
         let sampler = Sampler { denoiser, roles, table, plan, guidance: guidance.unwrap_or(UNGUIDED) };
         let model = emit(&sampler, self.form, *evaluator)?;
-        // Each has its folder, because links to weights are named by their order.
-        let folder = self.folder.path().join(name);
-        std::fs::create_dir_all(&folder).context("there is no place for samplers that are tried")?;
-        let path = folder.join("sampler.onnx");
+        let path = self.folder.path().join(format!("{name}.onnx"));
         model.write_linked(&path)?;
         Ok(path)
     }
