@@ -85,17 +85,14 @@ impl Model {
     /// copies of a model; other weights go into the file itself.
     pub fn write_linked(&self, path: &Path) -> Result<(), WriteError> {
         let failed = |source| WriteError::Io { path: path.to_owned(), source };
-        let mut files = BTreeMap::new();
-        for value in self.graph.initializers(ScopeId::MAIN) {
-            let Some(Initializer::Dense(tensor)) = self.graph.value(value).initializer() else { continue };
-            let Some((file, _)) = tensor.place().filter(|_| tensor.byte_len() >= SMALLEST_EXTERNAL) else { continue };
-            if !files.contains_key(file) {
-                // By what they are, so that models written to one folder share links, and none takes that of another.
-                let mut hash = DefaultHasher::new();
-                (file, fs::metadata(file).and_then(|found| found.modified()).ok()).hash(&mut hash);
-                files.insert(file.to_owned(), format!("weights-{:016x}", hash.finish()));
-            }
-        }
+        // By what they are, so that models written to one folder share links, and none takes that of another.
+        let name = |file: &PathBuf| {
+            let mut hash = DefaultHasher::new();
+            (file, fs::metadata(file).and_then(|found| found.modified()).ok()).hash(&mut hash);
+            format!("weights-{:016x}", hash.finish())
+        };
+        let files: BTreeMap<PathBuf, String> =
+            self.mapped_files().into_iter().map(|file| (file.clone(), name(&file))).collect();
         for (file, name) in &files {
             let link = path.with_file_name(name);
             if !link.exists() && fs::hard_link(file, &link).is_err() {
@@ -108,6 +105,19 @@ impl Model {
             return Err(WriteError::TooLarge { bytes: plan.total() });
         }
         create(path, |out| plan.write_model(out)).map_err(failed)
+    }
+
+    /// The files that weights of the main graph are mapped from, in the order of these.
+    fn mapped_files(&self) -> Vec<PathBuf> {
+        let mut files: Vec<PathBuf> = Vec::new();
+        for value in self.graph.initializers(ScopeId::MAIN) {
+            let Some(Initializer::Dense(tensor)) = self.graph.value(value).initializer() else { continue };
+            let Some((file, _)) = tensor.place().filter(|_| tensor.byte_len() >= SMALLEST_EXTERNAL) else { continue };
+            if !files.iter().any(|known| known == file) {
+                files.push(file.to_owned());
+            }
+        }
+        files
     }
 
     /// Writes the model to a folder beside `path`, to be looked at and then put in place by [`Staged::commit`].
