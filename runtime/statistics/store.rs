@@ -3,9 +3,11 @@
 use super::request::Request;
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::SystemTime,
 };
 
@@ -143,10 +145,17 @@ pub(crate) fn hash_files(path: &Path, hash: &mut blake3::Hasher) -> io::Result<(
     Ok(())
 }
 
-/// Removes the folders that were not used for longest until at most `limit` bytes are left; `current` stays.
+/// Folders that this program has used. A run goes back to the statistics of several sets, which together may be more than
+/// is to be kept.
+static IN_USE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+/// Removes the folders that were not used for longest until at most `limit` bytes are left; `current` stays, as does what
+/// was current before.
 ///
 /// What cannot be looked at or removed (another run may be removing it too) is left.
 pub(crate) fn evict(cache: &Path, current: &Path, limit: u64) {
+    let mut in_use = IN_USE.lock().unwrap_or_else(PoisonError::into_inner);
+    in_use.insert(current.to_owned());
     let Ok(entries) = fs::read_dir(cache) else { return };
     let mut folders: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
     for entry in entries.flatten().filter(|e| e.path().is_dir()) {
@@ -159,7 +168,7 @@ pub(crate) fn evict(cache: &Path, current: &Path, limit: u64) {
     folders.sort();
     let mut total: u64 = folders.iter().map(|f| f.1).sum();
     for (_, bytes, folder) in folders {
-        if total > limit && folder != current && fs::remove_dir_all(&folder).is_ok() {
+        if total > limit && !in_use.contains(&folder) && fs::remove_dir_all(&folder).is_ok() {
             total -= bytes;
         }
     }
@@ -205,5 +214,9 @@ mod tests {
         let (old, new, current) = (folder("old", 20), folder("new", 10), folder("current", 30));
         evict(cache.path(), &current, 200);
         assert_eq!([old.exists(), new.exists(), current.exists()], [false, true, true]);
+        // Another set of the same run: what both need is more than the limit.
+        let next = folder("next", 0);
+        evict(cache.path(), &next, 0);
+        assert_eq!([new.exists(), current.exists(), next.exists()], [false, true, true]);
     }
 }
