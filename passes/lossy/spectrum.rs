@@ -11,6 +11,9 @@ use faer::{Accum, Mat, MatRef, Par, Side, linalg::matmul::matmul};
 /// Share of the largest moment that is added to all, so that inputs that were never active can be factored.
 const RIDGE: f64 = 1e-7;
 
+/// The largest such share that is tried.
+const LARGEST_RIDGE: f64 = 1e-3;
+
 /// Directions below this share of the strongest one's energy are rounding.
 const NEGLIGIBLE: f64 = 1e-13;
 
@@ -40,10 +43,18 @@ impl Spectrum {
             descending(statistics.as_ref())?.1
         } else {
             let strongest = (0..k).map(|i| gram[(i, i)]).fold(0.0, f64::max);
-            let mut damped = gram.to_owned();
-            (0..k).for_each(|i| damped[(i, i)] += RIDGE * strongest + f64::MIN_POSITIVE);
-            let lower = damped.llt(Side::Lower).ok()?;
-            drop(damped);
+            let mut ridge = RIDGE;
+            // Rounding of moments grows with their number: where fewer rows were seen than there are inputs, it can be more
+            // than the least ridge.
+            let lower = loop {
+                let mut damped = gram.to_owned();
+                (0..k).for_each(|i| damped[(i, i)] += ridge * strongest + f64::MIN_POSITIVE);
+                match damped.llt(Side::Lower) {
+                    Ok(lower) => break lower,
+                    Err(_) if ridge < LARGEST_RIDGE => ridge *= 10.0,
+                    Err(_) => return None,
+                }
+            };
             // `Y = RW` with `RᵀR = G`; its right directions are `Yᵀb / σ`.
             let whitened = product(lower.L().transpose(), weight);
             drop(lower);
@@ -169,6 +180,22 @@ pub(super) mod tests {
             let low = product(found.left.as_ref().subcols(0, 4), found.right.as_ref().subcols(0, 4).transpose());
             assert!(lost(&x, &w, &low) < 1e-5 * found.energy[0], "four rows span four directions");
         }
+    }
+
+    #[test]
+    fn moments_that_rounding_leaves_indefinite() {
+        let (k, x) = (24, random(4, 24, 8));
+        let noise = random(k, k, 9);
+        let exact = gram(&x);
+        let rounded = Mat::from_fn(k, k, |i, j| exact[(i, j)] + 1e-6 * (noise[(i, j)] + noise[(j, i)]));
+        assert!(rounded.llt(Side::Lower).is_err());
+        let w = random(k, 40, 10);
+        let found = Spectrum::of(w.as_ref(), rounded.as_ref()).unwrap();
+        let low = product(found.left.as_ref().subcols(0, 4), found.right.as_ref().subcols(0, 4).transpose());
+        assert!(lost(&x, &w, &low) < 1e-4 * found.energy[0], "four rows span four directions");
+        // What is no matrix of moments has no decomposition.
+        let negative = Mat::from_fn(k, k, |i, j| if i == j { -1.0 } else { 0.0 });
+        assert!(Spectrum::of(w.as_ref(), negative.as_ref()).is_none());
     }
 
     #[test]
