@@ -228,6 +228,7 @@ impl Child {
             Some(worker) => worker,
             None => Worker::start(&self.program, &self.arguments)?,
         };
+        let _span = self.listener.span_of(worker.process_id(), "request", request.name());
         worker.send(request, payload);
         let answer = match worker.wait(self.limits, &self.listener) {
             Err(_) if self.listener.is_stopped() => return Err(RuntimeError::Stopped),

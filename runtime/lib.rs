@@ -38,6 +38,7 @@ mod similarity;
 mod statistics;
 #[cfg(test)]
 mod testing;
+mod trace;
 mod trials;
 mod verify;
 mod wire;
@@ -67,6 +68,7 @@ pub use sets::{Batch, Batches, Part, SampleSet, SetError, SetSpec};
 pub use statistics::{
     CollectOptions, Counts, Cut, Field, MaskInput, Request, Skip, Statistics, StatisticsError, Work, quarter_of_memory,
 };
+pub use trace::{Span, Trace};
 pub use trials::Trials;
 pub use verify::{Inputs, Report, Verdict, VerifyError, VerifyTask, verify};
 pub use wire::{Distance, Gates};

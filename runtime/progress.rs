@@ -1,5 +1,6 @@
 //! How far long work is: said by the worker, heard by the program.
 
+use crate::trace::{Span, Trace};
 use serde::{Deserialize, Serialize};
 use std::{
     fmt,
@@ -34,12 +35,28 @@ type Hear = dyn Fn(&Progress) + Send + Sync;
 pub struct Listener {
     hear: Option<Arc<Hear>>,
     stop: Option<Arc<AtomicBool>>,
+    trace: Option<Arc<Trace>>,
 }
 
 impl Listener {
     /// Calls `hear` with every report.
     pub fn new(hear: impl Fn(&Progress) + Send + Sync + 'static) -> Listener {
-        Listener { hear: Some(Arc::new(hear)), stop: None }
+        Listener { hear: Some(Arc::new(hear)), ..Listener::default() }
+    }
+
+    /// The same, and `trace` keeps what takes how long.
+    pub fn traced_by(self, trace: Arc<Trace>) -> Listener {
+        Listener { trace: Some(trace), ..self }
+    }
+
+    /// Work of the program that begins now and ends where the span is dropped.
+    pub fn span(&self, what: &str) -> Span {
+        Span::begin(self.trace.as_ref(), "program", what, std::process::id())
+    }
+
+    /// Work of a worker by its process.
+    pub(crate) fn span_of(&self, process: u32, category: &'static str, what: &str) -> Span {
+        Span::begin(self.trace.as_ref(), category, what, process)
     }
 
     /// The same, and once `stop` is true the work that it hears of ends as an error at the next occasion.

@@ -67,8 +67,19 @@ pub(crate) fn compress(
         distance: bench.distance(exact.model, request.budget),
         inputs: bench.inputs.clone(),
     };
-    let calibrated = calibrate::calibrate(&setup, exact.model, warnings)?;
-    let proposed = propose::propose(&setup, exact.model, &calibrated)?;
-    let candidates = price::price(&setup, exact.model, calibrated, proposed, warnings)?;
+    let span = |what| run.progress.span(what);
+    let calibrated = {
+        let _span = span("calibrate");
+        calibrate::calibrate(&setup, exact.model, warnings)?
+    };
+    let proposed = {
+        let _span = span("propose");
+        propose::propose(&setup, exact.model, &calibrated)?
+    };
+    let candidates = {
+        let _span = span("price");
+        price::price(&setup, exact.model, calibrated, proposed, warnings)?
+    };
+    let _span = span("fit the budget");
     fit_budget::fit(bench, exact, candidates, &goal, request, warnings)
 }

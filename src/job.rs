@@ -237,7 +237,10 @@ impl Job<'_> {
         let mut warnings = loaded.warnings.clone();
         let calibration = self.select()?;
         let prepared = self.prepare(loaded, &mut warnings)?;
-        let exact::Proven { mut outcome, dropped } = self.simplify_and_prove(&prepared, passes, &mut warnings)?;
+        let exact::Proven { mut outcome, dropped } = {
+            let _span = self.options.run.progress.span("simplify and prove");
+            self.simplify_and_prove(&prepared, passes, &mut warnings)?
+        };
         if self.lossy {
             let chosen = calibration.as_ref().map(|c| c.chosen.clone());
             outcome = match self.spend(&prepared, outcome, chosen, &mut warnings)? {

@@ -1,10 +1,11 @@
 //! How models are run, in every command that runs some: a field of [`RunOptions`] and the argument that fills it.
 
 use crate::{Failure, quantities::size};
+use anyhow::Context as _;
 use clap::Args;
-use lathe_runtime::{InputSpec, Listener, LoadOptions};
+use lathe_runtime::{InputSpec, Listener, LoadOptions, Trace};
 use serde::Serialize;
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 /// How models are run.
 #[derive(Debug, Clone)]
@@ -91,6 +92,10 @@ pub(crate) struct LimitArgs {
     /// Seconds that one run may take.
     #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT_SECONDS)]
     pub timeout: u64,
+    /// Where to write what takes how long, for Perfetto or `chrome://tracing`.
+    #[arg(long, value_name = "FILE.json")]
+    #[serde(skip)]
+    pub trace: Option<PathBuf>,
 }
 
 impl RunArgs {
@@ -110,6 +115,13 @@ impl EngineArgs {
             provider: self.ep.clone(),
             device: self.device,
             ..LoadOptions::default()
+        };
+        let progress = match &limits.trace {
+            None => progress,
+            Some(path) => {
+                let trace = Trace::create(path).with_context(|| format!("cannot write `{}`", path.display()))?;
+                progress.traced_by(Arc::new(trace))
+            }
         };
         Ok(RunOptions {
             ort: self.ort.clone(),

@@ -69,6 +69,11 @@ impl Worker {
         Ok(Worker { process, requests, answers, last_words, listener })
     }
 
+    /// The system's number of it.
+    pub fn process_id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Sends a request. A worker that died while being written to says more when it is waited for.
     pub fn send(&mut self, request: &WorkerRequest, payload: &[&[u8]]) {
         let _ = framing::write(&mut self.requests, request, payload);
@@ -78,11 +83,16 @@ impl Worker {
     pub fn wait(&mut self, limits: Limits, listener: &Listener) -> Result<(WorkerAnswer, Bytes), RuntimeError> {
         let mut start = Instant::now();
         let mut stage = "starting".to_owned();
+        let process = self.process.id();
+        let begin = |stage: &str| listener.span_of(process, "worker", stage);
+        let mut span = begin(&stage);
         loop {
             match self.answers.recv_timeout(LOOK) {
                 Ok(Ok((WorkerAnswer::Stage(what), _))) => {
                     // The limit is on one run, and a set has many.
                     start = Instant::now();
+                    drop(span);
+                    span = begin(&what);
                     stage = what;
                 }
                 Ok(Ok((WorkerAnswer::Progress(progress), _))) => {

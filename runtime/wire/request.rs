@@ -38,6 +38,23 @@ pub(crate) enum WorkerRequest {
     Bench { models: Vec<PathBuf>, inputs: BenchInputs, task: BenchTask, options: LoadOptions },
 }
 
+impl WorkerRequest {
+    /// What it is, for traces.
+    pub fn name(&self) -> &'static str {
+        match self {
+            WorkerRequest::Hello => "hello",
+            WorkerRequest::Evaluate { .. } => "evaluate",
+            WorkerRequest::Run { .. } => "run",
+            WorkerRequest::Verify { .. } => "verify",
+            WorkerRequest::Select(_) => "select",
+            WorkerRequest::Gather(_) => "gather statistics",
+            WorkerRequest::Trials(_) => "try variants",
+            WorkerRequest::Measure(_) => "measure the loss",
+            WorkerRequest::Bench { .. } => "time",
+        }
+    }
+}
+
 /// The inputs of a comparison.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum InputHeads {

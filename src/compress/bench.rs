@@ -59,6 +59,7 @@ pub(crate) struct Fitted {
 impl Bench<'_> {
     /// The latency of the original and of a candidate.
     pub fn time(&self, candidate: &Path) -> Result<Latency, Failure> {
+        let _span = self.run.progress.span("time the result");
         let models = [self.original, candidate];
         let measurement = Measurement { run: self.run, models: &models, inputs: &self.inputs, seconds: self.seconds };
         Ok(measurement.run(&mut |_| {}).context("the latency cannot be measured")?)
@@ -67,6 +68,7 @@ impl Bench<'_> {
     /// The loss of a candidate on held-out samples; `None` if it is not to be run.
     pub fn measure(&self, candidate: &Path, budget: &Budget) -> Result<Option<Verify>, Failure> {
         let Some((set, set_name)) = self.set.as_ref().filter(|_| self.verify) else { return Ok(None) };
+        let _span = self.run.progress.span("measure the result");
         let metric = budget.metric.clone().unwrap_or_else(|| "auto".to_owned());
         let bound = Bound { set: set.clone(), set_name, metric, max_drop: budget.max_drop };
         validate(self.runner, self.original, candidate, &bound).map(Some)

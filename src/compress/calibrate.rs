@@ -71,7 +71,11 @@ pub(super) fn calibrate<'a>(
     let cache = kept.unwrap_or_else(|| scratch.path().to_owned());
     std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
     let sliced = SlicedPositions::find(model, &layers);
-    let mut calibration = statistics(setup, model, &layers, &sliced, [&cache, scratch.path()])?;
+    let span = |what| setup.runner.child().listener().span(what);
+    let mut calibration = {
+        let _span = span("statistics");
+        statistics(setup, model, &layers, &sliced, [&cache, scratch.path()])?
+    };
     let taps = layers.iter().flat_map(|w| &w.taps);
     let mut outputs: BTreeMap<ValueId, View> = taps.map(|tap| (tap.output, tap.output_rows.view.clone())).collect();
     for method in &setup.methods {
@@ -80,7 +84,10 @@ pub(super) fn calibrate<'a>(
             outputs.entry(value).or_insert(rows.view);
         }
     }
-    let sensitivities = sensitivity(setup, model, &outputs, &sliced.outputs(), cache, warnings)?;
+    let sensitivities = {
+        let _span = span("sensitivities");
+        sensitivity(setup, model, &outputs, &sliced.outputs(), cache, warnings)?
+    };
     calibration.position_weights = sliced.position_weights(&calibration, &sensitivities)?;
     let facts = Facts::infer(model);
     let bindings = Bindings::default().for_inputs(graph, &facts);

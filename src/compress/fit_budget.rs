@@ -323,18 +323,23 @@ impl<'a> Attempts<'a> {
         let Fit { bench, exact, candidates, request, .. } = *self.fit;
         let mut budget = Limits::default();
         self.limits.iter().zip(&self.most).for_each(|(limit, &most)| budget.set(limit.quantity, most));
+        let span = |what| bench.run.progress.span(what);
+        let choosing = span("choose");
         let (plan, seconds) = match candidates.choose(&budget, request.solver) {
             Ok(chosen) => chosen,
             Err(error) => return self.without_plan(error),
         };
+        drop(choosing);
         // Between what is within and what is not there is nothing.
         let knows = |(limit, search): (&Limit, &BudgetSearch)| search.knows(plan.used.of(limit.quantity));
         if self.best.is_some() && self.limits.iter().zip(&self.searches).all(knows) {
             return Ok(Step::Done);
         }
+        let applying = span("apply");
         let mut applied = candidates.apply(exact.model, &plan)?;
         bench.tidy(&mut applied.model)?;
         let staged = applied.model.stage(exact.target, exact.write)?;
+        drop(applying);
         let latency = match self.limits.iter().any(|l| l.quantity == Quantity::Latency) {
             true => Some(bench.time(staged.path())?),
             false => None,

@@ -26,11 +26,16 @@ pub(super) fn price<'a>(
 ) -> Result<Candidates<'a>, Failure> {
     let Proposed { mut regions, mut records, unmet } = proposed;
     let cx = calibrated.context(&setup.cx);
+    let listener = setup.runner.child().listener();
     if setup.cx.quantities.contains(&Quantity::Latency) {
+        let _span = listener.span("time candidates");
         latency_model::time_candidates(setup, model, &mut regions, &cx, warnings)?;
         latency_model::decline_slower(&mut regions, &mut records);
     }
-    loss_trials::measure_losses(setup, model, &mut regions, &cx, warnings)?;
+    {
+        let _span = listener.span("measure losses of candidates");
+        loss_trials::measure_losses(setup, model, &mut regions, &cx, warnings)?;
+    }
     price_nested(setup, model, &mut regions, &cx)?;
     drop(cx);
     let offered: Vec<&Site> =

@@ -26,6 +26,7 @@ pub(super) fn propose(setup: &Setup<'_>, model: &Model, calibrated: &Calibrated<
     for &method in &setup.methods {
         Failure::if_stopped(setup.runner.child().listener())?;
         let start = Instant::now();
+        let _span = setup.runner.child().listener().span(method.info().name);
         let proposal = method.propose(model, &cx)?;
         let mut outcome = proposal.outcome;
         unmet.extend(proposal.unmet.map(|reason| (method.info().name, reason)));
