@@ -33,6 +33,7 @@ mod seeding;
 mod select;
 mod sensitivity;
 mod serve;
+mod sessions;
 mod sets;
 mod similarity;
 mod statistics;

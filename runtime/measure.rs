@@ -1,16 +1,17 @@
 //! How much a candidate loses against its reference on a set: both are run batch by batch, and only sums are kept.
 
 use crate::{
-    Batch, Claim, Datum, Engine, LoadOptions, MetricError, RuntimeError, Sample, SampleSet, Session, SetError, Source,
-    Talk, Verdict, compare, elements,
+    Batch, Claim, Datum, LoadOptions, MetricError, RuntimeError, Sample, SampleSet, Session, SetError, Talk, Verdict,
+    compare, elements,
     metrics::{
         Case, ChosenMetric, OutputInfo, OutputMeter, OutputPair, Refusal, Score, TokenMask, choose, token_inputs,
     },
+    sessions::SessionStore,
     wire::MeasureJob,
 };
 use lathe_ir::{DataType, Model, ReadError, Tensor};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path, rc::Rc};
 
 /// What one output came to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,7 +80,7 @@ pub enum MeasureError {
 
 /// Measures two files on a set; what a worker does.
 pub(crate) fn serve(
-    engine: &dyn Engine,
+    sessions: &SessionStore<'_>,
     job: &MeasureJob,
     talk: &mut dyn Talk,
 ) -> Result<Result<Measured, Verdict>, MeasureError> {
@@ -91,10 +92,10 @@ pub(crate) fn serve(
     talk.stage("opening the set");
     let set = SampleSet::open(&job.set, &model)?;
     let measurement = Measurement {
-        engine,
+        sessions,
         model: &model,
-        reference: Source::Path(&job.reference),
-        candidate: Source::Path(&job.candidate),
+        reference: &job.reference,
+        candidate: &job.candidate,
         renamed,
         metric: &job.metric,
         options: LoadOptions { optimize: false, ..job.options.clone() },
@@ -105,11 +106,11 @@ pub(crate) fn serve(
 
 /// Two models, and what is measured on them.
 struct Measurement<'a> {
-    engine: &'a dyn Engine,
+    sessions: &'a SessionStore<'a>,
     /// The reference as read.
     model: &'a Model,
-    reference: Source<'a>,
-    candidate: Source<'a>,
+    reference: &'a Path,
+    candidate: &'a Path,
     /// Inputs and outputs of the reference that the candidate has not under their names.
     renamed: Renamed,
     /// The name of a metric, or `auto`.
@@ -122,7 +123,7 @@ struct Measurement<'a> {
 impl Measurement<'_> {
     /// Runs both models on every batch and measures the metric.
     ///
-    /// The reference is run twice on the first batch. A model that does not run is a [`Verdict`]. `talk` hears of every
+    /// The reference is run twice on the first batch, and not at all where its outputs are known. A model that does not run is a [`Verdict`]. `talk` hears of every
     /// batch: `samples 8 to 15 of 64`.
     fn run(
         &self,
@@ -130,7 +131,7 @@ impl Measurement<'_> {
         talk: &mut dyn Talk,
     ) -> Result<Result<Measured, Verdict>, MeasureError> {
         talk.stage("loading the original");
-        let mut original = match self.engine.load(self.reference, &self.options) {
+        let mut original = match self.sessions.load(self.reference, &self.options) {
             Ok(session) => session,
             Err(RuntimeError::Load { message, .. }) => {
                 return Ok(Err(Verdict::ReferenceRefused { message, tried: Vec::new() }));
@@ -138,7 +139,7 @@ impl Measurement<'_> {
             Err(error) => return Err(error.into()),
         };
         talk.stage("loading the result");
-        let mut result = match self.engine.load(self.candidate, &self.options) {
+        let mut result = match self.sessions.load(self.candidate, &self.options) {
             Ok(session) => session,
             Err(RuntimeError::Load { message, .. }) => {
                 return Ok(Err(Verdict::CandidateRefused { message, sizes: String::new() }));
@@ -152,20 +153,30 @@ impl Measurement<'_> {
             let batch = batch?;
             let range = format!("samples {samples} to {} of {}", samples + batch.samples.max(1) - 1, self.total);
             talk.stage(&range);
-            let before: Vec<(String, Datum)> = match original.run(&batch.inputs) {
-                Ok(outputs) => outputs.into_iter().filter(|(name, _)| renamed.get(name) != Some(&None)).collect(),
-                Err(error) => {
-                    let message = error.to_string();
-                    return Ok(Err(Verdict::ReferenceRefused { message, tried: vec![range] }));
+            let before = match original.known(&batch.inputs) {
+                Some(known) => known,
+                None => {
+                    let outputs = match original.run(&batch.inputs) {
+                        Ok(outputs) => Rc::new(outputs),
+                        Err(error) => {
+                            let message = error.to_string();
+                            return Ok(Err(Verdict::ReferenceRefused { message, tried: vec![range] }));
+                        }
+                    };
+                    if state.is_none()
+                        && let Some(verdict) = repeat(&mut original, &batch.inputs, &outputs, &self.options)
+                    {
+                        return Ok(Err(verdict));
+                    }
+                    original.remember(&batch.inputs, &outputs);
+                    outputs
                 }
             };
+            let before: Vec<(String, Datum)> =
+                before.iter().filter(|(name, _)| renamed.get(name) != Some(&None)).cloned().collect();
             if state.is_none() {
-                if let Some(verdict) = repeat(original.as_mut(), &batch.inputs, &before, &self.options) {
-                    return Ok(Err(verdict));
-                }
-                let mut probe = |output: &OutputInfo<'_>| {
-                    is_causal(original.as_mut(), &batch.inputs, &before, output).unwrap_or(false)
-                };
+                let mut probe =
+                    |output: &OutputInfo<'_>| is_causal(&mut original, &batch.inputs, &before, output).unwrap_or(false);
                 state = Some(self.start(&batch, &before, &mut probe)?);
             }
             let after: Vec<(String, Datum)> = match result.run(&translated(&batch.inputs, renamed)) {
@@ -181,7 +192,7 @@ impl Measurement<'_> {
                 break;
             }
         }
-        state.ok_or(MeasureError::Empty)?.finish(samples, self.engine.name()).map(Ok)
+        state.ok_or(MeasureError::Empty)?.finish(samples, self.sessions.engine().name()).map(Ok)
     }
 
     /// Chooses the metric by the first batch, and starts to measure every output.
@@ -442,13 +453,25 @@ mod tests {
     }
 
     fn run(a: &Model, b: &Model, stacks: Vec<Result<Batch, SetError>>, metric: &str) -> Result<Measured, String> {
+        measured(&SessionStore::new(engine(), 1 << 20), [a, b], stacks, metric)
+    }
+
+    fn measured(
+        sessions: &SessionStore<'_>,
+        [a, b]: [&Model; 2],
+        stacks: Vec<Result<Batch, SetError>>,
+        metric: &str,
+    ) -> Result<Measured, String> {
         let total = stacks.iter().flatten().map(|s| s.samples).sum();
-        let (x, y) = (a.to_bytes(), b.to_bytes());
+        let folder = tempfile::tempdir().unwrap();
+        let [x, y] = ["a.onnx", "b.onnx"].map(|name| folder.path().join(name));
+        std::fs::write(&x, a.to_bytes()).unwrap();
+        std::fs::write(&y, b.to_bytes()).unwrap();
         let measurement = Measurement {
-            engine: engine(),
+            sessions,
             model: a,
-            reference: Source::Bytes(&x),
-            candidate: Source::Bytes(&y),
+            reference: &x,
+            candidate: &y,
             renamed: Renamed::new(),
             metric,
             options: LoadOptions { threads: 1, ..LoadOptions::default() },
@@ -465,6 +488,23 @@ mod tests {
         let w = build.constant("w", Tensor::from_f32s(&[2, weights.len() / 2], weights));
         let y = build.node(Node::new("MatMul"), &[x, w], "y");
         build.output(y, Type::unshaped(DataType::Float)).model()
+    }
+
+    #[test]
+    fn an_original_whose_outputs_are_known_gives_the_same_measurement() {
+        let sessions = SessionStore::new(engine(), 1 << 20);
+        let model = linear(&[1.0, 2.0, -1.0, 0.5]);
+        let set = || {
+            let rows = |at: f32| Tensor::from_f32s(&[2, 2], &[at, 1.0, -1.0, at]);
+            [0.5, 2.0].map(|at| stacks(&[("x", rows(at))], None, 2)).into_iter().flatten().collect()
+        };
+        let found = [0.25, 0.0, 0.25].map(|w| {
+            let other = linear(&[1.0, 2.0, -1.0, w]);
+            measured(&sessions, [&model, &other], set(), "rel-l2").unwrap()
+        });
+        assert_eq!(found[0], found[2]);
+        assert_ne!(found[0].drop, found[1].drop);
+        assert_eq!(found[0], run(&model, &linear(&[1.0, 2.0, -1.0, 0.25]), set(), "rel-l2").unwrap());
     }
 
     /// Logits for each token are a row of a table; with `look` every position adds the last token's row.

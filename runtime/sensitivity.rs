@@ -156,6 +156,7 @@ mod tests {
     use super::*;
     use crate::{
         NpzWriter, SampleSet,
+        sessions::SessionStore,
         statistics::serve,
         testing::{Build, engine},
     };
@@ -200,8 +201,8 @@ mod tests {
             };
             let tries = |job: &TrialJob| {
                 single.set(true);
-                let found =
-                    trials::serve(engine(), job, &mut |_: &str| {}).map_err(|e| RuntimeError::Child(e.to_string()))?;
+                let found = trials::serve(&SessionStore::new(engine(), 1 << 20), job, &mut |_: &str| {})
+                    .map_err(|e| RuntimeError::Child(e.to_string()))?;
                 Ok(found.into_iter().map(|rise| rise.unwrap_or(f64::INFINITY)).collect())
             };
             let runs = Runs { gather: &gather, tries: &tries };

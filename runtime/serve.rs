@@ -1,9 +1,11 @@
 //! The worker's side: reads requests, runs models, writes answers, until the stream ends.
 
 use crate::{
-    Engine, Inputs, Progress, RuntimeError, Source, Talk, VerifyTask, bench,
+    Engine, Inputs, Progress, RuntimeError, Session as _, Source, Talk, VerifyTask, bench,
     datum::only_tensors,
-    measure, select, statistics, trials,
+    measure, select,
+    sessions::SessionStore,
+    statistics, trials,
     verify::{Edges, verify_at},
     wire::{
         InputHeads, WorkerAnswer, WorkerRequest,
@@ -21,9 +23,14 @@ use std::{
 ///
 /// An engine that could not be started is reported to every request. Where the system tells, the process ends with the one
 /// that started it, whatever it is doing.
-pub fn serve(engine: Result<&dyn Engine, RuntimeError>) -> io::Result<()> {
+/// Sessions stay loaded while they take at most `keep` bytes.
+pub fn serve(engine: Result<&dyn Engine, RuntimeError>, keep: u64) -> io::Result<()> {
     end_with_parent();
-    serve_on(engine, &mut BufReader::new(io::stdin().lock()), &mut io::stdout().lock())
+    serve_on(
+        engine.map(|engine| SessionStore::new(engine, keep)),
+        &mut BufReader::new(io::stdin().lock()),
+        &mut io::stdout().lock(),
+    )
 }
 
 /// Ends this process soon after its parent: work that nobody waits for would go on for minutes.
@@ -42,10 +49,14 @@ fn end_with_parent() {
     }
 }
 
-fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, output: &mut dyn Write) -> io::Result<()> {
+fn serve_on(
+    sessions: Result<SessionStore<'_>, RuntimeError>,
+    input: &mut dyn Read,
+    output: &mut dyn Write,
+) -> io::Result<()> {
     while let Some((request, payload)) = framing::read::<WorkerRequest>(input)? {
-        let answered = match &engine {
-            Ok(engine) => answer(*engine, request, payload, output),
+        let answered = match &sessions {
+            Ok(sessions) => answer(sessions, request, payload, output),
             Err(error) => {
                 framing::write(output, &WorkerAnswer::NoEngine(error.to_string()), &[])?;
                 continue;
@@ -64,12 +75,13 @@ fn serve_on(engine: Result<&dyn Engine, RuntimeError>, input: &mut dyn Read, out
 
 /// Answers one request. Of whatever goes wrong the program hears the sentence.
 fn answer(
-    engine: &dyn Engine,
+    sessions: &SessionStore<'_>,
     request: WorkerRequest,
     mut payload: Bytes,
     output: &mut dyn Write,
 ) -> Result<(WorkerAnswer, Vec<Bytes>), Box<dyn Error>> {
     let mut talk = Pipe(output);
+    let engine = sessions.engine();
     match request {
         WorkerRequest::Hello => {
             Ok((WorkerAnswer::Hello { name: engine.name(), providers: engine.providers() }, Vec::new()))
@@ -88,7 +100,7 @@ fn answer(
         WorkerRequest::Run { model, inputs, options } => {
             let inputs = framing::unpack_all(inputs, &mut payload)?;
             talk.stage("loading the model");
-            let mut session = engine.load(Source::Path(&model), &options)?;
+            let mut session = sessions.load(&model, &options)?;
             let mut outputs = Vec::new();
             for sample in &inputs {
                 talk.stage("running the model");
@@ -120,9 +132,9 @@ fn answer(
         WorkerRequest::Gather(job) => {
             Ok((WorkerAnswer::Gathered(statistics::serve(engine, &job, &mut talk)?), Vec::new()))
         }
-        WorkerRequest::Trials(job) => Ok((WorkerAnswer::Tried(trials::serve(engine, &job, &mut talk)?), Vec::new())),
+        WorkerRequest::Trials(job) => Ok((WorkerAnswer::Tried(trials::serve(sessions, &job, &mut talk)?), Vec::new())),
         WorkerRequest::Measure(job) => {
-            let measured = measure::serve(engine, &job, &mut talk)?;
+            let measured = measure::serve(sessions, &job, &mut talk)?;
             Ok((WorkerAnswer::Measured(measured.map(Box::new)), Vec::new()))
         }
         WorkerRequest::Bench { models, inputs, task, options } => {
@@ -163,7 +175,7 @@ mod tests {
         framing::write(&mut wire, &WorkerRequest::Hello, &[]).unwrap();
         framing::write(&mut wire, &request, &[&model, &parts[0]]).unwrap();
         let mut answers = Vec::new();
-        serve_on(Ok(engine()), &mut &wire[..], &mut answers).unwrap();
+        serve_on(Ok(SessionStore::new(engine(), 0)), &mut &wire[..], &mut answers).unwrap();
         let mut answers = &answers[..];
         let mut seen = Vec::new();
         while let Some((answer, mut payload)) = framing::read::<WorkerAnswer>(&mut answers).unwrap() {

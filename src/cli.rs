@@ -10,7 +10,6 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, parser::ValueSour
 use lathe_runtime::Listener;
 use std::{
     ffi::OsString,
-    path::PathBuf,
     process::ExitCode,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -69,7 +68,7 @@ pub fn main() -> ExitCode {
 /// Runs the program on a command line, the name of the program included. Returns the exit code.
 pub fn run(arguments: Vec<OsString>) -> u8 {
     if arguments.get(1).is_some_and(|a| a == runner::SERVE) {
-        return commands::serve(arguments.get(2).map(PathBuf::from));
+        return commands::serve(&arguments[2..]);
     }
     stop_cleanly_on_interrupt();
     silence_panics();

@@ -73,6 +73,11 @@ pub(crate) fn data_dir() -> Option<PathBuf> {
     base.map(|base| base.join("onnx-lathe"))
 }
 
+/// Bytes of sessions that may stay loaded: a quarter of what runs may take, or of the machine's memory.
+fn kept_bytes(memory: Option<u64>) -> u64 {
+    memory.map_or_else(lathe_runtime::quarter_of_memory, |limit| limit / 4)
+}
+
 /// Runs models in a child process that is started when the first one is asked for.
 pub(crate) struct Runner {
     child: Child,
@@ -87,6 +92,7 @@ impl Runner {
             (None, None) => (std::env::current_exe().context("the program does not find itself")?, Vec::new()),
         };
         arguments.push(OsString::from(SERVE));
+        arguments.push(OsString::from(kept_bytes(options.memory).to_string()));
         arguments.extend(options.ort.clone().map(PathBuf::into_os_string));
         let limits = Limits { timeout: Some(options.timeout), memory: options.memory };
         let child = Child::new(program, arguments, limits).heard_by(options.progress.clone());

@@ -6,11 +6,11 @@ use super::{
     list,
 };
 use crate::{
-    Datum, Engine, Gates, RuntimeError, Sample, SampleSet, Session, SetError, Source, StatisticsError, Talk,
-    wire::TrialJob,
+    Datum, Gates, RuntimeError, Sample, SampleSet, Session, SetError, Source, StatisticsError, Talk,
+    sessions::SessionStore, wire::TrialJob,
 };
 use lathe_ir::{Model, ReadError, Tensor};
-use std::path::PathBuf;
+use std::{path::PathBuf, rc::Rc};
 
 /// Why a variant could not be tried.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +34,11 @@ pub(crate) enum TrialError {
 }
 
 /// Runs a job; `None` stands for a distance that is not finite.
-pub(crate) fn serve(engine: &dyn Engine, job: &TrialJob, talk: &mut dyn Talk) -> Result<Vec<Option<f64>>, TrialError> {
+pub(crate) fn serve(
+    sessions: &SessionStore<'_>,
+    job: &TrialJob,
+    talk: &mut dyn Talk,
+) -> Result<Vec<Option<f64>>, TrialError> {
     talk.stage("opening the set");
     let read = |path: &PathBuf| Model::read(path).map(|loaded| loaded.model);
     let (model, variant) = (read(&job.reference)?, read(&job.variant)?);
@@ -45,19 +49,38 @@ pub(crate) fn serve(engine: &dyn Engine, job: &TrialJob, talk: &mut dyn Talk) ->
         variant.graph.main().inputs().iter().map(|&v| variant.graph.value(v).name.clone()).collect();
     drop((model, variant));
     talk.stage("loading the model");
-    let mut original = engine.load(Source::Path(&job.reference), &job.options)?;
+    let mut original = sessions.load(&job.reference, &job.options)?;
     talk.stage("loading a variant of the model");
-    let mut session = engine.load(Source::Path(&job.variant), &job.options)?;
+    // Every variant is another one.
+    let mut session = sessions.engine().load(Source::Path(&job.variant), &job.options)?;
     let mut sums = vec![0.0; gates.len()];
     let (mut samples, mut runs, mut finite) = (0, 0, None);
     for batch in set.batches() {
         let batch = batch?;
         talk.stage("running the model");
         let mut expected = Vec::new();
-        visit(original.as_mut(), &batch.inputs, &compared, &mut |name, tensor| {
-            expected.push((name, Expected::of(tensor, job.distance, batch.samples)?));
-            Ok(())
-        })?;
+        let outputs = match original.known(&batch.inputs) {
+            Some(known) => known,
+            None => {
+                let mut outputs = Vec::new();
+                original.visit(&batch.inputs, &mut |name, datum| {
+                    if compared.iter().any(|c| c == name) {
+                        outputs.push((name.to_owned(), datum));
+                    }
+                    Ok(())
+                })?;
+                let outputs = Rc::new(outputs);
+                original.remember(&batch.inputs, &outputs);
+                outputs
+            }
+        };
+        for (name, datum) in outputs.iter() {
+            each(name.clone(), datum, &mut |name, tensor| {
+                expected.push((name, Expected::of(tensor, job.distance, batch.samples)?));
+                Ok(())
+            })?;
+        }
+        drop(outputs);
         // Whole numbers and strings stay what they are under small errors: they count where there is nothing else.
         if expected.iter().any(|(_, e)| matches!(e, Expected::Numbers(_))) {
             expected.retain(|(_, e)| matches!(e, Expected::Numbers(_)));
@@ -196,7 +219,7 @@ mod tests {
             non_finite: NonFinite::Infinite,
             options: LoadOptions::default(),
         };
-        serve(engine(), &job, &mut |_: &str| {}).unwrap()
+        serve(&SessionStore::new(engine(), 1 << 20), &job, &mut |_: &str| {}).unwrap()
     }
 
     #[test]

@@ -16,7 +16,10 @@ use crate::{
     terminal::{print, say},
 };
 use lathe_ir::{Loaded, Model};
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 /// What a command found out.
 #[derive(Debug, Clone)]
@@ -50,9 +53,12 @@ impl Answer {
     }
 }
 
-/// Runs models for the parent process until it hangs up. `library` is the user's `--ort`.
-pub(crate) fn serve(library: Option<PathBuf>) -> u8 {
-    lathe_runtime::serve(lathe_runtime::start(&runner::search(library))).is_err().into()
+/// Runs models for the parent process until it hangs up. `arguments` are those that [`runner::Runner`] gives: bytes of
+/// sessions that may stay, and the user's `--ort`.
+pub(crate) fn serve(arguments: &[OsString]) -> u8 {
+    let keep = arguments.first().and_then(|text| text.to_str()?.parse().ok()).unwrap_or(0);
+    let library = arguments.get(1).map(PathBuf::from);
+    lathe_runtime::serve(lathe_runtime::start(&runner::search(library)), keep).is_err().into()
 }
 
 /// Reads a model and names it in the error.
