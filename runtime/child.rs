@@ -1,5 +1,6 @@
 //! The program's side: a worker process that may crash, hang or eat memory without taking the program with it.
 
+mod pool;
 mod worker;
 
 use crate::{
@@ -11,13 +12,13 @@ use crate::{
 use bytes::Bytes;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
+use pool::Pool;
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
-use worker::Worker;
 
 /// What one request may take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,28 +29,36 @@ pub struct Limits {
     pub memory: Option<u64>,
 }
 
-/// A worker process that runs models. It is started when first needed and again after it died.
+/// Worker processes that run models. They are started when first needed and again after they died.
 pub struct Child {
-    program: PathBuf,
-    arguments: Vec<OsString>,
+    pool: Pool,
     limits: Limits,
-    worker: Mutex<Option<Worker>>,
     name: Mutex<Option<String>>,
     listener: Listener,
 }
 
+/// Times that a request is asked again where somebody else ended the worker that was at it.
+const RETRIES: usize = 2;
+
 impl Child {
     /// A worker that `program` becomes when called with `arguments`: it must call [`crate::serve`].
     pub fn new(program: impl Into<PathBuf>, arguments: Vec<OsString>, limits: Limits) -> Child {
-        let program = program.into();
         Child {
-            program,
-            arguments,
+            pool: Pool::new(program.into(), arguments, 1),
             limits,
-            worker: Mutex::new(None),
             name: Mutex::new(None),
             listener: Listener::default(),
         }
+    }
+
+    /// The same with up to so many workers, each within the limits: requests of several threads are answered at a time.
+    pub fn of_workers(self, most: usize) -> Child {
+        Child { pool: self.pool.with_most(most), ..self }
+    }
+
+    /// How many requests are answered at a time.
+    pub fn workers(&self) -> usize {
+        self.pool.most()
     }
 
     /// The same, and `listener` hears how far long work is.
@@ -135,7 +144,7 @@ impl Child {
                 Ok((other, _)) => return Err(unexpected(&other)),
                 Err(error) => error,
             };
-            let RuntimeError::Ended { stage, message } = &ended else { return Err(ended) };
+            let RuntimeError::Ended { stage, message, .. } = &ended else { return Err(ended) };
             if let Some(sizes) = stage.strip_prefix(RESULT_AT_EDGE) {
                 let (message, sizes) = (message.clone(), sizes.to_owned());
                 return Ok(Verdict::CandidateRefused { message, sizes });
@@ -219,26 +228,35 @@ impl Child {
     }
 
     /// Sends one request and waits for its answer. A worker that fails is gone afterwards; the next request starts anew.
+    /// Requests change nothing but files that are put in place whole, so one whose worker was killed is asked again.
     fn ask(&self, request: &WorkerRequest, payload: &[&[u8]]) -> Result<(WorkerAnswer, Bytes), RuntimeError> {
+        let mut retries = 0;
+        loop {
+            match self.ask_once(request, payload) {
+                Err(RuntimeError::Ended { killed: true, .. }) if retries < RETRIES => retries += 1,
+                answer => return answer,
+            }
+        }
+    }
+
+    fn ask_once(&self, request: &WorkerRequest, payload: &[&[u8]]) -> Result<(WorkerAnswer, Bytes), RuntimeError> {
         if self.listener.is_stopped() {
             return Err(RuntimeError::Stopped);
         }
-        let mut slot = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut worker = match slot.take() {
-            Some(worker) => worker,
-            None => Worker::start(&self.program, &self.arguments)?,
-        };
-        let _span = self.listener.span_of(worker.process_id(), "request", request.name());
+        let mut lent = self.pool.lend(request.wants_the_machine(), &self.listener)?;
+        let worker = lent.worker();
+        let span = self.listener.span_of(worker.process_id(), "request", request.name());
         worker.send(request, payload);
-        let answer = match worker.wait(self.limits, &self.listener) {
-            Err(_) if self.listener.is_stopped() => return Err(RuntimeError::Stopped),
-            answer => answer?,
-        };
-        *slot = Some(worker);
+        let answer = worker.wait(self.limits, &self.listener);
+        drop(span);
         match answer {
-            (WorkerAnswer::Error(message), _) => Err(RuntimeError::Child(message)),
-            (WorkerAnswer::NoEngine(message), _) => Err(RuntimeError::NoEngine(message)),
-            answer => Ok(answer),
+            Err(error) => {
+                lent.lose();
+                Err(if self.listener.is_stopped() { RuntimeError::Stopped } else { error })
+            }
+            Ok((WorkerAnswer::Error(message), _)) => Err(RuntimeError::Child(message)),
+            Ok((WorkerAnswer::NoEngine(message), _)) => Err(RuntimeError::NoEngine(message)),
+            Ok(answer) => Ok(answer),
         }
     }
 }
@@ -325,6 +343,39 @@ mod tests {
         let stage = WorkerAnswer::Stage(format!("{RESULT_AT_EDGE}n = 0"));
         let Verdict::CandidateRefused { sizes, .. } = verified(&[stage], &[]).unwrap() else { panic!() };
         assert_eq!(sizes, "n = 0");
+    }
+
+    #[test]
+    fn a_request_whose_worker_was_killed_is_asked_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut wire = Vec::new();
+        let hello = WorkerAnswer::Hello { name: "an engine".to_owned(), providers: Vec::new() };
+        framing::write(&mut wire, &hello, &[]).unwrap();
+        std::fs::write(folder.path().join("answer"), wire).unwrap();
+        let at = folder.path().display();
+        let script = format!("if [ -e {at}/once ]; then cat {at}/answer; else touch {at}/once; kill -KILL $$; fi");
+        assert_eq!(shell(&script, Limits::default()).hello().unwrap().0, "an engine");
+        let always = shell("kill -KILL $$", Limits::default()).hello().unwrap_err().to_string();
+        assert!(always.contains("SIGKILL"), "{always}");
+    }
+
+    #[test]
+    fn workers_answer_at_a_time_and_one_that_times_is_alone() {
+        let script = "exec sleep 60";
+        let limits = Limits { timeout: Some(Duration::from_millis(400)), memory: None };
+        let bench = |child: &Child| {
+            let inputs = BenchInputs::Random(crate::InputSpec::default());
+            child.bench(&[], &inputs, BenchTask::Load, &LoadOptions::default()).unwrap_err()
+        };
+        let took = |workers: usize, work: &(dyn Fn(&Child) -> RuntimeError + Sync)| {
+            let child = shell(script, limits).of_workers(workers);
+            let start = Instant::now();
+            thread::scope(|scope| (0..3).for_each(|_| drop(scope.spawn(|| work(&child)))));
+            start.elapsed().as_secs_f64()
+        };
+        let hello: &(dyn Fn(&Child) -> RuntimeError + Sync) = &|child| child.hello().unwrap_err();
+        assert!((0.4..0.8).contains(&took(3, hello)));
+        assert!(took(1, hello) >= 1.2 && took(3, &bench) >= 1.2);
     }
 
     #[test]

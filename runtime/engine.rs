@@ -121,6 +121,8 @@ pub enum RuntimeError {
         stage: String,
         /// How it ended.
         message: String,
+        /// Whether another process ended it, which says nothing about what it was doing.
+        killed: bool,
     },
 }
 

@@ -101,8 +101,8 @@ impl Worker {
                 }
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => {
-                    let message = self.obituary(&stage);
-                    return Err(RuntimeError::Ended { stage, message });
+                    let (message, killed) = self.obituary(&stage);
+                    return Err(RuntimeError::Ended { stage, message, killed });
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -113,7 +113,7 @@ impl Worker {
             if let Some(limit) = limits.timeout.filter(|&limit| start.elapsed() > limit) {
                 self.stop();
                 let message = format!("the runtime was stopped: {stage} took longer than {} s", limit.as_secs_f32());
-                return Err(RuntimeError::Ended { stage, message });
+                return Err(RuntimeError::Ended { stage, message, killed: false });
             }
             if let (Some(limit), Some(used)) = (limits.memory, resident(self.process.id()))
                 && used > limit
@@ -121,7 +121,7 @@ impl Worker {
                 self.stop();
                 let (used, limit) = (used >> 20, limit >> 20);
                 let message = format!("the runtime was stopped: {stage} took {used} MiB, and {limit} MiB are allowed");
-                return Err(RuntimeError::Ended { stage, message });
+                return Err(RuntimeError::Ended { stage, message, killed: false });
             }
         }
     }
@@ -132,8 +132,8 @@ impl Worker {
         let _ = self.process.wait();
     }
 
-    /// Why the worker is gone.
-    fn obituary(&mut self, stage: &str) -> String {
+    /// Why the worker is gone, and whether it was killed.
+    fn obituary(&mut self, stage: &str) -> (String, bool) {
         let deadline = Instant::now() + Duration::from_secs(2);
         let status = loop {
             match self.process.try_wait() {
@@ -152,13 +152,29 @@ impl Worker {
         let words = String::from_utf8_lossy(&words);
         let last = words.lines().map(str::trim).rfind(|line| !line.is_empty());
         let said = last.map_or(String::new(), |line| format!("; its last words were \"{line}\""));
-        format!("the runtime {how} while {stage}{said}")
+        (format!("the runtime {how} while {stage}{said}"), status.is_some_and(was_killed))
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// Whether a signal ended it that processes do not send themselves.
+fn was_killed(status: ExitStatus) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::ExitStatusExt as _;
+        const SIGKILL: i32 = 9;
+        const SIGTERM: i32 = 15;
+        matches!(status.signal(), Some(SIGKILL | SIGTERM))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = status;
+        false
     }
 }
 

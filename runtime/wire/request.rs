@@ -39,6 +39,11 @@ pub(crate) enum WorkerRequest {
 }
 
 impl WorkerRequest {
+    /// Whether nothing else may run meanwhile: times of runs that share a machine say nothing.
+    pub fn wants_the_machine(&self) -> bool {
+        matches!(self, WorkerRequest::Bench { .. })
+    }
+
     /// What it is, for traces.
     pub fn name(&self) -> &'static str {
         match self {
