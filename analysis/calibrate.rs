@@ -193,6 +193,11 @@ pub trait Calibrate {
         Ok(None)
     }
 
+    /// What everything that is told here follows from: model, samples and how they are run; `None` where that is not known.
+    fn identity(&self) -> Option<[u8; 32]> {
+        None
+    }
+
     /// Whether trials run on samples that fits do not see.
     fn holds_out(&self) -> bool {
         true
@@ -227,6 +232,12 @@ pub trait Calibrate {
     /// are not finite.
     fn trials(&self, _variant: &Model, _gates: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
         Err(unable())
+    }
+
+    /// The same for several variants without gates.
+    fn trials_of(&self, variants: &[Model]) -> Result<Vec<f64>, EvaluateError> {
+        let one = |variant: &Model| Ok(self.trials(variant, &[Vec::new()])?.first().copied().unwrap_or(f64::INFINITY));
+        variants.iter().map(one).collect()
     }
 
     /// How large the numbers of a value of the original model are; `None` if that was not collected, as by

@@ -142,8 +142,11 @@ const REST: Duration = Duration::from_millis(2);
 /// Runs under the profiler.
 const PROFILED_RUNS: usize = 12;
 
-/// Rounds of [`BenchTask::Each`].
-const EACH_ROUNDS: usize = 9;
+/// Rounds of [`BenchTask::Each`], at least and at most.
+const EACH_ROUNDS: (usize, usize) = (3, 9);
+
+/// What the rounds of a model may differ by, as a share of their median, for no more to be needed.
+const ALIKE: f64 = 0.03;
 
 /// Does one task. `models` are one or two files with the same inputs, of which the first one says what they are; only
 /// [`BenchTask::Each`] takes more.
@@ -315,8 +318,12 @@ impl Bench<'_> {
             sessions.push(timed);
         }
         let mut rounds = vec![Vec::new(); sessions.len()];
-        for round in 0..EACH_ROUNDS {
-            talk.progress(round, EACH_ROUNDS, "rounds");
+        let (least, most) = EACH_ROUNDS;
+        for round in 0..most {
+            if round >= least && rounds.iter().all(|medians| agree(medians)) {
+                break;
+            }
+            talk.progress(round, most, "rounds");
             for (index, timed) in sessions.iter_mut().enumerate() {
                 let failed = |error| BenchError::Model { path: self.models[index].clone(), error };
                 rounds[index].push(quantile(&turn_of(timed.as_mut(), TURN / 4).map_err(failed)?, 0.5));
@@ -384,9 +391,22 @@ fn peak_rss_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// Whether the middle half of what rounds measured lies close together.
+fn agree(medians: &[f64]) -> bool {
+    let [low, middle, high] = [0.25, 0.5, 0.75].map(|share| quantile(medians, share));
+    high - low <= ALIKE * middle
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rounds_agree_where_their_middle_half_is_close() {
+        assert!(agree(&[1.0, 1.01, 1.005]) && agree(&[1.0, 1.0, 1.0, 1.0, 9.0]));
+        assert!(!agree(&[1.0, 1.1, 1.05]));
+    }
+
     use crate::testing::{engine, unary};
     use lathe_ir::Node;
 

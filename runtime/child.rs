@@ -4,21 +4,28 @@ mod pool;
 mod worker;
 
 use crate::{
-    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, Inputs, Listener, LoadOptions, Measured, RuntimeError,
-    Sample, SetSpec, Verdict,
+    BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, ContentIds, Executor, Gates, Inputs, KeptResults,
+    Listener, LoadOptions, Measured, Progress, RuntimeError, Sample, SetSpec, Task, Verdict,
     verify::{AT_EDGE, RESULT_AT_EDGE},
     wire::{GatherJob, Gathered, InputHeads, MeasureJob, SelectJob, TrialJob, WorkerAnswer, WorkerRequest, framing},
 };
 use bytes::Bytes;
-use lathe_analysis::{Evaluate, EvaluateError};
+use lathe_analysis::{Evaluate, EvaluateError, Keep as _};
 use lathe_ir::{Model, Tensor};
 use pool::Pool;
+use serde::Serialize;
 use std::{
     ffi::OsString,
+    fs, io,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::Duration,
 };
+use tempfile::TempDir;
 
 /// What one request may take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -33,9 +40,17 @@ pub struct Limits {
 pub struct Child {
     pool: Pool,
     limits: Limits,
-    name: Mutex<Option<String>>,
+    /// Name and providers of the engine, once it was asked.
+    engine: Mutex<Option<(String, Vec<String>)>>,
     listener: Listener,
+    content: ContentIds,
+    kept: Option<KeptResults>,
+    scratch: Option<PathBuf>,
+    executor: Option<Arc<dyn Executor>>,
 }
+
+/// What measurements are kept as.
+const MEASUREMENTS: &str = "measurements";
 
 /// Times that a request is asked again where somebody else ended the worker that was at it.
 const RETRIES: usize = 2;
@@ -46,9 +61,28 @@ impl Child {
         Child {
             pool: Pool::new(program.into(), arguments, 1),
             limits,
-            name: Mutex::new(None),
+            engine: Mutex::new(None),
             listener: Listener::default(),
+            content: ContentIds::default(),
+            kept: None,
+            scratch: None,
+            executor: None,
         }
+    }
+
+    /// The same, and what is computed is kept for later runs.
+    pub fn keeping(self, kept: KeptResults, content: ContentIds) -> Child {
+        Child { kept: Some(kept), content, ..self }
+    }
+
+    /// What files are by their contents.
+    pub fn content(&self) -> &ContentIds {
+        &self.content
+    }
+
+    /// Where results are kept for later runs; `None` where nothing is.
+    pub fn kept(&self) -> Option<&KeptResults> {
+        self.kept.as_ref()
     }
 
     /// The same with up to so many workers, each within the limits: requests of several threads are answered at a time.
@@ -56,9 +90,47 @@ impl Child {
         Child { pool: self.pool.with_most(most), ..self }
     }
 
+    /// The same, and models that are written for a request go to this folder, which every worker sees.
+    pub fn writing_in(self, folder: PathBuf) -> Child {
+        Child { scratch: Some(folder), ..self }
+    }
+
+    /// A fresh folder for models that are written for requests.
+    pub fn scratch(&self) -> io::Result<TempDir> {
+        match &self.scratch {
+            None => tempfile::tempdir(),
+            Some(folder) => {
+                fs::create_dir_all(folder)?;
+                tempfile::tempdir_in(folder)
+            }
+        }
+    }
+
+    /// The same, and whatever runs models for a while is carried out by `executor`, whose workers must be of this `version`
+    /// and have the same engine.
+    pub fn carried_out_by(self, executor: Arc<dyn Executor>, version: &str) -> Result<Child, RuntimeError> {
+        let (engine, _) = self.hello()?;
+        let child = Child { executor: Some(executor), ..self };
+        match child.elsewhere(vec![(WorkerRequest::Hello, Vec::new())])?.pop() {
+            Some(Ok((WorkerAnswer::Hello { name, version: other, .. }, _))) => {
+                if other != version {
+                    return Err(RuntimeError::Child(format!(
+                        "the workers are of version {other}, and this is {version}"
+                    )));
+                }
+                if name != engine {
+                    return Err(RuntimeError::Child(format!("the workers run {name}, and here it is {engine}")));
+                }
+                Ok(child)
+            }
+            Some(Err(error)) => Err(error),
+            _ => Err(RuntimeError::Child("the workers do not say who they are".to_owned())),
+        }
+    }
+
     /// How many requests are answered at a time.
     pub fn workers(&self) -> usize {
-        self.pool.most()
+        self.executor.as_ref().map_or(self.pool.most(), |executor| executor.workers())
     }
 
     /// The same, and `listener` hears how far long work is.
@@ -71,10 +143,27 @@ impl Child {
         &self.listener
     }
 
+    /// A hash of everything that results of runs depend on, and of what else there is.
+    pub fn run_hash(
+        &self,
+        model: &Model,
+        set: &SetSpec,
+        load: &LoadOptions,
+        more: &impl Serialize,
+    ) -> Result<blake3::Hash, RuntimeError> {
+        let (engine, _) = self.hello()?;
+        let failed = |e| RuntimeError::Child(format!("what a run depends on cannot be read: {e}"));
+        self.content.of_run(&engine, model, set, load, more).map_err(failed)
+    }
+
     /// The engine's name and its execution providers.
     pub fn hello(&self) -> Result<(String, Vec<String>), RuntimeError> {
+        let mut known = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*known {
+            return Ok(known.clone());
+        }
         match self.ask(&WorkerRequest::Hello, &[])? {
-            (WorkerAnswer::Hello { name, providers }, _) => Ok((name, providers)),
+            (WorkerAnswer::Hello { name, providers, .. }, _) => Ok(known.insert((name, providers)).clone()),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -161,20 +250,28 @@ impl Child {
         }
     }
 
-    /// Runs a model that computes statistics.
-    pub(crate) fn gather(&self, job: &GatherJob) -> Result<Gathered, RuntimeError> {
-        match self.ask(&WorkerRequest::Gather(job.clone()), &[])? {
+    /// Runs models that compute statistics, as many at a time as there are workers; what came of them, in their order.
+    pub(crate) fn gather(&self, jobs: &[GatherJob]) -> Result<Vec<Gathered>, RuntimeError> {
+        let answers = self.ask_all(jobs.iter().map(|job| WorkerRequest::Gather(job.clone())).collect());
+        let gathered = |answer: Result<Answer, RuntimeError>| match answer? {
             (WorkerAnswer::Gathered(gathered), _) => Ok(gathered),
             (other, _) => Err(unexpected(&other)),
-        }
+        };
+        answers.into_iter().map(gathered).collect()
     }
 
-    /// Runs variants of a model; a distance that is not finite is infinite.
+    /// Runs variants of a model, shared out among the workers; a distance that is not finite is infinite.
     pub(crate) fn trials(&self, job: &TrialJob) -> Result<Vec<f64>, RuntimeError> {
-        match self.ask(&WorkerRequest::Trials(job.clone()), &[])? {
-            (WorkerAnswer::Tried(found), _) => Ok(found.into_iter().map(|d| d.unwrap_or(f64::INFINITY)).collect()),
-            (other, _) => Err(unexpected(&other)),
+        let share = job.gates.len().div_ceil(self.workers()).max(1);
+        let part = |gates: &[Gates]| WorkerRequest::Trials(TrialJob { gates: gates.to_vec(), ..job.clone() });
+        let mut all = Vec::new();
+        for answer in self.ask_all(job.gates.chunks(share).map(part).collect()) {
+            match answer? {
+                (WorkerAnswer::Tried(found), _) => all.extend(found.into_iter().map(|d| d.unwrap_or(f64::INFINITY))),
+                (other, _) => return Err(unexpected(&other)),
+            }
         }
+        Ok(all)
     }
 
     /// Chooses `count` samples of a set, as calibration sets are chosen from larger pools, entirely inside the worker.
@@ -204,12 +301,40 @@ impl Child {
         metric: &str,
         options: &LoadOptions,
     ) -> Result<Result<Measured, Verdict>, RuntimeError> {
+        let key = self.measurement_key((reference, candidate), set, metric, options);
+        let kept = self.kept.as_ref().zip(key);
+        if let Some(measured) = kept.as_ref().and_then(|(kept, key)| kept.read(MEASUREMENTS, key)) {
+            let measured = serde_json::from_slice(&measured);
+            return measured.map(Ok).map_err(|e| RuntimeError::Child(format!("a kept measurement is damaged: {e}")));
+        }
         let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
         let (set, metric, options) = (set.clone(), metric.to_owned(), options.clone());
         match self.ask(&WorkerRequest::Measure(MeasureJob { reference, candidate, set, metric, options }), &[])? {
-            (WorkerAnswer::Measured(found), _) => Ok(found.map(|measured| *measured)),
+            (WorkerAnswer::Measured(found), _) => {
+                if let (Ok(measured), Some((kept, key))) = (&found, kept)
+                    && let Ok(bytes) = serde_json::to_vec(measured)
+                {
+                    kept.put(MEASUREMENTS, &key, &bytes);
+                }
+                Ok(found.map(|measured| *measured))
+            }
             (other, _) => Err(unexpected(&other)),
         }
+    }
+
+    /// A key of what a measurement depends on; `None` where that cannot be told.
+    fn measurement_key(
+        &self,
+        (reference, candidate): (&Path, &Path),
+        set: &SetSpec,
+        metric: &str,
+        options: &LoadOptions,
+    ) -> Option<[u8; 32]> {
+        let read = |path: &Path| Model::read(path).ok().map(|loaded| loaded.model);
+        let (reference, candidate) = (read(reference)?, read(candidate)?);
+        let candidate = self.content.of_model(&candidate).ok()?;
+        let more = (candidate.as_bytes(), metric);
+        Some(*self.run_hash(&reference, set, options, &more).ok()?.as_bytes())
     }
 
     /// Times one or two models on disk, with [`crate::bench`], entirely inside the worker.
@@ -227,19 +352,98 @@ impl Child {
         }
     }
 
+    /// Sends requests without a payload, and waits for their answers, which come in their order.
+    fn ask_all(&self, requests: Vec<WorkerRequest>) -> Vec<Result<Answer, RuntimeError>> {
+        if self.executor.is_some() && requests.iter().all(WorkerRequest::travels) {
+            let count = requests.len();
+            let requests = requests.into_iter().map(|request| (request, Vec::new())).collect();
+            let failed = |error: RuntimeError| (0..count).map(|_| Err(error.clone())).collect();
+            return self.elsewhere(requests).unwrap_or_else(failed);
+        }
+        let threads = self.pool.most().min(requests.len());
+        if threads < 2 {
+            return requests.iter().map(|request| self.ask(request, &[])).collect();
+        }
+        let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let listener = self.listener.of_many();
+        let unit = format!("tasks on {threads} workers");
+        let work = || {
+            let mut answers = Vec::new();
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(request) = requests.get(at) else { return answers };
+                answers.push((at, self.ask_heard_by(&listener, request, &[])));
+                let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+                self.listener.hear(&Progress::new(done, requests.len(), &unit));
+            }
+        };
+        let mut all: Vec<(usize, Result<Answer, RuntimeError>)> = thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            workers.into_iter().flat_map(|worker| worker.join().expect("a worker only asks")).collect()
+        });
+        all.sort_by_key(|(at, _)| *at);
+        all.into_iter().map(|(_, answer)| answer).collect()
+    }
+
+    /// Has requests carried out by the executor: not many more at a time than it has workers, so that work that is called
+    /// off ends soon.
+    fn elsewhere(
+        &self,
+        requests: Vec<(WorkerRequest, Vec<&[u8]>)>,
+    ) -> Result<Vec<Result<Answer, RuntimeError>>, RuntimeError> {
+        let Some(executor) = &self.executor else { return Ok(Vec::new()) };
+        let lost = |message: String| RuntimeError::Child(message);
+        let mut answers = Vec::new();
+        for part in requests.chunks(2 * executor.workers().max(1)) {
+            if self.listener.is_stopped() {
+                return Err(RuntimeError::Stopped);
+            }
+            let _span = self.listener.span(part.first().map_or("tasks", |(request, _)| request.name()));
+            let task = |(request, payload): &(WorkerRequest, Vec<&[u8]>)| {
+                let mut task = Vec::new();
+                framing::write(&mut task, request, payload).map(|()| task)
+            };
+            let tasks: Vec<Task> = part.iter().map(task).collect::<io::Result<_>>().map_err(|e| lost(e.to_string()))?;
+            let outcomes = executor.map(tasks).map_err(|error| lost(error.message))?;
+            if outcomes.len() != part.len() {
+                return Err(lost(format!("{} tasks have {} outcomes", part.len(), outcomes.len())));
+            }
+            answers.extend(outcomes.iter().map(|outcome| last_answer(outcome)));
+        }
+        Ok(answers)
+    }
+
     /// Sends one request and waits for its answer. A worker that fails is gone afterwards; the next request starts anew.
     /// Requests change nothing but files that are put in place whole, so one whose worker was killed is asked again.
-    fn ask(&self, request: &WorkerRequest, payload: &[&[u8]]) -> Result<(WorkerAnswer, Bytes), RuntimeError> {
+    fn ask(&self, request: &WorkerRequest, payload: &[&[u8]]) -> Result<Answer, RuntimeError> {
+        self.ask_heard_by(&self.listener, request, payload)
+    }
+
+    fn ask_heard_by(
+        &self,
+        listener: &Listener,
+        request: &WorkerRequest,
+        payload: &[&[u8]],
+    ) -> Result<Answer, RuntimeError> {
+        if self.executor.is_some() && request.travels() {
+            let answers = self.elsewhere(vec![(request.clone(), payload.to_vec())])?.pop();
+            return answers.unwrap_or_else(|| Err(RuntimeError::Child("a task has no outcome".to_owned())));
+        }
         let mut retries = 0;
         loop {
-            match self.ask_once(request, payload) {
+            match self.ask_once(listener, request, payload) {
                 Err(RuntimeError::Ended { killed: true, .. }) if retries < RETRIES => retries += 1,
                 answer => return answer,
             }
         }
     }
 
-    fn ask_once(&self, request: &WorkerRequest, payload: &[&[u8]]) -> Result<(WorkerAnswer, Bytes), RuntimeError> {
+    fn ask_once(
+        &self,
+        listener: &Listener,
+        request: &WorkerRequest,
+        payload: &[&[u8]],
+    ) -> Result<Answer, RuntimeError> {
         if self.listener.is_stopped() {
             return Err(RuntimeError::Stopped);
         }
@@ -247,16 +451,38 @@ impl Child {
         let worker = lent.worker();
         let span = self.listener.span_of(worker.process_id(), "request", request.name());
         worker.send(request, payload);
-        let answer = worker.wait(self.limits, &self.listener);
+        let answer = worker.wait(self.limits, listener);
         drop(span);
         match answer {
             Err(error) => {
                 lent.lose();
                 Err(if self.listener.is_stopped() { RuntimeError::Stopped } else { error })
             }
-            Ok((WorkerAnswer::Error(message), _)) => Err(RuntimeError::Child(message)),
-            Ok((WorkerAnswer::NoEngine(message), _)) => Err(RuntimeError::NoEngine(message)),
-            Ok(answer) => Ok(answer),
+            Ok(answer) => told(answer),
+        }
+    }
+}
+
+/// What a worker answers, with its payload.
+type Answer = (WorkerAnswer, Bytes);
+
+/// An answer that says that nothing came of a request is an error.
+fn told((answer, payload): Answer) -> Result<Answer, RuntimeError> {
+    match answer {
+        WorkerAnswer::Error(message) => Err(RuntimeError::Child(message)),
+        WorkerAnswer::NoEngine(message) => Err(RuntimeError::NoEngine(message)),
+        answer => Ok((answer, payload)),
+    }
+}
+
+/// The answer in what a worker wrote; what it did on the way comes first.
+fn last_answer(mut outcome: &[u8]) -> Result<Answer, RuntimeError> {
+    let broken = |e: io::Error| RuntimeError::Child(format!("the outcome of a task is damaged: {e}"));
+    loop {
+        match framing::read::<WorkerAnswer>(&mut outcome).map_err(broken)? {
+            None => return Err(RuntimeError::Child("the outcome of a task has no answer".to_owned())),
+            Some((WorkerAnswer::Stage(_) | WorkerAnswer::Progress(_), _)) => {}
+            Some(answer) => return told(answer),
         }
     }
 }
@@ -268,11 +494,7 @@ impl Evaluate for Child {
     }
 
     fn name(&self) -> String {
-        let mut name = self.name.lock().unwrap_or_else(PoisonError::into_inner);
-        if name.is_none() {
-            *name = self.hello().ok().map(|(name, _)| name);
-        }
-        name.clone().unwrap_or_else(|| "no runtime".to_owned())
+        self.hello().map_or_else(|_| "no runtime".to_owned(), |(name, _)| name)
     }
 }
 
@@ -283,14 +505,7 @@ fn unexpected(answer: &WorkerAnswer) -> RuntimeError {
 #[cfg(all(test, unix))]
 mod tests {
     use super::*;
-    use std::{
-        sync::{
-            Arc,
-            atomic::{AtomicBool, Ordering},
-        },
-        thread,
-        time::Instant,
-    };
+    use std::{sync::atomic::AtomicBool, time::Instant};
 
     fn shell(script: &str, limits: Limits) -> Child {
         Child::new("/bin/sh", vec!["-c".into(), script.into()], limits)
@@ -349,7 +564,8 @@ mod tests {
     fn a_request_whose_worker_was_killed_is_asked_again() {
         let folder = tempfile::tempdir().unwrap();
         let mut wire = Vec::new();
-        let hello = WorkerAnswer::Hello { name: "an engine".to_owned(), providers: Vec::new() };
+        let hello =
+            WorkerAnswer::Hello { name: "an engine".to_owned(), providers: Vec::new(), version: "1".to_owned() };
         framing::write(&mut wire, &hello, &[]).unwrap();
         std::fs::write(folder.path().join("answer"), wire).unwrap();
         let at = folder.path().display();
@@ -373,9 +589,10 @@ mod tests {
             thread::scope(|scope| (0..3).for_each(|_| drop(scope.spawn(|| work(&child)))));
             start.elapsed().as_secs_f64()
         };
-        let hello: &(dyn Fn(&Child) -> RuntimeError + Sync) = &|child| child.hello().unwrap_err();
-        assert!((0.4..0.8).contains(&took(3, hello)));
-        assert!(took(1, hello) >= 1.2 && took(3, &bench) >= 1.2);
+        let run = |child: &Child| child.evaluate(&[], &[], &LoadOptions::default()).unwrap_err();
+        // Three one after another take three times the limit.
+        assert!((0.4..1.2).contains(&took(3, &run)));
+        assert!(took(1, &run) >= 1.2 && took(3, &bench) >= 1.2);
     }
 
     #[test]

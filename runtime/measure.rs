@@ -98,7 +98,8 @@ pub(crate) fn serve(
         candidate: &job.candidate,
         renamed,
         metric: &job.metric,
-        options: LoadOptions { optimize: false, ..job.options.clone() },
+        // As the models will run where they are used.
+        options: LoadOptions { optimize: true, ..job.options.clone() },
         total: set.len(),
     };
     measurement.run(&mut set.batches(), talk)

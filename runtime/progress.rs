@@ -28,7 +28,21 @@ impl Progress {
     }
 }
 
+/// What a whole run tells of itself, besides how far the piece of work at hand is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RunEvent {
+    /// The stages that are to come, each with its usual share of the time.
+    Plan(Vec<(&'static str, f64)>),
+    /// A stage begins.
+    Stage(&'static str),
+    /// Of the stage, so many parts of all are done, and this one is next.
+    Part(usize, usize, String),
+    /// The best result so far.
+    Best(String),
+}
+
 type Hear = dyn Fn(&Progress) + Send + Sync;
+type Follow = dyn Fn(&RunEvent) + Send + Sync;
 
 /// Who hears of progress, and may call the work off; by default nobody. Cheap to clone.
 #[derive(Clone, Default)]
@@ -36,6 +50,7 @@ pub struct Listener {
     hear: Option<Arc<Hear>>,
     stop: Option<Arc<AtomicBool>>,
     trace: Option<Arc<Trace>>,
+    follow: Option<Arc<Follow>>,
 }
 
 impl Listener {
@@ -47,6 +62,29 @@ impl Listener {
     /// The same, and `trace` keeps what takes how long.
     pub fn traced_by(self, trace: Arc<Trace>) -> Listener {
         Listener { trace: Some(trace), ..self }
+    }
+
+    /// The same, and `follow` hears of the run as a whole.
+    pub fn followed_by(self, follow: impl Fn(&RunEvent) + Send + Sync + 'static) -> Listener {
+        Listener { follow: Some(Arc::new(follow)), ..self }
+    }
+
+    /// The same for one of several workers at a time, whose reports would contradict each other.
+    pub(crate) fn of_many(&self) -> Listener {
+        Listener { hear: None, follow: None, ..self.clone() }
+    }
+
+    /// Tells what the whole run does.
+    pub fn tell(&self, event: &RunEvent) {
+        if let Some(follow) = &self.follow {
+            follow(event);
+        }
+    }
+
+    /// A stage of the run, which ends where the span is dropped.
+    pub fn stage(&self, name: &'static str) -> Span {
+        self.tell(&RunEvent::Stage(name));
+        self.span(name)
     }
 
     /// Work of the program that begins now and ends where the span is dropped.

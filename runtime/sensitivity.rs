@@ -12,7 +12,8 @@ mod single;
 
 use crate::{
     Child, Distance, LoadOptions, RuntimeError, SetSpec,
-    statistics::{StatisticsError, key, resolve},
+    content::short,
+    statistics::{StatisticsError, resolve},
     trials,
     wire::{GatherJob, Gathered, TrialJob},
 };
@@ -62,11 +63,12 @@ pub fn sensitivities(
     probes: &[Probe],
     options: &ProbeOptions,
 ) -> Result<Vec<Option<f64>>, StatisticsError> {
-    let runs = Runs { gather: &|job| child.gather(job), tries: &|job| child.trials(job) };
+    let gather = |job: &GatherJob| Ok(child.gather(std::slice::from_ref(job))?.pop().unwrap_or_default());
+    let runs = Runs { gather: &gather, tries: &|job| child.trials(job) };
     let measure = || sensitivities_with(&runs, model, set, probes, options);
     let Some(cache) = &options.cache else { return measure() };
     let what = (probes, options.distance, options.seed, AMPLITUDE, batched::SETTINGS, single::SETTINGS);
-    let folder = cache.join(key(&child.hello()?.0, model, set, &options.load, &what)?);
+    let folder = cache.join(short(&child.run_hash(model, set, &options.load, &what)?));
     if let Some(kept) = kept::read(&folder).filter(|kept| kept.len() == probes.len()) {
         return Ok(kept);
     }

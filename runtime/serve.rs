@@ -23,11 +23,12 @@ use std::{
 ///
 /// An engine that could not be started is reported to every request. Where the system tells, the process ends with the one
 /// that started it, whatever it is doing.
-/// Sessions stay loaded while they take at most `keep` bytes.
-pub fn serve(engine: Result<&dyn Engine, RuntimeError>, keep: u64) -> io::Result<()> {
+///
+/// Sessions stay loaded while they take at most `keep` bytes. `version` is that of the program.
+pub fn serve(engine: Result<&dyn Engine, RuntimeError>, keep: u64, version: &str) -> io::Result<()> {
     end_with_parent();
     serve_on(
-        engine.map(|engine| SessionStore::new(engine, keep)),
+        (engine.map(|engine| SessionStore::new(engine, keep)), version),
         &mut BufReader::new(io::stdin().lock()),
         &mut io::stdout().lock(),
     )
@@ -50,12 +51,16 @@ fn end_with_parent() {
 }
 
 fn serve_on(
-    sessions: Result<SessionStore<'_>, RuntimeError>,
+    (sessions, version): (Result<SessionStore<'_>, RuntimeError>, &str),
     input: &mut dyn Read,
     output: &mut dyn Write,
 ) -> io::Result<()> {
     while let Some((request, payload)) = framing::read::<WorkerRequest>(input)? {
         let answered = match &sessions {
+            Ok(sessions) if matches!(request, WorkerRequest::Hello) => {
+                let (name, providers) = (sessions.engine().name(), sessions.engine().providers());
+                Ok((WorkerAnswer::Hello { name, providers, version: version.to_owned() }, Vec::new()))
+            }
             Ok(sessions) => answer(sessions, request, payload, output),
             Err(error) => {
                 framing::write(output, &WorkerAnswer::NoEngine(error.to_string()), &[])?;
@@ -83,9 +88,7 @@ fn answer(
     let mut talk = Pipe(output);
     let engine = sessions.engine();
     match request {
-        WorkerRequest::Hello => {
-            Ok((WorkerAnswer::Hello { name: engine.name(), providers: engine.providers() }, Vec::new()))
-        }
+        WorkerRequest::Hello => unreachable!("it is answered where the version is known"),
         WorkerRequest::Evaluate { model, inputs, options } => {
             let length = usize::try_from(model).ok().filter(|&l| l <= payload.len());
             let model = payload.split_to(length.ok_or(PayloadError::Short)?);
@@ -175,7 +178,7 @@ mod tests {
         framing::write(&mut wire, &WorkerRequest::Hello, &[]).unwrap();
         framing::write(&mut wire, &request, &[&model, &parts[0]]).unwrap();
         let mut answers = Vec::new();
-        serve_on(Ok(SessionStore::new(engine(), 0)), &mut &wire[..], &mut answers).unwrap();
+        serve_on((Ok(SessionStore::new(engine(), 0)), "1"), &mut &wire[..], &mut answers).unwrap();
         let mut answers = &answers[..];
         let mut seen = Vec::new();
         while let Some((answer, mut payload)) = framing::read::<WorkerAnswer>(&mut answers).unwrap() {
@@ -205,7 +208,7 @@ mod tests {
         framing::write(&mut wire, &WorkerRequest::Hello, &[]).unwrap();
         let mut answers = Vec::new();
         let missing = RuntimeError::NoLibrary { tried: vec!["nowhere".into()] };
-        serve_on(Err(missing), &mut &wire[..], &mut answers).unwrap();
+        serve_on((Err(missing), "1"), &mut &wire[..], &mut answers).unwrap();
         let (answer, _) = framing::read::<WorkerAnswer>(&mut &answers[..]).unwrap().unwrap();
         assert!(matches!(answer, WorkerAnswer::NoEngine(message) if message.contains("tried nowhere")));
     }

@@ -3,7 +3,7 @@
 //! What a session is of is told by contents, not by paths: models are written anew for every request, with their weights
 //! left in the files that they were read from.
 
-use crate::{Datum, Engine, LoadOptions, RuntimeError, Sample, Session, Source};
+use crate::{Datum, Engine, LoadOptions, RuntimeError, Sample, Session, Source, content::place};
 use lathe_ir::{Model, Tensor};
 use std::{
     cell::RefCell,
@@ -11,7 +11,6 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     rc::Rc,
-    time::UNIX_EPOCH,
 };
 
 /// A file up to this size is told by its bytes; a larger one by its place, size and time, as files of weights are.
@@ -190,30 +189,16 @@ fn identity(path: &Path, options: &LoadOptions) -> io::Result<(Key, u64)> {
     if bytes <= LARGEST_HASHED {
         hash.update_reader(fs::File::open(path)?)?;
     } else {
-        hash.update(&place(path)?);
+        hash.update(place(path)?.as_bytes());
     }
     let loaded = Model::read(path).map_err(io::Error::other)?;
     let mut total = bytes;
     for file in &loaded.data_files {
         total += fs::metadata(file)?.len();
-        hash.update(&place(file)?);
+        hash.update(place(file)?.as_bytes());
     }
     // Weights are packed for the processor beside what is read of the file, unless memory is to be saved.
     Ok((*hash.finalize().as_bytes(), if options.lean { total } else { 2 * total }))
-}
-
-/// What tells a file from others without reading it: hard links to it are the same file.
-fn place(path: &Path) -> io::Result<Vec<u8>> {
-    let about = fs::metadata(path)?;
-    let changed = about.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    #[cfg(unix)]
-    let at = {
-        use std::os::unix::fs::MetadataExt as _;
-        format!("{} {}", about.dev(), about.ino())
-    };
-    #[cfg(not(unix))]
-    let at = fs::canonicalize(path)?.display().to_string();
-    Ok(format!("{at} {} {changed}", about.len()).into_bytes())
 }
 
 fn hash_of(inputs: &Sample) -> [u8; 32] {
@@ -294,7 +279,7 @@ mod tests {
     }
 
     fn sample(x: f32) -> Sample {
-        vec![("x".to_owned(), Tensor::from_f32s(&[1, 1], &[x]))]
+        vec![("x".to_owned(), Tensor::from_f32s(&[1, 3], &[x; 3]))]
     }
 
     #[test]
@@ -352,7 +337,7 @@ mod tests {
         let mut session = store.load(&bench.write("Neg"), &options).unwrap();
         assert_eq!(bench.loaded(), 1);
         let known = session.known(&sample(1.0)).unwrap();
-        assert_eq!(known[0].1.tensor().unwrap().to_f32s().unwrap(), [-1.0]);
+        assert_eq!(known[0].1.tensor().unwrap().to_f32s().unwrap(), [-1.0; 3]);
         assert!(session.known(&sample(2.0)).is_none());
         session.run(&sample(2.0)).unwrap();
         assert_eq!(bench.loaded(), 2);

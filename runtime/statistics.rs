@@ -19,7 +19,6 @@ mod store;
 mod tests;
 
 pub(crate) use append::resolve;
-pub(crate) use collect::key;
 pub use collect::{CollectOptions, Counts, Field, MaskInput, Statistics, Work, quarter_of_memory};
 pub use error::StatisticsError;
 pub(crate) use gather::serve;

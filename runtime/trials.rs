@@ -12,9 +12,18 @@ use crate::{
     Child, Distance, Gates, LoadOptions, SetSpec, StatisticsError,
     wire::{NonFinite, TrialJob},
 };
-use lathe_analysis::{Facts, may_leave};
+use lathe_analysis::{Facts, Keep as _, KeyBuilder, may_leave};
 use lathe_ir::{DataType, Graph, Model, ScopeId, Type, TypeKind, ValueId};
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    io,
+    path::PathBuf,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
+
+/// What distances are kept as.
+const KIND: &str = "trials";
 
 /// A model and a variant of it with gates, and how both are run and compared.
 #[derive(Debug, Clone, Copy)]
@@ -38,11 +47,55 @@ impl Trials<'_> {
     /// Outputs that are caches or attention maps by their names count only where there are no others, and so do outputs of
     /// whole numbers and strings.
     pub fn run(&self, child: &Child, gates: &[Gates]) -> Result<Vec<f64>, StatisticsError> {
+        let Some(keep) = child.kept() else { return self.run_all(child, gates) };
+        let options = self.options();
+        let variant = child.content().of_model(self.variant).map_err(failed)?;
+        let run = child.run_hash(self.reference, self.set, &options, &(variant.as_bytes(), self.distance))?;
+        let key = |gates: &Gates| KeyBuilder::new().bytes(run.as_bytes()).value(gates).finish();
+        let known = |gates: &Gates| Some(f64::from_le_bytes(keep.get(KIND, &key(gates))?.try_into().ok()?));
+        let mut found: Vec<Option<f64>> = gates.iter().map(known).collect();
+        let open: Vec<Gates> = gates.iter().zip(&found).filter(|(_, f)| f.is_none()).map(|(g, _)| g.clone()).collect();
+        let mut computed = self.run_all(child, &open)?.into_iter();
+        for (gates, found) in gates.iter().zip(&mut found).filter(|(_, found)| found.is_none()) {
+            *found = computed.next();
+            found.iter().for_each(|distance| keep.put(KIND, &key(gates), &distance.to_le_bytes()));
+        }
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    /// What [`Trials::run`] gives without gates for several variants, as many at a time as there are workers.
+    pub fn run_each(all: &[Trials<'_>], child: &Child) -> Result<Vec<f64>, StatisticsError> {
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = Vec::new();
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(trials) = all.get(at) else { return done };
+                let distance = trials.run(child, &[Gates::new()]).map(|found| found.first().copied());
+                done.push((at, distance));
+            }
+        };
+        let mut done = match child.workers().min(all.len()) {
+            0 | 1 => work(),
+            threads => thread::scope(|scope| {
+                let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+                workers.into_iter().flat_map(|worker| worker.join().expect("a worker only asks")).collect()
+            }),
+        };
+        done.sort_by_key(|(at, _)| *at);
+        done.into_iter().map(|(_, distance)| Ok(distance?.unwrap_or(f64::INFINITY))).collect()
+    }
+
+    /// How both models are loaded: as they will run where they are used. Packing weights saves less time than it takes.
+    fn options(&self) -> LoadOptions {
+        LoadOptions { lean: true, optimize: true, ..self.load.clone() }
+    }
+
+    fn run_all(&self, child: &Child, gates: &[Gates]) -> Result<Vec<f64>, StatisticsError> {
         if gates.is_empty() {
             return Ok(Vec::new());
         }
-        let failed = |source| StatisticsError::Io { path: std::env::temp_dir(), source };
-        let scratch = tempfile::tempdir().map_err(failed)?;
+        let scratch = child.scratch().map_err(failed)?;
         let file = |name: &str, model: &Model| -> Result<PathBuf, StatisticsError> {
             let folder = scratch.path().join(name);
             std::fs::create_dir(&folder).map_err(failed)?;
@@ -57,10 +110,14 @@ impl Trials<'_> {
             gates: gates.to_vec(),
             distance: self.distance,
             non_finite: NonFinite::Infinite,
-            options: LoadOptions { lean: true, ..self.load.clone() },
+            options: self.options(),
         };
         Ok(child.trials(&job)?)
     }
+}
+
+fn failed(source: io::Error) -> StatisticsError {
+    StatisticsError::Io { path: std::env::temp_dir(), source }
 }
 
 /// `` `a`, `b` ``.

@@ -47,6 +47,8 @@ enum Command {
     Stats(Box<commands::stats::StatsArgs>),
     /// Time a model, or two in turns.
     Bench(Box<commands::bench::BenchArgs>),
+    /// Show what is kept between runs, and have less of it.
+    Cache(commands::cache::CacheArgs),
     /// List the passes.
     Passes(commands::catalogue::PassesArgs),
     /// Describe a pass: what it does, needs and declines, and its options.
@@ -137,6 +139,7 @@ fn perform(arguments: Vec<OsString>) -> Result<(), Failure> {
         Some(Command::Verify(args)) => commands::verify::run(args),
         Some(Command::Stats(args)) => commands::stats::run(args),
         Some(Command::Bench(args)) => commands::bench::run(args),
+        Some(Command::Cache(args)) => commands::cache::run(args),
         Some(Command::Passes(args)) => commands::catalogue::passes(args),
         Some(Command::Explain(args)) => commands::catalogue::explain(args),
         Some(Command::Dump(args)) => commands::dump::run(args),

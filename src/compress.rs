@@ -20,9 +20,11 @@ mod uncovered;
 mod unit_report;
 
 pub(crate) use bench::{Bench, Exact, Fitted};
+pub(crate) use budget::ADVICE;
 pub use budget::Budget;
 
 use crate::Failure;
+use lathe_analysis::Keep;
 use lathe_passes::lossy::{Method, MethodContext, allocate::Solver};
 use lathe_runtime::SetSpec;
 use setup::{Setup, computes_in_half};
@@ -58,7 +60,9 @@ pub(crate) fn compress(
             .clone()
             .with_quantities(quantities)
             .with_half_precision(computes_in_half(&run.load.provider))
-            .with_memory(run.memory.unwrap_or_else(lathe_runtime::quarter_of_memory)),
+            .with_memory(run.memory.unwrap_or_else(lathe_runtime::quarter_of_memory))
+            .with_kept(bench.runner.child().kept().map(|kept| kept as &dyn Keep))
+            .with_threads(run.load.threads * run.jobs),
         methods: goal.methods.clone(),
         set: &request.calibration,
         load: &run.load,
@@ -67,11 +71,8 @@ pub(crate) fn compress(
         distance: bench.distance(exact.model, request.budget),
         inputs: bench.inputs.clone(),
     };
-    let span = |what| run.progress.span(what);
-    let calibrated = {
-        let _span = span("calibrate");
-        calibrate::calibrate(&setup, exact.model, warnings)?
-    };
+    let span = |what| run.progress.stage(what);
+    let calibrated = calibrate::calibrate(&setup, exact.model, warnings)?;
     let proposed = {
         let _span = span("propose");
         propose::propose(&setup, exact.model, &calibrated)?
@@ -81,5 +82,7 @@ pub(crate) fn compress(
         price::price(&setup, exact.model, calibrated, proposed, warnings)?
     };
     let _span = span("fit the budget");
-    fit_budget::fit(bench, exact, candidates, &goal, request, warnings)
+    let fitted = fit_budget::fit(bench, exact, candidates, &goal, request, warnings);
+    bench.runner.tidy_store();
+    fitted
 }

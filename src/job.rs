@@ -24,7 +24,7 @@ use lathe_passes::{
     PASSES, Pass, PassContext, Target,
     lossy::{METHODS, Method, MethodContext, OLDEST_OPSET, allocate},
 };
-use lathe_runtime::{BenchInputs, ChosenSamples, SampleSet, SetSpec};
+use lathe_runtime::{BenchInputs, ChosenSamples, RunEvent, SampleSet, SetSpec};
 use std::{
     collections::BTreeMap,
     io::Write as _,
@@ -81,6 +81,17 @@ pub struct Done {
     /// The files written: the model, and its data file if it has one.
     pub files: Vec<PathBuf>,
 }
+
+/// The stages of a job, with their usual shares of the time: without a budget, and with one.
+const EXACT_STAGES: [(&str, f64); 1] = [("simplify and prove", 1.0)];
+const LOSSY_STAGES: [(&str, f64); 6] = [
+    EXACT_STAGES[0],
+    ("statistics", 3.0),
+    ("sensitivities", 2.0),
+    ("propose", 8.0),
+    ("price", 2.0),
+    ("fit the budget", 4.0),
+];
 
 /// Samples that exact passes are verified on where a budget is spent afterwards.
 const EXACT_SAMPLES: usize = 16;
@@ -238,7 +249,9 @@ impl Job<'_> {
         let calibration = self.select()?;
         let prepared = self.prepare(loaded, &mut warnings)?;
         let exact::Proven { mut outcome, dropped } = {
-            let _span = self.options.run.progress.span("simplify and prove");
+            let progress = &self.options.run.progress;
+            progress.tell(&RunEvent::Plan(if self.lossy { LOSSY_STAGES.to_vec() } else { EXACT_STAGES.to_vec() }));
+            let _span = progress.stage(EXACT_STAGES[0].0);
             self.simplify_and_prove(&prepared, passes, &mut warnings)?
         };
         if self.lossy {

@@ -82,41 +82,61 @@ pub(crate) struct Measurement<'a> {
 }
 
 impl Measurement<'_> {
+    /// The times of both models in turns and nothing else: what attempts on a budget need to know.
+    pub(crate) fn timings(&self) -> anyhow::Result<Timings> {
+        let all: Vec<PathBuf> = self.models.iter().map(|p| p.to_path_buf()).collect();
+        match self.ask(&all, BenchTask::Time { seconds: self.seconds })? {
+            BenchResult::Timed(timings) => Ok(timings),
+            _ => bail!("the worker measured something else"),
+        }
+    }
+
     /// Measures, each part in a process of its own.
     pub(crate) fn run(&self, note: &mut dyn FnMut(&str)) -> anyhow::Result<Latency> {
-        let all: Vec<PathBuf> = self.models.iter().map(|p| p.to_path_buf()).collect();
         // What the provider cannot take is better known before minutes of timing.
+        let sides = self.sides(note)?;
+        note("timing");
+        Ok(self.latency(&self.timings()?, &sides))
+    }
+
+    /// The latency that was timed, with how both models start and where their nodes went.
+    pub(crate) fn of(&self, timings: &Timings) -> anyhow::Result<Latency> {
+        Ok(self.latency(timings, &self.sides(&mut |_| {})?))
+    }
+
+    /// How every model starts, and which of its nodes the provider takes.
+    fn sides(&self, note: &mut dyn FnMut(&str)) -> anyhow::Result<Vec<(Loading, Option<Placement>)>> {
         let mut placements = Vec::new();
         if self.run.load.provider != "cpu" {
             note("looking which nodes the provider takes");
-            for profile in self.profiles()? {
-                placements.push(profile.placement);
-            }
+            placements.extend(self.profiles()?.into_iter().map(|profile| profile.placement));
         }
-        let mut loadings = Vec::new();
-        for model in &all {
+        let mut placements = placements.into_iter();
+        let mut sides = Vec::new();
+        for model in self.models {
             note("measuring load time and memory");
-            loadings.push(self.loading(model)?);
+            sides.push((self.loading(model)?, placements.next()));
         }
-        note("timing");
-        let BenchResult::Timed(timings) = self.ask(&all, BenchTask::Time { seconds: self.seconds })? else {
-            bail!("the worker measured something else");
-        };
-        let side = |index: usize| self.side(&timings, index, loadings[index], placements.get(index));
-        Ok(Latency {
+        Ok(sides)
+    }
+
+    fn latency(&self, timings: &Timings, sides: &[(Loading, Option<Placement>)]) -> Latency {
+        let side = |index: usize| self.side(timings, index, sides[index].0, sides[index].1.as_ref());
+        let both = self.models.len() == 2;
+        Latency {
             ep: self.run.load.provider.clone(),
             device: self.run.load.device,
             threads: self.run.load.threads,
             runtime: timings.engine.clone(),
             inputs: timings.inputs.clone(),
             before_ms: timings.quartiles(0)[0],
-            after_ms: (all.len() == 2).then(|| timings.quartiles(1)[0]),
+            after_ms: both.then(|| timings.quartiles(1)[0]),
             ratio: timings.ratio(),
             spread: timings.spread(),
             verdict: timings.verdict().map(str::to_owned),
             before: side(0),
-            after: (all.len() == 2).then(|| side(1)),
-        })
+            after: both.then(|| side(1)),
+        }
     }
 
     /// Sentences about nodes that the provider leaves to others; an error where it takes none.
@@ -156,7 +176,7 @@ impl Measurement<'_> {
     }
 
     fn ask(&self, models: &[PathBuf], task: BenchTask) -> anyhow::Result<BenchResult> {
-        Runner::new(self.run)?.bench(models, self.inputs, task)
+        Runner::alone(self.run)?.bench(models, self.inputs, task)
     }
 
     fn side(&self, timings: &Timings, index: usize, loading: Loading, placement: Option<&Placement>) -> LatencySide {

@@ -21,6 +21,7 @@ mod pipeline;
 mod progress;
 mod quantities;
 mod recipe;
+mod remote;
 mod report;
 mod run_options;
 mod runner;

@@ -1,11 +1,18 @@
 //! How models are run, in every command that runs some: a field of [`RunOptions`] and the argument that fills it.
 
-use crate::{Failure, quantities::size};
+use crate::{Failure, quantities::size, remote::On};
 use anyhow::Context as _;
 use clap::Args;
 use lathe_runtime::{InputSpec, Listener, LoadOptions, Trace};
 use serde::Serialize;
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    str::FromStr as _,
+    sync::Arc,
+    time::Duration,
+};
 
 /// How models are run.
 #[derive(Debug, Clone)]
@@ -20,6 +27,12 @@ pub struct RunOptions {
     pub timeout: Duration,
     /// Memory that runs may use, in bytes; `None` for no limit of ours.
     pub memory: Option<u64>,
+    /// Workers that run models at a time.
+    pub jobs: usize,
+    /// The folder where results are kept for later runs; `None` for the user's data folder.
+    pub store: Option<PathBuf>,
+    /// Where tasks are carried out; `None` for workers of this program.
+    pub on: Option<On>,
     /// The program that runs models for this one; `None` is this executable itself.
     pub worker: Option<PathBuf>,
     /// Who hears how far long work is.
@@ -34,6 +47,9 @@ impl Default for RunOptions {
             load: LoadOptions::default(),
             timeout: Duration::from_secs(TIMEOUT_SECONDS),
             memory: None,
+            jobs: 1,
+            store: None,
+            on: None,
             worker: None,
             progress: Listener::default(),
         }
@@ -92,6 +108,17 @@ pub(crate) struct LimitArgs {
     /// Seconds that one run may take.
     #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT_SECONDS)]
     pub timeout: u64,
+    /// Workers that run models at a time, each with its own threads.
+    #[arg(short, long, value_name = "N", default_value_t = 1)]
+    pub jobs: usize,
+    /// The folder where results are kept for later runs, if not in the user's data folder.
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store: Option<PathBuf>,
+    /// Where models are run: `ray`, or `ray:ADDRESS` of a cluster, by as many workers as --jobs says.
+    #[arg(long, value_name = "WHERE")]
+    #[serde(skip)]
+    pub on: Option<String>,
     /// Where to write what takes how long, for Perfetto or `chrome://tracing`.
     #[arg(long, value_name = "FILE.json")]
     #[serde(skip)]
@@ -123,7 +150,20 @@ impl EngineArgs {
                 progress.traced_by(Arc::new(trace))
             }
         };
+        if limits.jobs == 0 {
+            return Err(Failure::Usage("--jobs is 0, expected at least 1".to_owned()));
+        }
+        if limits.on.is_some() && limits.store.is_none() {
+            let message = "--on needs --store DIR, a folder that every worker sees under the same path";
+            return Err(Failure::Usage(message.to_owned()));
+        }
+        if let Some(store) = &limits.store {
+            usable(store).with_context(|| format!("the store `{}` cannot be used", store.display()))?;
+        }
         Ok(RunOptions {
+            jobs: limits.jobs,
+            store: limits.store.clone(),
+            on: limits.on.as_deref().map(On::from_str).transpose().map_err(Failure::Usage)?,
             ort: self.ort.clone(),
             load,
             timeout: Duration::from_secs(limits.timeout),
@@ -132,6 +172,12 @@ impl EngineArgs {
             ..RunOptions::default()
         })
     }
+}
+
+/// Makes a folder if need be and finds out whether files can be put into it.
+fn usable(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    tempfile::Builder::new().prefix(".usable-").tempfile_in(folder)?.write_all(b"x")
 }
 
 /// `NAME:1,3,224,224`.

@@ -1,12 +1,12 @@
 //! Joins the program to whatever runs models: found at the first use, in a child process of the same executable.
 
-use crate::RunOptions;
+use crate::{RunOptions, remote::Remote};
 use anyhow::Context as _;
 use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, Inputs, LibrarySearch, Limits,
-    LoadOptions, Measured, Request, SetSpec, Statistics, StatisticsError, Verdict,
+    BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, ContentIds, Inputs, KeptResults,
+    LibrarySearch, Limits, LoadOptions, Measured, Request, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,
@@ -82,21 +82,76 @@ fn kept_bytes(memory: Option<u64>) -> u64 {
 pub(crate) struct Runner {
     child: Child,
     load: LoadOptions,
+    store: Option<PathBuf>,
+    /// Whether the user named the store: nothing is removed there.
+    named: bool,
+}
+
+/// Bytes that statistics, and other results, may take in the user's data folder.
+const CACHE_LIMIT: u64 = 8 << 30;
+
+/// What the program is: its version, and a hash of what it was built from.
+pub(crate) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "-", env!("LATHE_SOURCES"));
+
+/// The executable of this program; `None` where it is part of another process, or nobody knows.
+pub(crate) fn own_program() -> Option<PathBuf> {
+    if HOST.get().is_some() { None } else { std::env::current_exe().ok() }
 }
 
 impl Runner {
+    /// Workers as the options ask for them.
     pub(crate) fn new(options: &RunOptions) -> anyhow::Result<Runner> {
+        let runner = Runner::here(options)?;
+        let Some(on) = &options.on else { return Ok(runner) };
+        let (engine, _) = runner.child.hello()?;
+        let remote = Remote::start(on, options, &engine)?;
+        Ok(Runner { child: runner.child.carried_out_by(remote, VERSION)?, ..runner })
+    }
+
+    /// One worker of this machine, which nothing disturbs: for timing.
+    pub(crate) fn alone(options: &RunOptions) -> anyhow::Result<Runner> {
+        Runner::here(&RunOptions { jobs: 1, ..options.clone() })
+    }
+
+    fn here(options: &RunOptions) -> anyhow::Result<Runner> {
         let (program, mut arguments) = match (&options.worker, HOST.get()) {
             (Some(program), _) => (program.clone(), Vec::new()),
             (None, Some(host)) => host.worker.clone(),
             (None, None) => (std::env::current_exe().context("the program does not find itself")?, Vec::new()),
         };
         arguments.push(OsString::from(SERVE));
-        arguments.push(OsString::from(kept_bytes(options.memory).to_string()));
+        let memory = options.memory.map(|memory| memory / options.jobs.max(1) as u64);
+        arguments.push(OsString::from((kept_bytes(memory) / options.jobs.max(1) as u64).to_string()));
         arguments.extend(options.ort.clone().map(PathBuf::into_os_string));
-        let limits = Limits { timeout: Some(options.timeout), memory: options.memory };
-        let child = Child::new(program, arguments, limits).heard_by(options.progress.clone());
-        Ok(Runner { child, load: options.load.clone() })
+        let limits = Limits { timeout: Some(options.timeout), memory };
+        let mut child =
+            Child::new(program, arguments, limits).of_workers(options.jobs).heard_by(options.progress.clone());
+        let store = options.store.clone().or_else(data_dir);
+        if let Some(store) = &options.store {
+            child = child.writing_in(store.join("scratch"));
+        }
+        if let Some(store) = &store {
+            let kept = KeptResults::new(store.join("kept"), VERSION);
+            child = child.keeping(kept, ContentIds::kept_in(store.join("files")));
+        }
+        Ok(Runner { child, load: options.load.clone(), store, named: options.store.is_some() })
+    }
+
+    /// The folder where results are kept; `None` where the user has none.
+    pub(crate) fn store(&self) -> Option<&Path> {
+        self.store.as_deref()
+    }
+
+    /// Bytes of statistics that may be kept.
+    pub(crate) fn statistics_limit(&self) -> u64 {
+        if self.named { u64::MAX } else { CACHE_LIMIT }
+    }
+
+    /// Removes what was kept and not used for longest where it becomes much.
+    pub(crate) fn tidy_store(&self) {
+        if let Some(kept) = self.child.kept().filter(|_| !self.named) {
+            kept.limit(CACHE_LIMIT);
+        }
     }
 
     /// The process that runs models.

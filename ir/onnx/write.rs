@@ -107,6 +107,14 @@ impl Model {
         create(path, |out| plan.write_model(out)).map_err(failed)
     }
 
+    /// Writes the model with weights that are mapped from files told by a name of the file and their place in it: to a
+    /// hash, which then need not read them.
+    pub fn write_referring(&self, out: &mut impl Write, name: &dyn Fn(&Path) -> io::Result<String>) -> io::Result<()> {
+        let named = |file: PathBuf| Ok((file.clone(), name(&file)?));
+        let files = self.mapped_files().into_iter().map(named).collect::<io::Result<_>>()?;
+        Plan::new(self, &Weights::Linked(files)).write_model(out)
+    }
+
     /// The files that weights of the main graph are mapped from, in the order of these.
     fn mapped_files(&self) -> Vec<PathBuf> {
         let mut files: Vec<PathBuf> = Vec::new();

@@ -1,7 +1,7 @@
 //! Layers of 4 bits with a thin layer beside them that makes up for what rounding loses of the output.
 
 use super::{
-    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factorize::Rank,
     factors::{self, Layer, LayerStatistics},
     in_batches,
@@ -84,6 +84,10 @@ impl Method for Compensate {
 
     fn operator_set(&self) -> i64 {
         quantize::OPSET
+    }
+
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<Rank>())
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {

@@ -316,7 +316,7 @@ impl Method for ConvertFloats {
             }
         }
         let products = cx.half_precision && cx.quantities.contains(&Quantity::Latency);
-        let sites = on_all_cores(&work, |(weight, inputs)| site(model, weight, inputs, products));
+        let sites = on_all_cores(cx, &work, |(weight, inputs)| site(model, weight, inputs, products));
         for ((weight, _), site) in work.iter().zip(sites) {
             let reasons = match site {
                 Ok((site, reasons)) => {

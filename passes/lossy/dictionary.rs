@@ -1,7 +1,7 @@
 //! Layers as a dictionary of directions with few coefficients per output.
 
 use super::{
-    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factors::{self, Layer, LayerStatistics},
     in_batches,
     spectrum::{Spectrum, product},
@@ -10,6 +10,7 @@ use super::{
 use crate::{Error, Info, Kind, Opt, Outcome, Quantity, Saving};
 use faer::{Accum, Mat, Par, Side, linalg::matmul::matmul, prelude::Solve};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, ValueId};
+use serde::{Deserialize, Serialize};
 
 /// Stores layers as a dictionary and sparse coefficients.
 pub struct Dictionary;
@@ -55,7 +56,7 @@ const RIDGE: f64 = 1e-6;
 const OPSET: i64 = 18;
 
 /// How many directions, and how many coefficients in a column on average.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 struct Form {
     atoms: usize,
     coefficients: usize,
@@ -263,6 +264,10 @@ impl Method for Dictionary {
 
     fn operator_set(&self) -> i64 {
         OPSET
+    }
+
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<Form>())
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {

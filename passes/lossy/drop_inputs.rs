@@ -1,7 +1,7 @@
 //! Inputs of layers that hardly ever matter: left out for good.
 
 use super::{
-    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight,
     factors::{self, LayerStatistics},
     on_all_cores, spectrum, weights,
 };
@@ -9,6 +9,7 @@ use crate::{Error, Info, Kind, Opt, Outcome, Saving};
 use faer::Mat;
 use lathe_analysis::{Magnitudes, Rows};
 use lathe_ir::{Graph, Model, Node, ScopeId, Tensor, ValueId};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
 /// Leaves out inputs of layers that are small in nearly every row.
@@ -210,7 +211,7 @@ fn picking(graph: &Graph, weight: &Weight, statistics: &LayerStatistics, order: 
 }
 
 /// How many units of its inputs a layer no longer reads.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 struct Dropped(usize);
 
 impl Method for DropInputs {
@@ -234,6 +235,10 @@ impl Method for DropInputs {
         Ok(wanted.into_iter().collect())
     }
 
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<Dropped>())
+    }
+
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         if !cx.setting::<bool>(&INFO, "enabled")? {
@@ -254,7 +259,7 @@ impl Method for DropInputs {
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }
         }
-        let sites = on_all_cores(&work, |(weight, statistics, order)| picking(graph, weight, statistics, order));
+        let sites = on_all_cores(cx, &work, |(weight, statistics, order)| picking(graph, weight, statistics, order));
         for ((weight, ..), site) in work.iter().zip(sites) {
             match site {
                 Ok(site) => proposal.sites.push(site),

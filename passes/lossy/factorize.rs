@@ -1,7 +1,7 @@
 //! Layers as two thinner layers.
 
 use super::{
-    Candidate, Edit, Loss, Method, MethodContext, Proposal, Site, Weight, factors,
+    Candidate, Edit, EditCodec, Loss, Method, MethodContext, Proposal, Site, Weight, factors,
     factors::{Layer, LayerStatistics},
     in_batches,
     spectrum::{Spectrum, product},
@@ -10,6 +10,7 @@ use super::{
 use crate::{Error, Info, Kind, Opt, Outcome, Saving};
 use faer::Mat;
 use lathe_ir::{Graph, Model};
+use serde::{Deserialize, Serialize};
 
 /// Replaces layers by products of low rank.
 pub struct Factorize;
@@ -44,7 +45,7 @@ static INFO: Info = Info {
 };
 
 /// How many columns the first factor has.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Rank(pub usize);
 
 /// Percent of the layer's numbers that its factors may take.
@@ -140,6 +141,10 @@ fn candidates(layer: &Layer, metric: Metric, uses: usize) -> Result<Vec<Candidat
 impl Method for Factorize {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<Rank>())
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {

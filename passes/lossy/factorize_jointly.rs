@@ -1,7 +1,7 @@
 //! Layers that read the same value as one thin layer that they share and one of their own each.
 
 use super::{
-    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight, batches,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight, batches,
     factorize::{self, Rank},
     factors::{self, Judge, LayerStatistics},
     spectrum::{Spectrum, product, tails_of_products},
@@ -188,6 +188,10 @@ impl Team<'_> {
 impl Method for FactorizeJointly {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<Rank>())
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {

@@ -1,8 +1,8 @@
 //! What a lossy method is, and what it may know.
 
-use super::{Candidate, Cost, Site};
+use super::{Candidate, Cost, EditCodec, Site};
 use crate::{Error, Info, Outcome, PassContext, Quantity, Settings, Target};
-use lathe_analysis::{Calibrate, Rows};
+use lathe_analysis::{Calibrate, Keep, KeyBuilder, Rows};
 use lathe_ir::{Model, ValueId};
 use std::{collections::BTreeMap, str::FromStr};
 
@@ -27,6 +27,10 @@ pub struct MethodContext<'a> {
     pub incumbents: BTreeMap<ValueId, Vec<Candidate>>,
     /// Bytes that work on layers may take; `None` for 4 GiB.
     pub memory: Option<u64>,
+    /// Where results are kept between runs.
+    pub kept: Option<&'a dyn Keep>,
+    /// Threads that a method may keep busy; 0 for as many as there are cores.
+    pub threads: usize,
     settings: Settings,
 }
 
@@ -60,10 +64,27 @@ impl<'a> MethodContext<'a> {
         MethodContext { memory: Some(memory), ..self }
     }
 
+    /// With a place where results are kept between runs.
+    #[must_use]
+    pub fn with_kept(self, kept: Option<&'a dyn Keep>) -> Self {
+        MethodContext { kept, ..self }
+    }
+
+    /// With so many threads; 0 for as many as there are cores.
+    #[must_use]
+    pub fn with_threads(self, threads: usize) -> Self {
+        MethodContext { threads, ..self }
+    }
+
     /// With what was seen on a calibration set.
     #[must_use]
-    pub fn with_calibration<'b>(&self, calibration: &'b dyn Calibrate) -> MethodContext<'b> {
+    pub fn with_calibration<'b>(&self, calibration: &'b dyn Calibrate) -> MethodContext<'b>
+    where
+        'a: 'b,
+    {
         MethodContext {
+            kept: self.kept,
+            threads: self.threads,
             calibration: Some(calibration),
             target: self.target,
             quantities: self.quantities.clone(),
@@ -84,6 +105,15 @@ impl<'a> MethodContext<'a> {
     /// The value of an option: as set, else its default.
     pub fn setting<T: FromStr>(&self, method: &Info, option: &str) -> Result<T, Error> {
         self.settings.value(method, option)
+    }
+
+    /// A key of everything that a proposal depends on but the method; `None` where nothing is kept.
+    pub(super) fn key(&self) -> Option<KeyBuilder> {
+        self.kept?;
+        let seen = self.calibration?.identity()?;
+        let asked = format!("{:?}", (self.target, &self.quantities, self.half_precision, &self.settings));
+        let known = format!("{:?}", (&self.rows, &self.incumbents));
+        Some(KeyBuilder::new().bytes(&seen).text(&asked).text(&known))
     }
 
     /// The context of an exact pass that a method applies.
@@ -186,6 +216,11 @@ pub trait Method: Sync {
     /// Whether settings ask for it where no budget is given.
     fn is_requested(&self, _cx: &MethodContext) -> Result<bool, Error> {
         Ok(false)
+    }
+
+    /// How its edits are written, so that proposals are kept between runs; `None` where they are not.
+    fn edit_codec(&self) -> Option<EditCodec> {
+        None
     }
 
     /// Every site this method could act on, and what it could do there. Reads the calibration of `cx`.

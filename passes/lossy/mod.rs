@@ -15,6 +15,7 @@ mod factors;
 mod integers;
 #[cfg(test)]
 mod judging;
+mod kept_proposal;
 mod layers;
 mod method;
 mod prune_channels;
@@ -33,6 +34,7 @@ mod work;
 pub use drop_inputs::QUIET;
 pub use factorize::block_by_block;
 pub use factors::{MOST_INPUTS, gram_rows};
+pub use kept_proposal::{EditCodec, propose};
 pub use layers::{SMALLEST, Tap, Weight, weights};
 pub use method::{Method, MethodContext, Needs, NestedCost, NestedEffect, OLDEST_OPSET, Proposal};
 pub use site::{Candidate, Cost, Edit, Loss, Site};

@@ -4,7 +4,7 @@ mod hidden;
 mod keep;
 
 use super::{
-    Candidate, Cost, Edit, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight, batches,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, OVERHEAD, Proposal, Site, Weight, batches,
     factors::{self, Layer},
     layers, weights, within_memory,
 };
@@ -12,6 +12,7 @@ use crate::{Error, Info, Kind, Outcome, Saving};
 use hidden::{Hidden, hidden};
 use keep::Chosen;
 use lathe_ir::{Graph, Model, NodeId, ValueId};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Keeps the hidden units that span what the layer after them reads.
@@ -162,7 +163,7 @@ impl<'a> Run<'a> {
 }
 
 /// How many units every step of a run keeps.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct UnitCounts(Vec<usize>);
 
 /// Numbers of units of one place.
@@ -237,6 +238,10 @@ fn run_of<'a>(graph: &Graph, found: &'a [Weight], first: ValueId, steps: usize) 
 impl Method for PruneChannels {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<UnitCounts>())
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {

@@ -9,7 +9,9 @@ mod surgery;
 #[cfg(test)]
 mod tests;
 
-use super::{Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, NestedCost, NestedEffect, Proposal, Site};
+use super::{
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, Needs, NestedCost, NestedEffect, Proposal, Site,
+};
 use crate::{Error, Info, Kind, Opt, Outcome, Pass as _, Saving, exact::DropDead};
 use caches::{Caches, settle};
 use candidates::{RemovableUnit, candidates};
@@ -130,6 +132,10 @@ impl Method for PruneUnits {
 
     fn is_requested(&self, cx: &MethodContext) -> Result<bool, Error> {
         Ok(requested(cx)?.is_some())
+    }
+
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<Patch>())
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {

@@ -1,7 +1,7 @@
 //! Weights as whole numbers of 8 or 4 bits with one scale per block, dequantized where they are used.
 
 use super::{
-    Candidate, Cost, Edit, Loss, Method, MethodContext, Proposal, Site, Tap, Weight, blocks,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, Proposal, Site, Tap, Weight, blocks,
     integers::{Blocks, Layout, Scheme, losses, quantize},
     on_all_cores,
     stored::{self, Storage, Stored},
@@ -217,6 +217,10 @@ impl Method for Quantize {
         OPSET
     }
 
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<Scheme>())
+    }
+
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         if !self.serves(&cx.quantities) {
@@ -247,7 +251,7 @@ impl Method for Quantize {
             }
         }
         let target = cx.target;
-        let sites = on_all_cores(&work, |(weight, importances)| site(&model.graph, weight, importances, target));
+        let sites = on_all_cores(cx, &work, |(weight, importances)| site(&model.graph, weight, importances, target));
         for ((weight, _), site) in work.iter().zip(sites) {
             match site {
                 Ok(site) => proposal.sites.push(site),

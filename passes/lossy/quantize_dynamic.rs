@@ -1,7 +1,7 @@
 //! Products of whole numbers: weights stored so, inputs rounded anew in every run.
 
 use super::{
-    Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, Weight, factors,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, Weight, factors,
     integers::Scheme, layers::Tap, on_all_cores, quantize::Coded, weights,
 };
 use crate::{Error, Info, Kind, Outcome, Quantity};
@@ -135,6 +135,10 @@ impl Method for QuantizeDynamic {
         Needs { ranges: cx.quantities.contains(&Quantity::Latency), ..Needs::default() }
     }
 
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<()>())
+    }
+
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         if !self.serves(&cx.quantities) {
@@ -152,7 +156,7 @@ impl Method for QuantizeDynamic {
                 Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
             }
         }
-        let candidates = on_all_cores(&work, |(weight, inputs)| candidate(graph, weight, inputs));
+        let candidates = on_all_cores(cx, &work, |(weight, inputs)| candidate(graph, weight, inputs));
         for ((weight, _), candidate) in work.iter().zip(candidates) {
             match candidate {
                 Ok(candidate) => proposal.sites.push(weight.site(graph, vec![candidate])),

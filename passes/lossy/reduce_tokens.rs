@@ -7,8 +7,8 @@ mod schedule;
 mod tests;
 
 use super::{
-    Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, NestedEffect, OVERHEAD, Proposal, Site, Tap, Weight,
-    weights,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, Needs, NestedEffect, OVERHEAD, Proposal, Site, Tap,
+    Weight, weights,
 };
 use crate::{Error, Info, Kind, Opt, Outcome, Pass as _, Quantity, Saving, exact::DropDead};
 use emit::{Form, emit, most, open_sum};
@@ -16,6 +16,7 @@ use lathe_analysis::{Bindings, Calibrate, Cost as ModelCost, Facts};
 use lathe_ir::{Model, NodeId, Use, ValueId};
 use place::{Chain, TokenOptions, chains};
 use schedule::{SHARES, Stretch, merged, plans};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Merges similar tokens.
@@ -170,6 +171,10 @@ impl Method for ReduceTokens {
         Needs { statistics: false, ..Needs::default() }
     }
 
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<Schedule>())
+    }
+
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let Some(calibration) = cx.calibration.filter(|_| self.serves(&cx.quantities)) else { return Ok(proposal) };
@@ -230,7 +235,7 @@ fn name(model: &Model, chain: &Chain) -> String {
 }
 
 /// How many tokens become fewer after every attention, and how.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Schedule {
     counts: Vec<usize>,
     form: Form,

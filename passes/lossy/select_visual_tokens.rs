@@ -7,13 +7,16 @@ mod selection;
 mod tests;
 mod video;
 
-use super::{Candidate, Cost, Edit, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, regions::held_by};
+use super::{
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, regions::held_by,
+};
 use crate::{Error, Info, Kind, Opt, Outcome, Quantity, Saving};
 use emit::{Rest, emit};
 use lathe_analysis::{Bindings, Cost as ModelCost, Facts};
 use lathe_ir::{DataType, Model, NodeId, ScopeId, ValueId};
 use place::{Place, Span, place};
 use selection::{Counts, Form};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
 /// Selects visual tokens.
@@ -197,6 +200,10 @@ impl Method for SelectVisualTokens {
         Needs { statistics: false, ..Needs::default() }
     }
 
+    fn edit_codec(&self) -> Option<EditCodec> {
+        Some(EditCodec::of::<KeptTokens>())
+    }
+
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
         let mut proposal = Proposal::default();
         let saves = |m: &Quantity| matches!(m, Quantity::Flops | Quantity::Latency);
@@ -299,7 +306,7 @@ fn name(model: &Model, place: &Place) -> String {
 }
 
 /// How many tokens of every frame stay, which, and what becomes of the others.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 struct KeptTokens {
     keep: usize,
     form: Form,

@@ -1,13 +1,14 @@
 //! A place in a model, what could be done there, and what that costs and loses.
 
 use lathe_ir::{NodeId, ValueId};
+use serde::{Deserialize, Serialize};
 use std::{any::Any, fmt, sync::Arc};
 
 /// Bytes that a node and the names of two tensors add to a file, roughly.
 pub(super) const OVERHEAD: u64 = 200;
 
 /// What something takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Cost {
     /// Bytes in the file: padding, scales, zero points, masks and positions included.
     pub bytes: u64,
@@ -29,7 +30,7 @@ impl Cost {
 }
 
 /// What a candidate loses.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Loss {
     /// The relative L2 error of every tap of the site over the calibration set: ‖X(W − Ŵ)‖ / ‖Y‖.
     PerTap(Vec<f64>),

@@ -130,7 +130,7 @@ impl Method for Substitute {
         for batch in batches(&found) {
             let moments = PlaceMoments::of(model, batch, calibration)?;
             let ready: Vec<(&Place, &PlaceMoments)> = batch.iter().zip(&moments).collect();
-            let sites = on_all_cores(&ready, |(place, moments)| work.site(place, moments, most, quantities));
+            let sites = on_all_cores(cx, &ready, |(place, moments)| work.site(place, moments, most, quantities));
             for (place, site) in batch.iter().zip(sites) {
                 match site {
                     Ok(site) => proposal.sites.push(site),

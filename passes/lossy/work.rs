@@ -68,9 +68,9 @@ pub(super) fn batches<'a, T>(items: &'a [T], cx: &MethodContext, bytes: impl Fn(
     all
 }
 
-/// Applies `work` to every item on all cores; results in the order of the items.
-pub(super) fn on_all_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    side_by_side(items, u64::MAX, |_| 0, work)
+/// Applies `work` to every item on as many threads as there may be; results in the order of the items.
+pub(super) fn on_all_cores<T: Sync, R: Send>(cx: &MethodContext, items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    side_by_side(items, (cx.threads, u64::MAX), |_| 0, work)
 }
 
 /// The same where an item takes so many `bytes` while it is worked on: an item waits until it fits beside those that
@@ -81,16 +81,17 @@ pub(super) fn within_memory<T: Sync, R: Send>(
     bytes: impl Fn(&T) -> u64 + Sync,
     work: impl Fn(&T) -> R + Sync,
 ) -> Vec<R> {
-    side_by_side(items, cx.memory.unwrap_or(MEMORY) / WORKING, bytes, work)
+    side_by_side(items, (cx.threads, cx.memory.unwrap_or(MEMORY) / WORKING), bytes, work)
 }
 
 fn side_by_side<T: Sync, R: Send>(
     items: &[T],
-    limit: u64,
+    (most, limit): (usize, u64),
     bytes: impl Fn(&T) -> u64 + Sync,
     work: impl Fn(&T) -> R + Sync,
 ) -> Vec<R> {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
+    let most = if most == 0 { thread::available_parallelism().map_or(1, usize::from) } else { most };
+    let threads = most.min(items.len().max(1));
     let queue = Queue { items, limit, state: Mutex::default(), freed: Condvar::new() };
     let run = || {
         let mut done = Vec::new();

@@ -47,6 +47,16 @@ impl Candidate {
 pub trait Scorer<E = Error> {
     /// A distance from what is wanted; smaller is better. Not a number counts as worst.
     fn score(&mut self, candidate: &Candidate) -> Result<f64, E>;
+
+    /// How many candidates it scores at a time.
+    fn at_a_time(&self) -> usize {
+        1
+    }
+
+    /// The scores of several candidates, in their order: each the same as alone.
+    fn score_all(&mut self, candidates: &[Candidate]) -> Result<Vec<f64>, E> {
+        candidates.iter().map(|candidate| self.score(candidate)).collect()
+    }
 }
 
 /// How to search.
@@ -116,15 +126,17 @@ pub fn search<E: From<Error>>(
         if fresh.is_empty() {
             break;
         }
-        for candidate in fresh {
-            let score = scorer.score(&candidate)?;
-            let scored = Scored { score: if score.is_nan() { f64::INFINITY } else { score }, candidate };
-            let at = ranked.partition_point(|other| other.score <= scored.score);
-            ranked.insert(at, scored.clone());
-            tell(ranked.len(), &scored, &ranked[0]);
-            if ranked.len() == options.evaluations {
-                return Ok(ranked);
+        for some in fresh[..fresh.len().min(options.evaluations - ranked.len())].chunks(scorer.at_a_time().max(1)) {
+            for (candidate, score) in some.iter().zip(scorer.score_all(some)?) {
+                let score = if score.is_nan() { f64::INFINITY } else { score };
+                let scored = Scored { score, candidate: candidate.clone() };
+                let at = ranked.partition_point(|other| other.score <= scored.score);
+                ranked.insert(at, scored.clone());
+                tell(ranked.len(), &scored, &ranked[0]);
             }
+        }
+        if ranked.len() == options.evaluations {
+            return Ok(ranked);
         }
         let stays = before.is_some() && before == ranked.first().map(|best| best.candidate.key());
         if share.is_some() || stays || epoch >= FIRST_STAGE {
@@ -176,6 +188,19 @@ impl<E> Scorer<E> for Remembering<'_, E> {
         (self.keep)(&key, score)?;
         self.known.insert(key, score);
         Ok(score)
+    }
+
+    fn at_a_time(&self) -> usize {
+        self.scorer.at_a_time()
+    }
+
+    fn score_all(&mut self, candidates: &[Candidate]) -> Result<Vec<f64>, E> {
+        let open: Vec<Candidate> = candidates.iter().filter(|c| !self.known.contains_key(&c.key())).cloned().collect();
+        for (candidate, score) in open.iter().zip(self.scorer.score_all(&open)?) {
+            (self.keep)(&candidate.key(), score)?;
+            self.known.insert(candidate.key(), score);
+        }
+        candidates.iter().map(|candidate| self.score(candidate)).collect()
     }
 }
 

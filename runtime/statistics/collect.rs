@@ -7,12 +7,12 @@ use super::{
     store::{self, StatisticFile},
 };
 use crate::{
-    Child, LoadOptions, RuntimeError, SampleSet, SetSpec,
-    wire::{GatherEntry, GatherJob, Gathered, Output},
+    Child, ContentIds, LoadOptions, Part, RuntimeError, SampleSet, SetSpec,
+    content::short,
+    wire::{Fold, GatherEntry, GatherJob, Gathered, Output},
 };
 use lathe_analysis::{Bindings, Cost, Facts, Magnitudes, Rows, SymMatrix, View};
 use lathe_ir::{Model, ScopeId};
-use serde::Serialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
@@ -113,7 +113,8 @@ impl Statistics {
         requests: &[Request],
         options: &CollectOptions,
     ) -> Result<Statistics, StatisticsError> {
-        let worker = Gatherer { engine: child.hello()?.0, gather: &|job| child.gather(job) };
+        let worker =
+            Gatherer { engine: child.hello()?.0, content: child.content(), gather: &|jobs| child.gather(jobs) };
         Statistics::collect_with(&worker, model, set, requests, options)
     }
 
@@ -137,7 +138,9 @@ impl Statistics {
         let batch = Some(SampleSet::open(set, model)?.batch_size());
         let set = &SetSpec { batch, ..set.clone() };
         let mask_name = format!("{:?}", options.mask);
-        let folder = options.cache.join(key(&worker.engine, model, set, &options.load, &mask_name)?);
+        let key = worker.content.of_run(&worker.engine, model, set, &options.load, &mask_name);
+        let unread = |source| StatisticsError::Io { path: set.path.clone(), source };
+        let folder = options.cache.join(short(&key.map_err(unread)?));
         let failed = |source| StatisticsError::Io { path: folder.clone(), source };
         fs::create_dir_all(&folder).map_err(failed)?;
         let mut work = Work::default();
@@ -171,11 +174,18 @@ impl Statistics {
 
     /// XᵀX over the rows that count, `[k, k]`. Divide by [`Counts::rows`] for the mean.
     pub fn gram(&self, rows: &Rows) -> Result<SymMatrix, StatisticsError> {
+        Ok(self.gram_and_sum(rows)?.0)
+    }
+
+    /// The same with the sum of every feature, `[k]`, and how many rows both are of.
+    pub fn gram_and_sum(&self, rows: &Rows) -> Result<(SymMatrix, Vec<f64>, Counts), StatisticsError> {
         let mut stored = self.stored(&Request::Gram(rows.clone()))?;
         let at = index_of(&stored, "gram").expect("a Gram matrix is stored under this name");
         let size = stored.head.arrays[at].dims[0];
         let upper = std::mem::take(&mut stored.data[at]);
-        Ok(SymMatrix::from_upper(size, upper).expect("a stored triangle has the length that its size says"))
+        let gram = SymMatrix::from_upper(size, upper).expect("a stored triangle has the length that its size says");
+        let sum = index_of(&stored, "sum").map(|at| std::mem::take(&mut stored.data[at])).unwrap_or_default();
+        Ok((gram, sum, counts_in(&stored)))
     }
 
     /// How large the numbers of every feature are, as shares and means over the rows that count; `None` if none counts.
@@ -218,10 +228,7 @@ impl Statistics {
 
     /// How many rows a statistic is made of.
     pub fn counts(&self, request: &Request) -> Result<Counts, StatisticsError> {
-        let stored = self.stored(request)?;
-        let counts = index_of(&stored, "counts").map(|at| &stored.data[at][..]);
-        let &[rows, padded, broken] = counts.unwrap_or_default() else { return Ok(Counts::default()) };
-        Ok(Counts { rows: rows as u64, padded: padded as u64, broken: broken as u64 })
+        Ok(counts_in(&self.stored(request)?))
     }
 
     fn stored(&self, request: &Request) -> Result<StatisticFile, StatisticsError> {
@@ -231,33 +238,65 @@ impl Statistics {
     }
 }
 
+fn counts_in(stored: &StatisticFile) -> Counts {
+    let counts = index_of(stored, "counts").map(|at| &stored.data[at][..]);
+    let &[rows, padded, broken] = counts.unwrap_or_default() else { return Counts::default() };
+    Counts { rows: rows as u64, padded: padded as u64, broken: broken as u64 }
+}
+
 fn index_of(stored: &StatisticFile, field: &str) -> Option<usize> {
     stored.head.arrays.iter().position(|a| a.field == field)
 }
 
-/// A name for everything that results depend on: who runs what on which samples, and what else there is.
-pub(crate) fn key(
-    engine: &str,
-    model: &Model,
-    set: &SetSpec,
-    load: &LoadOptions,
-    more: &impl Serialize,
-) -> Result<String, StatisticsError> {
-    let mut hash = blake3::Hasher::new();
-    let failed = |source| StatisticsError::Io { path: set.path.clone(), source };
-    model.write_to(&mut hash).map_err(failed)?;
-    store::hash_files(&set.path, &mut hash).map_err(failed)?;
-    let set = SetSpec { path: PathBuf::new(), ..set.clone() };
-    let how = (engine, &load.provider, load.optimize, set, more);
-    hash.update(&serde_json::to_vec(&how).expect("only names and numbers"));
-    Ok(store::short(&hash.finalize()))
+/// Parts of a set at most. The plan fixes them, not the number of workers: where they begin shows in the last bits of sums.
+const PARTS: usize = 4;
+
+/// The parts of a set that statistics are computed over, of whole batches.
+fn parts(set: &SetSpec, model: &Model) -> Result<Vec<SetSpec>, StatisticsError> {
+    let samples = SampleSet::open(set, model)?;
+    let units = samples.spread(samples.len());
+    let batches = units.len().div_ceil(samples.batch_size().max(1));
+    let size = batches.div_ceil(PARTS) * samples.batch_size().max(1);
+    if batches < PARTS {
+        return Ok(vec![set.clone()]);
+    }
+    let part = |chosen: &[usize]| SetSpec { chosen: Some(chosen.to_vec()), part: Part::All, ..set.clone() };
+    Ok(units.chunks(size).map(part).collect())
+}
+
+/// Adds up what files of parts hold, in their order, and writes it where it is to be found.
+fn join(entry: &GatherEntry, parts: &[PathBuf]) -> io::Result<()> {
+    let mut sums: Option<StatisticFile> = None;
+    for part in parts {
+        let more = store::read(part, &entry.request)?;
+        fs::remove_file(part)?;
+        let Some(sums) = &mut sums else {
+            sums = Some(more);
+            continue;
+        };
+        for ((output, sum), more) in entry.outputs.iter().zip(&mut sums.data).zip(more.data) {
+            if sum.len() != more.len() {
+                return Err(io::Error::other("the features of a tensor vary from sample to sample"));
+            }
+            let both = sum.iter_mut().zip(more);
+            match output.fold {
+                Fold::Sum | Fold::Triangle => both.for_each(|(sum, x)| *sum += x),
+                Fold::Max => both.for_each(|(sum, x)| *sum = sum.max(x)),
+                Fold::First => {}
+            }
+        }
+    }
+    let StatisticFile { head, data } = sums.ok_or_else(|| io::Error::other("no part was computed"))?;
+    store::write(&entry.file, &head, &data.iter().map(|array| &array[..]).collect::<Vec<_>>())
 }
 
 /// Who runs the copies.
 pub(super) struct Gatherer<'a> {
     /// The engine's name with its version.
     pub engine: String,
-    pub gather: &'a dyn Fn(&GatherJob) -> Result<Gathered, RuntimeError>,
+    /// What files are.
+    pub content: &'a ContentIds,
+    pub gather: &'a dyn Fn(&[GatherJob]) -> Result<Vec<Gathered>, RuntimeError>,
 }
 
 struct Collector<'a> {
@@ -291,26 +330,72 @@ impl Collector<'_> {
                 entries.push(GatherEntry { request: request.clone(), outputs, file: files[request].clone() });
             }
             work.computed += entries.len();
-            let gathered = self.gather(&append.finish(), scratch.path(), entries, Vec::new())?;
+            work.samples = self.gather_parts(&append.finish(), scratch.path(), &entries)?;
             work.groups += 1;
-            work.samples = gathered.samples;
         }
         Ok(())
     }
 
-    fn gather(
-        &self,
-        copy: &Model,
-        scratch: &Path,
-        entries: Vec<GatherEntry>,
-        direct: Vec<Output>,
-    ) -> Result<Gathered, StatisticsError> {
-        let path = scratch.join("statistics.onnx");
-        copy.write_linked(&path)?;
-        let first_only = entries.is_empty();
-        // Batches are large: packing weights once and for all saves little time and takes their memory twice.
-        let (set, options) = (self.set.clone(), LoadOptions { lean: true, ..self.options.load.clone() });
-        Ok((self.worker.gather)(&GatherJob { model: path, set, first_only, options, entries, direct })?)
+    /// Computes statistics over every part of the set, and adds them up in the order of the parts: the sums are the same
+    /// whoever computes which. Returns the samples.
+    fn gather_parts(&self, copy: &Model, scratch: &Path, entries: &[GatherEntry]) -> Result<usize, StatisticsError> {
+        let parts = parts(self.set, self.model)?;
+        let path = |part: usize, entry: usize| scratch.join(format!("{part}-{entry}.stat"));
+        let of_part = |part: usize| -> Vec<GatherEntry> {
+            let file = |entry: usize| if parts.len() == 1 { entries[entry].file.clone() } else { path(part, entry) };
+            entries.iter().enumerate().map(|(at, entry)| GatherEntry { file: file(at), ..entry.clone() }).collect()
+        };
+        let model = scratch.join("statistics.onnx");
+        copy.write_linked(&model)?;
+        let job = |(at, set): (usize, &SetSpec)| GatherJob {
+            model: model.clone(),
+            set: set.clone(),
+            first_only: false,
+            options: self.load(),
+            entries: of_part(at),
+            direct: Vec::new(),
+        };
+        let jobs: Vec<GatherJob> = parts.iter().enumerate().map(job).collect();
+        let samples = (self.worker.gather)(&jobs)?.iter().map(|gathered| gathered.samples).sum();
+        for (at, entry) in entries.iter().enumerate().filter(|_| parts.len() > 1) {
+            let files: Vec<PathBuf> = (0..parts.len()).map(|part| path(part, at)).collect();
+            join(entry, &files).map_err(|source| StatisticsError::Io { path: entry.file.clone(), source })?;
+        }
+        Ok(samples)
+    }
+
+    /// How copies are run. Batches are large: packing weights once and for all saves little time and takes their memory
+    /// twice.
+    fn load(&self) -> LoadOptions {
+        LoadOptions { lean: true, ..self.options.load.clone() }
+    }
+
+    /// What outputs of a copy that are sizes are for the first batch, where that follows from the sizes of its inputs.
+    fn known_sizes(&self, copy: &Model, direct: &[Output]) -> Result<Option<Vec<Vec<f64>>>, StatisticsError> {
+        let Some(batch) = SampleSet::open(self.set, self.model)?.batches().next().transpose()? else { return Ok(None) };
+        let graph = &copy.graph;
+        let mut bindings = Bindings::default();
+        for (name, tensor) in &batch.inputs {
+            let input = graph.find_value(name).map(|value| graph.value(value));
+            if let Some(stated) = input.and_then(|value| value.ty.as_ref()).and_then(|ty| ty.shape()) {
+                bindings.set_input(stated, tensor.dims());
+            }
+        }
+        let facts = Facts::infer(copy);
+        let sizes = |output: &Output| -> Option<Vec<f64>> {
+            let contents = facts.contents(graph.find_value(&output.value)?)?;
+            contents.elements().iter().map(|e| bindings.evaluate(e.as_ref()?).map(|size| size as f64)).collect()
+        };
+        Ok(direct.iter().map(sizes).collect())
+    }
+
+    /// What outputs of a copy are for the first batch.
+    fn show(&self, copy: &Model, scratch: &Path, direct: Vec<Output>) -> Result<Vec<Vec<f64>>, StatisticsError> {
+        let model = scratch.join("sizes.onnx");
+        copy.write_linked(&model)?;
+        let (set, options) = (self.set.clone(), self.load());
+        let job = GatherJob { model, set, first_only: true, options, entries: Vec::new(), direct };
+        Ok((self.worker.gather)(&[job])?.pop().unwrap_or_default().direct)
     }
 
     /// The sizes of what is asked for in the first batch, and the bytes that running the model itself takes.
@@ -322,7 +407,11 @@ impl Collector<'_> {
         let graph = &self.model.graph;
         let inputs: Vec<_> = graph.main().inputs().iter().copied().filter(|&v| self.facts.shape(v).is_some()).collect();
         direct.extend(inputs.iter().map(|&v| append.size_of(v)));
-        let shown = self.gather(&append.finish(), scratch, Vec::new(), direct)?.direct;
+        let copy = append.finish();
+        let shown = match self.known_sizes(&copy, &direct)? {
+            Some(known) => known,
+            None => self.show(&copy, scratch, direct)?,
+        };
         let shown: Vec<Vec<usize>> = shown.iter().map(|s| s.iter().map(|&d| d as usize).collect()).collect();
         let mut bindings = Bindings::default();
         for (&input, sizes) in inputs.iter().zip(&shown[rows.len()..]) {

@@ -1,10 +1,11 @@
 //! Statistics on disk: one checked file per request, in a folder per model, set and way of running.
 
 use super::request::Request;
+use crate::content::short;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeSet,
-    fs::{self, File},
+    fs,
     io::{self, Read, Write},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -52,11 +53,6 @@ pub(crate) struct StatisticFile {
 pub(crate) fn file_of(folder: &Path, request: &Request) -> PathBuf {
     let text = serde_json::to_vec(request).expect("only names and numbers");
     folder.join(format!("{}.stat", short(&blake3::hash(&text))))
-}
-
-/// Enough of a hash to name a file with.
-pub(crate) fn short(hash: &blake3::Hash) -> String {
-    hash.to_hex()[..32].to_owned()
 }
 
 /// Writes a file aside and puts it in place whole.
@@ -125,26 +121,6 @@ pub(crate) fn read(path: &Path, request: &Request) -> io::Result<StatisticFile> 
     Ok(StatisticFile { head, data })
 }
 
-/// Feeds the names and contents of a file, or of everything in a folder, to a hash.
-pub(crate) fn hash_files(path: &Path, hash: &mut blake3::Hasher) -> io::Result<()> {
-    let mut pending = vec![path.to_owned()];
-    while let Some(at) = pending.pop() {
-        let name = at.strip_prefix(path).unwrap_or(&at).to_string_lossy().into_owned();
-        hash.update(&(name.len() as u64).to_le_bytes());
-        hash.update(name.as_bytes());
-        if fs::metadata(&at)?.is_dir() {
-            let mut inside: Vec<PathBuf> = fs::read_dir(&at)?.map(|e| Ok(e?.path())).collect::<io::Result<_>>()?;
-            inside.sort();
-            pending.extend(inside.into_iter().rev());
-            continue;
-        }
-        let mut file = File::open(&at)?;
-        hash.update(&file.metadata()?.len().to_le_bytes());
-        hash.update_reader(&mut file)?;
-    }
-    Ok(())
-}
-
 /// Folders that this program has used. A run goes back to the statistics of several sets, which together may be more than
 /// is to be kept.
 static IN_USE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
@@ -178,6 +154,7 @@ pub(crate) fn evict(cache: &Path, current: &Path, limit: u64) {
 mod tests {
     use super::*;
     use lathe_analysis::Rows;
+    use std::fs::File;
 
     #[test]
     fn damage_is_noticed() {

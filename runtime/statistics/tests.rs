@@ -43,7 +43,8 @@ impl Bench {
             self.runs.set(self.runs.get().checked_sub(1).ok_or(RuntimeError::Child("interrupted".into()))?);
             gather::serve(engine(), job, &mut |_: &str| {}).map_err(|e| RuntimeError::Child(e.to_string()))
         };
-        let worker = Gatherer { engine: "test".into(), gather: &run };
+        let all = |jobs: &[GatherJob]| jobs.iter().map(run).collect();
+        let worker = Gatherer { engine: "test".into(), content: &crate::ContentIds::default(), gather: &all };
         let load = LoadOptions { threads: 1, ..LoadOptions::default() };
         let (memory, mask) = (self.memory, self.mask.clone());
         let options = CollectOptions { memory, mask, ..CollectOptions::new(load, self.folder.path().join("cache")) };
@@ -265,7 +266,7 @@ fn finished_groups_are_kept_and_damage_is_repaired() {
     // Enough for one of the large statistics, so that there are two groups.
     let bench = Bench { memory: 250 << 10, ..bench };
     let requests = [Request::Gram(Rows::last("x")), Request::Gram(Rows::last("h"))];
-    bench.runs.set(2);
+    bench.runs.set(1);
     let interrupted = bench.collect(&requests).unwrap_err();
     assert_eq!(interrupted.to_string(), "interrupted");
     assert_eq!(bench.stat_files().len(), 1);

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 /// What the worker answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum WorkerAnswer {
-    /// The engine's name and its providers.
-    Hello { name: String, providers: Vec<String> },
+    /// The engine's name and its providers, and the version of the program that the worker is.
+    Hello { name: String, providers: Vec<String>, version: String },
     /// What the worker is about to do; the answer is still to come.
     Stage(String),
     /// How far it is; the answer is still to come.

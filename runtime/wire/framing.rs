@@ -13,7 +13,7 @@ const MAGIC: [u8; 4] = *b"LWF1";
 const LARGEST_HEADER: u64 = 64 << 20;
 
 /// A named tensor whose data is in the payload.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Head {
     name: String,
     dtype: i32,

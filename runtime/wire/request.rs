@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// What the program asks of the worker.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum WorkerRequest {
     /// Who are you?
     Hello,
@@ -39,6 +39,13 @@ pub(crate) enum WorkerRequest {
 }
 
 impl WorkerRequest {
+    /// Whether it is worth carrying out elsewhere, and the same there: it runs models for a while and reads nothing but
+    /// files.
+    pub fn travels(&self) -> bool {
+        use WorkerRequest::{Gather, Measure, Run, Trials};
+        matches!(self, Run { .. } | Gather(_) | Trials(_) | Measure(_))
+    }
+
     /// Whether nothing else may run meanwhile: times of runs that share a machine say nothing.
     pub fn wants_the_machine(&self) -> bool {
         matches!(self, WorkerRequest::Bench { .. })
@@ -61,7 +68,7 @@ impl WorkerRequest {
 }
 
 /// The inputs of a comparison.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum InputHeads {
     /// Make them.
     Random(InputSpec),

@@ -1,6 +1,7 @@
 //! The subcommands, one file each, and what they share.
 
 pub(crate) mod bench;
+pub(crate) mod cache;
 pub(crate) mod catalogue;
 pub(crate) mod doctor;
 pub(crate) mod dump;
@@ -58,7 +59,7 @@ impl Answer {
 pub(crate) fn serve(arguments: &[OsString]) -> u8 {
     let keep = arguments.first().and_then(|text| text.to_str()?.parse().ok()).unwrap_or(0);
     let library = arguments.get(1).map(PathBuf::from);
-    lathe_runtime::serve(lathe_runtime::start(&runner::search(library)), keep).is_err().into()
+    lathe_runtime::serve(lathe_runtime::start(&runner::search(library)), keep, runner::VERSION).is_err().into()
 }
 
 /// Reads a model and names it in the error.

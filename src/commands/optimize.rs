@@ -6,6 +6,7 @@ use self::args::{ExternalArg, OptimizeArgs, TargetArg};
 use super::Answer;
 use crate::{
     AutoOptions, Budget, Failure, Options, Report, RunOptions, Selection, Sets,
+    compress::ADVICE,
     progress::Meter,
     quantities::{size, time},
     recipe, summary,
@@ -149,6 +150,10 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
                 .with(Quantity::Parameters, args.params)
                 .with(Quantity::Flops, args.flops)
                 .with(Quantity::Latency, args.latency),
+            advice: match args.time.as_deref().filter(|_| !args.auto) {
+                Some(text) => time(text)?,
+                None => ADVICE,
+            },
             minimize: args.minimize.unwrap_or_default().into(),
             max_drop: args.max_drop,
             metric: args.metric.clone(),

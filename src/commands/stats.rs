@@ -84,7 +84,8 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     let mut set = SetSpec { unread: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
     let memory = options.memory.unwrap_or_else(quarter_of_memory);
     let temporary = tempfile::tempdir().context("there is no place for results")?;
-    let kept = runner::data_dir().filter(|_| !args.no_cache).map(|data| data.join("statistics"));
+    let store = options.store.clone().or_else(runner::data_dir);
+    let kept = store.filter(|_| !args.no_cache).map(|store| store.join("statistics"));
     let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
     std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
     let mask = match args.mask.as_deref() {

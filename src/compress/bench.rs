@@ -15,8 +15,11 @@ use lathe_passes::{
     Pass, PassContext, Quantity,
     exact::{DropDead, DropNoopLayout},
 };
-use lathe_runtime::{BenchInputs, Distance, SetSpec, metrics};
+use lathe_runtime::{BenchInputs, Distance, SetSpec, Timings, metrics};
 use std::path::Path;
+
+/// What an error of timing is about.
+const UNTIMED: &str = "the latency cannot be measured";
 
 /// Runs, times and judges models beside the original.
 pub(crate) struct Bench<'a> {
@@ -57,12 +60,20 @@ pub(crate) struct Fitted {
 }
 
 impl Bench<'_> {
-    /// The latency of the original and of a candidate.
-    pub fn time(&self, candidate: &Path) -> Result<Latency, Failure> {
-        let _span = self.run.progress.span("time the result");
-        let models = [self.original, candidate];
-        let measurement = Measurement { run: self.run, models: &models, inputs: &self.inputs, seconds: self.seconds };
-        Ok(measurement.run(&mut |_| {}).context("the latency cannot be measured")?)
+    /// The times of the original and of a candidate in turns.
+    pub fn time(&self, candidate: &Path) -> Result<Timings, Failure> {
+        let _span = self.run.progress.span("time an attempt");
+        Ok(self.measurement(&[self.original, candidate]).timings().context(UNTIMED)?)
+    }
+
+    /// The latency of the original and of a candidate that was timed.
+    pub fn latency(&self, candidate: &Path, timings: &Timings) -> Result<Latency, Failure> {
+        let _span = self.run.progress.span("time loading");
+        Ok(self.measurement(&[self.original, candidate]).of(timings).context(UNTIMED)?)
+    }
+
+    fn measurement<'m>(&'m self, models: &'m [&'m Path]) -> Measurement<'m> {
+        Measurement { run: self.run, models, inputs: &self.inputs, seconds: self.seconds }
     }
 
     /// The loss of a candidate on held-out samples; `None` if it is not to be run.
@@ -91,8 +102,9 @@ impl Bench<'_> {
         Ok(match exact.original.figure(quantity) {
             Some(original) => (original as f64, counted(quantity, exact.model, exact.staged)),
             None => {
-                let latency = self.time(exact.staged.path())?;
-                (latency.before_ms * 1e6, latency.after_ms.unwrap_or(f64::NAN) * 1e6)
+                let timings = self.time(exact.staged.path())?;
+                let [before, after] = [0, 1].map(|model| timings.quartiles(model)[0] * 1e6);
+                (before, after)
             }
         })
     }

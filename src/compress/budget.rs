@@ -1,6 +1,7 @@
 //! What a user allows to be spent and lost.
 
 use lathe_passes::{Quantity, QuantityMap};
+use std::time::Duration;
 
 /// What may be spent, and what may be lost.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -14,7 +15,13 @@ pub struct Budget {
     pub minimize: Quantity,
     /// The metric; `None` chooses one that fits the outputs.
     pub metric: Option<String>,
+    /// Time in which to look for a budget that the allowed drop permits, where it does not permit the one that is given;
+    /// none where it is zero.
+    pub advice: Duration,
 }
+
+/// Time that a refused budget is worth unless told.
+pub(crate) const ADVICE: Duration = Duration::from_secs(60);
 
 impl Budget {
     /// Whether anything may be lost.

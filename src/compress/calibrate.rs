@@ -5,16 +5,14 @@ use super::{
     position_weights::{PositionWeights, Sensitivities, SlicedPositions},
     setup::Setup,
 };
-use crate::{
-    Failure,
-    runner::{self, Runner},
-};
+use crate::{Failure, runner::Runner};
 use anyhow::Context as _;
 use lathe_analysis::{Bindings, Facts, Rows, View};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::lossy::{MethodContext, Tap, Weight, gram_rows, weights};
 use lathe_runtime::{
-    CollectOptions, Probe, ProbeOptions, Request, SampleSet, SetSpec, quarter_of_memory, sensitivities,
+    CollectOptions, LoadOptions, Probe, ProbeOptions, Request, SampleSet, SetSpec, machine, quarter_of_memory,
+    sensitivities,
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -47,7 +45,7 @@ pub(super) struct Calibrated<'a> {
 
 impl<'a> Calibrated<'a> {
     /// What methods may know now.
-    pub fn context<'c>(&'c self, cx: &MethodContext) -> MethodContext<'c> {
+    pub fn context<'c>(&'c self, cx: &MethodContext<'c>) -> MethodContext<'c> {
         cx.with_calibration(&self.calibration).with_rows(self.rows.clone())
     }
 
@@ -67,11 +65,11 @@ pub(super) fn calibrate<'a>(
     let reads_statistics = setup.methods.iter().any(|m| m.needs(&setup.cx).statistics);
     let layers = if reads_statistics { weights(graph).0 } else { Vec::new() };
     let scratch = tempfile::tempdir().context("there is no place for statistics")?;
-    let kept = runner::data_dir().map(|data| data.join("statistics"));
+    let kept = setup.runner.store().map(|store| store.join("statistics"));
     let cache = kept.unwrap_or_else(|| scratch.path().to_owned());
     std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
     let sliced = SlicedPositions::find(model, &layers);
-    let span = |what| setup.runner.child().listener().span(what);
+    let span = |what| setup.runner.child().listener().stage(what);
     let mut calibration = {
         let _span = span("statistics");
         statistics(setup, model, &layers, &sliced, [&cache, scratch.path()])?
@@ -111,6 +109,7 @@ fn statistics<'a>(
 ) -> Result<Calibration<'a>, Failure> {
     let collect = CollectOptions {
         memory: setup.memory.unwrap_or_else(quarter_of_memory),
+        cache_limit: setup.runner.statistics_limit(),
         ..CollectOptions::new(setup.load.clone(), cache.to_owned())
     };
     // Second moments have no range, which layers in half precision have to keep to on every sample.
@@ -144,6 +143,7 @@ fn statistics<'a>(
         held,
         position_weights: PositionWeights::default(),
         magnitudes: None,
+        identity: identity(setup, model)?,
         runner: setup.runner,
         model: model.clone(),
         split,
@@ -167,6 +167,17 @@ fn statistics<'a>(
         calibration.magnitudes = Some(found);
     }
     Ok(calibration)
+}
+
+/// What is known of a model follows from this: the model, the samples, and how they are run and compared.
+fn identity(setup: &Setup<'_>, model: &Model) -> Result<Option<[u8; 32]>, Failure> {
+    if setup.cx.kept.is_none() {
+        return Ok(None);
+    }
+    let LoadOptions { device, threads, .. } = setup.load;
+    let more = (setup.distance, setup.seed, device, threads, machine());
+    let hash = setup.runner.child().run_hash(model, setup.set, setup.load, &more);
+    Ok(Some(*hash.map_err(anyhow::Error::from)?.as_bytes()))
 }
 
 /// How many samples have as many rows as are `wanted` of every layer.

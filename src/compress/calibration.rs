@@ -8,7 +8,7 @@ use lathe_passes::lossy::{Weight, gram_rows};
 use lathe_runtime::{
     CollectOptions, Distance, LoadOptions, Request, SampleSet, SetError, SetSpec, Statistics, StatisticsError, Trials,
 };
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Floating-point operations that one run of a model over the samples of trials may take.
 const TRIAL_FLOPS: f64 = 4e11;
@@ -20,7 +20,7 @@ const TRIAL_SAMPLES: (usize, usize) = (4, 256);
 /// set has as many: fits have far fewer coefficients per output than features.
 const CROSS_ROWS_PER_FEATURE: usize = 8;
 const LEAST_CROSS_ROWS: usize = 8192;
-const LEAST_CROSS_SAMPLES: usize = 64;
+const LEAST_CROSS_SAMPLES: usize = 32;
 
 /// Statistics by the names of values, and everything that running a variant of the model needs.
 pub(super) struct Calibration<'a> {
@@ -34,6 +34,8 @@ pub(super) struct Calibration<'a> {
     pub position_weights: PositionWeights,
     /// How large values are, where a method wants to know.
     pub magnitudes: Option<Statistics>,
+    /// What all of it follows from; `None` for a variant of the model, or where nothing is kept.
+    pub identity: Option<[u8; 32]>,
     pub runner: &'a Runner,
     /// The model that is being compressed.
     pub model: Model,
@@ -80,9 +82,19 @@ impl Calibration<'_> {
     fn cross_on(&self, set: &SetSpec, model: &Model, pairs: &[(Rows, Rows)]) -> Result<Vec<Cross>, EvaluateError> {
         let request = |(x, y): &(Rows, Rows)| Request::Cross(x.clone(), y.clone());
         let requests: Vec<Request> = pairs.iter().map(request).collect();
-        let set = self.split.enough(set, model, pairs);
-        let found = self.runner.collect(model, &set, &requests, &self.collect).map_err(failed)?;
-        let cross = |request: &Request| -> Result<Cross, StatisticsError> {
+        let facts = Facts::infer(model);
+        let mut by_samples: BTreeMap<usize, Vec<Request>> = BTreeMap::new();
+        let samples: Vec<usize> = pairs.iter().map(|pair| self.split.enough(set, model, &facts, pair)).collect();
+        for (&samples, request) in samples.iter().zip(&requests) {
+            by_samples.entry(samples).or_default().push(request.clone());
+        }
+        let mut found = BTreeMap::new();
+        for (samples, requests) in by_samples {
+            let set = spread(set, samples);
+            found.insert(samples, self.runner.collect(model, &set, &requests, &self.collect).map_err(failed)?);
+        }
+        let cross = |(request, samples): (&Request, &usize)| -> Result<Cross, StatisticsError> {
+            let found = &found[samples];
             let rows = found.counts(request)?.rows;
             let mean = |name: &str| -> Result<Vec<f64>, StatisticsError> {
                 let mut field = found.field(request, name)?.data;
@@ -98,7 +110,7 @@ impl Calibration<'_> {
                 rows,
             })
         };
-        requests.iter().map(cross).collect::<Result<_, _>>().map_err(failed)
+        requests.iter().zip(&samples).map(cross).collect::<Result<_, _>>().map_err(failed)
     }
 
     /// Both parts, as far as there are two.
@@ -118,14 +130,14 @@ impl Calibration<'_> {
     pub fn loss_of(&self, variant: &Model) -> Result<f64, StatisticsError> {
         let mut most = 0.0f64;
         for set in [&self.split.trials, &self.split.unmeasured] {
-            let lost = self.trials_of(variant, set).run(self.runner.child(), &[Vec::new()])?;
+            let lost = self.trials_of_variant(variant, set).run(self.runner.child(), &[Vec::new()])?;
             most = lost.into_iter().fold(most, f64::max);
         }
         Ok(most)
     }
 
     /// Runs of a variant beside the model.
-    fn trials_of<'t>(&'t self, variant: &'t Model, set: &'t SetSpec) -> Trials<'t> {
+    fn trials_of_variant<'t>(&'t self, variant: &'t Model, set: &'t SetSpec) -> Trials<'t> {
         Trials { reference: &self.model, variant, set, distance: self.distance, load: self.load }
     }
 
@@ -159,6 +171,7 @@ impl Calibration<'_> {
             held: self.held.as_ref().map(part).transpose()?,
             position_weights: self.position_weights.clone(),
             magnitudes: None,
+            identity: None,
             runner: self.runner,
             model: self.model.clone(),
             split: self.split.clone(),
@@ -219,10 +232,10 @@ impl Split {
         })
     }
 
-    /// As many of the samples of a part as second moments of these pairs need.
-    fn enough(&self, part: &SetSpec, model: &Model, pairs: &[(Rows, Rows)]) -> SetSpec {
-        let facts = Facts::infer(model);
-        let wanted = pairs.iter().flat_map(|(x, y)| [x, y]).filter_map(|rows| {
+    /// How many of the samples of a part second moments of this pair need: a power of two times the least, so that pairs
+    /// that need about as many share their runs.
+    fn enough(&self, part: &SetSpec, model: &Model, facts: &Facts, (x, y): &(Rows, Rows)) -> usize {
+        let wanted = [x, y].into_iter().filter_map(|rows| {
             let View::Axis(axis) = rows.view else { return None };
             let shape = facts.shape(model.graph.find_value(&rows.value)?)?;
             let dims: Vec<usize> = shape
@@ -234,11 +247,17 @@ impl Split {
             let rows = LEAST_CROSS_ROWS.max(CROSS_ROWS_PER_FEATURE * features);
             Some((rows * self.samples).div_ceil(all / features))
         });
-        let chosen = part.chosen.clone().unwrap_or_default();
-        let wanted = wanted.max().unwrap_or(chosen.len()).clamp(LEAST_CROSS_SAMPLES.min(chosen.len()), chosen.len());
-        let spread = (0..wanted).map(|i| chosen[i * chosen.len() / wanted]).collect();
-        SetSpec { chosen: Some(spread), ..part.clone() }
+        let all = part.chosen.as_ref().map_or(0, Vec::len);
+        let runs = wanted.max().map(|wanted| wanted.div_ceil(LEAST_CROSS_SAMPLES).max(1).next_power_of_two());
+        runs.map_or(all, |runs| (runs * LEAST_CROSS_SAMPLES).min(all))
     }
+}
+
+/// So many of the samples of a part, spread over it.
+fn spread(part: &SetSpec, count: usize) -> SetSpec {
+    let chosen = part.chosen.clone().unwrap_or_default();
+    let spread = (0..count).map(|i| chosen[i * chosen.len() / count]).collect();
+    SetSpec { chosen: Some(spread), ..part.clone() }
 }
 
 /// The sizes that symbols of the inputs' shapes have in these inputs.
@@ -259,9 +278,8 @@ fn gram_in(statistics: &Statistics, rows: &Rows) -> Result<Option<Gram>, Evaluat
     if !statistics.requests().any(|r| *r == request) {
         return Ok(None);
     }
-    let rows_counted = statistics.counts(&request).map_err(failed)?.rows;
-    let mut sums = statistics.gram(rows).map_err(failed)?;
-    let mut mean = statistics.field(&request, "sum").map_err(failed)?.data;
+    let (mut sums, mut mean, counts) = statistics.gram_and_sum(rows).map_err(failed)?;
+    let rows_counted = counts.rows;
     let count = rows_counted.max(1) as f64;
     sums.scale(1.0 / count);
     mean.iter_mut().for_each(|x| *x /= count);
@@ -335,6 +353,10 @@ impl Calibrate for Calibration<'_> {
         self.position_weights.moments(rows, all, |at| held.moments_alone(&rows.value, at)).map(Some)
     }
 
+    fn identity(&self) -> Option<[u8; 32]> {
+        self.identity
+    }
+
     fn holds_out(&self) -> bool {
         self.split.holds_out
     }
@@ -373,8 +395,13 @@ impl Calibrate for Calibration<'_> {
         self.split.trial_flops
     }
 
+    fn trials_of(&self, variants: &[Model]) -> Result<Vec<f64>, EvaluateError> {
+        let all: Vec<Trials<'_>> = variants.iter().map(|v| self.trials_of_variant(v, &self.split.trials)).collect();
+        Trials::run_each(&all, self.runner.child()).map_err(failed)
+    }
+
     fn trials(&self, variant: &Model, gates: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
-        self.trials_of(variant, &self.split.trials).run(self.runner.child(), gates).map_err(failed)
+        self.trials_of_variant(variant, &self.split.trials).run(self.runner.child(), gates).map_err(failed)
     }
 }
 

@@ -17,6 +17,8 @@ use lathe_passes::{
         allocate::{Limits, SolveError, Solver},
     },
 };
+use lathe_runtime::RunEvent;
+use std::time::Instant;
 
 /// Allocations that are tried until the result is as small and as fast as it must be.
 const ATTEMPTS: usize = 6;
@@ -173,20 +175,45 @@ struct Fit<'a> {
 }
 
 impl Fit<'_> {
-    /// Shares that would pass, found by bisection, as the end of a sentence, so that the user knows what to ask for.
+    /// Shares that would pass, found by bisection, as the end of a sentence, so that the user knows what to ask for. Times are
+    /// not measured for it, and it ends when the time for it is up.
     fn what_passes(&self, limits: &[Limit]) -> Result<String, Failure> {
-        let (mut low, mut high) = (0.0, 1.0);
-        for _ in 0..BISECTIONS {
-            let middle = (low + high) / 2.0;
-            let fitted = self.within(&relaxed(limits, middle))?;
-            if fitted.verify.is_none_or(|v| v.passed) { high = middle } else { low = middle }
+        let (start, time) = (Instant::now(), self.request.budget.advice);
+        if time.is_zero() {
+            return Ok(String::new());
         }
+        let _span = self.bench.run.progress.stage("look for a budget that passes");
+        let (mut low, mut high, mut passes) = (0.0, 1.0, false);
+        for looked in 0..BISECTIONS {
+            let middle = (low + high) / 2.0;
+            // What one look takes, the next takes too.
+            if start.elapsed().mul_f64((looked + 1) as f64 / looked.max(1) as f64) > time {
+                break;
+            }
+            let passed = self.passes_untimed(&relaxed(limits, middle))?;
+            if passed { (high, passes) = (middle, true) } else { low = middle }
+        }
+        let timed = limits.iter().any(|l| l.quantity == Quantity::Latency);
         let passing = relaxed(limits, high);
         let share = |l: &Limit| format!("{} {:.2}", l.quantity.flag(), (l.share * 100.0).ceil() / 100.0);
-        Ok(match passing.iter().all(|l| l.share <= 1.0) {
-            true => format!("; {} keeps to it", passing.iter().map(share).collect::<Vec<_>>().join(" ")),
-            false => String::new(),
-        })
+        let shares = || passing.iter().map(share).collect::<Vec<_>>().join(" ");
+        let keeps = if timed { "would keep to it, as far as predicted" } else { "keeps to it" };
+        Ok(if passes { format!("; {} {keeps}", shares()) } else { String::new() })
+    }
+
+    /// Whether the plan for these limits keeps to the allowed drop. Where latency is limited it is not timed.
+    fn passes_untimed(&self, limits: &[Limit]) -> Result<bool, Failure> {
+        if !limits.iter().any(|l| l.quantity == Quantity::Latency) {
+            return Ok(self.within(limits)?.verify.is_none_or(|v| v.passed));
+        }
+        let attempts = Attempts::new(self, limits)?;
+        let mut budget = Limits::default();
+        limits.iter().zip(&attempts.most).for_each(|(limit, &most)| budget.set(limit.quantity, most));
+        let Ok((plan, _)) = self.candidates.choose(&budget, self.request.solver) else { return Ok(false) };
+        let mut applied = self.candidates.apply(self.exact.model, &plan)?;
+        self.bench.tidy(&mut applied.model)?;
+        let staged = applied.model.stage(self.exact.target, self.exact.write)?;
+        Ok(self.bench.measure(staged.path(), self.request.budget)?.is_none_or(|v| v.passed))
     }
 
     /// A result within the limits that loses about what was predicted, where it is run on samples that no fit has seen or no
@@ -340,12 +367,14 @@ impl<'a> Attempts<'a> {
         bench.tidy(&mut applied.model)?;
         let staged = applied.model.stage(exact.target, exact.write)?;
         drop(applying);
-        let latency = match self.limits.iter().any(|l| l.quantity == Quantity::Latency) {
+        let timings = match self.limits.iter().any(|l| l.quantity == Quantity::Latency) {
             true => Some(bench.time(staged.path())?),
             false => None,
         };
-        let took = |limit: &Limit| match &latency {
-            Some(latency) if limit.quantity == Quantity::Latency => latency.ratio.unwrap_or(f64::NAN) * limit.original,
+        let took = |limit: &Limit| match &timings {
+            Some(timings) if limit.quantity == Quantity::Latency => {
+                timings.ratio().unwrap_or(f64::NAN) * limit.original
+            }
             _ => counted(limit.quantity, &applied.model, &staged),
         };
         let took: Vec<f64> = self.limits.iter().map(took).collect();
@@ -354,7 +383,10 @@ impl<'a> Attempts<'a> {
             let mut plan = applied.plan;
             plan.seconds = seconds;
             let rows = self.limits.iter().zip(&self.reached);
+            let reached = rows.clone().map(|(limit, share)| format!("{share:.3} of the {}", limit.quantity.name()));
+            bench.run.progress.tell(&RunEvent::Best(reached.collect::<Vec<_>>().join(", ")));
             plan.budget = rows.map(|(l, &share)| (l.quantity.key().to_owned(), l.row(share))).collect();
+            let latency = timings.map(|timings| bench.latency(staged.path(), &timings)).transpose()?;
             plan.used = used(&applied.model, &staged, latency.as_ref());
             let model = applied.model;
             self.best = Some(Fitted { model, staged, verify: None, plan, records: applied.records, latency });

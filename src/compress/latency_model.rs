@@ -1,12 +1,16 @@
 //! How long options take: each one's own small graph, timed on the provider at the shapes of a run.
 
-use super::{calibration::sizes, candidates::Region, setup::Setup};
+use super::{
+    calibration::sizes,
+    candidates::{Offer, Region},
+    setup::Setup,
+};
 use crate::{Failure, PassRecord};
 use anyhow::{Context as _, anyhow};
-use lathe_analysis::{Bindings, Facts};
+use lathe_analysis::{Bindings, Facts, KeyBuilder, kept_or};
 use lathe_ir::{DataType, Dim, External, Graph, Model, Node, NodeId, ScopeId, Tensor, Type, ValueId, WriteOptions};
 use lathe_passes::lossy::{MethodContext, Site};
-use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, SampleSet};
+use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, LoadOptions, SampleSet, machine};
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// Times every option of every place; equal shapes and options are timed once.
@@ -27,11 +31,16 @@ pub(super) fn time_candidates(
             untimed.push(region.site().name.clone());
             continue;
         };
-        let names: Vec<&str> =
-            region.candidates().map(|(offer, own)| offer.site.candidates[own].label.as_str()).collect();
+        let name = |(offer, own): (&Offer, usize)| {
+            format!("{} {}", offer.method.info().name, offer.site.candidates[own].label)
+        };
+        let names: Vec<String> = region.candidates().map(name).collect();
         let key = format!("{} {}", fragment.key, names.join(", "));
         if !known.contains_key(&key) {
-            known.insert(key.clone(), time_fragment(setup, &fragment, region, cx)?);
+            let times = kept_or(setup.cx.kept, "timings", &timing_key(setup, model, &key)?, || {
+                time_fragment(setup, &fragment, region, cx)
+            })?;
+            known.insert(key.clone(), times);
         }
         region.latency = known[&key].clone();
     }
@@ -87,13 +96,25 @@ fn run_sizes(setup: &Setup<'_>, model: &Model) -> Result<Bindings, Failure> {
     Ok(sizes(model, &batch.inputs))
 }
 
+/// What times of a fragment depend on: what is in it, what runs it, and where.
+fn timing_key(setup: &Setup<'_>, model: &Model, fragment: &str) -> Result<KeyBuilder, Failure> {
+    let (engine, _) = setup.runner.child().hello().map_err(anyhow::Error::from)?;
+    let LoadOptions { threads, provider, device, .. } = setup.load;
+    Ok(KeyBuilder::new()
+        .text(&engine)
+        .text(&machine())
+        .value(&(threads, provider, device))
+        .text(&format!("{:?} {}", setup.cx.target, model.opset()))
+        .text(fragment))
+}
+
 fn time_fragment(
     setup: &Setup<'_>,
     fragment: &Fragment,
     region: &Region,
     cx: &MethodContext,
 ) -> Result<Vec<Option<u64>>, Failure> {
-    let folder = tempfile::tempdir().context("there is no place for small models")?;
+    let folder = setup.runner.child().scratch().context("there is no place for small models")?;
     let mut files: Vec<PathBuf> = Vec::new();
     let mut of: Vec<usize> = Vec::new();
     let mut save = |index: usize, model: &Model| -> Result<(), Failure> {
@@ -277,7 +298,7 @@ impl Fragment {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::{super::candidates::Offer, *};
+    use super::*;
     use lathe_passes::{
         Kind, Outcome,
         lossy::{Candidate, Cost, Edit, Loss, METHODS, Method, MethodContext},

@@ -39,22 +39,23 @@ pub(super) fn measure_losses(
         return Ok(());
     }
     for region in regions.iter_mut() {
-        for offer in region.offers.iter_mut().filter(|offer| offer.needs.trials) {
-            for own in 0..offer.site.candidates.len() {
+        let (mut variants, mut of) = (Vec::new(), Vec::new());
+        for (at, offer) in region.offers.iter().enumerate().filter(|(_, offer)| offer.needs.trials) {
+            for (own, candidate) in offer.site.candidates.iter().enumerate() {
                 Failure::if_stopped(setup.runner.child().listener())?;
-                if offer.site.candidates[own].loss.measured().is_some() {
+                if candidate.loss.measured().is_some() {
                     continue;
                 }
                 let mut variant = model.clone();
-                let candidate = &offer.site.candidates[own];
                 let done = offer.method.apply(&mut variant, &offer.site, candidate, cx)?;
                 if !done.changes.is_empty() {
-                    let lost = calibration.trials(&variant, &[Vec::new()])?;
-                    if let Some(&lost) = lost.first() {
-                        offer.site.candidates[own].loss = Loss::Measured(lost);
-                    }
+                    variants.push(variant);
+                    of.push((at, own));
                 }
             }
+        }
+        for ((at, own), lost) in of.into_iter().zip(calibration.trials_of(&variants)?) {
+            region.offers[at].site.candidates[own].loss = Loss::Measured(lost);
         }
         let numbers = |choice: &Candidate| choice.loss.measured().is_none_or(f64::is_finite);
         let stays = region.offers.iter().map(|offer| offer.site.candidates.iter().map(numbers).collect());

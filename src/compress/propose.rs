@@ -7,7 +7,8 @@ use super::{
 };
 use crate::{Failure, PassRecord};
 use lathe_ir::{Model, ValueId};
-use lathe_passes::lossy::Method;
+use lathe_passes::lossy::{self, Method};
+use lathe_runtime::RunEvent;
 use std::{collections::BTreeMap, time::Instant};
 
 /// The sites of all methods by region, and what each method said.
@@ -23,11 +24,13 @@ pub(super) fn propose(setup: &Setup<'_>, model: &Model, calibrated: &Calibrated<
     let mut cx = calibrated.context(&setup.cx);
     let mut regions: BTreeMap<Vec<ValueId>, Region> = BTreeMap::new();
     let (mut records, mut unmet) = (BTreeMap::new(), BTreeMap::new());
-    for &method in &setup.methods {
-        Failure::if_stopped(setup.runner.child().listener())?;
+    let listener = setup.runner.child().listener();
+    for (at, &method) in setup.methods.iter().enumerate() {
+        Failure::if_stopped(listener)?;
+        listener.tell(&RunEvent::Part(at, setup.methods.len(), method.info().name.to_owned()));
         let start = Instant::now();
-        let _span = setup.runner.child().listener().span(method.info().name);
-        let proposal = method.propose(model, &cx)?;
+        let _span = listener.span(method.info().name);
+        let proposal = lossy::propose(method, model, &cx)?;
         let mut outcome = proposal.outcome;
         unmet.extend(proposal.unmet.map(|reason| (method.info().name, reason)));
         for site in proposal.sites {

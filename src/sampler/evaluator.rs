@@ -28,7 +28,7 @@ impl Evaluate for Evaluator<'_> {
     fn run(&self, model: &Model, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, EvaluateError> {
         // A message of protobuf ends at 2 GiB, so weights stay in the files they are mapped from.
         let aside = |e: &dyn Display| EvaluateError { message: format!("it cannot be put aside: {e}") };
-        let folder = tempfile::tempdir().map_err(|e| aside(&e))?;
+        let folder = self.runner.child().scratch().map_err(|e| aside(&e))?;
         let path = folder.path().join("model.onnx");
         model.write_linked(&path).map_err(|e| aside(&e))?;
         let mut outputs = self.runner.child().run_file(&path, &[inputs.to_vec()], &self.load)?;

@@ -14,12 +14,12 @@ const BATCH: usize = 32;
 pub(super) struct Extractor<'a> {
     model: Model,
     input: String,
-    evaluator: &'a dyn Evaluate,
+    evaluator: &'a (dyn Evaluate + Sync),
 }
 
 impl<'a> Extractor<'a> {
     /// Reads the network; its first output counts.
-    pub fn read(path: &Path, evaluator: &'a dyn Evaluate) -> Result<Extractor<'a>, Failure> {
+    pub fn read(path: &Path, evaluator: &'a (dyn Evaluate + Sync)) -> Result<Extractor<'a>, Failure> {
         let model = Model::read(path).with_context(|| format!("cannot use `{}`", path.display()))?.model;
         let inputs: Vec<String> = required_inputs(&model.graph).map(|v| model.graph.value(v).name.clone()).collect();
         let [input] = inputs.as_slice() else {

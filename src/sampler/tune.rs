@@ -57,6 +57,7 @@ pub(super) fn find_plan(
         guidance: options.guidance,
         inputs: &run.inputs,
         evaluator: &evaluator,
+        at_a_time: runner.child().workers(),
     };
     let (mut plan, sentence) = match tune {
         Tune::Search(search) => (search::find(&plans, search, &run.progress)?, None),

@@ -14,10 +14,11 @@ use crate::{
 use faer::{Mat, MatRef};
 use lathe_analysis::{Calibrate, Cross, Facts, Rows, View};
 use lathe_ir::{DataType, Initializer, Model, Node, NodeId, Origin, ScopeId, Tensor, ValueId};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How the gap that a span leaves is filled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Patch {
     /// Not at all.
     None,

@@ -3,6 +3,7 @@
 use super::place::{CONTRIB, Chain, Cut, mean_part};
 use lathe_analysis::{Keys, comes_from};
 use lathe_ir::{Graph, Model, Node, NodeId, ScopeId, Tensor, Use, ValueId};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Added to a score that a softmax is not to see.
@@ -91,7 +92,7 @@ impl<'a> Writer<'a> {
 }
 
 /// How tokens become fewer.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) enum Form {
     /// Each one that goes is added to the one most like it.
     Merge,

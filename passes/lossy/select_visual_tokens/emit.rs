@@ -7,10 +7,11 @@ use super::{
 };
 use crate::lossy::reduce_tokens::emit::{END, Merged, Writer, logarithm, resize, weigh_attention, weigh_average};
 use lathe_ir::{DataType, Model, Node, Tensor, Use, ValueId};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// What becomes of the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Rest {
     /// They are left out.
     Gone,

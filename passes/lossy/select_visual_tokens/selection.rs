@@ -2,12 +2,13 @@
 
 use crate::lossy::reduce_tokens::emit::Writer;
 use lathe_ir::{AttributeValue, DataType, Node, ScopeId, Tensor, Type, ValueId};
+use serde::{Deserialize, Serialize};
 
 /// Below every score and every distance.
 pub(super) const NEVER: f32 = -1e30;
 
 /// By what tokens are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Form {
     /// By their score, then by how unlike those before they are.
     Score,

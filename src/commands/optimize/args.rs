@@ -129,8 +129,9 @@ pub(crate) struct OptimizeArgs {
     /// allows; what was found is remembered for models alike. Needs --calib.
     #[arg(long, conflicts_with_all = ["size", "params", "flops", "latency", "no_verify", "dry_run"])]
     pub auto: bool,
-    /// Time after which --auto starts no other recipe: 10m unless told (90s, 2h).
-    #[arg(long, value_name = "TIME", requires = "auto")]
+    /// Time after which --auto starts no other recipe: 10m unless told (90s, 2h). Without --auto, time in which to look for
+    /// a budget that --max-drop permits where it does not permit the one given: 60s unless told, 0s for none.
+    #[arg(long, value_name = "TIME")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub time: Option<String>,
     /// Let --auto write every model that no other beats in both what is saved and what is lost to this folder, with reports.

@@ -25,7 +25,9 @@ pub(super) struct PlanRunner<'a> {
     pub guidance: Option<Guidance>,
     /// The seed, and shapes of inputs where the denoiser leaves them open.
     pub inputs: &'a InputSpec,
-    pub evaluator: &'a dyn Evaluate,
+    pub evaluator: &'a (dyn Evaluate + Sync),
+    /// Runs that go on at a time where one does not wait for another.
+    pub at_a_time: usize,
 }
 
 impl PlanRunner<'_> {

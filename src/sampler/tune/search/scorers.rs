@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use lathe_ir::Tensor;
 use lathe_passes::sampler::search::{Candidate, Scorer};
 use lathe_runtime::{Features, kernel};
+use std::thread;
 
 /// Images that a score holds samples against.
 const IMAGES_OF_SCORE: usize = 1000;
@@ -43,8 +44,8 @@ impl<'a> ByReference<'a> {
     }
 }
 
-impl Scorer<Failure> for ByReference<'_> {
-    fn score(&mut self, candidate: &Candidate) -> Result<f64, Failure> {
+impl ByReference<'_> {
+    fn distance(&self, candidate: &Candidate) -> Result<f64, Failure> {
         let (table, plan) = self.candidates.plan(candidate)?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for (batch, reference) in self.reference.iter().enumerate() {
@@ -60,6 +61,34 @@ impl Scorer<Failure> for ByReference<'_> {
     }
 }
 
+impl Scorer<Failure> for ByReference<'_> {
+    fn score(&mut self, candidate: &Candidate) -> Result<f64, Failure> {
+        self.distance(candidate)
+    }
+
+    fn at_a_time(&self) -> usize {
+        self.candidates.plans.at_a_time
+    }
+
+    fn score_all(&mut self, candidates: &[Candidate]) -> Result<Vec<f64>, Failure> {
+        at_a_time(candidates, &|candidate| self.distance(candidate))
+    }
+}
+
+/// What `score` says of every candidate, each on a thread of its own.
+fn at_a_time(
+    candidates: &[Candidate],
+    score: &(dyn Fn(&Candidate) -> Result<f64, Failure> + Sync),
+) -> Result<Vec<f64>, Failure> {
+    if let [only] = candidates {
+        return Ok(vec![score(only)?]);
+    }
+    thread::scope(|scope| {
+        let scores: Vec<_> = candidates.iter().map(|candidate| scope.spawn(move || score(candidate))).collect();
+        scores.into_iter().map(|score| score.join().expect("a score is computed or fails")).collect()
+    })
+}
+
 /// Scores by the kernel distance between a set of samples, always from the same noise, and real images.
 pub(super) struct ByImages<'a> {
     pub candidates: &'a Candidates<'a>,
@@ -67,12 +96,26 @@ pub(super) struct ByImages<'a> {
     pub batches: u64,
 }
 
-impl Scorer<Failure> for ByImages<'_> {
-    fn score(&mut self, candidate: &Candidate) -> Result<f64, Failure> {
+impl ByImages<'_> {
+    fn distance(&self, candidate: &Candidate) -> Result<f64, Failure> {
         let samples = self.candidates.features(candidate, self.images.extractor, 0..self.batches)?;
         let Some(samples) = samples else { return Ok(f64::INFINITY) };
         let seed = self.candidates.plans.inputs.seed;
         Ok(kernel(&samples, &self.images.features, 1, IMAGES_OF_SCORE, seed)?.mean)
+    }
+}
+
+impl Scorer<Failure> for ByImages<'_> {
+    fn score(&mut self, candidate: &Candidate) -> Result<f64, Failure> {
+        self.distance(candidate)
+    }
+
+    fn at_a_time(&self) -> usize {
+        self.candidates.plans.at_a_time
+    }
+
+    fn score_all(&mut self, candidates: &[Candidate]) -> Result<Vec<f64>, Failure> {
+        at_a_time(candidates, &|candidate| self.distance(candidate))
     }
 }
 
