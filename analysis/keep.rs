@@ -86,8 +86,10 @@ mod tests {
     use super::*;
     use std::{collections::BTreeMap, sync::Mutex};
 
+    type Results = BTreeMap<(String, [u8; 32]), Vec<u8>>;
+
     #[derive(Default)]
-    struct InMemory(Mutex<BTreeMap<(String, [u8; 32]), Vec<u8>>>);
+    struct InMemory(Mutex<Results>);
 
     impl Keep for InMemory {
         fn get(&self, kind: &str, key: &[u8; 32]) -> Option<Vec<u8>> {

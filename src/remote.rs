@@ -201,8 +201,11 @@ mod tests {
     use super::*;
     use std::{net::TcpListener, thread};
 
+    /// The token, and the tasks.
+    type Heard = (String, Vec<Vec<u8>>);
+
     /// Answers one connection: the token, the tasks, and then `reply`.
-    fn answer(reply: Vec<u8>) -> (Remote, thread::JoinHandle<(String, Vec<Vec<u8>>)>) {
+    fn answer(reply: Vec<u8>) -> (Remote, thread::JoinHandle<Heard>) {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let heard = thread::spawn(move || {

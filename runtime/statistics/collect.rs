@@ -290,13 +290,16 @@ fn join(entry: &GatherEntry, parts: &[PathBuf]) -> io::Result<()> {
     store::write(&entry.file, &head, &data.iter().map(|array| &array[..]).collect::<Vec<_>>())
 }
 
+/// Runs copies, which share nothing; what came of each.
+pub(super) type Gather<'a> = dyn Fn(&[GatherJob]) -> Result<Vec<Gathered>, RuntimeError> + 'a;
+
 /// Who runs the copies.
 pub(super) struct Gatherer<'a> {
     /// The engine's name with its version.
     pub engine: String,
     /// What files are.
     pub content: &'a ContentIds,
-    pub gather: &'a dyn Fn(&[GatherJob]) -> Result<Vec<Gathered>, RuntimeError>,
+    pub gather: &'a Gather<'a>,
 }
 
 struct Collector<'a> {

@@ -183,22 +183,25 @@ impl Fit<'_> {
             return Ok(String::new());
         }
         let _span = self.bench.run.progress.stage("look for a budget that passes");
-        let (mut low, mut high, mut passes) = (0.0, 1.0, false);
+        // Where nothing changes nothing is lost.
+        let (mut low, mut high, mut cut_short) = (0.0, 1.0, false);
         for looked in 0..BISECTIONS {
             let middle = (low + high) / 2.0;
             // What one look takes, the next takes too.
             if start.elapsed().mul_f64((looked + 1) as f64 / looked.max(1) as f64) > time {
+                cut_short = true;
                 break;
             }
             let passed = self.passes_untimed(&relaxed(limits, middle))?;
-            if passed { (high, passes) = (middle, true) } else { low = middle }
+            if passed { high = middle } else { low = middle }
         }
         let timed = limits.iter().any(|l| l.quantity == Quantity::Latency);
         let passing = relaxed(limits, high);
         let share = |l: &Limit| format!("{} {:.2}", l.quantity.flag(), (l.share * 100.0).ceil() / 100.0);
         let shares = || passing.iter().map(share).collect::<Vec<_>>().join(" ");
         let keeps = if timed { "would keep to it, as far as predicted" } else { "keeps to it" };
-        Ok(if passes { format!("; {} {keeps}", shares()) } else { String::new() })
+        let is_known = high < 1.0 || !cut_short && passing.iter().all(|l| l.share <= 1.0);
+        Ok(if is_known { format!("; {} {keeps}", shares()) } else { String::new() })
     }
 
     /// Whether the plan for these limits keeps to the allowed drop. Where latency is limited it is not timed.
