@@ -169,6 +169,7 @@ fn ray_arguments(address: Option<&str>, options: &RunOptions, engine: &str, stor
     if let Some(library) = &options.ort {
         add("--ort", library.display().to_string());
     }
+    add("--timeout", options.timeout.as_secs().to_string());
     add("--version", runner::VERSION.to_owned());
     add("--engine", engine.to_owned());
     add("--store", store.display().to_string());

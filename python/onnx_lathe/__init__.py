@@ -11,12 +11,23 @@ form. Results run beside the original before they are given back. What cannot be
 :class:`InputError`, :class:`RuntimeMissing`, :class:`UsageError`, all of them :class:`Error`.
 """
 
+from importlib import import_module
+from typing import Any
+
 from onnx_lathe import _host
 from onnx_lathe._answers import Answer, Comparison, Result
 from onnx_lathe._commands import bench, inspect, optimize, passes, sampler, verify
 from onnx_lathe._native import Error, InputError, Refused, RuntimeMissing, UsageError, __version__
 
 _host.announce()
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``distributed`` when it is asked for: few calls need it."""
+    if name == "distributed":
+        return import_module("onnx_lathe.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Answer",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from onnx_lathe import _models, _native, _sets
 from onnx_lathe._answers import Answer, Comparison, Result
 from onnx_lathe._models import Model
 from onnx_lathe._progress import Meter, Progress
 from onnx_lathe._sets import Samples
+
+if TYPE_CHECKING:
+    from onnx_lathe.distributed import Executor
 
 StrPath = str | os.PathLike[str]
 Shapes = Mapping[str, Sequence[int]]
@@ -59,6 +63,10 @@ def optimize(
     seed: int | None = None,
     memory: str | int | None = None,
     timeout: int | None = None,
+    jobs: int | None = None,
+    store: StrPath | None = None,
+    trace: StrPath | None = None,
+    on: Executor | None = None,
     report: StrPath | Sequence[StrPath] | None = None,
     recipe: StrPath | None = None,
     save_recipe: StrPath | None = None,
@@ -108,6 +116,11 @@ def optimize(
         seed: Seed of random inputs.
         memory: Memory that runs may use: ``"8GB"``.
         timeout: Seconds that one run may take.
+        jobs: Workers that run models at a time, each with its own threads.
+        store: The folder where results are kept for later runs, if not in the user's data folder.
+        trace: Write what takes how long to this file, for Perfetto or ``chrome://tracing``.
+        on: Who runs models in the place of this machine: :class:`onnx_lathe.distributed.Ray`, or whatever has ``workers``
+            and ``map`` as :class:`onnx_lathe.distributed.Executor` tells. ``store`` is then a folder that all share.
         report: Also write the report to these files: .html, .json or .md.
         recipe: Take options from this file; those given here win.
         save_recipe: Write the options of this run to a file.
@@ -123,7 +136,7 @@ def optimize(
     options = dict(locals())
     for name in ("model", "output", "progress", "report", "calib", "validate"):
         del options[name]
-    with _Job("optimizing", progress) as job:
+    with _Job("optimizing", progress, options) as job:
         given = _models.put(model, job.folder)
         options["calib"] = job.set("calib", calib, given.path)
         options["validate"] = job.set("validate", validate, given.path)
@@ -175,6 +188,10 @@ def sampler(
     seed: int | None = None,
     memory: str | int | None = None,
     timeout: int | None = None,
+    jobs: int | None = None,
+    store: StrPath | None = None,
+    trace: StrPath | None = None,
+    on: Executor | None = None,
     report: StrPath | None = None,
     progress: Progress = None,
 ) -> Result:
@@ -220,7 +237,7 @@ def sampler(
     options = dict(locals())
     for name in ("denoiser", "output", "progress", "scheduler", "plan", "real", "io"):
         del options[name]
-    with _Job("compiling", progress) as job:
+    with _Job("compiling", progress, options) as job:
         given = _models.put(denoiser, job.folder)
         target = job.output(given, output)
         options["scheduler"] = job.scheduler(scheduler)
@@ -254,6 +271,10 @@ def verify(
     seed: int | None = None,
     memory: str | int | None = None,
     timeout: int | None = None,
+    jobs: int | None = None,
+    store: StrPath | None = None,
+    trace: StrPath | None = None,
+    on: Executor | None = None,
     progress: Progress = None,
 ) -> Comparison:
     """Whether two models compute the same on random inputs or a set, or how much of a metric the second loses there.
@@ -274,7 +295,7 @@ def verify(
     options = dict(locals())
     for name in ("a", "b", "progress", "calib", "validate"):
         del options[name]
-    with _Job("comparing", progress) as job:
+    with _Job("comparing", progress, options) as job:
         first, second = job.model("a", a), job.model("b", b)
         options["calib"] = job.set("calib", calib, first)
         options["validate"] = job.set("validate", validate, first)
@@ -298,6 +319,10 @@ def bench(
     seed: int | None = None,
     memory: str | int | None = None,
     timeout: int | None = None,
+    jobs: int | None = None,
+    store: StrPath | None = None,
+    trace: StrPath | None = None,
+    on: Executor | None = None,
     progress: Progress = None,
 ) -> Answer:
     """Times a model, or two in turns, with the runtime's own optimizations on.
@@ -314,7 +339,7 @@ def bench(
     options = dict(locals())
     for name in ("a", "b", "progress", "calib"):
         del options[name]
-    with _Job("timing", progress) as job:
+    with _Job("timing", progress, options) as job:
         first = job.model("a", a)
         options["calib"] = job.set("calib", calib, first)
         models = [str(first)] + ([] if b is None else [str(job.model("b", b))])
@@ -335,6 +360,10 @@ def inspect(
     ort: StrPath | None = None,
     memory: str | int | None = None,
     timeout: int | None = None,
+    jobs: int | None = None,
+    store: StrPath | None = None,
+    trace: StrPath | None = None,
+    on: Executor | None = None,
     progress: Progress = None,
 ) -> Answer:
     """What a model is: inputs, nodes, parameters, FLOPs, residual units, and what could be saved at most.
@@ -349,7 +378,7 @@ def inspect(
     options = dict(locals())
     for name in ("model", "progress", "calib"):
         del options[name]
-    with _Job("inspecting", progress) as job:
+    with _Job("inspecting", progress, options) as job:
         path = job.model("model", model)
         options["calib"] = job.set("calib", calib, path)
         return job.call(["inspect", str(path), *_flags(options)]).answer()
@@ -357,7 +386,7 @@ def inspect(
 
 def passes() -> list[dict[str, Any]]:
     """Every pass and lossy method: name, kind, summary and options."""
-    return list(_Job("", False).call(["passes"]).report)
+    return list(_Job("", False, {}).call(["passes"]).report)
 
 
 class _Found:
@@ -374,11 +403,25 @@ class _Found:
 class _Job:
     """One call with its temporary folder and its progress."""
 
-    def __init__(self, what: str, progress: Progress) -> None:
+    def __init__(self, what: str, progress: Progress, options: dict[str, Any]) -> None:
+        """Takes from the options who runs models."""
         self.meter = Meter(what, progress)
+        self.on: Executor | None = options.pop("on", None)
+        # Where other machines see temporary files.
+        self.shared: Path | None = None
+        if self.on is not None:
+            if options["ep"] not in (None, "cpu") and getattr(self.on, "gpus", None) == 0:
+                raise _native.UsageError(f"ep={options['ep']} needs workers with graphics processors: gpus=1")
+            store = options["store"] = options["store"] or getattr(self.on, "store", None)
+            self.shared = Path(store, "scratch") if store else None
 
     def __enter__(self) -> _Job:
-        self.scratch = TemporaryDirectory(prefix="onnx-lathe-")
+        if self.shared is not None:
+            try:
+                self.shared.mkdir(parents=True, exist_ok=True)
+            except OSError as why:
+                raise _native.InputError(f"the store `{self.shared.parent}` cannot be used: {why.strerror}") from None
+        self.scratch = self.temporary()
         self.folder = Path(self.scratch.name)
         self.kept: TemporaryDirectory[str] | None = None
         return self
@@ -386,9 +429,21 @@ class _Job:
     def __exit__(self, *_: object) -> None:
         self.scratch.cleanup()
 
+    def temporary(self) -> TemporaryDirectory[str]:
+        return TemporaryDirectory(prefix="onnx-lathe-", dir=self.shared)
+
     def call(self, arguments: Sequence[str]) -> _Found:
-        with self.meter:
-            return _Found(_native.call(["optimize", *arguments], self.meter.hear))
+        with ExitStack() as served:
+            where = []
+            if self.on is not None:
+                from onnx_lathe import distributed
+
+                try:
+                    where = [f"--on={served.enter_context(distributed.served(self.on))}"]
+                except RuntimeError as why:
+                    raise _native.InputError(str(why)) from None
+            with self.meter:
+                return _Found(_native.call(["optimize", *arguments, *where], self.meter.hear))
 
     def model(self, name: str, model: Model) -> Path:
         folder = self.folder / name
@@ -424,7 +479,7 @@ class _Job:
         """Where the result goes: a folder that is kept as long as the result, if no other place is given."""
         if output is not None:
             return Path(output)
-        self.kept = TemporaryDirectory(prefix="onnx-lathe-")
+        self.kept = self.temporary()
         return Path(self.kept.name) / given.path.name
 
     def result(self, found: _Found, given: _models.Given, path: Path | None, page: str | None) -> Result:
