@@ -38,6 +38,8 @@ pub enum BenchTask {
     Time {
         /// Time to spend on runs, in seconds; a slow model takes longer.
         seconds: f64,
+        /// How often sessions are made anew.
+        sittings: usize,
     },
     /// Any number of small models, each with inputs made up for itself: the runtime of one run.
     Each,
@@ -127,8 +129,8 @@ pub enum BenchError {
     Profile(#[from] ProfileError),
 }
 
-/// Sessions are made anew this often.
-const SITTINGS: usize = 7;
+/// Sessions are made anew this often where what differs is to be told from chance.
+pub const SITTINGS: usize = 7;
 
 /// Rounds of a sitting at least.
 const ROUNDS: usize = 3;
@@ -144,6 +146,9 @@ const PROFILED_RUNS: usize = 12;
 
 /// Rounds of [`BenchTask::Each`], at least and at most.
 const EACH_ROUNDS: (usize, usize) = (3, 9);
+
+/// Time after which no further round begins.
+const EACH_TIME: Duration = Duration::from_secs(1);
 
 /// What the rounds of a model may differ by, as a share of their median, for no more to be needed.
 const ALIKE: f64 = 0.03;
@@ -166,7 +171,9 @@ pub fn bench(
     let bench = Bench { engine, models, options };
     match task {
         BenchTask::Load => bench.load(first, &mut feed, talk).map(BenchResult::Loaded),
-        BenchTask::Time { seconds } => bench.time(&mut feed, *seconds, talk).map(BenchResult::Timed),
+        BenchTask::Time { seconds, sittings } => {
+            bench.time(&mut feed, (*seconds, *sittings), talk).map(BenchResult::Timed)
+        }
         BenchTask::Each => bench.each(inputs, talk).map(BenchResult::Each),
         BenchTask::Profile { folder } => bench.profile(&mut feed, folder, talk).map(BenchResult::Profiled),
     }
@@ -250,13 +257,18 @@ impl Bench<'_> {
         Ok(Loading { load_ms: ms(load), first_run_ms: ms(first), peak_rss_bytes: peak_rss_bytes() })
     }
 
-    fn time(&self, feed: &mut Feed<'_>, seconds: f64, talk: &mut dyn Talk) -> Result<Timings, BenchError> {
+    fn time(
+        &self,
+        feed: &mut Feed<'_>,
+        (seconds, sittings): (f64, usize),
+        talk: &mut dyn Talk,
+    ) -> Result<Timings, BenchError> {
         let mut timings = Timings { engine: self.engine.name(), ..Timings::default() };
         timings.models = vec![Series::default(); self.models.len()];
-        let budget = Duration::try_from_secs_f64(seconds / SITTINGS as f64).unwrap_or(Duration::ZERO);
+        let budget = Duration::try_from_secs_f64(seconds / sittings as f64).unwrap_or(Duration::ZERO);
         let copies = self.options.provider != "cpu";
-        for sitting in 0..SITTINGS {
-            talk.stage(&format!("timing, sitting {} of {SITTINGS}", sitting + 1));
+        for sitting in 0..sittings {
+            talk.stage(&format!("timing, sitting {} of {sittings}", sitting + 1));
             // Whoever is loaded first, or runs first, must not be the same one every time.
             let mut order: Vec<usize> = (0..self.models.len()).collect();
             if sitting % 2 == 1 {
@@ -282,7 +294,7 @@ impl Bench<'_> {
             }
             let mut ratios = Vec::new();
             let start = Instant::now();
-            talk.progress(sitting, SITTINGS, "sittings");
+            talk.progress(sitting, sittings, "sittings");
             let mut rounds = 0;
             while rounds < ROUNDS || start.elapsed() < budget {
                 let mut medians = vec![f64::NAN; self.models.len()];
@@ -319,8 +331,9 @@ impl Bench<'_> {
         }
         let mut rounds = vec![Vec::new(); sessions.len()];
         let (least, most) = EACH_ROUNDS;
+        let start = Instant::now();
         for round in 0..most {
-            if round >= least && rounds.iter().all(|medians| agree(medians)) {
+            if round >= least && (start.elapsed() >= EACH_TIME || rounds.iter().all(|medians| agree(medians))) {
                 break;
             }
             talk.progress(round, most, "rounds");
@@ -421,7 +434,9 @@ mod tests {
             bench(engine(), models, &inputs, &task, &options, &mut |_: &str| {}).unwrap()
         };
         let both = [path.clone(), path.clone()];
-        let BenchResult::Timed(timings) = ask(&both, BenchTask::Time { seconds: 0.0 }) else { panic!() };
+        let BenchResult::Timed(timings) = ask(&both, BenchTask::Time { seconds: 0.0, sittings: SITTINGS }) else {
+            panic!()
+        };
         assert_eq!((timings.inputs.as_str(), timings.ratios.len()), ("x [64, 3]", SITTINGS));
         assert!(timings.quartiles(0)[0] > 0.0 && timings.models[0].copy_in_ms.is_none());
         let BenchResult::Loaded(loading) = ask(&both[..1], BenchTask::Load) else { panic!() };

@@ -23,6 +23,18 @@ pub(crate) fn short(hash: &blake3::Hash) -> String {
     hash.to_hex()[..32].to_owned()
 }
 
+/// A file to be written aside in a folder and put in place whole, readable as files are that are made without further ado:
+/// others may share the folder.
+pub(crate) fn aside(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let mut file = tempfile::Builder::new();
+    #[cfg(unix)]
+    let file = {
+        use std::os::unix::fs::PermissionsExt as _;
+        file.permissions(fs::Permissions::from_mode(0o666))
+    };
+    file.prefix(".part-").tempfile_in(folder)
+}
+
 /// What tells a file from others without reading it: hard links to it are the same file.
 pub(crate) fn place(path: &Path) -> io::Result<String> {
     let about = fs::metadata(path)?;
@@ -132,7 +144,7 @@ impl ContentIds {
         let Some(file) = self.file(place) else { return Ok(()) };
         let folder = file.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder)?;
-        let aside = tempfile::Builder::new().prefix(".part-").tempfile_in(folder)?;
+        let aside = aside(folder)?;
         fs::write(aside.path(), format!("{}\n{place}", hash.to_hex()))?;
         aside.persist(file).map(drop).map_err(|failed| failed.error)
     }

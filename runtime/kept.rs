@@ -1,6 +1,6 @@
 //! Results on disk by what they depend on: one checked file each, which runs on several hosts may read and write at once.
 
-use crate::content::short;
+use crate::content::{aside, short};
 use lathe_analysis::Keep;
 use std::{
     fs,
@@ -51,7 +51,7 @@ impl KeptResults {
         let file = self.file(kind, key);
         let folder = file.parent().unwrap_or(&self.folder);
         fs::create_dir_all(folder)?;
-        let mut aside = tempfile::Builder::new().prefix(".part-").tempfile_in(folder)?;
+        let mut aside = aside(folder)?;
         let checksum = blake3::hash(bytes);
         for part in [&MAGIC[..], bytes, checksum.as_bytes()] {
             aside.write_all(part)?;

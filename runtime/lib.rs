@@ -48,7 +48,7 @@ mod trials;
 mod verify;
 mod wire;
 
-pub use bench::{BenchError, BenchInputs, BenchResult, BenchTask, Loading, Series, Timings, bench};
+pub use bench::{BenchError, BenchInputs, BenchResult, BenchTask, Loading, SITTINGS, Series, Timings, bench};
 pub use child::{Child, Limits};
 pub use compare::{Claim, Comparison, Excuse, Fault, OutputError, compare, default_rtol};
 pub use content::ContentIds;

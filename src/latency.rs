@@ -2,7 +2,7 @@
 
 use crate::{RunOptions, runner::Runner};
 use anyhow::{anyhow, bail};
-use lathe_runtime::{BenchInputs, BenchResult, BenchTask, Loading, Placement, Profile, Timings};
+use lathe_runtime::{BenchInputs, BenchResult, BenchTask, Loading, Placement, Profile, SITTINGS, Timings};
 use serde::{Deserialize, Serialize};
 use std::{
     fmt::Write as _,
@@ -82,10 +82,10 @@ pub(crate) struct Measurement<'a> {
 }
 
 impl Measurement<'_> {
-    /// The times of both models in turns and nothing else: what attempts on a budget need to know.
-    pub(crate) fn timings(&self) -> anyhow::Result<Timings> {
+    /// The times of both models in turns and nothing else, with sessions that are made anew so often.
+    pub(crate) fn timings(&self, sittings: usize) -> anyhow::Result<Timings> {
         let all: Vec<PathBuf> = self.models.iter().map(|p| p.to_path_buf()).collect();
-        match self.ask(&all, BenchTask::Time { seconds: self.seconds })? {
+        match self.ask(&all, BenchTask::Time { seconds: self.seconds, sittings })? {
             BenchResult::Timed(timings) => Ok(timings),
             _ => bail!("the worker measured something else"),
         }
@@ -96,7 +96,7 @@ impl Measurement<'_> {
         // What the provider cannot take is better known before minutes of timing.
         let sides = self.sides(note)?;
         note("timing");
-        Ok(self.latency(&self.timings()?, &sides))
+        Ok(self.latency(&self.timings(SITTINGS)?, &sides))
     }
 
     /// The latency that was timed, with how both models start and where their nodes went.

@@ -18,6 +18,9 @@ use lathe_passes::{
 use lathe_runtime::{BenchInputs, Distance, SetSpec, Timings, metrics};
 use std::path::Path;
 
+/// How often sessions are made anew to time one of several attempts.
+const ATTEMPT_SITTINGS: usize = 3;
+
 /// What an error of timing is about.
 const UNTIMED: &str = "the latency cannot be measured";
 
@@ -63,7 +66,7 @@ impl Bench<'_> {
     /// The times of the original and of a candidate in turns.
     pub fn time(&self, candidate: &Path) -> Result<Timings, Failure> {
         let _span = self.run.progress.span("time an attempt");
-        Ok(self.measurement(&[self.original, candidate]).timings().context(UNTIMED)?)
+        Ok(self.measurement(&[self.original, candidate]).timings(ATTEMPT_SITTINGS).context(UNTIMED)?)
     }
 
     /// The latency of the original and of a candidate that was timed.
