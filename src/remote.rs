@@ -126,7 +126,13 @@ impl Remote {
                 let mut said = String::new();
                 let _ = errors.take(1 << 20).read_to_string(&mut said);
                 let last = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it does not say why");
-                Err(anyhow!("no tasks can be carried out on Ray: {}", last.trim_start_matches("error: ")))
+                let last = last.trim_start_matches("error: ");
+                let hint = if last.contains("No module named") {
+                    "; pip install onnx_lathe[ray] has what it takes"
+                } else {
+                    ""
+                };
+                Err(anyhow!("no tasks can be carried out on Ray: {last}{hint}"))
             }
         }
     }
