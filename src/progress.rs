@@ -132,7 +132,7 @@ impl WholeRun {
         if all > 0.0 { (before + now) / all } else { 0.0 }
     }
 
-    /// `optimizing 3/6 propose: quantize, about 40s left, best so far 0.31 of the size`.
+    /// `optimizing 3/6 propose: quantize, about 40 s left, best so far 0.31 of the size`.
     fn message(&self, elapsed: Duration) -> String {
         let mut text = self.what.clone();
         if let Some((at, name)) = self.stage {
@@ -143,8 +143,9 @@ impl WholeRun {
         }
         let done = self.done();
         if done >= ENOUGH {
-            let left = elapsed.as_secs_f64() * (1.0 - done) / done;
-            text += &format!(", about {} left", indicatif::HumanDuration(Duration::from_secs(left.ceil() as u64)));
+            let left = (elapsed.as_secs_f64() * (1.0 - done) / done).ceil();
+            let left = if left < 120.0 { format!("{left} s") } else { format!("{} min", (left / 60.0).round()) };
+            text += &format!(", about {left} left");
         }
         if let Some(best) = &self.best {
             text += &format!(", best so far {best}");
@@ -184,12 +185,12 @@ mod tests {
         let plan = vec![("simplify and prove", 1.0), ("propose", 2.0), ("fit the budget", 1.0)];
         assert_eq!(after(&mut run, RunEvent::Plan(plan)), "optimizing");
         assert_eq!(after(&mut run, RunEvent::Stage("simplify and prove")), "optimizing 1/3 simplify and prove");
-        assert_eq!(after(&mut run, RunEvent::Stage("propose")), "optimizing 2/3 propose, about 90 seconds left");
+        assert_eq!(after(&mut run, RunEvent::Stage("propose")), "optimizing 2/3 propose, about 90 s left");
         let part = RunEvent::Part(1, 4, "quantize".to_owned());
-        assert_eq!(after(&mut run, part), "optimizing 2/3 propose: quantize, about 50 seconds left");
+        assert_eq!(after(&mut run, part), "optimizing 2/3 propose: quantize, about 50 s left");
         let best = RunEvent::Best("0.31 of the size".to_owned());
         after(&mut run, RunEvent::Stage("fit the budget"));
         let said = after(&mut run, best);
-        assert_eq!(said, "optimizing 3/3 fit the budget, about 10 seconds left, best so far 0.31 of the size");
+        assert_eq!(said, "optimizing 3/3 fit the budget, about 10 s left, best so far 0.31 of the size");
     }
 }

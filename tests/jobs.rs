@@ -113,12 +113,12 @@ fn killing_workers_changes_nothing_in_the_result() {
         assert!(start.elapsed() < Duration::from_secs(120), "it goes on for ever");
         // Not more often than a request is asked again.
         if let Some(worker) = workers_of(&run).first().filter(|_| killed < 2) {
-            thread::sleep(Duration::from_millis(300));
+            thread::sleep(Duration::from_millis(30));
             // It may have ended by itself in the meantime.
             let kill = Command::new("kill").args(["-KILL", &worker.to_string()]).output().unwrap();
             killed += usize::from(kill.status.success());
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(5));
     }
     let output = run.wait_with_output().unwrap();
     assert!(output.status.success() && killed > 0, "{}", String::from_utf8_lossy(&output.stderr));
