@@ -5,7 +5,7 @@ mod worker;
 
 use crate::{
     BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, ContentIds, Executor, Gates, Inputs, KeptResults,
-    Listener, LoadOptions, Measured, Progress, RuntimeError, Sample, SetSpec, Task, Verdict,
+    Listener, LoadOptions, Measured, Progress, RuntimeError, Sample, SetSpec, Task, Verdict, machine,
     verify::{AT_EDGE, RESULT_AT_EDGE},
     wire::{GatherJob, Gathered, InputHeads, MeasureJob, SelectJob, TrialJob, WorkerAnswer, WorkerRequest, framing},
 };
@@ -73,6 +73,11 @@ impl Child {
     /// The same, and what is computed is kept for later runs.
     pub fn keeping(self, kept: KeptResults, content: ContentIds) -> Child {
         Child { kept: Some(kept), content, ..self }
+    }
+
+    /// The same, and nothing is taken of what earlier runs kept, nor kept for later ones.
+    pub fn keeping_nothing(self) -> Child {
+        Child { kept: None, ..self }
     }
 
     /// What files are by their contents.
@@ -153,7 +158,9 @@ impl Child {
     ) -> Result<blake3::Hash, RuntimeError> {
         let (engine, _) = self.hello()?;
         let failed = |e| RuntimeError::Child(format!("what a run depends on cannot be read: {e}"));
-        self.content.of_run(&engine, model, set, load, more).map_err(failed)
+        // Kernels round as the processor and the division among threads have it.
+        let more = (more, load.device, load.threads, machine());
+        self.content.of_run(&engine, model, set, load, &more).map_err(failed)
     }
 
     /// The engine's name and its execution providers.
@@ -303,9 +310,10 @@ impl Child {
     ) -> Result<Result<Measured, Verdict>, RuntimeError> {
         let key = self.measurement_key((reference, candidate), set, metric, options);
         let kept = self.kept.as_ref().zip(key);
-        if let Some(measured) = kept.as_ref().and_then(|(kept, key)| kept.read(MEASUREMENTS, key)) {
-            let measured = serde_json::from_slice(&measured);
-            return measured.map(Ok).map_err(|e| RuntimeError::Child(format!("a kept measurement is damaged: {e}")));
+        let known = kept.as_ref().and_then(|(kept, key)| kept.read(MEASUREMENTS, key));
+        // What cannot be read is measured again.
+        if let Some(measured) = known.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            return Ok(Ok(measured));
         }
         let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
         let (set, metric, options) = (set.clone(), metric.to_owned(), options.clone());
@@ -409,6 +417,10 @@ impl Child {
                 return Err(lost(format!("{} tasks have {} outcomes", part.len(), outcomes.len())));
             }
             answers.extend(outcomes.iter().map(|outcome| last_answer(outcome)));
+            if requests.len() > 1 {
+                let unit = format!("tasks on {} workers", executor.workers());
+                self.listener.hear(&Progress::new(answers.len(), requests.len(), &unit));
+            }
         }
         Ok(answers)
     }

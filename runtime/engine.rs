@@ -21,8 +21,8 @@ pub enum Source<'a> {
 /// How a model is loaded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadOptions {
-    /// Whether the engine may rewrite the graph for speed. Off for every comparison: a rewrite of the runtime would
-    /// hide or invent differences.
+    /// Whether the engine may rewrite the graph for speed. Off where a result is held to its original: a rewrite of the
+    /// runtime would hide or invent differences. On where it is measured what is lost, and how fast that is: as it will run.
     pub optimize: bool,
     /// Threads inside one operator; 0 leaves the choice to the engine.
     pub threads: usize,

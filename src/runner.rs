@@ -108,6 +108,11 @@ impl Runner {
         Ok(Runner { child: runner.child.carried_out_by(remote, VERSION)?, ..runner })
     }
 
+    /// The same for a proof that was asked for: nothing is taken of what earlier runs kept.
+    pub(crate) fn afresh(self) -> Runner {
+        Runner { child: self.child.keeping_nothing(), ..self }
+    }
+
     /// One worker of this machine, which nothing disturbs: for timing.
     pub(crate) fn alone(options: &RunOptions) -> anyhow::Result<Runner> {
         Runner::here(&RunOptions { jobs: 1, ..options.clone() })
@@ -120,8 +125,10 @@ impl Runner {
             (None, None) => (std::env::current_exe().context("the program does not find itself")?, Vec::new()),
         };
         arguments.push(OsString::from(SERVE));
-        let memory = options.memory.map(|memory| memory / options.jobs.max(1) as u64);
-        arguments.push(OsString::from((kept_bytes(memory) / options.jobs.max(1) as u64).to_string()));
+        // Workers share what there is.
+        let workers = options.jobs.max(1) as u64;
+        let memory = options.memory.map(|memory| memory / workers);
+        arguments.push(OsString::from((kept_bytes(options.memory) / workers).to_string()));
         arguments.extend(options.ort.clone().map(PathBuf::into_os_string));
         let limits = Limits { timeout: Some(options.timeout), memory };
         let mut child =

@@ -96,6 +96,10 @@ pub(crate) fn answer(args: &BenchArgs, progress: Listener) -> Result<Answer, Fai
         super::read(second)?;
     }
     let run = args.run.options(progress)?;
+    if run.jobs > 1 || run.on.is_some() {
+        let message = "--jobs and --on are for work that can be shared out; what is timed has this machine to itself";
+        return Err(Failure::Usage(message.to_owned()));
+    }
     let inputs = match &args.calib {
         Some(path) => {
             let batch = args.batch.and_then(|n| usize::try_from(n).ok());

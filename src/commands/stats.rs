@@ -4,7 +4,7 @@ use crate::{
     Failure,
     progress::Meter,
     run_options::RunArgs,
-    runner::{self, Runner},
+    runner::Runner,
     summary,
     terminal::{TalkArgs, print, say},
 };
@@ -84,8 +84,8 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
     let mut set = SetSpec { unread: args.labels.clone(), batch: args.batch, ..SetSpec::all(&args.calib) };
     let memory = options.memory.unwrap_or_else(quarter_of_memory);
     let temporary = tempfile::tempdir().context("there is no place for results")?;
-    let store = options.store.clone().or_else(runner::data_dir);
-    let kept = store.filter(|_| !args.no_cache).map(|store| store.join("statistics"));
+    let runner = Runner::new(&options)?;
+    let kept = runner.store().filter(|_| !args.no_cache).map(|store| store.join("statistics"));
     let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
     std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
     let mask = match args.mask.as_deref() {
@@ -93,8 +93,8 @@ pub(crate) fn run(args: &StatsArgs) -> Result<(), Failure> {
         Some("none") => MaskInput::None,
         Some(name) => MaskInput::Named(name.to_owned()),
     };
-    let collect = CollectOptions { memory, mask, ..CollectOptions::new(options.load.clone(), cache) };
-    let runner = Runner::new(&options)?;
+    let cache_limit = runner.statistics_limit();
+    let collect = CollectOptions { memory, mask, cache_limit, ..CollectOptions::new(options.load.clone(), cache) };
     if let Some(count) = args.calib_select {
         let chosen = runner.select(&args.model, &set, count, options.inputs.seed)?;
         if !args.talk.quiet {

@@ -82,7 +82,7 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
     let sets = sets(args, &run.inputs)?;
     let model = super::read(&args.a)?.model;
     super::read(&args.b)?;
-    let runner = Runner::new(&run)?;
+    let runner = Runner::new(&run)?.afresh();
     // Values are compared, on a set as on random inputs, unless something is to be measured.
     let measured = args.metric.is_some() || args.max_drop.is_some() || args.sets.labels.is_some();
     let set = sets.check(&model)?;

@@ -11,8 +11,7 @@ use lathe_analysis::{Bindings, Facts, Rows, View};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::lossy::{MethodContext, Tap, Weight, gram_rows, weights};
 use lathe_runtime::{
-    CollectOptions, LoadOptions, Probe, ProbeOptions, Request, SampleSet, SetSpec, machine, quarter_of_memory,
-    sensitivities,
+    CollectOptions, Probe, ProbeOptions, Request, SampleSet, SetSpec, quarter_of_memory, sensitivities,
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -174,9 +173,7 @@ fn identity(setup: &Setup<'_>, model: &Model) -> Result<Option<[u8; 32]>, Failur
     if setup.cx.kept.is_none() {
         return Ok(None);
     }
-    let LoadOptions { device, threads, .. } = setup.load;
-    let more = (setup.distance, setup.seed, device, threads, machine());
-    let hash = setup.runner.child().run_hash(model, setup.set, setup.load, &more);
+    let hash = setup.runner.child().run_hash(model, setup.set, setup.load, &(setup.distance, setup.seed));
     Ok(Some(*hash.map_err(anyhow::Error::from)?.as_bytes()))
 }
 

@@ -6,10 +6,7 @@
 //! Sources: WINA, arXiv:2505.19427 (weighed by norms of weights); TEAL, arXiv:2408.14690 (by size alone).
 
 use super::anatomy::node_name;
-use crate::{
-    Failure,
-    runner::{self, Runner},
-};
+use crate::{Failure, runner::Runner};
 use anyhow::Context as _;
 use lathe_analysis::{Magnitudes, Rows};
 use lathe_ir::Model;
@@ -134,11 +131,15 @@ impl Sources<'_> {
         let taps: Vec<(&Weight, &Tap)> = found.iter().flat_map(|w| w.taps.iter().map(move |tap| (w, tap))).collect();
         let read: BTreeSet<&Rows> = taps.iter().filter_map(|(_, tap)| tap.rows.as_ref()).collect();
         let temporary = tempfile::tempdir().context("there is no place for statistics")?;
-        let kept = runner::data_dir().map(|data| data.join("statistics"));
+        let kept = self.runner.store().map(|store| store.join("statistics"));
         let cache = kept.unwrap_or_else(|| temporary.path().to_owned());
         std::fs::create_dir_all(&cache).with_context(|| format!("cannot use `{}`", cache.display()))?;
         let memory = self.memory.unwrap_or_else(quarter_of_memory);
-        let options = CollectOptions { memory, ..CollectOptions::new(self.load.clone(), cache) };
+        let options = CollectOptions {
+            memory,
+            cache_limit: self.runner.statistics_limit(),
+            ..CollectOptions::new(self.load.clone(), cache)
+        };
         let collect = |requests: Vec<Request>| -> Result<Statistics, Failure> {
             Ok(self.runner.collect(model, self.set, &requests, &options)?)
         };

@@ -4,7 +4,7 @@ mod log;
 mod scorers;
 mod starts;
 
-use self::scorers::{ByImages, ByReference, is_finite};
+use self::scorers::{ByDistance, ByImages, ByReference, is_finite};
 use super::{
     super::features::Extractor,
     plan_runner::{BATCH, PlanRunner},
@@ -80,11 +80,11 @@ pub(super) fn find(plans: &PlanRunner, options: &Search, progress: &Listener) ->
     let candidates = Candidates { plans, layers };
     let (first, record) = plans.samples_and_record(&dense, 0)?;
     let starts = starts::candidates(plans, &dense, &record, options.steps)?;
-    let (mut by_images, mut by_reference);
-    let scorer: &mut dyn Scorer<Failure> = match &images {
+    let (by_images, by_reference);
+    let distance: Box<dyn Fn(&Candidate) -> Result<f64, Failure> + Sync> = match &images {
         Some(images) => {
             by_images = ByImages { candidates: &candidates, images, batches };
-            &mut by_images
+            Box::new(|candidate| by_images.distance(candidate))
         }
         None => {
             let mut reference = vec![first];
@@ -92,10 +92,11 @@ pub(super) fn find(plans: &PlanRunner, options: &Search, progress: &Listener) ->
                 reference.push(plans.samples(&dense, &plans.full_plan(&dense), batch)?);
             }
             by_reference = ByReference::new(&candidates, extractor.as_ref(), &reference)?;
-            &mut by_reference
+            Box::new(|candidate| by_reference.distance(candidate))
         }
     };
-    let ranked = rank(&candidates, options, &starts, scorer, progress)?;
+    let mut scorer = ByDistance { distance: &*distance, at_a_time: plans.at_a_time };
+    let ranked = rank(&candidates, options, &starts, &mut scorer, progress)?;
     let (best, decided) = match &images {
         Some(images) => {
             let best = ranked.iter().take(FINALISTS).map(|s| &s.candidate);

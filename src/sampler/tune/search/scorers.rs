@@ -11,7 +11,7 @@ use std::thread;
 /// Images that a score holds samples against.
 const IMAGES_OF_SCORE: usize = 1000;
 
-/// Scores by the distance between samples and those of the dense sampler from the same noise.
+/// The distance between samples and those of the dense sampler from the same noise.
 pub(super) struct ByReference<'a> {
     pub candidates: &'a Candidates<'a>,
     pub extractor: Option<&'a Extractor<'a>>,
@@ -20,7 +20,7 @@ pub(super) struct ByReference<'a> {
 }
 
 impl<'a> ByReference<'a> {
-    /// Scores against these samples of the dense sampler, batch by batch.
+    /// The distance from these samples of the dense sampler, batch by batch.
     pub fn new(
         candidates: &'a Candidates<'a>,
         extractor: Option<&'a Extractor<'a>>,
@@ -42,10 +42,9 @@ impl<'a> ByReference<'a> {
             None => Ok(samples.to_f64s().ok_or_else(|| anyhow!("samples are no real numbers"))?),
         }
     }
-}
 
-impl ByReference<'_> {
-    fn distance(&self, candidate: &Candidate) -> Result<f64, Failure> {
+    /// How far a candidate's samples are from what is wanted.
+    pub fn distance(&self, candidate: &Candidate) -> Result<f64, Failure> {
         let (table, plan) = self.candidates.plan(candidate)?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for (batch, reference) in self.reference.iter().enumerate() {
@@ -61,35 +60,35 @@ impl ByReference<'_> {
     }
 }
 
-impl Scorer<Failure> for ByReference<'_> {
+/// Scores by a distance of samples, of as many candidates at a time as runs go on.
+pub(super) struct ByDistance<'a> {
+    /// The distance of a candidate's samples from what is wanted.
+    pub distance: &'a (dyn Fn(&Candidate) -> Result<f64, Failure> + Sync),
+    pub at_a_time: usize,
+}
+
+impl Scorer<Failure> for ByDistance<'_> {
     fn score(&mut self, candidate: &Candidate) -> Result<f64, Failure> {
-        self.distance(candidate)
+        (self.distance)(candidate)
     }
 
     fn at_a_time(&self) -> usize {
-        self.candidates.plans.at_a_time
+        self.at_a_time
     }
 
     fn score_all(&mut self, candidates: &[Candidate]) -> Result<Vec<f64>, Failure> {
-        at_a_time(candidates, &|candidate| self.distance(candidate))
+        if let [only] = candidates {
+            return Ok(vec![self.score(only)?]);
+        }
+        let distance = self.distance;
+        thread::scope(|scope| {
+            let scores: Vec<_> = candidates.iter().map(|candidate| scope.spawn(move || distance(candidate))).collect();
+            scores.into_iter().map(|score| score.join().expect("a score is computed or fails")).collect()
+        })
     }
 }
 
-/// What `score` says of every candidate, each on a thread of its own.
-fn at_a_time(
-    candidates: &[Candidate],
-    score: &(dyn Fn(&Candidate) -> Result<f64, Failure> + Sync),
-) -> Result<Vec<f64>, Failure> {
-    if let [only] = candidates {
-        return Ok(vec![score(only)?]);
-    }
-    thread::scope(|scope| {
-        let scores: Vec<_> = candidates.iter().map(|candidate| scope.spawn(move || score(candidate))).collect();
-        scores.into_iter().map(|score| score.join().expect("a score is computed or fails")).collect()
-    })
-}
-
-/// Scores by the kernel distance between a set of samples, always from the same noise, and real images.
+/// The kernel distance between a set of samples, always from the same noise, and real images.
 pub(super) struct ByImages<'a> {
     pub candidates: &'a Candidates<'a>,
     pub images: &'a RealImages<'a>,
@@ -97,25 +96,12 @@ pub(super) struct ByImages<'a> {
 }
 
 impl ByImages<'_> {
-    fn distance(&self, candidate: &Candidate) -> Result<f64, Failure> {
+    /// How far a candidate's samples are from what is wanted.
+    pub fn distance(&self, candidate: &Candidate) -> Result<f64, Failure> {
         let samples = self.candidates.features(candidate, self.images.extractor, 0..self.batches)?;
         let Some(samples) = samples else { return Ok(f64::INFINITY) };
         let seed = self.candidates.plans.inputs.seed;
         Ok(kernel(&samples, &self.images.features, 1, IMAGES_OF_SCORE, seed)?.mean)
-    }
-}
-
-impl Scorer<Failure> for ByImages<'_> {
-    fn score(&mut self, candidate: &Candidate) -> Result<f64, Failure> {
-        self.distance(candidate)
-    }
-
-    fn at_a_time(&self) -> usize {
-        self.candidates.plans.at_a_time
-    }
-
-    fn score_all(&mut self, candidates: &[Candidate]) -> Result<Vec<f64>, Failure> {
-        at_a_time(candidates, &|candidate| self.distance(candidate))
     }
 }
 
