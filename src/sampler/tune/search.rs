@@ -4,7 +4,7 @@ mod log;
 mod scorers;
 mod starts;
 
-use self::scorers::{ByDistance, ByImages, ByReference, is_finite};
+use self::scorers::{ByDistance, ByImages, ByReference, Distance, is_finite};
 use super::{
     super::features::Extractor,
     plan_runner::{BATCH, PlanRunner},
@@ -81,7 +81,7 @@ pub(super) fn find(plans: &PlanRunner, options: &Search, progress: &Listener) ->
     let (first, record) = plans.samples_and_record(&dense, 0)?;
     let starts = starts::candidates(plans, &dense, &record, options.steps)?;
     let (by_images, by_reference);
-    let distance: Box<dyn Fn(&Candidate) -> Result<f64, Failure> + Sync> = match &images {
+    let distance: Box<Distance<'_>> = match &images {
         Some(images) => {
             by_images = ByImages { candidates: &candidates, images, batches };
             Box::new(|candidate| by_images.distance(candidate))

@@ -60,10 +60,13 @@ impl<'a> ByReference<'a> {
     }
 }
 
+/// How far a candidate's samples are from what is wanted.
+pub(super) type Distance<'a> = dyn Fn(&Candidate) -> Result<f64, Failure> + Sync + 'a;
+
 /// Scores by a distance of samples, of as many candidates at a time as runs go on.
 pub(super) struct ByDistance<'a> {
     /// The distance of a candidate's samples from what is wanted.
-    pub distance: &'a (dyn Fn(&Candidate) -> Result<f64, Failure> + Sync),
+    pub distance: &'a Distance<'a>,
     pub at_a_time: usize,
 }
 
