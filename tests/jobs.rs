@@ -177,3 +177,33 @@ fn a_set_of_few_samples_has_one_part() {
     npz.finish().unwrap();
     assert_eq!(bytes(&bench, &["--size", "0.3", "--jobs", "2"]), bytes(&bench, &["--size", "0.3", "--store", "other"]));
 }
+
+#[test]
+fn a_named_store_serves_every_command_and_a_proof_is_run_each_time() {
+    let bench = bench();
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+        command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).current_dir(bench.path("."));
+        command.env("XDG_DATA_HOME", bench.path("data")).args(arguments).output().unwrap()
+    };
+    let said = |output: &std::process::Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    for arguments in [
+        &["stats", "model.onnx", "--calib", "set.npz", "-o", "s.npz", "--store", "one"][..],
+        &["inspect", "model.onnx", "--activations", "--calib", "set.npz", "--store", "two"],
+    ] {
+        let output = run(arguments);
+        assert!(output.status.success(), "{}", said(&output));
+        assert!(bench.path(arguments.last().unwrap()).join("statistics").is_dir(), "{arguments:?}");
+    }
+    assert!(!bench.path("data").exists());
+    for _ in 0..2 {
+        let verify =
+            ["verify", "model.onnx", "model.onnx", "--calib", "set.npz", "--metric", "rel-l2", "--store", "one"];
+        let output = run(&[&verify[..], &["--trace", "trace.json"]].concat());
+        assert!(output.status.success(), "{}", said(&output));
+        assert!(fs::read_to_string(bench.path("trace.json")).unwrap().contains("measure the loss"));
+    }
+    let output = run(&["bench", "model.onnx", "--jobs", "2"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(said(&output).contains("what is timed has this machine to itself"), "{}", said(&output));
+}
