@@ -11,7 +11,7 @@ pub enum Failure {
     #[error("{0}")]
     Usage(String),
     /// The input or the environment is at fault.
-    #[error("{0:#}")]
+    #[error("{}", sentence(.0))]
     Error(anyhow::Error),
     /// The result was computed and turned down.
     #[error("{0}")]
@@ -19,6 +19,17 @@ pub enum Failure {
     /// Whoever asked for the work called it off.
     #[error("interrupted; nothing was written")]
     Interrupted,
+}
+
+/// What went wrong and why, with causes that are not told yet: most errors tell their own.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 impl From<anyhow::Error> for Failure {
@@ -79,5 +90,21 @@ impl Failure {
     /// An error if the work that `progress` hears of was called off.
     pub(crate) fn if_stopped(progress: &Listener) -> Result<(), Failure> {
         if progress.is_stopped() { Err(Failure::Interrupted) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context as _;
+
+    #[test]
+    fn a_cause_that_is_told_already_is_not_told_again() {
+        let io = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let write = WriteError::Io { path: "m.onnx".into(), source: io() };
+        let told = Failure::Error(Err::<(), _>(write).context("nothing can be staged").unwrap_err()).to_string();
+        assert_eq!(told, format!("nothing can be staged: cannot write `m.onnx`: {}", io()));
+        let alone = Err::<(), _>(io()).context("the store cannot be used").unwrap_err();
+        assert_eq!(Failure::Error(alone).to_string(), format!("the store cannot be used: {}", io()));
     }
 }
