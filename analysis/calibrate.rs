@@ -1,6 +1,6 @@
 //! What a model does on a calibration set, without knowing who ran it.
 
-use crate::{EvaluateError, Rows};
+use crate::{EvaluateError, Rows, Spread};
 use lathe_ir::Model;
 
 /// A symmetric matrix.
@@ -243,6 +243,11 @@ pub trait Calibrate {
     /// How large the numbers of a value of the original model are; `None` if that was not collected, as by
     /// default.
     fn magnitudes(&self, _rows: &Rows) -> Result<Option<Magnitudes>, EvaluateError> {
+        Ok(None)
+    }
+
+    /// How the numbers of a value of the original model are spread; `None` if that was not collected, as by default.
+    fn spread(&self, _rows: &Rows) -> Result<Option<Spread>, EvaluateError> {
         Ok(None)
     }
 }

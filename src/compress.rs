@@ -27,7 +27,7 @@ use crate::Failure;
 use lathe_analysis::Keep;
 use lathe_passes::lossy::{Method, MethodContext, allocate::Solver};
 use lathe_runtime::SetSpec;
-use setup::{Setup, computes_in_half};
+use setup::{Setup, computes_in_half, recipe};
 
 /// What a budget run is asked to do.
 pub(crate) struct Request<'a> {
@@ -60,6 +60,7 @@ pub(crate) fn compress(
             .clone()
             .with_quantities(quantities)
             .with_half_precision(computes_in_half(&run.load.provider))
+            .with_recipe(recipe(&run.load.provider))
             .with_memory(run.memory.unwrap_or_else(lathe_runtime::quarter_of_memory))
             .with_kept(bench.runner.child().kept().map(|kept| kept as &dyn Keep))
             .with_threads(run.load.threads * run.jobs),

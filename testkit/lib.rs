@@ -5,11 +5,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 use lathe_analysis::Evaluate;
-use lathe_ir::Model;
+use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    InProcess, InputSpec, Inputs, LibrarySearch, LoadOptions, OrtEngine, Source, Verdict, VerifyTask, verify,
+    Engine, InProcess, InputSpec, Inputs, LibrarySearch, LoadOptions, OrtEngine, Profile, Source, Verdict, VerifyTask,
+    verify,
 };
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::LazyLock,
 };
@@ -46,6 +48,24 @@ pub fn engine() -> &'static OrtEngine {
 /// Runs models for passes under test.
 pub fn evaluator() -> &'static (dyn Evaluate + Sync) {
     &*EVALUATOR
+}
+
+/// The operators that ONNX Runtime carries a model out with when all its optimizations are on, and how many nodes of each.
+pub fn kernels(model: &Model, inputs: &[(String, Tensor)]) -> BTreeMap<String, usize> {
+    let folder = tempfile::tempdir().expect("there is a place for a profile");
+    let options = LoadOptions { threads: 1, optimize: true, ..LoadOptions::default() };
+    let bytes = model.to_bytes();
+    let loaded = engine().timed(Source::Bytes(&bytes), &options, Some(folder.path()));
+    let mut session = loaded.unwrap_or_else(|error| panic!("the model is not loaded: {error}"));
+    session.bind(&inputs.to_vec()).expect("the inputs fit the model");
+    session.run().unwrap_or_else(|error| panic!("the model does not run: {error}"));
+    let path = session.profile().expect("a profile is written").expect("the runtime has a profiler");
+    let profile = Profile::parse(&std::fs::read(path).expect("it is there"), session.provider()).expect("it is one");
+    let mut kernels = BTreeMap::new();
+    for node in profile.nodes {
+        *kernels.entry(node.op).or_insert(0) += 1;
+    }
+    kernels
 }
 
 /// Runs both models on seeded inputs and checks the candidate against `claim`; the error says what differs.

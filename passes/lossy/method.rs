@@ -9,6 +9,16 @@ use std::{collections::BTreeMap, str::FromStr};
 /// The oldest operator set in which models are compressed.
 pub const OLDEST_OPSET: i64 = 13;
 
+/// Where a runtime wants `QuantizeLinear` and `DequantizeLinear` to stand, and with which parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Recipe {
+    /// As ONNX Runtime fuses them for its CPU provider.
+    #[default]
+    Cpu,
+    /// Nowhere: the provider has no such kernels.
+    None,
+}
+
 /// What a method may know besides the model. It is made once in a run; calibration and incumbents join it as they become
 /// known.
 #[derive(Clone, Default)]
@@ -19,6 +29,8 @@ pub struct MethodContext<'a> {
     pub quantities: Vec<Quantity>,
     /// Whether the execution provider computes in half precision.
     pub half_precision: bool,
+    /// How the runtime of the execution provider wants to be told what is rounded to whole numbers.
+    pub recipe: Recipe,
     /// What was seen on the calibration set.
     pub calibration: Option<&'a dyn Calibrate>,
     /// Rows of all products with every weight in one run.
@@ -58,6 +70,12 @@ impl<'a> MethodContext<'a> {
         MethodContext { half_precision, ..self }
     }
 
+    /// With a way to say what is rounded to whole numbers.
+    #[must_use]
+    pub fn with_recipe(self, recipe: Recipe) -> Self {
+        MethodContext { recipe, ..self }
+    }
+
     /// With bytes that work on layers may take.
     #[must_use]
     pub fn with_memory(self, memory: u64) -> Self {
@@ -89,6 +107,7 @@ impl<'a> MethodContext<'a> {
             target: self.target,
             quantities: self.quantities.clone(),
             half_precision: self.half_precision,
+            recipe: self.recipe,
             rows: self.rows.clone(),
             incumbents: self.incumbents.clone(),
             memory: self.memory,
@@ -111,7 +130,7 @@ impl<'a> MethodContext<'a> {
     pub(super) fn key(&self) -> Option<KeyBuilder> {
         self.kept?;
         let seen = self.calibration?.identity()?;
-        let asked = format!("{:?}", (self.target, &self.quantities, self.half_precision, &self.settings));
+        let asked = format!("{:?}", (self.target, &self.quantities, self.half_precision, self.recipe, &self.settings));
         let known = format!("{:?}", (&self.rows, &self.incumbents));
         Some(KeyBuilder::new().bytes(&seen).text(&asked).text(&known))
     }
@@ -194,6 +213,11 @@ pub trait Method: Sync {
 
     /// Values whose magnitudes it wants, as far as second moments tell; they are collected before it proposes.
     fn magnitudes(&self, _model: &Model, _cx: &MethodContext) -> Result<Vec<Rows>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// Values of which it wants to know how their numbers are spread; that is collected before it proposes.
+    fn spreads(&self, _model: &Model, _cx: &MethodContext) -> Result<Vec<Rows>, Error> {
         Ok(Vec::new())
     }
 

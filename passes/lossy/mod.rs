@@ -22,6 +22,7 @@ mod prune_channels;
 mod prune_units;
 mod quantize;
 mod quantize_dynamic;
+mod quantize_static;
 mod reduce_tokens;
 mod regions;
 mod select_visual_tokens;
@@ -36,7 +37,7 @@ pub use factorize::block_by_block;
 pub use factors::{MOST_INPUTS, gram_rows};
 pub use kept_proposal::{EditCodec, propose};
 pub use layers::{SMALLEST, Tap, Weight, weights};
-pub use method::{Method, MethodContext, Needs, NestedCost, NestedEffect, OLDEST_OPSET, Proposal};
+pub use method::{Method, MethodContext, Needs, NestedCost, NestedEffect, OLDEST_OPSET, Proposal, Recipe};
 pub use site::{Candidate, Cost, Edit, Loss, Site};
 
 use site::OVERHEAD;
@@ -49,6 +50,7 @@ const NOT_HELD_OUT: &str = "the calibration set has one sample only, and none is
 pub const METHODS: &[&dyn Method] = &[
     &quantize::Quantize,
     &quantize_dynamic::QuantizeDynamic,
+    &quantize_static::QuantizeStatic,
     &convert_floats::ConvertFloats,
     &compensate::Compensate,
     &factorize::Factorize,

@@ -1,5 +1,6 @@
 //! A copy of a model that computes statistics and nothing else.
 
+mod ranges;
 mod small;
 
 use super::{error::StatisticsError, request::Request};
@@ -165,6 +166,8 @@ impl<'a> Append<'a> {
             Request::Cross(x, y) => self.cross(x, y),
             Request::Cosine(x, y) => self.cosine(x, y),
             Request::Magnitudes(x) => self.magnitudes(x),
+            Request::Range(x) => self.range(x),
+            Request::Spread(x) => self.spread(x),
             Request::Skip(skip) => self.skip(skip),
         }
     }

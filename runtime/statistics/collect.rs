@@ -11,7 +11,7 @@ use crate::{
     content::short,
     wire::{Fold, GatherEntry, GatherJob, Gathered, Output},
 };
-use lathe_analysis::{Bindings, Cost, Facts, Magnitudes, Rows, SymMatrix, View};
+use lathe_analysis::{Bindings, Cost, Facts, Magnitudes, Rows, Spread, SymMatrix, View};
 use lathe_ir::{Model, ScopeId};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -202,6 +202,15 @@ impl Statistics {
         Ok((counted > 0).then_some(magnitudes))
     }
 
+    /// How the numbers are spread; `None` if none counts.
+    pub fn spread(&self, rows: &Rows) -> Result<Option<Spread>, StatisticsError> {
+        let request = Request::Spread(rows.clone());
+        let field = |name: &str| -> Result<Vec<f64>, StatisticsError> { Ok(self.field(&request, name)?.data) };
+        let least = field("least")?.into_iter().fold(f64::INFINITY, f64::min);
+        let largest = field("largest")?.into_iter().fold(f64::NEG_INFINITY, f64::max);
+        Ok(Spread::new(least, largest, &field("spread")?))
+    }
+
     /// One array of a statistic with its shape, by the name that [`Request`] gives it, and matrices in full.
     pub fn field(&self, request: &Request, name: &str) -> Result<Field, StatisticsError> {
         let missing = || StatisticsError::NotCollected { request: format!("{} {name}", request.label()) };
@@ -280,8 +289,9 @@ fn join(entry: &GatherEntry, parts: &[PathBuf]) -> io::Result<()> {
             }
             let both = sum.iter_mut().zip(more);
             match output.fold {
-                Fold::Sum | Fold::Triangle => both.for_each(|(sum, x)| *sum += x),
+                Fold::Sum | Fold::Triangle | Fold::Spread => both.for_each(|(sum, x)| *sum += x),
                 Fold::Max => both.for_each(|(sum, x)| *sum = sum.max(x)),
+                Fold::Min => both.for_each(|(sum, x)| *sum = sum.min(x)),
                 Fold::First => {}
             }
         }
@@ -507,6 +517,12 @@ fn footprint(model: &Model, request: &Request, sizes: &RowSizes) -> (u64, u64) {
         Request::Magnitudes(x) => {
             let (features, all) = shape(x);
             (features * Magnitudes::steps().len() as u64 * 32, 2 * passing((features, all)))
+        }
+        Request::Range(x) => (shape(x).0 * 32, passing(shape(x))),
+        Request::Spread(x) => {
+            let (features, all) = shape(x);
+            // The numbers of a batch leave the runtime and are counted.
+            (features * 32 + all * 8 + Spread::BINS as u64 * 24, passing((features, all)))
         }
         Request::Skip(skip) => {
             let (features, all) = shape(&skip.rows);

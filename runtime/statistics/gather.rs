@@ -5,6 +5,7 @@ use crate::{
     Datum, Engine, RuntimeError, Sample, SampleSet, Session, SetError, Source, Talk,
     wire::{Fold, GatherJob, Gathered, Output},
 };
+use lathe_analysis::Spread;
 use lathe_ir::{DataType, Model, ReadError, Tensor};
 use std::{collections::BTreeMap, io, path::PathBuf};
 
@@ -117,6 +118,11 @@ fn add(sums: &mut BTreeMap<String, OutputSums>, name: &str, fold: Fold, datum: &
         GatherError::NotATensor { value, found }
     })?;
     let dims = tensor.dims();
+    if fold == Fold::Spread {
+        // What is kept does not depend on how many rows a batch has.
+        let bins = || OutputSums { fold, dims: vec![3, Spread::BINS], data: vec![0.0; 3 * Spread::BINS] };
+        return join(sums.entry(name.to_owned()).or_insert_with(bins), tensor);
+    }
     let Some(known) = sums.get_mut(name) else {
         let square = matches!(dims, [rows, columns] if rows == columns);
         if fold == Fold::Triangle && !square {
@@ -124,7 +130,11 @@ fn add(sums: &mut BTreeMap<String, OutputSums>, name: &str, fold: Fold, datum: &
             return Err(GatherError::NotSquare { value, found });
         }
         let length = if fold == Fold::Triangle { dims[0] * (dims[0] + 1) / 2 } else { tensor.len() };
-        let start = if fold == Fold::Max { f64::NEG_INFINITY } else { 0.0 };
+        let start = match fold {
+            Fold::Max => f64::NEG_INFINITY,
+            Fold::Min => f64::INFINITY,
+            _ => 0.0,
+        };
         let mut first = OutputSums { fold, dims: dims.to_vec(), data: vec![start; length] };
         join(&mut first, tensor)?;
         sums.insert(name.to_owned(), first);
@@ -155,6 +165,8 @@ fn fold<const N: usize>(sums: &mut OutputSums, elements: &[[u8; N]], read: impl 
     match sums.fold {
         Fold::Sum | Fold::First => all.zip(elements).for_each(|(sum, &e)| *sum += read(e)),
         Fold::Max => all.zip(elements).for_each(|(sum, &e)| *sum = sum.max(read(e))),
+        Fold::Min => all.zip(elements).for_each(|(sum, &e)| *sum = sum.min(read(e))),
+        Fold::Spread => Spread::add(&mut sums.data, elements.iter().map(|&e| read(e) as f32)),
         Fold::Triangle => {
             let columns = sums.dims[1].max(1);
             let upper = elements.chunks(columns).enumerate().flat_map(|(row, line)| &line[row..]);

@@ -18,6 +18,11 @@ pub enum Request {
     /// `below` and `square_below`, both `[steps, k]`: how many numbers of every feature are smaller in size than each of
     /// [`Magnitudes::steps`](lathe_analysis::Magnitudes::steps), and the sums of their squares; `square_sum` `[k]`.
     Magnitudes(Rows),
+    /// `least` and `largest` of every feature, `[k]` each; infinite where no row counts.
+    Range(Rows),
+    /// How all numbers are spread: `spread`, counts, sums and sums of squares of the bins of a
+    /// [`Spread`](lathe_analysis::Spread) one after the other, and `least` and `largest` of every feature.
+    Spread(Rows),
     /// What a layer's product loses where small inputs are left out: `skipped` and `lost_square_sum`, one for each cut, and
     /// `output_square_sum`.
     Skip(Skip),
@@ -61,7 +66,11 @@ impl Request {
     /// The values it reads.
     pub fn rows(&self) -> Vec<&Rows> {
         match self {
-            Request::Gram(x) | Request::Columns(x) | Request::Magnitudes(x) => vec![x],
+            Request::Gram(x)
+            | Request::Columns(x)
+            | Request::Magnitudes(x)
+            | Request::Range(x)
+            | Request::Spread(x) => vec![x],
             Request::Skip(skip) => vec![&skip.rows],
             Request::Cross(x, y) | Request::Cosine(x, y) => vec![x, y],
         }
@@ -75,6 +84,8 @@ impl Request {
             Request::Cross(..) => "cross",
             Request::Cosine(..) => "cosine",
             Request::Magnitudes(_) => "magnitudes",
+            Request::Range(_) => "range",
+            Request::Spread(_) => "spread",
             Request::Skip(_) => "skip",
         };
         let rows: Vec<String> = self.rows().into_iter().map(Rows::label).collect();

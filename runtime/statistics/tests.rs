@@ -319,6 +319,38 @@ fn small_numbers_are_counted_where_they_count() {
 }
 
 #[test]
+fn ranges_and_spreads_are_of_the_rows_that_count() {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["b", "s", "2"]);
+    build.input("attention_mask", DataType::Int64, &["b", "s"]);
+    let h = build.node(Node::new("Neg"), &[x], "h");
+    let model = build.output(h, Type::unshaped(DataType::Float)).model();
+    let x = Tensor::from_f32s(&[3, 2, 2], &[-1.0, -3.0, 9.0, 9.0, f32::NAN, -50.0, -1.5, -2.0, -4.0, 0.25, 7.0, 7.0]);
+    let mask = Tensor::from_i64s(&[3, 2], &[1, 0, 1, 1, 1, 0]);
+    for opset in [9, 13, 18, 21] {
+        let model = Model { opsets: vec![(String::new(), opset)], ..model.clone() };
+        let bench = Bench::new(model, &[("x", x.clone()), ("attention_mask", mask.clone())]);
+        let rows = Rows::last("h");
+        let [range, spread] = [Request::Range(rows.clone()), Request::Spread(rows.clone())];
+        // Batches of two samples and of one.
+        let statistics = bench.collect(&[range.clone(), spread.clone()]).unwrap();
+        // Counted: [1, 3], [1.5, 2] and [4, -0.25].
+        for request in [&range, &spread] {
+            assert_eq!(statistics.field(request, "least").unwrap().data, [1.0, -0.25], "opset {opset}");
+            assert_eq!(statistics.field(request, "largest").unwrap().data, [4.0, 3.0]);
+            assert_eq!(statistics.counts(request).unwrap(), Counts { rows: 3, padded: 2, broken: 1 });
+        }
+        let found = statistics.spread(&rows).unwrap().unwrap();
+        assert_eq!((found.count(), found.least, found.largest), (6.0, -0.25, 4.0));
+        assert_eq!((found.mean(), found.square()), (11.25 / 6.0, (1.0 + 9.0 + 2.25 + 4.0 + 16.0 + 0.0625) / 6.0));
+    }
+    let none = Bench::new(model, &[("x", x), ("attention_mask", Tensor::from_i64s(&[3, 2], &[0; 6]))]);
+    let rows = Rows::last("h");
+    let found = none.collect(&[Request::Spread(rows.clone())]).unwrap().spread(&rows).unwrap();
+    assert_eq!(found, None, "nothing counts");
+}
+
+#[test]
 fn what_a_layer_loses_without_small_inputs() {
     // `y = h · w` with `w = [[3, 4], [0, 1]]`: norms 5 and 1.
     let mut build = Build::new();

@@ -49,6 +49,10 @@ pub(crate) enum Fold {
     Triangle,
     /// The larger.
     Max,
+    /// The smaller.
+    Min,
+    /// All numbers of every batch are counted in the bins of a [`Spread`](lathe_analysis::Spread).
+    Spread,
     /// The first batch's.
     First,
 }

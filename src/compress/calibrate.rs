@@ -32,6 +32,9 @@ const HELD_ROWS: usize = 2048;
 /// Samples in which positions that are read apart are looked at, at most: one position has one row in each.
 const MOST_ALONE: usize = 512;
 
+/// Samples over which numbers are counted, at most.
+const MOST_SPREAD: usize = 1024;
+
 /// What is known before anything is proposed.
 pub(super) struct Calibrated<'a> {
     pub calibration: Calibration<'a>,
@@ -142,6 +145,7 @@ fn statistics<'a>(
         held,
         position_weights: PositionWeights::default(),
         magnitudes: None,
+        spreads: None,
         identity: identity(setup, model)?,
         runner: setup.runner,
         model: model.clone(),
@@ -155,11 +159,18 @@ fn statistics<'a>(
         },
     };
     let cx = setup.cx.with_calibration(&calibration);
-    let mut wanted = BTreeSet::new();
+    let (mut wanted, mut spreads) = (BTreeSet::new(), BTreeSet::new());
     for method in &setup.methods {
         wanted.extend(method.magnitudes(model, &cx).map_err(anyhow::Error::from)?);
+        spreads.extend(method.spreads(model, &cx).map_err(anyhow::Error::from)?);
     }
     drop(cx);
+    if !spreads.is_empty() {
+        let samples = SampleSet::open(setup.set, model).map_err(anyhow::Error::from)?;
+        let set = SetSpec { chosen: Some(samples.spread(MOST_SPREAD)), ..setup.set.clone() };
+        let requests: Vec<Request> = spreads.into_iter().map(Request::Spread).collect();
+        calibration.spreads = Some(gather(&set, &requests)?);
+    }
     if !wanted.is_empty() {
         let requests: Vec<Request> = wanted.into_iter().map(Request::Magnitudes).collect();
         let found = setup.runner.collect(model, setup.set, &requests, &collect).map_err(anyhow::Error::from)?;

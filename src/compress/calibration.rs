@@ -2,7 +2,9 @@
 
 use super::position_weights::{PositionMoments, PositionWeights};
 use crate::runner::Runner;
-use lathe_analysis::{Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, View};
+use lathe_analysis::{
+    Bindings, Calibrate, Cost, Cross, EvaluateError, Facts, Gram, Magnitudes, Moments, Rows, Spread, View,
+};
 use lathe_ir::Model;
 use lathe_passes::lossy::{Weight, gram_rows};
 use lathe_runtime::{
@@ -34,6 +36,8 @@ pub(super) struct Calibration<'a> {
     pub position_weights: PositionWeights,
     /// How large values are, where a method wants to know.
     pub magnitudes: Option<Statistics>,
+    /// How numbers are spread, where a method wants to know.
+    pub spreads: Option<Statistics>,
     /// What all of it follows from; `None` for a variant of the model, or where nothing is kept.
     pub identity: Option<[u8; 32]>,
     pub runner: &'a Runner,
@@ -171,6 +175,7 @@ impl Calibration<'_> {
             held: self.held.as_ref().map(part).transpose()?,
             position_weights: self.position_weights.clone(),
             magnitudes: None,
+            spreads: None,
             identity: None,
             runner: self.runner,
             model: self.model.clone(),
@@ -370,6 +375,12 @@ impl Calibrate for Calibration<'_> {
         let request = Request::Magnitudes(rows.clone());
         let found = self.magnitudes.as_ref().filter(|m| m.requests().any(|r| *r == request));
         found.map(|found| found.magnitudes(rows)).transpose().map(Option::flatten).map_err(failed)
+    }
+
+    fn spread(&self, rows: &Rows) -> Result<Option<Spread>, EvaluateError> {
+        let request = Request::Spread(rows.clone());
+        let found = self.spreads.as_ref().filter(|s| s.requests().any(|r| *r == request));
+        found.map(|found| found.spread(rows)).transpose().map(Option::flatten).map_err(failed)
     }
 
     fn cosines(&self, pairs: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError> {

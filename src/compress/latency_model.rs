@@ -8,7 +8,9 @@ use super::{
 use crate::{Failure, PassRecord};
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Facts, KeyBuilder, kept_or};
-use lathe_ir::{DataType, Dim, External, Graph, Model, Node, NodeId, ScopeId, Tensor, Type, ValueId, WriteOptions};
+use lathe_ir::{
+    DataType, Dim, External, Graph, Model, Node, NodeId, ScopeId, Tensor, Type, Use, ValueId, WriteOptions,
+};
 use lathe_passes::lossy::{MethodContext, Site};
 use lathe_runtime::{BenchInputs, BenchResult, BenchTask, InputSpec, LoadOptions, SampleSet, machine};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -239,7 +241,7 @@ impl Fragment {
         let given = nodes.iter().flat_map(|&id| from.node(id).outputs().iter().flatten());
         let mut copied: BTreeMap<ValueId, ValueId> =
             given.map(|&output| (output, graph.add_value(name(output), None))).collect();
-        for id in nodes {
+        for &id in &nodes {
             let node = from.node(id);
             let called = model.function(&node.domain, &node.op_type, &node.overload).is_some();
             if called || !node.subgraphs().is_empty() {
@@ -281,7 +283,12 @@ impl Fragment {
             graph.add_node(ScopeId::MAIN, own, inputs, outputs);
         }
         graph.sort().ok()?;
-        let shown: Vec<ValueId> = site.taps.iter().filter_map(|tap| copied.get(tap).copied()).collect();
+        // What is read inside alone is not shown: a copy for somebody else would keep nodes from becoming one.
+        let read = leaving(from, &nodes).filter(|&value| known.facts.elem(value) == Some(DataType::Float));
+        let mut shown: Vec<ValueId> = read.filter_map(|value| copied.get(&value).copied()).collect();
+        if shown.is_empty() {
+            shown = site.taps.iter().filter_map(|tap| copied.get(tap).copied()).collect();
+        }
         if shown.is_empty() {
             return None;
         }
@@ -294,6 +301,13 @@ impl Fragment {
         let fragment = Model { graph, functions: Vec::new(), training: Vec::new(), ..model.clone() };
         Some(Fragment { model: fragment, key })
     }
+}
+
+/// What nodes give that something else reads.
+fn leaving<'g>(graph: &'g Graph, nodes: &'g [NodeId]) -> impl Iterator<Item = ValueId> + 'g {
+    let inside = |place: &Use| matches!(place, Use::Node(id, _) if nodes.contains(id));
+    let given = nodes.iter().flat_map(|&id| graph.node(id).outputs().iter().flatten().copied());
+    given.filter(move |&value| !graph.value(value).uses().iter().all(inside))
 }
 
 #[cfg(test)]

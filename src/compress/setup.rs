@@ -1,7 +1,7 @@
 //! What calibrating, proposing and pricing share.
 
 use crate::runner::Runner;
-use lathe_passes::lossy::{Method, MethodContext};
+use lathe_passes::lossy::{Method, MethodContext, Recipe};
 use lathe_runtime::{BenchInputs, Distance, LoadOptions, SetSpec};
 
 /// Everything that candidates depend on besides the model.
@@ -25,4 +25,12 @@ pub(super) struct Setup<'a> {
 /// Whether an execution provider, which may be `NAME=path` of a plugin, computes in half precision.
 pub(super) fn computes_in_half(provider: &str) -> bool {
     lathe_runtime::Provider::asked(provider).is_some_and(|provider| provider.half)
+}
+
+/// How an execution provider wants to be told what is rounded to whole numbers.
+pub(super) fn recipe(provider: &str) -> Recipe {
+    match lathe_runtime::Provider::asked(provider).is_some_and(|provider| provider.integers) {
+        true => Recipe::Cpu,
+        false => Recipe::None,
+    }
 }

@@ -1,0 +1,362 @@
+//! How a graph says what is rounded: constants of codes, and `QuantizeLinear` and `DequantizeLinear` around every unit.
+
+use super::{
+    ranges::{Codes, Params, bias_codes, least_scale},
+    units::{self, Form, floats, is_row},
+};
+use crate::lossy::{Weight, layers::Tap};
+use lathe_ir::{DataType, Graph, Node, NodeId, ScopeId, Tensor, Use, ValueId};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Why a graph is left alone.
+const CHANGED: &str = "the nodes are no longer as they were";
+
+/// What is done to a graph, by the names of values.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct StaticEdit {
+    /// The units in the order in which they run; none where the products of a weight alone are meant.
+    pub units: Vec<UnitEdit>,
+    /// What codes stand for.
+    pub params: BTreeMap<String, Params>,
+    /// The largest code of a weight.
+    pub largest: u8,
+}
+
+/// A unit by its name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct UnitEdit {
+    /// What it gives.
+    pub output: String,
+    pub form: Form,
+    /// Whether an activation is part of it.
+    pub activation: bool,
+    /// Whether its output is rounded.
+    pub rounds: bool,
+}
+
+/// A graph on the way, with what it rounds already.
+struct Emitter<'a> {
+    graph: &'a mut Graph,
+    edit: &'a StaticEdit,
+    /// Values that stand for codes.
+    restored: BTreeSet<ValueId>,
+    /// What stands for a value that something else reads as it is.
+    copies: BTreeMap<ValueId, ValueId>,
+    constants: BTreeMap<(u32, Option<u8>), ValueId>,
+}
+
+impl StaticEdit {
+    /// Carries out the units.
+    pub fn apply(&self, graph: &mut Graph) -> Result<(), &'static str> {
+        let mut emitter = Emitter::new(graph, self);
+        self.units.iter().try_for_each(|unit| emitter.unit(unit))
+    }
+
+    /// Rounds what the products with a weight read; what they give stays as it is.
+    pub fn apply_to_products(&self, graph: &mut Graph, weight: &Weight) -> Result<(), &'static str> {
+        Emitter::new(graph, self).products(weight)
+    }
+}
+
+impl<'a> Emitter<'a> {
+    fn new(graph: &'a mut Graph, edit: &'a StaticEdit) -> Emitter<'a> {
+        Emitter { graph, edit, restored: BTreeSet::new(), copies: BTreeMap::new(), constants: BTreeMap::new() }
+    }
+
+    fn unit(&mut self, edit: &UnitEdit) -> Result<(), &'static str> {
+        let output = self.graph.find_value(&edit.output).ok_or(CHANGED)?;
+        let last = self.graph.producer(output).ok_or(CHANGED)?;
+        let id = match edit.activation {
+            true => self.graph.node(last).input(0).and_then(|raw| self.graph.producer(raw)).ok_or(CHANGED)?,
+            false => last,
+        };
+        let mut read = None;
+        for (index, value) in units::reads(self.graph, id, edit.form) {
+            let (params, restored) = self.restored(value)?;
+            self.graph.set_input(id, index, Some(restored));
+            read = Some(params);
+        }
+        let read = read.ok_or(CHANGED)?;
+        match edit.form {
+            Form::Conv | Form::Gemm => self.layer(id, read)?,
+            Form::Pair => self.constant_operand(id)?,
+            Form::Rescaled | Form::Carried | Form::SpatialMean => {}
+        }
+        let output = if edit.form == Form::SpatialMean { self.pooled(id, output)? } else { output };
+        if edit.rounds {
+            let params = self.params(&edit.output)?;
+            self.round(output, params);
+        }
+        Ok(())
+    }
+
+    fn params(&self, name: &str) -> Result<Params, &'static str> {
+        self.edit.params.get(name).copied().ok_or(CHANGED)
+    }
+
+    /// What stands for a value in codes, with what they stand for.
+    fn restored(&mut self, value: ValueId) -> Result<(Params, ValueId), &'static str> {
+        let params = self.params(&self.graph.value(value).name)?;
+        if self.restored.contains(&value) {
+            return Ok((params, value));
+        }
+        if let Some(&copy) = self.copies.get(&value) {
+            return Ok((params, copy));
+        }
+        let copy = self.known_copy(value, params).unwrap_or_else(|| self.pair(value, params).1);
+        self.copies.insert(value, copy);
+        Ok((params, copy))
+    }
+
+    /// A pair that rounds a value to these codes already.
+    fn known_copy(&self, value: ValueId, params: Params) -> Option<ValueId> {
+        let reader = |value: ValueId, op: &'static str| {
+            let nodes = self.graph.value(value).uses().iter().filter_map(|place| match *place {
+                Use::Node(id, 0) if self.graph.node(id).is(op) => Some(id),
+                _ => None,
+            });
+            nodes.collect::<Vec<NodeId>>()
+        };
+        let number = |id: NodeId, index: usize| self.graph.constant(self.graph.node(id).input(index)?)?.scalar_f64();
+        let fits = |id: &NodeId| {
+            number(*id, 1) == Some(f64::from(params.scale)) && number(*id, 2) == Some(f64::from(params.zero))
+        };
+        let rounds = reader(value, "QuantizeLinear").into_iter().find(fits)?;
+        let codes = self.graph.node(rounds).output(0)?;
+        let restores = reader(codes, "DequantizeLinear").into_iter().find(fits)?;
+        self.graph.node(restores).output(0)
+    }
+
+    /// The codes of a value, and what stands for it.
+    fn pair(&mut self, value: ValueId, params: Params) -> (ValueId, ValueId) {
+        let name = self.graph.value(value).name.clone();
+        let scale = self.constant(params.scale, None);
+        let zero = self.constant(params.scale, Some(params.zero));
+        let round = Node::new("QuantizeLinear");
+        let codes = self.graph.append(ScopeId::MAIN, round, &[value, scale, zero], &format!("{name}_codes"));
+        let restore = Node::new("DequantizeLinear");
+        let restored = self.graph.append(ScopeId::MAIN, restore, &[codes, scale, zero], &format!("{name}_restored"));
+        (codes, restored)
+    }
+
+    /// A scale, or the zero point of one.
+    fn constant(&mut self, scale: f32, zero: Option<u8>) -> ValueId {
+        let key = (scale.to_bits() * u32::from(zero.is_none()), zero);
+        if let Some(&known) = self.constants.get(&key) {
+            return known;
+        }
+        let value = match zero {
+            None => self.graph.add_initializer(ScopeId::MAIN, "scale", Tensor::from_f32s(&[], &[scale])),
+            Some(zero) => {
+                let zero = Tensor::new(DataType::Uint8, Vec::new(), vec![zero]).expect("one code is one byte");
+                self.graph.add_initializer(ScopeId::MAIN, "zero_point", zero)
+            }
+        };
+        self.constants.insert(key, value);
+        value
+    }
+
+    /// Rounds a value for everything that reads it. Where only its size is asked for, the codes have it too.
+    fn round(&mut self, value: ValueId, params: Params) {
+        let (codes, restored) = self.pair(value, params);
+        let rounds = self.graph.producer(codes).expect("codes are made by a node");
+        self.graph.replace(value, restored);
+        self.graph.set_input(rounds, 0, Some(value));
+        let readers: Vec<Use> = self.graph.value(restored).uses().iter().copied().collect();
+        for place in readers {
+            let Use::Node(id, index) = place else { continue };
+            if self.graph.node(id).is("Shape") || self.graph.node(id).is("Size") {
+                self.graph.set_input(id, index, Some(codes));
+            }
+        }
+        self.restored.insert(restored);
+    }
+
+    /// Stores a layer's weight and bias in codes.
+    fn layer(&mut self, id: NodeId, read: Params) -> Result<(), &'static str> {
+        let node = self.graph.node(id);
+        let (weight, bias) = (node.input(1).ok_or(CHANGED)?, node.input(2));
+        let axis = units::output_axis(self.graph, id);
+        let tensor = floats(self.graph, Some(weight)).ok_or(CHANGED)?;
+        let (dims, numbers) = (tensor.dims().to_vec(), tensor.to_f32s().ok_or(CHANGED)?);
+        tensor.release();
+        let outputs = dims[axis];
+        let inner: usize = dims[axis + 1..].iter().product();
+        let added = bias.map(|bias| self.row(bias, outputs)).transpose()?;
+        let least = least_scales(added.as_deref(), read, outputs);
+        let codes = Codes::of(&numbers, |at| at / inner % outputs, self.edit.largest, &least).ok_or(CHANGED)?;
+        let name = self.graph.value(weight).name.clone();
+        let stored = self.stored(&name, &dims, &codes, axis);
+        self.graph.set_input(id, 1, Some(stored));
+        if let Some((bias, added)) = bias.zip(added) {
+            let stored = self.stored_bias(bias, &added, read, &codes.scales);
+            self.graph.set_input(id, 2, Some(stored));
+        }
+        for constant in [Some(weight), bias].into_iter().flatten() {
+            self.drop_unread(constant);
+        }
+        Ok(())
+    }
+
+    /// A row of numbers, one for every output.
+    fn row(&self, value: ValueId, outputs: usize) -> Result<Vec<f32>, &'static str> {
+        let tensor = floats(self.graph, Some(value)).filter(|tensor| is_row(tensor, outputs)).ok_or(CHANGED)?;
+        tensor.to_f32s().ok_or(CHANGED)
+    }
+
+    /// A weight in codes, with one scale for every place of an axis.
+    fn stored(&mut self, name: &str, dims: &[usize], codes: &Codes, axis: usize) -> ValueId {
+        let bytes: Vec<u8> = codes.codes.iter().map(|&code| code as u8).collect();
+        let tensor = Tensor::new(DataType::Int8, dims.to_vec(), bytes).expect("there is a code for every number");
+        let tensor = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_quantized"), tensor);
+        let scales = Tensor::from_f32s(&[codes.scales.len()], &codes.scales);
+        let scales = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_scale"), scales);
+        let node = Node::new("DequantizeLinear").with("axis", axis as i64);
+        let mut inputs = vec![tensor, scales];
+        if dims.len() == 2 {
+            // ONNX Runtime makes no `QGemm` of a weight whose zero points are left out.
+            let zeros = Tensor::new(DataType::Int8, vec![codes.scales.len()], vec![0; codes.scales.len()]);
+            let zeros = zeros.expect("there is a zero point for every scale");
+            inputs.push(self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_zero_point"), zeros));
+        }
+        self.graph.append(ScopeId::MAIN, node, &inputs, &format!("{name}_dequantized"))
+    }
+
+    /// A bias in steps of the products.
+    fn stored_bias(&mut self, bias: ValueId, numbers: &[f32], read: Params, weights: &[f32]) -> ValueId {
+        let name = self.graph.value(bias).name.clone();
+        let (codes, steps) = bias_codes(numbers, read.scale, weights);
+        let bytes: Vec<u8> = codes.iter().flat_map(|code| code.to_le_bytes()).collect();
+        let tensor = Tensor::new(DataType::Int32, vec![codes.len()], bytes).expect("there is a code for every number");
+        let tensor = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_quantized"), tensor);
+        let steps = Tensor::from_f32s(&[steps.len()], &steps);
+        let steps = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_scale"), steps);
+        let node = Node::new("DequantizeLinear").with("axis", 0i64);
+        self.graph.append(ScopeId::MAIN, node, &[tensor, steps], &format!("{name}_dequantized"))
+    }
+
+    /// Stores the constant of a sum or product in codes of its own range.
+    fn constant_operand(&mut self, id: NodeId) -> Result<(), &'static str> {
+        for index in 0..2 {
+            let Some(value) = self.graph.node(id).input(index).filter(|&v| self.graph.constant(v).is_some()) else {
+                continue;
+            };
+            let tensor = floats(self.graph, Some(value)).ok_or(CHANGED)?;
+            let (dims, numbers) = (tensor.dims().to_vec(), tensor.to_f32s().ok_or(CHANGED)?);
+            let ends = numbers.iter().map(|&x| f64::from(x));
+            let params = Params::of((ends.clone().fold(0.0, f64::min), ends.fold(0.0, f64::max)));
+            let codes: Vec<u8> = numbers.iter().map(|&x| params.code(x)).collect();
+            let codes = Tensor::new(DataType::Uint8, dims, codes).expect("there is a code for every number");
+            let name = self.graph.value(value).name.clone();
+            let codes = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_quantized"), codes);
+            let (scale, zero) = (self.constant(params.scale, None), self.constant(params.scale, Some(params.zero)));
+            let node = Node::new("DequantizeLinear");
+            let name = format!("{name}_dequantized");
+            let restored = self.graph.append(ScopeId::MAIN, node, &[codes, scale, zero], &name);
+            self.graph.set_input(id, index, Some(restored));
+            self.drop_unread(value);
+        }
+        Ok(())
+    }
+
+    /// A mean over all spatial axes as a pooling; what it gives now.
+    fn pooled(&mut self, id: NodeId, output: ValueId) -> Result<ValueId, &'static str> {
+        let (name, kept) = (self.graph.value(output).name.clone(), self.graph.node(id).int("keepdims") != Some(0));
+        let data = self.graph.node(id).input(0).ok_or(CHANGED)?;
+        let pool = Node::new("GlobalAveragePool");
+        let pooled = self.graph.append(ScopeId::MAIN, pool, &[data], &format!("{name}_pooled"));
+        let mut whole = pooled;
+        if !kept {
+            let (_, restored) = self.pair(pooled, self.params(&name)?);
+            let node = Node::new("Flatten").with("axis", 1i64);
+            whole = self.graph.append(ScopeId::MAIN, node, &[restored], &format!("{name}_flat"));
+        }
+        self.graph.replace(output, whole);
+        self.graph.remove_node(id);
+        Ok(whole)
+    }
+
+    /// Removes a constant that nothing reads any more.
+    fn drop_unread(&mut self, value: ValueId) {
+        if self.graph.value(value).uses().is_empty() && self.graph.constant(value).is_some() {
+            self.graph.remove_initializer(value);
+        }
+    }
+
+    fn products(&mut self, weight: &Weight) -> Result<(), &'static str> {
+        let (k, n) = weight.sides();
+        let turned = weight.inputs_axis() == 1;
+        let tensor = floats(self.graph, Some(weight.value)).ok_or(CHANGED)?;
+        let numbers = tensor.to_f32s().ok_or(CHANGED)?;
+        tensor.release();
+        let numbers: Vec<f32> = match turned {
+            true => (0..k * n).map(|at| numbers[at % n * k + at / n]).collect(),
+            false => numbers,
+        };
+        let mut least = vec![0.0f32; n];
+        let mut uses = Vec::new();
+        for tap in weight.taps.iter().filter(|tap| tap.rows.is_some()) {
+            let data = self.graph.node(tap.node).input(0).ok_or(CHANGED)?;
+            let (read, restored) = self.restored(data)?;
+            let bias = bias_of(self.graph, tap, n);
+            let added = bias.map(|bias| self.row(bias.value, n)).transpose()?;
+            for (least, own) in least.iter_mut().zip(least_scales(added.as_deref(), read, n)) {
+                *least = least.max(own);
+            }
+            uses.push((tap, read, restored, bias.zip(added)));
+        }
+        let codes = Codes::of(&numbers, |at| at % n, self.edit.largest, &least).ok_or(CHANGED)?;
+        let name = self.graph.value(weight.value).name.clone();
+        let stored = self.stored(&name, &[k, n], &codes, 1);
+        for (tap, read, restored, bias) in uses {
+            let before = self.graph.node(tap.node).input(1);
+            self.graph.set_input(tap.node, 0, Some(restored));
+            self.graph.set_input(tap.node, 1, Some(stored));
+            self.graph.node_mut(tap.node).remove_attribute("transB");
+            if let Some((bias, added)) = bias {
+                let value = self.stored_bias(bias.value, &added, read, &codes.scales);
+                self.graph.set_input(bias.node, bias.index, Some(value));
+                self.drop_unread(bias.value);
+            }
+            let unread = before.filter(|&value| self.graph.value(value).uses().is_empty());
+            if let Some(turn) = unread.and_then(|value| self.graph.producer(value)) {
+                self.graph.remove_node(turn);
+            }
+        }
+        self.drop_unread(weight.value);
+        Ok(())
+    }
+}
+
+/// The least scales of a weight's outputs that their biases allow.
+fn least_scales(bias: Option<&[f32]>, read: Params, outputs: usize) -> Vec<f32> {
+    match bias {
+        Some(bias) => bias.iter().map(|&b| least_scale(b, read.scale)).collect(),
+        None => vec![0.0; outputs],
+    }
+}
+
+/// A bias and where it is read.
+#[derive(Clone, Copy)]
+struct Bias {
+    node: NodeId,
+    index: usize,
+    value: ValueId,
+}
+
+/// The constant that is added to a product: by its `Gemm`, or by an `Add` that alone reads the product. ONNX Runtime makes one
+/// node of a product and such an `Add`, whose kernel of whole numbers wants a bias in codes too.
+fn bias_of(graph: &Graph, tap: &Tap, outputs: usize) -> Option<Bias> {
+    let is_bias = |value: &ValueId| floats(graph, Some(*value)).is_some_and(|tensor| is_row(tensor, outputs));
+    if graph.node(tap.node).is("Gemm") {
+        let value = graph.node(tap.node).input(2).filter(is_bias)?;
+        return Some(Bias { node: tap.node, index: 2, value });
+    }
+    let mut uses = graph.value(tap.output).uses().iter();
+    let (Some(&Use::Node(node, at)), None) = (uses.next(), uses.next()) else { return None };
+    let index = 1usize.checked_sub(at)?;
+    let adds = graph.node(node).is("Add") && graph.node(node).scope() == ScopeId::MAIN;
+    let value = graph.node(node).input(index).filter(|_| adds).filter(is_bias)?;
+    Some(Bias { node, index, value })
+}
