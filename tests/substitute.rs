@@ -42,7 +42,7 @@ fn model() -> Model {
     .unwrap()
 }
 
-const OTHERS: &str = "quantize,quantize-dynamic,convert-floats,compensate,factorize,factorize-jointly,dictionary,\
+const OTHERS: &str = "quantize,quantize-dynamic,quantize-static,convert-floats,compensate,factorize,factorize-jointly,dictionary,\
                       prune-channels,drop-inputs,prune-units,reduce-tokens";
 
 #[test]
