@@ -25,7 +25,7 @@ fn add(path: &Path, hash: &mut DefaultHasher) {
         let mut inside: Vec<PathBuf> = fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path()).collect();
         inside.sort();
         inside.iter().for_each(|path| add(path, hash));
-    } else if path.extension().is_some_and(|e| e == "rs" || e == "toml" || e == "lock") {
+    } else if path.extension().is_some_and(|e| e == "rs" || e == "txt" || e == "toml" || e == "lock") {
         let bytes = fs::read(path).unwrap_or_default();
         hash.write_usize(bytes.len());
         hash.write(&bytes);
