@@ -8,6 +8,7 @@ pub mod exact;
 pub mod lossy;
 mod operands;
 mod pass;
+pub mod precision;
 mod quantity;
 mod rule;
 mod same_scope;

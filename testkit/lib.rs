@@ -7,8 +7,7 @@
 use lathe_analysis::Evaluate;
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    Engine, InProcess, InputSpec, Inputs, LibrarySearch, LoadOptions, OrtEngine, Profile, Source, Verdict, VerifyTask,
-    verify,
+    Engine, InProcess, InputSpec, Inputs, LibrarySearch, LoadOptions, OrtEngine, Profile, Source, VerifyTask, verify,
 };
 use std::{
     collections::BTreeMap,
@@ -19,7 +18,7 @@ use std::{
 mod operators;
 mod random;
 
-pub use lathe_runtime::Claim;
+pub use lathe_runtime::{Claim, Verdict};
 pub use operators::{operator_inputs, operator_model};
 pub use random::random_model;
 
