@@ -2,8 +2,10 @@
 
 mod exact;
 mod lines;
+mod precision;
 mod prepare;
 
+pub use self::precision::PrecisionOptions;
 pub(crate) use self::{
     lines::{pass_line, side, verify},
     prepare::prepare,
@@ -65,6 +67,8 @@ pub struct Options {
     pub sets: Sets,
     /// What lossy methods may spend; without a budget none runs.
     pub budget: Budget,
+    /// The half precision that the result is converted to.
+    pub precision: Option<PrecisionOptions>,
     /// How many samples to choose of the calibration set; `None` keeps all.
     pub calib_select: Option<usize>,
     /// How models are run.
@@ -95,6 +99,10 @@ const LOSSY_STAGES: [(&str, f64); 6] = [
 
 /// Samples that exact passes are verified on where a budget is spent afterwards.
 const EXACT_SAMPLES: usize = 16;
+
+/// Why half precision and what chooses by a loss are not had at once.
+const TWO_RUNS: &str = "--dtype converts whatever may be converted, and a budget chooses where to lose what; run twice: with the \
+                        budget first, then with --dtype on its result";
 
 /// Whether settings ask for a lossy method, budget or not.
 fn is_requested(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
@@ -127,6 +135,9 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let mut lossy = options.budget.is_given();
     for &method in METHODS {
         lossy |= is_requested(options, method)?;
+    }
+    if lossy && options.precision.is_some() {
+        return Err(Failure::Usage(TWO_RUNS.to_owned()));
     }
     let few = match set.as_ref().filter(|_| lossy) {
         Some((spec, _)) => {
@@ -261,6 +272,11 @@ impl Job<'_> {
                 Spent::Upgraded(used) => return Ok(Finished::Upgraded(used)),
             };
         }
+        let mut half = None;
+        if let Some(asked) = self.options.precision {
+            let (converted, report) = self.to_half(&prepared, outcome, asked, &mut warnings)?;
+            (outcome, half) = (converted, Some(report));
+        }
         if outcome.latency.is_none() {
             outcome.latency = self.measure(outcome.staged.path(), &prepared.target, &mut warnings)?;
         }
@@ -282,6 +298,7 @@ impl Job<'_> {
             passes: records.iter().map(pass_line).collect(),
             plan,
             auto: None,
+            precision: half,
             verify,
             latency,
             layers: layers::largest(&model, &cost(&model)),

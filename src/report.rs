@@ -2,10 +2,12 @@
 
 mod auto;
 mod plan;
+mod precision;
 mod scores;
 
 pub use auto::{AutoPoint, AutoReport};
 pub use plan::{BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
+pub use precision::{KeptNode, PrecisionReport};
 pub use scores::OutputScores;
 
 use crate::{Latency, layers::LayerLine};
@@ -179,6 +181,9 @@ pub struct Report {
     /// What `--auto` tried; not there without it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub auto: Option<AutoReport>,
+    /// The conversion to half precision; not there without `--dtype`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub precision: Option<PrecisionReport>,
     /// The run beside the original; `null` with `--no-verify`.
     pub verify: Option<Verify>,
     /// The measured latency; `null` where it was not measured.
@@ -232,6 +237,9 @@ impl Report {
                     line(format!("| {} | {} | {} | {} |", p.name, r.reason, r.count, r.example));
                 }
             }
+        }
+        if let Some(precision) = &self.precision {
+            line(format!("\n{}.", precision.describe()));
         }
         if let Some(verify) = &self.verify {
             let verdict = if verify.passed { "holds" } else { "does not hold" };

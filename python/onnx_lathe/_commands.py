@@ -33,6 +33,8 @@ def optimize(
     labels: str | None = None,
     batch: int | None = None,
     calib_select: int | None = None,
+    dtype: Literal["float16", "bfloat16", "float16:io", "bfloat16:io"] | None = None,
+    rtol: float | None = None,
     size: float | None = None,
     params: float | None = None,
     flops: float | None = None,
@@ -86,6 +88,8 @@ def optimize(
         labels: The array that holds labels; a calibration set need not have it.
         batch: Samples run at a time where the model leaves the choice.
         calib_select: Choose so many samples of the calibration set.
+        dtype: Compute in this type wherever that is allowed; with ``:io`` inputs and outputs change too.
+        rtol: The largest relative L2 error of an output in half precision.
         size: Share of the file's bytes to keep: ``0.3``.
         params: Share of the parameters to keep.
         flops: Share of the floating-point operations to keep.

@@ -30,6 +30,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "validate": (str, "What the result is compared on; without it the last quarter of the calibration set."),
     "labels": (str, "The array of the sets that holds labels."),
     "batch": (int, "Samples run at a time where the model leaves the choice."),
+    "dtype": (str, "Compute in float16 or bfloat16 wherever that is allowed; with :io inputs and outputs change too."),
+    "rtol": (float, "The largest relative L2 error of an output in half precision."),
     "size": (float, "Share of the file's bytes to keep."),
     "params": (float, "Share of the parameters to keep."),
     "flops": (float, "Share of the floating-point operations to keep."),

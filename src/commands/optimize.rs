@@ -5,7 +5,7 @@ pub(crate) mod args;
 use self::args::{ExternalArg, OptimizeArgs, TargetArg};
 use super::Answer;
 use crate::{
-    AutoOptions, Budget, Failure, Options, Report, RunOptions, Selection, Sets,
+    AutoOptions, Budget, Failure, Options, PrecisionOptions, Report, RunOptions, Selection, Sets,
     compress::ADVICE,
     progress::Meter,
     quantities::{size, time},
@@ -14,7 +14,7 @@ use crate::{
 };
 use anyhow::{Context as _, anyhow};
 use lathe_ir::External;
-use lathe_passes::{Quantity, QuantityMap, Target};
+use lathe_passes::{Quantity, QuantityMap, Target, precision::Precision};
 use lathe_runtime::Listener;
 use std::{collections::BTreeMap, ffi::OsString, io::Write as _, path::Path};
 
@@ -158,10 +158,27 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
             max_drop: args.max_drop,
             metric: args.metric.clone(),
         },
+        precision: precision(args)?,
         calib_select: args.calib_select,
         run,
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
+}
+
+/// `--dtype` and `--rtol`.
+fn precision(args: &OptimizeArgs) -> Result<Option<PrecisionOptions>, Failure> {
+    let Some(precision) = args.dtype.as_deref().and_then(Precision::parse) else { return Ok(None) };
+    if args.rtol.is_some_and(|rtol| !rtol.is_finite() || rtol <= 0.0) {
+        return Err(Failure::Usage("--rtol is a relative error, expected a number above 0".to_owned()));
+    }
+    if args.auto {
+        return Err(Failure::Usage("--auto tries budgets; run --dtype on its result".to_owned()));
+    }
+    if precision.interface && args.bench {
+        let message = "--bench runs both models on the same inputs, whose types :io changes; leave one of them out";
+        return Err(Failure::Usage(message.to_owned()));
+    }
+    Ok(Some(PrecisionOptions { precision, rtol: args.rtol }))
 }
 
 /// `--set PASS.OPTION=VALUE`, the last of an option counts.

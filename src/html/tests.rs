@@ -38,6 +38,7 @@ fn report() -> Report {
         passes: vec![line("fold-batch-norm", 5, Some(3e-7)), line("drop-casts", 0, None)],
         plan: None,
         auto: None,
+        precision: None,
         verify: Some(Verify {
             set: "random".to_owned(),
             samples: 2,

@@ -117,7 +117,7 @@ impl Job<'_> {
         Ok(result.map(|(records, applied)| Simplified { model, records, applied }))
     }
 
-    fn inputs(&self) -> Inputs {
+    pub(super) fn inputs(&self) -> Inputs {
         match &self.set {
             // Samples are many where a loss is measured; that the same function is left shows on a few.
             Some((spec, _)) => Inputs::Set(match &self.few {
@@ -129,7 +129,7 @@ impl Job<'_> {
     }
 
     /// What [`Job::inputs`] are, in the report's word.
-    fn set_name(&self) -> &'static str {
+    pub(super) fn set_name(&self) -> &'static str {
         self.set.as_ref().map_or("random", |(_, name)| name)
     }
 

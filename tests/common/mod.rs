@@ -46,6 +46,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         detailed: false,
         sets: Default::default(),
         budget: Default::default(),
+        precision: None,
         calib_select: None,
         run: RunOptions {
             ort: Some(lathe_testkit::engine().library().path.clone()),

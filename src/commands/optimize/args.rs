@@ -6,7 +6,7 @@ use crate::{
     terminal::TalkArgs,
 };
 use clap::{Args, ValueEnum};
-use lathe_passes::Quantity;
+use lathe_passes::{Quantity, precision::Precision};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -100,6 +100,14 @@ pub(crate) struct OptimizeArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub sets: SetArgs,
+    /// Compute in 16-bit floats wherever that is allowed: float16 or bfloat16; with :io inputs and outputs change too.
+    #[arg(long, value_name = "TYPE[:io]", value_parser = precision)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<String>,
+    /// The largest relative L2 error of an output in half precision: 2e-3 for float16 and 2e-2 for bfloat16 unless told.
+    #[arg(long, value_name = "X", requires = "dtype")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rtol: Option<f64>,
     /// Share of the file's bytes to keep (0.5); lossy methods spend the rest where it hurts least. Needs --calib.
     #[arg(long, value_name = "R", value_parser = share)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -153,6 +161,16 @@ pub(crate) struct OptimizeArgs {
     #[serde(skip)]
     pub talk: TalkArgs,
 }
+
+/// A type of half precision.
+fn precision(text: &str) -> Result<String, NoPrecision> {
+    Precision::parse(text).map(|_| text.to_owned()).ok_or(NoPrecision)
+}
+
+/// A text that names no half precision.
+#[derive(Debug, thiserror::Error)]
+#[error("expected float16, bfloat16, float16:io or bfloat16:io")]
+struct NoPrecision;
 
 /// A share above 0 and at most 1.
 fn share(text: &str) -> Result<f64, NoShare> {

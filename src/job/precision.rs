@@ -1,0 +1,338 @@
+//! Half precision in the file: ranges, conversion, and the simulation that proves it.
+
+mod culprit;
+
+use super::{Job, Outcome, Prepared as Start, lines};
+use crate::{
+    Failure, PassRecord,
+    pipeline::{node_count, weight_bytes},
+    report::{KeptNode, PrecisionReport},
+};
+use anyhow::{Context as _, anyhow};
+use lathe_ir::{DataType, Model, NodeId, WriteOptions};
+use lathe_passes::precision::{
+    self, Converted, Magnitudes, Precision, Prepared, Simulation, check_types, convert, simulate, watch,
+};
+use lathe_runtime::{Claim, Fault, Inputs, Provider, Verdict};
+use std::{collections::BTreeMap, path::Path, time::Instant};
+
+/// What `--dtype` asks for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PrecisionOptions {
+    /// The type, and whether inputs and outputs change too.
+    pub precision: Precision,
+    /// The relative L2 error that an output may have; `None` for that of the type.
+    pub rtol: Option<f64>,
+}
+
+impl PrecisionOptions {
+    fn tolerance(&self) -> f64 {
+        self.rtol.unwrap_or_else(|| self.precision.tolerance())
+    }
+}
+
+/// Places that are taken back to float32 one after another before the tool gives up.
+const MOST_CULPRITS: usize = 8;
+
+/// A claim that holds for all finite outputs: what is wanted is the numbers.
+const ANYTHING: Claim = Claim::Within { rtol: f64::MAX };
+
+const ON_CALIBRATION: &str = "proven on the calibration set";
+const NOT_PROVEN: &str = "not proven";
+
+/// The model in the form that is converted, and what the values inside are like.
+struct Form {
+    prepared: Prepared,
+    magnitudes: Magnitudes,
+    /// Where that was seen, as the report says it.
+    origin: &'static str,
+}
+
+/// A conversion, and what its simulation came to.
+struct Attempt {
+    converted: Converted,
+    simulation: Simulation,
+    /// `None` where nothing was run.
+    report: Option<lathe_runtime::Report>,
+}
+
+impl Attempt {
+    fn holds(&self) -> bool {
+        self.report.as_ref().is_none_or(|report| report.comparison.holds())
+    }
+
+    fn error(&self) -> f64 {
+        self.report.as_ref().map_or(0.0, Attempt::error_of)
+    }
+
+    /// The worst relative error of an output; infinite where one differs in another way.
+    fn error_of(report: &lathe_runtime::Report) -> f64 {
+        let errors = report.comparison.outputs.iter().map(|output| output.rel_l2);
+        let worst = errors.fold(0.0, |worst: f64, error| if error.is_nan() { f64::INFINITY } else { worst.max(error) });
+        let otherwise = report.comparison.faults.iter().any(|fault| !matches!(fault, Fault::TooFar { .. }));
+        if otherwise { f64::INFINITY } else { worst }
+    }
+}
+
+impl Job<'_> {
+    /// The result in half precision where that is allowed and the simulation agrees.
+    pub(super) fn to_half(
+        &self,
+        start: &Start<'_>,
+        exact: Outcome,
+        asked: PrecisionOptions,
+        warnings: &mut Vec<String>,
+    ) -> Result<(Outcome, PrecisionReport), Failure> {
+        let begin = Instant::now();
+        require_opset(&exact.model, asked.precision)?;
+        let (form, attempt) = self.proven(&exact.model, asked, warnings)?;
+        let Attempt { converted, report: simulated, .. } = attempt;
+        let mut report = report_of(&converted, asked, &form);
+        if converted.nodes.is_empty() && !asked.precision.interface {
+            warnings.push(nothing_converted(&converted, asked.precision));
+            return Ok((exact, report));
+        }
+        let mut record = PassRecord::new(&precision::INFO);
+        for &id in &converted.nodes {
+            record.outcome.change(asked.precision.dtype.name(), converted.model.graph.describe(id));
+        }
+        converted.kept.iter().for_each(|kept| record.outcome.refuse(kept.reason.clone(), kept.node.clone()));
+        record.nodes_delta = node_count(&converted.model) as i64 - node_count(&exact.model) as i64;
+        record.weight_bytes_delta = weight_bytes(&converted.model) as i64 - weight_bytes(&exact.model) as i64;
+        let model = converted.model;
+        let staged = model.stage(&start.target, &start.write)?;
+        let mut verify = exact.verify;
+        if let Some(simulated) = simulated {
+            let claim = Claim::Within { rtol: asked.tolerance() };
+            let mut found = lines::verify(simulated, claim, self.set_name());
+            found.runtime = format!("{}, {} simulated in float32", found.runtime, asked.precision.dtype);
+            report.simulated_error = Some(found.after);
+            self.load(staged.path(), asked, &mut report, warnings)?;
+            record.error = Some(found.after);
+            verify = Some(found);
+        }
+        record.time = begin.elapsed();
+        let records = exact.records.into_iter().chain([record]).collect();
+        Ok((Outcome { model, staged, verify, records, ..exact }, report))
+    }
+
+    /// What can be converted such that the simulation keeps to the tolerance.
+    fn proven(
+        &self,
+        model: &Model,
+        asked: PrecisionOptions,
+        warnings: &mut Vec<String>,
+    ) -> Result<(Form, Attempt), Failure> {
+        let mut kept: BTreeMap<NodeId, String> = BTreeMap::new();
+        let mut form = self.form(model, asked.precision, true, warnings)?;
+        let mut attempt = self.attempt(&form, asked, &kept)?;
+        let masks = !form.prepared.masks.is_empty();
+        let holding = form.prepared.masks_hold(&form.magnitudes);
+        if masks && !(holding && attempt.holds()) {
+            // A row that is masked throughout is uniform only where the mask is so large that scores vanish beside it.
+            let plain = self.form(model, asked.precision, false, &mut Vec::new())?;
+            let other = self.attempt(&plain, asked, &kept)?;
+            if !holding || other.error() < attempt.error() {
+                warnings
+                    .push(format!("masks keep their numbers: {}", if holding { MASKED_ROWS } else { LARGE_SCORES }));
+                (form, attempt) = (plain, other);
+            }
+        }
+        for round in 0.. {
+            Failure::if_stopped(&self.options.run.progress)?;
+            if attempt.holds() {
+                break;
+            }
+            let culprit = match round < MOST_CULPRITS {
+                true => self.culprit(&form.prepared.model, &attempt, asked)?,
+                false => None,
+            };
+            let Some(culprit) = culprit else { return Err(refused(&attempt, round)) };
+            let first = culprit.nodes.first().map_or(String::new(), |&id| form.prepared.model.graph.describe(id));
+            let others = match culprit.nodes.len() {
+                0 | 1 => String::new(),
+                count => format!(" and {} near it", count - 1),
+            };
+            warnings.push(format!("{first}{others} kept in float32 because {}", culprit.reason));
+            kept.extend(culprit.nodes.into_iter().map(|id| (id, culprit.reason.clone())));
+            attempt = self.attempt(&form, asked, &kept)?;
+            if attempt.converted.nodes.is_empty() {
+                return Err(Failure::Refused(format!(
+                    "nothing can be {} within a relative error of {:.0e}: rounding in every node exceeds it",
+                    asked.precision.dtype,
+                    asked.tolerance()
+                )));
+            }
+        }
+        Ok((form, attempt))
+    }
+
+    /// Converts all but what is kept, and runs the simulation beside the original.
+    fn attempt(
+        &self,
+        form: &Form,
+        asked: PrecisionOptions,
+        kept: &BTreeMap<NodeId, String>,
+    ) -> Result<Attempt, Failure> {
+        const FAULT: &str = "the conversion is wrong; this is a fault of this program";
+        let converted = convert(&form.prepared, asked.precision, &form.magnitudes, kept);
+        let converted = converted.map_err(anyhow::Error::from)?;
+        converted.model.check().context(FAULT)?;
+        check_types(&converted.model).context(FAULT)?;
+        let simulation = simulate(&converted);
+        let is_run = self.options.verify && (!converted.nodes.is_empty() || asked.precision.interface);
+        let report = if is_run { Some(self.simulated(&simulation.model, asked.tolerance())?) } else { None };
+        Ok(Attempt { converted, simulation, report })
+    }
+
+    /// The original beside a simulation of the result.
+    fn simulated(&self, simulation: &Model, rtol: f64) -> Result<lathe_runtime::Report, Failure> {
+        let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+        let path = folder.path().join("simulation.onnx");
+        simulation.write(&path, &WriteOptions::default())?;
+        match self.runner.compare(&self.options.model, &path, &self.inputs(), Claim::Within { rtol })? {
+            Verdict::Compared(report) => Ok(report),
+            verdict => Err(Failure::Error(anyhow!("the simulation cannot be run: {}", verdict.describe()))),
+        }
+    }
+
+    /// The form that is converted, and how large values get on the calibration set, or on the inputs that the result is
+    /// verified on.
+    fn form(
+        &self,
+        model: &Model,
+        precision: Precision,
+        masks: bool,
+        warnings: &mut Vec<String>,
+    ) -> Result<Form, Failure> {
+        let prepared = Prepared::new(model, precision, masks).map_err(anyhow::Error::from)?;
+        let calibration = self.options.sets.calibration.clone();
+        let origin = if calibration.is_some() { ON_CALIBRATION } else { NOT_PROVEN };
+        let is_run = self.options.verify || calibration.is_some();
+        let Some(watched) = watch(&prepared.model).filter(|_| is_run) else {
+            return Ok(Form { prepared, magnitudes: Magnitudes::default(), origin: NOT_PROVEN });
+        };
+        let inputs = calibration.map_or_else(|| self.inputs(), Inputs::Set);
+        Ok(match self.compare_on(&watched.model, &watched.zeros, &inputs, ANYTHING)? {
+            Verdict::Compared(report) => {
+                let compared = report.comparison.outputs.iter().filter(|output| output.uncompared.is_none());
+                let magnitudes = watched.read(compared.map(|output| (output.name.as_str(), output.max_abs)));
+                Form { prepared, magnitudes, origin }
+            }
+            verdict => {
+                warnings.push(format!("the ranges of values could not be measured: {}", verdict.describe()));
+                Form { prepared, magnitudes: Magnitudes::default(), origin: NOT_PROVEN }
+            }
+        })
+    }
+
+    /// Loads the file itself and runs it. Returns who did; where the runtime has no kernels for the type, what it says is
+    /// kept in `refused`.
+    ///
+    /// The tolerance counts where devices compute in half precision. The CPU provider computes it in float32, so that there
+    /// a difference is told and no more.
+    fn load(
+        &self,
+        staged: &Path,
+        asked: PrecisionOptions,
+        report: &mut PrecisionReport,
+        warnings: &mut Vec<String>,
+    ) -> Result<(), Failure> {
+        let claim = Claim::Within { rtol: asked.tolerance() };
+        let verdict = match asked.precision.interface {
+            // Its inputs are no longer those of the original.
+            true => {
+                let inputs = Inputs::Random(self.options.run.inputs.clone());
+                self.runner.compare(staged, staged, &inputs, Claim::Equivalent { rtol: None })?
+            }
+            false => self.runner.compare(&self.options.model, staged, &self.inputs(), claim)?,
+        };
+        let reason = verdict.describe();
+        let dtype = asked.precision.dtype;
+        match verdict {
+            Verdict::Compared(found) => {
+                let holds = found.comparison.holds();
+                let computes = Provider::asked(&self.options.run.load.provider).is_some_and(|p| p.half);
+                if !holds && (computes || asked.precision.interface) {
+                    return Err(Failure::Refused(format!(
+                        "the result in {dtype} does not hold when it is run: {reason}"
+                    )));
+                }
+                if !holds {
+                    warnings.push(format!("run as it is, on a provider that computes {dtype} in float32, {reason}"));
+                }
+                report.loaded = Some(found.engine);
+            }
+            Verdict::CandidateRefused { message, .. } | Verdict::ReferenceRefused { message, .. }
+                if lacks_kernels(&message) =>
+            {
+                report.refused_by_runtime = Some(message);
+            }
+            _ => return Err(Failure::Refused(format!("the result in {dtype} is not run: {reason}"))),
+        }
+        Ok(())
+    }
+
+    /// Compares two models in memory on these inputs.
+    fn compare_on(&self, a: &Model, b: &Model, inputs: &Inputs, claim: Claim) -> anyhow::Result<Verdict> {
+        let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+        let paths = [folder.path().join("a.onnx"), folder.path().join("b.onnx")];
+        a.write(&paths[0], &WriteOptions::default())?;
+        b.write(&paths[1], &WriteOptions::default())?;
+        self.runner.compare(&paths[0], &paths[1], inputs, claim)
+    }
+}
+
+const MASKED_ROWS: &str = "rows that are masked throughout would change with smaller ones";
+const LARGE_SCORES: &str = "what they are added to exceeds 1,000";
+
+/// Whether a runtime says that it has no kernel of this type for an operator.
+fn lacks_kernels(message: &str) -> bool {
+    ["NOT_IMPLEMENTED", "Could not find an implementation"].iter().any(|text| message.contains(text))
+}
+
+/// The oldest operator sets whose `Cast` names its type by number, and knows bfloat16.
+fn require_opset(model: &Model, precision: Precision) -> Result<(), Failure> {
+    let least = if precision.dtype == DataType::Bfloat16 { 13 } else { 9 };
+    let found = model.opset();
+    if found >= least {
+        return Ok(());
+    }
+    let dtype = precision.dtype;
+    Err(Failure::Error(anyhow!(
+        "{dtype} needs operator set {least}, and the model has {found}; --opset {least} upgrades"
+    )))
+}
+
+fn refused(attempt: &Attempt, rounds: usize) -> Failure {
+    let reason = attempt.report.as_ref().map_or(String::new(), |report| report.comparison.describe_faults());
+    let kept = if rounds > 0 { format!(", with {rounds} places kept in float32 for it") } else { String::new() };
+    Failure::Refused(format!("the simulation of half precision does not keep to the tolerance{kept}: {reason}"))
+}
+
+fn nothing_converted(converted: &Converted, precision: Precision) -> String {
+    let dtype = precision.dtype;
+    match precision::by_reason(&converted.kept).into_iter().max_by_key(|(_, (count, _))| *count) {
+        None => format!("nothing was converted: no node computes in float32, so there is nothing to make {dtype}"),
+        Some((reason, (count, first))) => {
+            format!("nothing was converted to {dtype}: of {count} nodes, first {first}, because {reason}")
+        }
+    }
+}
+
+fn report_of(converted: &Converted, asked: PrecisionOptions, form: &Form) -> PrecisionReport {
+    PrecisionReport {
+        dtype: asked.precision.dtype.name().to_owned(),
+        interface: asked.precision.interface,
+        nodes: converted.nodes.len(),
+        kept: converted.kept.iter().map(|k| KeptNode { node: k.node.clone(), reason: k.reason.clone() }).collect(),
+        casts: converted.casts,
+        dropped_casts: converted.dropped_casts,
+        masks: form.prepared.masks.clone(),
+        ranges: form.origin.to_owned(),
+        simulated_error: None,
+        limit: asked.tolerance(),
+        loaded: None,
+        refused_by_runtime: None,
+    }
+}

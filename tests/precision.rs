@@ -1,0 +1,153 @@
+//! Half precision from the command line: what is written, what is said, and how a run ends.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Noise, Workbench};
+use lathe_ir::{DataType, Model, Tensor, Type, text};
+use std::process::Output;
+
+/// Three layers and what `head` makes of them.
+fn model(opset: i64, head: &str) -> Model {
+    let numbers = Noise(7).list(64 * 64, 0.2);
+    text::parse(&format!(
+        "<ir_version: 10, opset_import: [\"\" : {opset}]> g (float[n, 64] x) => (float[n, 64] y) \
+         <float[64, 64] w = {{{numbers}}}, float k = {{300}}, float l = {{0.01}}> \
+         {{ a = MatMul (x, w) b = Relu (a) c = MatMul (b, w) {head} }}"
+    ))
+    .unwrap()
+}
+
+fn bench(model: &Model) -> Workbench {
+    let samples = Tensor::from_f32s(&[16, 64], &Noise(3).numbers(16 * 64, 1.0));
+    Workbench::new(model, &[("x", samples)], &[])
+}
+
+fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn types(bench: &Workbench, name: &str) -> Vec<Option<DataType>> {
+    let model = Model::read(&bench.path(name)).unwrap().model;
+    let main = model.graph.main();
+    main.inputs().iter().chain(main.outputs()).map(|&v| model.graph.value(v).ty.as_ref().and_then(Type::elem)).collect()
+}
+
+#[test]
+fn a_result_is_simulated_and_loaded_and_says_so() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    let report = bench.report(&["-o", "half.onnx", "--dtype", "float16"]);
+    let precision = &report["precision"];
+    assert_eq!(precision["dtype"], "float16");
+    assert_eq!((&precision["nodes"], &precision["casts"]), (&4.into(), &2.into()));
+    assert_eq!(precision["ranges"], "not proven");
+    assert!(precision["loaded"].as_str().unwrap().contains("ONNX Runtime"));
+    let error = precision["simulated_error"].as_f64().unwrap();
+    assert!(error > 1e-5 && error < 2e-3, "{error}");
+    assert!(report["verify"]["runtime"].as_str().unwrap().contains("float16 simulated in float32"));
+    assert_eq!(report["verify"]["limit"], 2e-3);
+    assert_eq!(types(&bench, "half.onnx"), [Some(DataType::Float); 2]);
+    let size = |side: &str| report[side]["file_bytes"].as_f64().unwrap();
+    assert!(size("output") < 0.55 * size("input"));
+}
+
+#[test]
+fn ranges_are_those_of_a_set() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    let output = bench.run(&["-o", "half.onnx", "--dtype", "float16", "--calib", "set.npz"]);
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(said(&output).contains("ranges proven on the calibration set"), "{}", said(&output));
+    let output = bench.run(&["-o", "half.onnx", "--dtype", "float16"]);
+    assert!(said(&output).contains("range not proven"), "{}", said(&output));
+}
+
+#[test]
+fn inputs_and_outputs_change_with_io() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    let report = bench.report(&["-o", "half.onnx", "--dtype", "float16:io"]);
+    assert_eq!(types(&bench, "half.onnx"), [Some(DataType::Float16); 2]);
+    assert_eq!(report["precision"]["casts"], 0);
+    let output = bench.run(&["-o", "other.onnx", "--dtype", "float16:io", "--bench"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn bfloat16_is_simulated_and_not_loaded_where_nothing_runs_it() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    let report = bench.report(&["-o", "half.onnx", "--dtype", "bfloat16"]);
+    assert_eq!(report["precision"]["dtype"], "bfloat16");
+    assert_eq!(report["verify"]["limit"], 2e-2);
+    assert!(report["precision"]["simulated_error"].as_f64().unwrap() > 1e-3);
+    bench.put(&model(12, "y = MatMul (c, w)"), &[]);
+    let output = bench.run(&["-o", "old.onnx", "--dtype", "bfloat16"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains("bfloat16 needs operator set 13, and the model has 12; --opset 13 upgrades"));
+}
+
+/// The difference of two nearly equal numbers has lost its digits.
+#[test]
+fn a_node_whose_error_jumps_is_kept_in_float32() {
+    let head = "d = Add (c, k) e = Sub (d, k) f = Mul (e, l) y = MatMul (f, w)";
+    let bench = bench(&model(17, head));
+    let passes = ["--passes", "drop-dead"];
+    let report = bench.report(&[&["-o", "half.onnx", "--dtype", "float16"], &passes[..]].concat());
+    let warnings = report["warnings"].to_string();
+    assert!(warnings.contains("kept in float32 because the simulation's error is"), "{warnings}");
+    assert!(report["precision"]["simulated_error"].as_f64().unwrap() < 2e-3);
+    let kept = report["precision"]["kept"].to_string();
+    assert!(kept.contains("the simulation's error"), "{kept}");
+}
+
+#[test]
+fn a_tolerance_that_cannot_be_kept_to_is_refused() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    let output = bench.run(&["-o", "half.onnx", "--dtype", "float16", "--rtol", "1e-9"]);
+    assert_eq!((output.status.code(), bench.path("half.onnx").exists()), (Some(3), false), "{}", said(&output));
+    assert!(said(&output).contains("nothing can be float16 within a relative error of 1e-9"), "{}", said(&output));
+}
+
+#[test]
+fn what_does_not_go_together_is_one_sentence() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    for (options, expected) in [
+        (&["--dtype", "float16", "--size", "0.5", "--calib", "set.npz"][..], "run twice: with the budget first"),
+        (&["--dtype", "float32"], "expected float16, bfloat16, float16:io or bfloat16:io"),
+        (&["--dtype", "float16", "--rtol=-1"], "--rtol is a relative error"),
+        (&["--dtype", "float16", "--auto", "--calib", "set.npz"], "run --dtype on its result"),
+        (&["--rtol", "0.1"], "--dtype"),
+    ] {
+        let output = bench.run(&[&["-o", "half.onnx"], options].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert!(said(&output).contains(expected), "{}", said(&output));
+    }
+}
+
+#[test]
+fn a_model_that_is_half_precision_already_is_written_as_it_is() {
+    let source = "<ir_version: 10, opset_import: [\"\" : 17]> g (float16[n, 8] x) => (float16[n, 8] y) { a = Relu (x) y = Sigmoid (a) }";
+    let bench = bench(&text::parse(source).unwrap());
+    let report = bench.report(&["-o", "half.onnx", "--dtype", "float16"]);
+    let warnings = report["warnings"].to_string();
+    assert!(warnings.contains("nothing was converted: no node computes in float32"), "{warnings}");
+    assert_eq!(report["precision"]["nodes"], 0);
+}
+
+#[test]
+fn without_verification_nothing_is_run_or_claimed() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    let report = bench.report(&["-o", "half.onnx", "--dtype", "float16", "--no-verify"]);
+    assert_eq!(report["precision"]["simulated_error"], serde_json::Value::Null);
+    assert_eq!(report["verify"], serde_json::Value::Null);
+    assert_eq!(report["precision"]["nodes"], 4);
+}
+
+#[test]
+fn the_same_again_is_the_same_bytes() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    for name in ["a.onnx", "b.onnx"] {
+        assert!(bench.run(&["-o", name, "--dtype", "float16"]).status.success());
+    }
+    let read = |name: &str| std::fs::read(bench.path(name)).unwrap();
+    assert_eq!(read("a.onnx"), read("b.onnx"));
+}
