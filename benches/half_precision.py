@@ -18,6 +18,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import warnings
 
 import numpy as np
 import onnx
@@ -37,6 +38,42 @@ def set_type(info):
         info.type.tensor_type.elem_type = FLOAT
 
 
+def reads(node):
+    """The names that a node reads, by itself and in its bodies."""
+    yield from node.input
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            for inner in attribute.g.node:
+                yield from reads(inner)
+            yield from (o.name for o in attribute.g.output)
+
+
+def in_order(nodes):
+    """Nodes behind what they read: converters append casts at the end."""
+    made = {o: n for n, node in enumerate(nodes) for o in node.output if o}
+    done, order = set(), []
+
+    def visit(n):
+        stack = [(n, iter({made[r] for r in reads(nodes[n]) if r in made}))]
+        started = {n}
+        while stack:
+            at, needed = stack[-1]
+            for other in needed:
+                if other not in done and other not in started:
+                    started.add(other)
+                    stack.append((other, iter({made[r] for r in reads(nodes[other]) if r in made})))
+                    break
+            else:
+                stack.pop()
+                done.add(at)
+                order.append(nodes[at])
+
+    for n in range(len(nodes)):
+        if n not in done:
+            visit(n)
+    return order
+
+
 def simulated_graph(graph):
     """Makes a graph float32 and rounds its values; returns nothing, the graph is changed."""
     infos = list(graph.value_info) + list(graph.output)
@@ -51,7 +88,7 @@ def simulated_graph(graph):
             renamed[info.name] = info.name + "__rounded"
             nodes += rounding(info.name, renamed[info.name])
     outputs = {o.name for o in graph.output}
-    for node in graph.node:
+    for node in in_order(list(graph.node)):
         # Names are rounded one by one, so that a body sees the names of the graph around it.
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
@@ -181,6 +218,7 @@ def main():
     parser.add_argument("--tolerance", type=float, default=2e-3)
     parser.add_argument("--ours-only", action="store_true")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
     others = {}
     if not arguments.ours_only:
         from onnxconverter_common.float16 import convert_float_to_float16 as common

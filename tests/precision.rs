@@ -134,6 +134,18 @@ fn a_model_that_is_half_precision_already_is_written_as_it_is() {
 }
 
 #[test]
+fn a_recipe_has_the_type() {
+    let bench = bench(&model(17, "y = MatMul (c, w)"));
+    let saved = bench.run(&["-o", "a.onnx", "--dtype", "float16:io", "--rtol", "0.01", "--save-recipe", "r.toml"]);
+    assert!(saved.status.success(), "{}", said(&saved));
+    let recipe = std::fs::read_to_string(bench.path("r.toml")).unwrap();
+    assert!(recipe.contains("dtype = \"float16:io\"") && recipe.contains("rtol = 0.01"), "{recipe}");
+    assert!(bench.run(&["-o", "b.onnx", "--recipe", "r.toml"]).status.success());
+    let read = |name: &str| std::fs::read(bench.path(name)).unwrap();
+    assert_eq!(read("a.onnx"), read("b.onnx"));
+}
+
+#[test]
 fn without_verification_nothing_is_run_or_claimed() {
     let bench = bench(&model(17, "y = MatMul (c, w)"));
     let report = bench.report(&["-o", "half.onnx", "--dtype", "float16", "--no-verify"]);

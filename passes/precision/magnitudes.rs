@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 /// How large the numbers of a value get.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Magnitude {
-    /// The largest of all; infinite where one is no finite number.
+    /// The largest of all that are finite.
     pub largest: f64,
     /// The smallest, where it was asked for.
     pub smallest: Option<f64>,
@@ -36,6 +36,9 @@ const LEAST: f64 = 1e-3;
 /// Values that stay below this lose digits in float16: its step there is 2⁻²⁴.
 const TINY: f64 = 1.0 / 8192.0;
 
+/// A sum that is so many times larger than one of its terms has no use for the digits that the term loses.
+const LARGER: f64 = 1024.0;
+
 /// Keeps nodes whose inputs or outputs come near the end of float16's range.
 pub(super) fn keep(survey: &mut Survey) {
     if survey.precision.dtype != DataType::Float16 {
@@ -61,9 +64,20 @@ fn out_of_range(survey: &Survey, id: NodeId) -> Option<String> {
         if largest > survey.limit(value) {
             return Some(format!("`{name}` reaches {largest:.1e}, more than an eighth of float16's range"));
         }
-        let vanishes = largest > 0.0 && largest < TINY;
+        let vanishes = largest > 0.0 && largest < TINY && !is_added(survey, value, largest);
         vanishes.then(|| format!("`{name}` is {largest:.1e} at most, which float16 has few digits for"))
     })
+}
+
+/// Whether all that is done with a value is to add it to something larger, beside which its last digits are none.
+fn is_added(survey: &Survey, value: ValueId, largest: f64) -> bool {
+    let readers = survey.readers(value);
+    let adds = |&(id, _): &(NodeId, Option<usize>)| {
+        let node = survey.graph.node(id);
+        let sum = node.output(0).and_then(|sum| survey.magnitude(sum));
+        matches!(node.op_type.as_str(), "Add" | "Sub" | "Sum") && sum.is_some_and(|sum| sum.largest > LARGER * largest)
+    };
+    !readers.is_empty() && readers.iter().all(adds)
 }
 
 /// Whether the partial sums of a product may overflow: a column of the weight times all that is multiplied with it.

@@ -187,7 +187,7 @@ impl<'a> Survey<'a> {
                 let outputs = node.outputs().iter().flatten();
                 outputs.flat_map(|&v| self.readers(v)).any(|(reader, _)| is(reader, "QuantizeLinear"))
             };
-            let own = ["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"].iter().any(|op| is(id, op));
+            let own = QUANTIZED.iter().any(|op| is(id, op)) || node.op_type.starts_with("QLinear");
             if own || reads || gives() {
                 found.push(id);
             }
@@ -195,6 +195,20 @@ impl<'a> Survey<'a> {
         found.into_iter().for_each(|id| self.keep(id, REASON));
     }
 }
+
+/// Operators that are quantized themselves.
+const QUANTIZED: &[&str] = &[
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "DynamicQuantizeLSTM",
+    "DynamicQuantizeMatMul",
+    "MatMulIntegerToFloat",
+    "QAttention",
+    "QGemm",
+    "QMoE",
+    "QOrderedMatMul",
+    "QuantizeLinear",
+];
 
 /// Whether a node hands elements on or computes each from the elements at its place.
 pub(super) fn carries(node: &Node) -> bool {

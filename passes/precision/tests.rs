@@ -163,7 +163,7 @@ fn an_infinite_mask_stays_infinite() {
     let prepared = Prepared::new(&model, FLOAT16, true).unwrap();
     assert!(prepared.masks.is_empty());
     let found = half_of(&model, FLOAT16);
-    assert_eq!(found.kept.iter().filter(|kept| kept.reason.contains("mask")).count(), 0);
+    assert_eq!(found.kept, []);
 }
 
 #[test]
@@ -291,6 +291,28 @@ fn what_comes_near_the_end_of_the_range_stays() {
         assert!(reason(&found, label).contains("more than an eighth of float16's range"), "{}", reason(&found, label));
     }
     assert_eq!(in_half(&found), ["MatMul", "MatMul"]);
+}
+
+#[test]
+fn what_float16_has_few_digits_for_stays_unless_it_is_added_to_more() {
+    let body = "h = MatMul (x, w) [m] m = Mul (h, k) a = Add (m, h) y = MatMul (a, w)";
+    let added =
+        half("float[n, 64] x", "float[n, 64] y", "float k = {0.0001}", &body.replace("Add (m, h)", "Add (h, m)"));
+    assert_eq!(added.kept, []);
+    let read =
+        half("float[n, 64] x", "float[n, 64] y", "float k = {0.0000001}", &body.replace("Add (m, h)", "Neg (m)"));
+    assert!(reason(&read, "m").contains("which float16"), "{}", reason(&read, "m"));
+}
+
+#[test]
+fn local_functions_are_inlined() {
+    let text = "<ir_version: 10, opset_import: [\"\" : 17, \"own\" : 1]> g (float[n, 64] x) => (float[n, 64] y) \
+                { h = own.twice (x) y = own.twice (h) } \
+                <domain: \"own\", opset_import: [\"\" : 17]> twice (a) => (c) { b = Add (a, a) c = Sigmoid (b) }";
+    let model = text::parse(text).unwrap();
+    let found = half_of(&model, FLOAT16);
+    assert!(found.kept.iter().all(|kept| !kept.node.contains("twice")), "{:?}", found.kept);
+    assert_eq!(found.nodes.len() + found.kept.len(), 4);
 }
 
 #[test]

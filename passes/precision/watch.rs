@@ -5,8 +5,8 @@ use lathe_analysis::Facts;
 use lathe_ir::{DataType, Graph, Model, Node, NodeId, Origin, ScopeId, Tensor, Type, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What stands for infinity, which no output may be.
-const MOST: f32 = 1e37;
+/// What stands for the inverse of 0: no output may be infinite.
+const MOST: f32 = 3e38;
 
 /// A model that tells magnitudes, and one that gives zeros in their place: the largest difference of the two is the largest
 /// magnitude.
@@ -57,7 +57,6 @@ impl Watched {
             self.smallest.iter().filter_map(|(name, &value)| Some((value, 1.0 / found.get(name.as_str())?))).collect();
         let whole = self.largest.iter().filter_map(|(name, &value)| {
             let largest = *found.get(name.as_str())?;
-            let largest = if largest < f64::from(MOST) { largest } else { f64::INFINITY };
             Some((value, Magnitude { largest, smallest: smallest.get(&value).copied() }))
         });
         whole.collect()
@@ -71,6 +70,7 @@ struct Append<'a> {
     flat: ValueId,
     zero: ValueId,
     most: ValueId,
+    infinity: ValueId,
     axes: Option<ValueId>,
     count: usize,
 }
@@ -82,8 +82,10 @@ impl<'a> Append<'a> {
         let flat = graph.add_initializer(ScopeId::MAIN, "watch_flat", Tensor::int64s(&[-1]));
         let zero = graph.add_initializer(ScopeId::MAIN, "watch_zero", Tensor::from_f32s(&[1], &[0.0]));
         let most = graph.add_initializer(ScopeId::MAIN, "watch_most", Tensor::from_f32s(&[1], &[MOST]));
+        let infinite = Tensor::from_f32s(&[1], &[f32::INFINITY]);
+        let infinity = graph.add_initializer(ScopeId::MAIN, "watch_infinity", infinite);
         let axes = (opset >= 18).then(|| graph.add_initializer(ScopeId::MAIN, "watch_axes", Tensor::int64s(&[0])));
-        Append { graph, opset, flat, zero, most, axes, count: 0 }
+        Append { graph, opset, flat, zero, most, infinity, axes, count: 0 }
     }
 
     /// The largest magnitude of a value, or of what 1 is when divided by it, as an output; returns its name.
@@ -92,6 +94,10 @@ impl<'a> Append<'a> {
         let mut size = node(Node::new("Abs"), &[value]);
         if inverse {
             size = node(Node::new("Reciprocal"), &[size]);
+        } else if self.opset >= 9 {
+            // An infinity stays one in half precision, as what is no number does.
+            let finite = node(Node::new("Less"), &[size, self.infinity]);
+            size = node(Node::new("Where"), &[finite, size, self.zero]);
         }
         let flat = node(Node::new("Reshape"), &[size, self.flat]);
         // Values may be empty.
@@ -101,7 +107,7 @@ impl<'a> Append<'a> {
             Some(axes) => node(reduce, &[joined, axes]),
             None => node(reduce.with("axes", vec![0i64]), &[joined]),
         };
-        let bounded = match self.opset >= 8 {
+        let bounded = match inverse && self.opset >= 8 {
             true => node(Node::new("Min"), &[largest, self.most]),
             false => largest,
         };
