@@ -101,6 +101,12 @@ pub enum Target {
     Portable,
     /// Operators of ONNX Runtime's `com.microsoft` domain too.
     Ort,
+    /// Standard operators, with whole numbers as TensorRT reads them.
+    TensorRt,
+    /// Standard operators, with whole numbers as OpenVINO reads them.
+    OpenVino,
+    /// Standard operators, with whole numbers as the HTP of Qualcomm's AI Engine reads them.
+    Qnn,
 }
 
 /// What a pass may know besides the model.

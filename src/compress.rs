@@ -60,7 +60,7 @@ pub(crate) fn compress(
             .clone()
             .with_quantities(quantities)
             .with_half_precision(computes_in_half(&run.load.provider))
-            .with_recipe(recipe(&run.load.provider))
+            .with_recipe(recipe(request.cx.target, &run.load.provider))
             .with_memory(run.memory.unwrap_or_else(lathe_runtime::quarter_of_memory))
             .with_kept(bench.runner.child().kept().map(|kept| kept as &dyn Keep))
             .with_threads(run.load.threads * run.jobs),

@@ -82,7 +82,7 @@ fn fuse(m: &Match, g: &mut Patch) -> Result<Replacement, Refusal> {
     let attention = Attention::find(m, spelled, sum)?;
     match m.context().target {
         Target::Ort => multi_head::fuse(m, g, &attention),
-        Target::Portable => standard::fuse(m, g, &attention).map(Replacement::from),
+        _ => standard::fuse(m, g, &attention).map(Replacement::from),
     }
 }
 

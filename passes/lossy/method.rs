@@ -4,17 +4,24 @@ use super::{Candidate, Cost, EditCodec, Site};
 use crate::{Error, Info, Outcome, PassContext, Quantity, Settings, Target};
 use lathe_analysis::{Calibrate, Keep, KeyBuilder, Rows};
 use lathe_ir::{Model, ValueId};
+use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, str::FromStr};
 
 /// The oldest operator set in which models are compressed.
 pub const OLDEST_OPSET: i64 = 13;
 
 /// Where a runtime wants `QuantizeLinear` and `DequantizeLinear` to stand, and with which parameters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Recipe {
-    /// As ONNX Runtime fuses them for its CPU provider.
+    /// As ONNX Runtime fuses them for its CPU provider: around every operator of a region, 8 bits without sign.
     #[default]
     Cpu,
+    /// As TensorRT reads them: before layers and what skips one, 8 bits with sign and zero in the middle, biases in float.
+    TensorRt,
+    /// As OpenVINO reads them: before layers, 8 bits without sign, biases in float.
+    OpenVino,
+    /// As the HTP of Qualcomm's AI Engine reads them: around every operator, matrices with one scale.
+    Qnn,
     /// Nowhere: the provider has no such kernels.
     None,
 }

@@ -233,7 +233,7 @@ impl Method for Quantize {
             proposal.outcome.refuse(reason, format!("`{}`", model.graph.value(value).name));
         }
         let old = model.opset() < OPSET;
-        if old && cx.target == Target::Portable {
+        if old && cx.target != Target::Ort {
             proposal.outcome.refuse("blocked DequantizeLinear needs operator set 21; --opset 21 upgrades", "the model");
             return Ok(proposal);
         }

@@ -4,6 +4,8 @@ mod emit;
 mod offers;
 mod products;
 mod ranges;
+#[cfg(test)]
+mod recipe_tests;
 mod regions;
 #[cfg(test)]
 mod tests;
@@ -29,6 +31,7 @@ static INFO: Info = Info {
           bits without sign in ranges that the calibration set shows, weights 8 bits with one scale per output, biases 32 \
           bits. A region is timed with the runtime's fusions on, and its loss is measured in the whole model in the same \
           way. Linear layers are offered on their own besides, with what they read rounded and what they give as it was. \
+          Under `--target tensorrt`, `openvino` and `qnn` the model is one region, rounded where and how these read it. \
           Offered where latency is limited; declines under execution providers that multiply no whole numbers, and where \
           nothing it could do is faster.",
     options: &[
@@ -43,8 +46,14 @@ static INFO: Info = Info {
             name: "cpus",
             unit: "any or vnni",
             default: "any",
-            doc: "the processors to be right on: any keeps weights within 64 steps, because some add products of bytes in \
+            doc: "the processors to be right on, of ONNX Runtime's CPU provider: any keeps weights within 64 steps, because some add products of bytes in \
                   pairs of 16 bits; vnni uses 127",
+        },
+        Opt {
+            name: "everywhere",
+            unit: "true or false",
+            default: "false",
+            doc: "whether it acts wherever it can, whatever that saves; needs no budget",
         },
     ],
     kind: Kind::Lossy,
@@ -59,21 +68,28 @@ const NO_KERNELS: &str = "the execution provider multiplies no whole numbers";
 struct Options {
     ranges: Ranges,
     largest: u8,
+    recipe: Recipe,
+    everywhere: bool,
 }
 
 impl Options {
     fn of(cx: &MethodContext) -> Result<Options, Error> {
         let cpus: Cpus = cx.setting(&INFO, "cpus")?;
-        Ok(Options { ranges: cx.setting(&INFO, "ranges")?, largest: cpus.largest_code() })
+        let largest = if cx.recipe == Recipe::Cpu { cpus } else { Cpus::Vnni }.largest_code();
+        let everywhere = cx.setting(&INFO, "everywhere")?;
+        Ok(Options { ranges: cx.setting(&INFO, "ranges")?, largest, recipe: cx.recipe, everywhere })
     }
 }
 
 /// Why nothing is offered at all.
-fn refusal(method: &QuantizeStatic, cx: &MethodContext) -> Option<&'static str> {
-    if !method.serves(&cx.quantities) {
-        return Some("it saves time, and latency is not limited");
+fn refusal(method: &QuantizeStatic, model: &Model, cx: &MethodContext) -> Result<Option<&'static str>, Error> {
+    if !method.serves(&cx.quantities) && !method.is_requested(cx)? {
+        return Ok(Some("it saves time, and latency is not limited"));
     }
-    (cx.recipe == Recipe::None).then_some(NO_KERNELS)
+    if model.opset() < method.operator_set() {
+        return Ok(Some("one scale for every output needs operator set 13; --opset 13 upgrades"));
+    }
+    Ok((cx.recipe == Recipe::None).then_some(NO_KERNELS))
 }
 
 impl Method for QuantizeStatic {
@@ -86,14 +102,20 @@ impl Method for QuantizeStatic {
     }
 
     fn spreads(&self, model: &Model, cx: &MethodContext) -> Result<Vec<Rows>, Error> {
-        if refusal(self, cx).is_some() {
+        if refusal(self, model, cx)?.is_some() {
             return Ok(Vec::new());
         }
         let (graph, facts) = (&model.graph, Facts::infer(model));
-        let regions = regions::find(model, &facts, &mut Outcome::default());
+        let regions = regions::find(model, &facts, cx.recipe, &mut Outcome::default());
         let mut values: BTreeSet<ValueId> = regions.iter().flat_map(|region| region.values(graph)).collect();
-        values.extend(products::inputs(graph, &facts));
+        if cx.recipe == Recipe::Cpu {
+            values.extend(products::inputs(graph, &facts));
+        }
         Ok(values.into_iter().map(|value| rows(graph, value)).collect())
+    }
+
+    fn is_requested(&self, cx: &MethodContext) -> Result<bool, Error> {
+        cx.setting(&INFO, "everywhere")
     }
 
     fn edit_codec(&self) -> Option<EditCodec> {
@@ -101,7 +123,7 @@ impl Method for QuantizeStatic {
     }
 
     fn propose(&self, model: &Model, cx: &MethodContext) -> Result<Proposal, Error> {
-        if let Some(reason) = refusal(self, cx) {
+        if let Some(reason) = refusal(self, model, cx)? {
             return Ok(Proposal::refused(reason, "the model"));
         }
         let mut proposal = Proposal::default();
@@ -110,9 +132,11 @@ impl Method for QuantizeStatic {
             return Ok(Proposal::refused("nothing was seen of it on the calibration set", "the model"));
         }
         let facts = Facts::infer(model);
-        let found = regions::find(model, &facts, &mut proposal.outcome);
+        let found = regions::find(model, &facts, cx.recipe, &mut proposal.outcome);
         offers::propose(model, &facts, &found, cx, options, &mut proposal)?;
-        products::propose(model, cx, options, &mut proposal)?;
+        if cx.recipe == Recipe::Cpu {
+            products::propose(model, cx, options, &mut proposal)?;
+        }
         if proposal.sites.is_empty() && proposal.outcome.refusals.is_empty() {
             proposal.outcome.refuse("no operator of it has a kernel of whole numbers", "the model");
         }

@@ -48,7 +48,7 @@ def optimize(
     passes: Iterable[str] | None = None,
     skip: Iterable[str] | None = None,
     set: Mapping[str, object] | None = None,
-    target: Literal["portable", "ort"] | None = None,
+    target: Literal["portable", "ort", "tensorrt", "openvino", "qnn"] | None = None,
     opset: int | None = None,
     max_growth: str | int | None = None,
     external_data: Literal["auto", "always"] | None = None,
@@ -103,7 +103,7 @@ def optimize(
         passes: Run only these passes.
         skip: Do not run these passes.
         set: Options of passes: ``{"prune-units.attention": 3}``.
-        target: ``"ort"`` lets the result use ``com.microsoft`` operators.
+        target: ``"ort"`` lets the result use ``com.microsoft`` operators; the others say whose whole numbers it uses.
         opset: Upgrade to this operator set first.
         max_growth: Let folding enlarge the model by this much: ``"512MB"``.
         external_data: ``"always"`` puts weights beside the model.

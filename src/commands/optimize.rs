@@ -132,6 +132,9 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
         target: match args.target {
             TargetArg::Portable => Target::Portable,
             TargetArg::Ort => Target::Ort,
+            TargetArg::Tensorrt => Target::TensorRt,
+            TargetArg::Openvino => Target::OpenVino,
+            TargetArg::Qnn => Target::Qnn,
         },
         opset: args.opset,
         max_growth: size(&args.max_growth)?,

@@ -1,8 +1,11 @@
 //! What calibrating, proposing and pricing share.
 
 use crate::runner::Runner;
-use lathe_passes::lossy::{Method, MethodContext, Recipe};
-use lathe_runtime::{BenchInputs, Distance, LoadOptions, SetSpec};
+use lathe_passes::{
+    Target,
+    lossy::{Method, MethodContext, Recipe},
+};
+use lathe_runtime::{BenchInputs, Distance, LoadOptions, Provider, SetSpec};
 
 /// Everything that candidates depend on besides the model.
 pub(super) struct Setup<'a> {
@@ -27,10 +30,39 @@ pub(super) fn computes_in_half(provider: &str) -> bool {
     lathe_runtime::Provider::asked(provider).is_some_and(|provider| provider.half)
 }
 
-/// How an execution provider wants to be told what is rounded to whole numbers.
-pub(super) fn recipe(provider: &str) -> Recipe {
-    match lathe_runtime::Provider::asked(provider).is_some_and(|provider| provider.integers) {
-        true => Recipe::Cpu,
-        false => Recipe::None,
+/// How what the result is for wants to be told what is rounded to whole numbers: the target, or else the execution provider.
+pub(super) fn recipe(target: Target, provider: &str) -> Recipe {
+    match target {
+        Target::TensorRt => Recipe::TensorRt,
+        Target::OpenVino => Recipe::OpenVino,
+        Target::Qnn => Recipe::Qnn,
+        Target::Portable | Target::Ort => lathe_runtime::Provider::asked(provider).map_or(Recipe::None, of_provider),
+    }
+}
+
+fn of_provider(provider: &Provider) -> Recipe {
+    match provider.name {
+        "tensorrt" => Recipe::TensorRt,
+        "openvino" => Recipe::OpenVino,
+        "qnn" => Recipe::Qnn,
+        _ if provider.integers => Recipe::Cpu,
+        _ => Recipe::None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_target_says_where_pairs_stand_and_else_the_provider() {
+        let of = |provider| recipe(Target::Portable, provider);
+        assert_eq!(
+            ["cpu", "cuda", "webgpu", "tensorrt"].map(of),
+            [Recipe::Cpu, Recipe::None, Recipe::None, Recipe::TensorRt]
+        );
+        assert_eq!(["openvino=lib/plugin.so", "qnn", "unknown"].map(of), [Recipe::OpenVino, Recipe::Qnn, Recipe::None]);
+        assert_eq!((recipe(Target::Ort, "cpu"), recipe(Target::Qnn, "cpu")), (Recipe::Cpu, Recipe::Qnn));
+        assert_eq!(recipe(Target::TensorRt, "cuda"), Recipe::TensorRt);
     }
 }

@@ -4,7 +4,7 @@ use super::{
     ranges::{Codes, Params, bias_codes, least_scale},
     units::{self, Form, floats, is_row},
 };
-use crate::lossy::{Weight, layers::Tap};
+use crate::lossy::{Recipe, Weight, layers::Tap};
 use lathe_ir::{DataType, Graph, Node, NodeId, ScopeId, Tensor, Use, ValueId};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +21,8 @@ pub(super) struct StaticEdit {
     pub params: BTreeMap<String, Params>,
     /// The largest code of a weight.
     pub largest: u8,
+    /// How the runtime wants it.
+    pub recipe: Recipe,
 }
 
 /// A unit by its name.
@@ -43,7 +45,7 @@ struct Emitter<'a> {
     restored: BTreeSet<ValueId>,
     /// What stands for a value that something else reads as it is.
     copies: BTreeMap<ValueId, ValueId>,
-    constants: BTreeMap<(u32, Option<u8>), ValueId>,
+    constants: BTreeMap<(u32, Option<(u8, bool)>), ValueId>,
 }
 
 impl StaticEdit {
@@ -79,9 +81,9 @@ impl<'a> Emitter<'a> {
         }
         let read = read.ok_or(CHANGED)?;
         match edit.form {
-            Form::Conv | Form::Gemm => self.layer(id, read)?,
+            Form::Conv | Form::Gemm | Form::MatMul => self.layer(id, read)?,
             Form::Pair => self.constant_operand(id)?,
-            Form::Rescaled | Form::Carried | Form::SpatialMean => {}
+            Form::Rescaled | Form::Carried | Form::SpatialMean | Form::Skip | Form::Any => {}
         }
         let output = if edit.form == Form::SpatialMean { self.pooled(id, output)? } else { output };
         if edit.rounds {
@@ -131,8 +133,7 @@ impl<'a> Emitter<'a> {
     /// The codes of a value, and what stands for it.
     fn pair(&mut self, value: ValueId, params: Params) -> (ValueId, ValueId) {
         let name = self.graph.value(value).name.clone();
-        let scale = self.constant(params.scale, None);
-        let zero = self.constant(params.scale, Some(params.zero));
+        let [scale, zero] = self.parameters(params);
         let round = Node::new("QuantizeLinear");
         let codes = self.graph.append(ScopeId::MAIN, round, &[value, scale, zero], &format!("{name}_codes"));
         let restore = Node::new("DequantizeLinear");
@@ -140,21 +141,23 @@ impl<'a> Emitter<'a> {
         (codes, restored)
     }
 
-    /// A scale, or the zero point of one.
-    fn constant(&mut self, scale: f32, zero: Option<u8>) -> ValueId {
-        let key = (scale.to_bits() * u32::from(zero.is_none()), zero);
-        if let Some(&known) = self.constants.get(&key) {
-            return known;
-        }
-        let value = match zero {
-            None => self.graph.add_initializer(ScopeId::MAIN, "scale", Tensor::from_f32s(&[], &[scale])),
-            Some(zero) => {
-                let zero = Tensor::new(DataType::Uint8, Vec::new(), vec![zero]).expect("one code is one byte");
-                self.graph.add_initializer(ScopeId::MAIN, "zero_point", zero)
+    /// A scale and its zero point.
+    fn parameters(&mut self, params: Params) -> [ValueId; 2] {
+        let Params { scale, zero, signed } = params;
+        let dtype = if signed { DataType::Int8 } else { DataType::Uint8 };
+        let keys = [(scale.to_bits(), None), (0, Some((zero, signed)))];
+        keys.map(|key| {
+            if let Some(&known) = self.constants.get(&key) {
+                return known;
             }
-        };
-        self.constants.insert(key, value);
-        value
+            let (name, tensor) = match key.1 {
+                None => ("scale", Tensor::from_f32s(&[], &[scale])),
+                Some(_) => ("zero_point", Tensor::new(dtype, Vec::new(), vec![zero]).expect("one code is one byte")),
+            };
+            let value = self.graph.add_initializer(ScopeId::MAIN, name, tensor);
+            self.constants.insert(key, value);
+            value
+        })
     }
 
     /// Rounds a value for everything that reads it. Where only its size is asked for, the codes have it too.
@@ -183,9 +186,16 @@ impl<'a> Emitter<'a> {
         tensor.release();
         let outputs = dims[axis];
         let inner: usize = dims[axis + 1..].iter().product();
+        let coded = matches!(self.edit.recipe, Recipe::Cpu | Recipe::Qnn);
+        let bias = bias.filter(|_| coded);
         let added = bias.map(|bias| self.row(bias, outputs)).transpose()?;
-        let least = least_scales(added.as_deref(), read, outputs);
-        let codes = Codes::of(&numbers, |at| at / inner % outputs, self.edit.largest, &least).ok_or(CHANGED)?;
+        let mut least = least_scales(added.as_deref(), read, outputs);
+        let as_one = self.edit.recipe == Recipe::Qnn && dims.len() == 2;
+        if as_one {
+            least = vec![least.into_iter().fold(0.0, f32::max)];
+        }
+        let output = |at: usize| if as_one { 0 } else { at / inner % outputs };
+        let codes = Codes::of(&numbers, output, self.edit.largest, &least).ok_or(CHANGED)?;
         let name = self.graph.value(weight).name.clone();
         let stored = self.stored(&name, &dims, &codes, axis);
         self.graph.set_input(id, 1, Some(stored));
@@ -210,11 +220,14 @@ impl<'a> Emitter<'a> {
         let bytes: Vec<u8> = codes.codes.iter().map(|&code| code as u8).collect();
         let tensor = Tensor::new(DataType::Int8, dims.to_vec(), bytes).expect("there is a code for every number");
         let tensor = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_quantized"), tensor);
-        let scales = Tensor::from_f32s(&[codes.scales.len()], &codes.scales);
+        let as_one = codes.scales.len() == 1 && dims[axis] != 1;
+        let scale_dims = if as_one { Vec::new() } else { vec![codes.scales.len()] };
+        let scales = Tensor::from_f32s(&scale_dims, &codes.scales);
         let scales = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_scale"), scales);
-        let node = Node::new("DequantizeLinear").with("axis", axis as i64);
+        let node = Node::new("DequantizeLinear");
+        let node = if as_one { node } else { node.with("axis", axis as i64) };
         let mut inputs = vec![tensor, scales];
-        if dims.len() == 2 {
+        if dims.len() == 2 && self.edit.recipe == Recipe::Cpu {
             // ONNX Runtime makes no `QGemm` of a weight whose zero points are left out.
             let zeros = Tensor::new(DataType::Int8, vec![codes.scales.len()], vec![0; codes.scales.len()]);
             let zeros = zeros.expect("there is a zero point for every scale");
@@ -226,7 +239,9 @@ impl<'a> Emitter<'a> {
     /// A bias in steps of the products.
     fn stored_bias(&mut self, bias: ValueId, numbers: &[f32], read: Params, weights: &[f32]) -> ValueId {
         let name = self.graph.value(bias).name.clone();
-        let (codes, steps) = bias_codes(numbers, read.scale, weights);
+        // A weight with one scale has one for every output.
+        let weights: Vec<f32> = (0..numbers.len()).map(|at| weights[at % weights.len()]).collect();
+        let (codes, steps) = bias_codes(numbers, read.scale, &weights);
         let bytes: Vec<u8> = codes.iter().flat_map(|code| code.to_le_bytes()).collect();
         let tensor = Tensor::new(DataType::Int32, vec![codes.len()], bytes).expect("there is a code for every number");
         let tensor = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_quantized"), tensor);
@@ -250,7 +265,7 @@ impl<'a> Emitter<'a> {
             let codes = Tensor::new(DataType::Uint8, dims, codes).expect("there is a code for every number");
             let name = self.graph.value(value).name.clone();
             let codes = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_quantized"), codes);
-            let (scale, zero) = (self.constant(params.scale, None), self.constant(params.scale, Some(params.zero)));
+            let [scale, zero] = self.parameters(params);
             let node = Node::new("DequantizeLinear");
             let name = format!("{name}_dequantized");
             let restored = self.graph.append(ScopeId::MAIN, node, &[codes, scale, zero], &name);

@@ -22,6 +22,9 @@ const LEFT_OUT: [usize; 4] = [1, 2, 4, 8];
 /// Floating-point operations that trying candidates in the whole model may take.
 const MOST_FLOPS: f64 = 4e12;
 
+/// Losses below this, squared and relative or in nats, are hardly any.
+const NOTICEABLE: f64 = 1e-3;
+
 /// Nodes that a layer in codes has more: those that restore its weight and bias, and a pair behind it.
 const ADDED: u64 = 4;
 
@@ -63,6 +66,11 @@ pub(super) fn propose(
     Ok(())
 }
 
+/// Whether leaving layers in float is worth its time: where the whole region loses next to nothing, most of that has to go.
+fn pays((whole, cut): (f64, f64)) -> bool {
+    whole > NOTICEABLE && cut < whole || cut <= whole / 4.0
+}
+
 impl Work<'_> {
     fn graph(&self) -> &Graph {
         &self.model.graph
@@ -87,7 +95,7 @@ impl Work<'_> {
         }
         let Some(losses) = self.losses(region) else { return Ok(Err("a weight holds a NaN or an infinity".into())) };
         let (ranges, whole) = self.best_ranges(region, &spreads)?;
-        let cuts = self.cuts(region, &losses, &spreads, ranges);
+        let cuts = if self.options.everywhere { Vec::new() } else { self.cuts(region, &losses, &spreads, ranges) };
         let edits: Vec<StaticEdit> = cuts.iter().map(|cut| self.edit(cut, &spreads, ranges)).collect();
         let measured = match whole {
             Some(_) => self.measure(&edits)?,
@@ -108,7 +116,8 @@ impl Work<'_> {
             };
             let told = || Loss::PerTap(taps.iter().map(error).collect());
             let loss = measured.map_or_else(told, Loss::Measured);
-            if measured.is_none_or(f64::is_finite) {
+            let pays = own.units.len() == region.units.len() || whole.zip(measured).is_none_or(pays);
+            if measured.is_none_or(f64::is_finite) && pays {
                 let label = format!("static int8 of {} of {} layers", layers(own), layers(region));
                 candidates.push(Candidate { label, cost: self.cost(&nodes, own), loss, edit: Edit::new(edit) });
             }
@@ -123,7 +132,7 @@ impl Work<'_> {
             taps: taps.into_iter().map(|(tap, _)| tap).collect(),
             baseline: self.baseline(&nodes),
             candidates,
-            required: false,
+            required: self.options.everywhere,
             isolatable: true,
             nodes: nodes.into_iter().collect(),
         }))
@@ -179,7 +188,7 @@ impl Work<'_> {
         out.retain(|out| out.len() < losses.len());
         let mut known = BTreeSet::new();
         out.retain(|out| known.insert(out.clone()));
-        out.iter().map(|out| region.without(self.graph(), out)).collect()
+        out.iter().map(|out| region.without(self.graph(), out, self.options.recipe)).collect()
     }
 
     /// What codes lose of every layer's weight, by its place; `None` where one is not finite.
@@ -210,7 +219,7 @@ impl Work<'_> {
         let relative = |value: ValueId| {
             let spread = &spreads[&value];
             let square = spread.square();
-            let lost = spread.error(Params::of(ranges.of(spread)).range(), STEPS);
+            let lost = spread.error(Params::by(self.options.recipe, ranges.of(spread)).range(), STEPS);
             if square > 0.0 { lost / square } else { 0.0 }
         };
         let read: f64 = unit.reads(self.graph()).iter().map(|&(_, value)| relative(value)).sum();
@@ -232,13 +241,17 @@ impl Work<'_> {
             output: name(unit.output),
             form: unit.form,
             activation: unit.activation.is_some(),
-            rounds: region.rounds(graph, unit),
+            rounds: region.rounds(graph, unit, self.options.recipe),
         };
-        let params = region.params(graph, spreads, ranges).into_iter().map(|(value, params)| (name(value), params));
+        let params = region
+            .params(graph, spreads, ranges, self.options.recipe)
+            .into_iter()
+            .map(|(value, params)| (name(value), params));
         StaticEdit {
             units: region.units.iter().map(unit).collect(),
             params: params.collect(),
             largest: self.options.largest,
+            recipe: self.options.recipe,
         }
     }
 

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     Error,
-    lossy::{Candidate, Cost, Edit, Loss, MethodContext, OVERHEAD, Proposal, Weight, on_all_cores, weights},
+    lossy::{Candidate, Cost, Edit, Loss, MethodContext, OVERHEAD, Proposal, Site, Weight, on_all_cores, weights},
 };
 use lathe_analysis::{Facts, Spread};
 use lathe_ir::{DataType, Graph, Model, ValueId};
@@ -40,6 +40,13 @@ fn refusal(graph: &Graph, weight: &Weight) -> Option<&'static str> {
     }
     if weight.sides().0 > super::units::MOST_PRODUCTS {
         return Some("an output adds up more products than 32 bits have room for");
+    }
+    let coded = |tap: &crate::lossy::Tap| {
+        let data = graph.node(tap.node).input(0).and_then(|data| graph.producer(data));
+        data.is_some_and(|id| graph.node(id).is("DequantizeLinear"))
+    };
+    if weight.taps.iter().any(coded) {
+        return Some("it is quantized already");
     }
     let outputs = weight.sides().1;
     let unlike = |tap: &crate::lossy::Tap| {
@@ -113,7 +120,10 @@ pub(super) fn propose(
     let candidates = on_all_cores(cx, &work, |(weight, inputs)| candidate(graph, weight, inputs, options));
     for ((weight, _), candidate) in work.iter().zip(candidates) {
         match candidate {
-            Some(candidate) => proposal.sites.push(weight.site(graph, vec![candidate])),
+            Some(candidate) => {
+                let site = weight.site(graph, vec![candidate]);
+                proposal.sites.push(Site { required: options.everywhere, ..site });
+            }
             None => proposal.outcome.refuse("the constant holds a NaN or an infinity", place(weight)),
         }
     }
@@ -162,6 +172,6 @@ fn candidate(graph: &Graph, weight: &Weight, inputs: &[Input], options: Options)
             flops_per_row: 2 * elements,
         },
         loss: Loss::PerTap(errors),
-        edit: Edit::new(StaticEdit { units: Vec::new(), params, largest: options.largest }),
+        edit: Edit::new(StaticEdit { units: Vec::new(), params, largest: options.largest, recipe: options.recipe }),
     })
 }

@@ -1,5 +1,6 @@
 //! Which numbers codes stand for: ranges of activations, and scales of weights and biases.
 
+use crate::lossy::Recipe;
 use lathe_analysis::Spread;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
@@ -87,12 +88,17 @@ impl Cpus {
     }
 }
 
-/// What the codes of a value, of 8 bits without sign, stand for: `scale · (code − zero)`.
+/// What the codes of a value, of 8 bits, stand for: `scale · (code − zero)`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Params {
     pub scale: f32,
     pub zero: u8,
+    /// Whether codes have a sign; zero is then in the middle.
+    pub signed: bool,
 }
+
+/// The least range that Qualcomm's HTP takes.
+const LEAST_RANGE: f64 = 1e-4;
 
 impl Params {
     /// Of a range, extended so that it holds zero, which then has a code of its own. A range without extent, or one so small
@@ -101,9 +107,21 @@ impl Params {
         let (low, high) = (low.min(0.0), high.max(0.0));
         let scale = ((high - low) / STEPS) as f32;
         if !scale.is_normal() {
-            return Params { scale: (1.0 / STEPS) as f32, zero: 0 };
+            return Params { scale: (1.0 / STEPS) as f32, zero: 0, signed: false };
         }
-        Params { scale, zero: (-low / f64::from(scale)).round_ties_even().clamp(0.0, STEPS) as u8 }
+        Params { scale, zero: (-low / f64::from(scale)).round_ties_even().clamp(0.0, STEPS) as u8, signed: false }
+    }
+
+    /// Of a range, as a recipe wants it.
+    pub fn by(recipe: Recipe, (low, high): (f64, f64)) -> Params {
+        match recipe {
+            Recipe::TensorRt => {
+                let scale = (high.max(-low) / f64::from(i8::MAX)) as f32;
+                Params { scale: if scale.is_normal() { scale } else { 1.0 / 127.0 }, zero: 0, signed: true }
+            }
+            Recipe::Qnn if high.max(0.0) - low.min(0.0) < LEAST_RANGE => Params::of((0.0, LEAST_RANGE)),
+            _ => Params::of((low, high)),
+        }
     }
 
     /// With the scale rounded down until no code stands for more than `most`, so that the cut at it does nothing.
@@ -111,7 +129,7 @@ impl Params {
     pub fn at_most(mut self, most: f32) -> Params {
         let codes = STEPS as f32 - f32::from(self.zero);
         let top = most / codes;
-        if codes > 0.0 && self.scale * codes > most && top.is_normal() {
+        if !self.signed && codes > 0.0 && self.scale * codes > most && top.is_normal() {
             self.scale = top;
             while self.scale * codes > most {
                 self.scale = self.scale.next_down();
@@ -123,7 +141,8 @@ impl Params {
     /// The range of numbers that codes stand for.
     pub fn range(self) -> (f64, f64) {
         let number = |code: f64| f64::from(self.scale) * (code - f64::from(self.zero));
-        (number(0.0), number(STEPS))
+        let ends = if self.signed { (-127.0, 127.0) } else { (0.0, STEPS) };
+        (number(ends.0), number(ends.1))
     }
 
     /// The code of a number.
@@ -193,7 +212,7 @@ mod tests {
     #[test]
     fn codes_hold_zero_and_the_range_is_rounded_in_even_steps() {
         let params = Params::of((-1.0, 3.0));
-        assert_eq!(params, Params { scale: 4.0 / 255.0, zero: 64 });
+        assert_eq!(params, Params { scale: 4.0 / 255.0, zero: 64, signed: false });
         assert_eq!(restored(params, 0.0), 0.0);
         let mut square = 0.0;
         let count = 100_000;
@@ -204,11 +223,21 @@ mod tests {
         let expected = f64::from(params.scale).powi(2) / 12.0;
         assert!((square / expected - 1.0).abs() < 0.02, "{square} {expected}");
         // What lies on one side of zero has all codes there.
-        assert_eq!(Params::of((2.0, 5.1)), Params { scale: 5.1 / 255.0, zero: 0 });
-        assert_eq!(Params::of((-5.1, -2.0)), Params { scale: 5.1 / 255.0, zero: 255 });
+        assert_eq!(Params::of((2.0, 5.1)), Params { scale: 5.1 / 255.0, zero: 0, signed: false });
+        assert_eq!(Params::of((-5.1, -2.0)), Params { scale: 5.1 / 255.0, zero: 255, signed: false });
         for nothing in [(0.0, 0.0), (0.0, 1e-40), (-1e-44, 1e-44)] {
             assert_eq!(Params::of(nothing), Params::of((0.0, 1.0)));
         }
+    }
+
+    #[test]
+    fn recipes_have_ranges_of_their_own() {
+        let params = Params::by(Recipe::TensorRt, (-1.0, 2.54));
+        assert_eq!(params, Params { scale: 0.02, zero: 0, signed: true });
+        assert_eq!(Params::by(Recipe::TensorRt, (0.0, 0.0)).scale, 1.0 / 127.0);
+        assert!((params.range().0 + 2.54).abs() < 1e-6);
+        assert_eq!(Params::by(Recipe::Qnn, (0.0, 1e-6)), Params::of((0.0, 1e-4)));
+        assert_eq!(Params::by(Recipe::OpenVino, (-1.0, 3.0)), Params::of((-1.0, 3.0)));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{
     ranges::{Params, Ranges},
     units::{Form, Unit, fuses},
 };
-use crate::Outcome;
+use crate::{Outcome, lossy::Recipe};
 use lathe_analysis::{Facts, Spread};
 use lathe_ir::{Graph, Model, NodeId, ScopeId, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +16,7 @@ pub(super) struct Region {
 }
 
 /// Every region of a model, and why operators that read or give what units do stay in float.
-pub(super) fn find(model: &Model, facts: &Facts, outcome: &mut Outcome) -> Vec<Region> {
+pub(super) fn find(model: &Model, facts: &Facts, recipe: Recipe, outcome: &mut Outcome) -> Vec<Region> {
     let graph = &model.graph;
     let order = graph.sorted(ScopeId::MAIN).unwrap_or_default();
     let mut units: Vec<Unit> = Vec::new();
@@ -26,7 +26,7 @@ pub(super) fn find(model: &Model, facts: &Facts, outcome: &mut Outcome) -> Vec<R
         if included.contains(&id) {
             continue;
         }
-        match fuses(model, facts, id) {
+        match fuses(model, facts, id, recipe) {
             Ok(unit) => {
                 included.extend(unit.activation);
                 units.push(unit);
@@ -34,7 +34,9 @@ pub(super) fn find(model: &Model, facts: &Facts, outcome: &mut Outcome) -> Vec<R
             Err(reason) => refused.push((id, reason)),
         }
     }
-    closed(graph, &mut units);
+    if recipe == Recipe::Cpu {
+        closed(graph, &mut units);
+    }
     let produced: BTreeSet<ValueId> = units.iter().map(|unit| unit.output).collect();
     for (id, reason) in refused {
         let layer = ["Conv", "Gemm", "ConvTranspose"].iter().any(|op| graph.node(id).is(op));
@@ -42,6 +44,11 @@ pub(super) fn find(model: &Model, facts: &Facts, outcome: &mut Outcome) -> Vec<R
         if layer || reads {
             outcome.refuse(reason, graph.describe(id));
         }
+    }
+    if recipe != Recipe::Cpu {
+        // Every pair is a hint for the runtime, which moves and fuses them: the model is one region.
+        let layers = units.iter().any(Unit::has_weight);
+        return if layers { vec![Region { units }] } else { Vec::new() };
     }
     let mut regions = connected(graph, units);
     // A layer alone that may give floats is a site of its weight.
@@ -107,15 +114,22 @@ impl Region {
     }
 
     /// The units left without those at these places, and without what then reads floats alone.
-    pub fn without(&self, graph: &Graph, out: &BTreeSet<usize>) -> Region {
+    pub fn without(&self, graph: &Graph, out: &BTreeSet<usize>, recipe: Recipe) -> Region {
         let kept = self.units.iter().enumerate().filter(|(at, _)| !out.contains(at));
         let mut units: Vec<Unit> = kept.map(|(_, unit)| unit.clone()).collect();
-        closed(graph, &mut units);
+        if recipe == Recipe::Cpu {
+            closed(graph, &mut units);
+        }
         Region { units }
     }
 
     /// Whether what a unit gives is rounded: its kernel wants that, or another one reads it.
-    pub fn rounds(&self, graph: &Graph, unit: &Unit) -> bool {
+    pub fn rounds(&self, graph: &Graph, unit: &Unit, recipe: Recipe) -> bool {
+        match recipe {
+            Recipe::Qnn => return true,
+            Recipe::TensorRt | Recipe::OpenVino => return false,
+            Recipe::Cpu | Recipe::None => {}
+        }
         let read = |other: &Unit| other.reads(graph).iter().any(|&(_, value)| value == unit.output);
         unit.needs_rounded_output() || self.units.iter().any(read)
     }
@@ -127,6 +141,7 @@ impl Region {
         graph: &Graph,
         spreads: &BTreeMap<ValueId, Spread>,
         ranges: Ranges,
+        recipe: Recipe,
     ) -> BTreeMap<ValueId, Params> {
         let mut same: BTreeMap<ValueId, ValueId> = BTreeMap::new();
         let mut limits: BTreeMap<ValueId, f32> = BTreeMap::new();
@@ -147,7 +162,7 @@ impl Region {
             all.insert(first, known.map_or_else(|| spread.clone(), |known| known.with(spread)));
         }
         let params = |value: &ValueId| {
-            let params = Params::of(ranges.of(&all[value]));
+            let params = Params::by(recipe, ranges.of(&all[value]));
             limits.get(value).map_or(params, |&most| params.at_most(most))
         };
         let of_first: BTreeMap<ValueId, Params> = all.keys().map(|value| (*value, params(value))).collect();

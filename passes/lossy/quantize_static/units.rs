@@ -1,6 +1,6 @@
-//! What one kernel of whole numbers does: the operators that ONNX Runtime's CPU provider fuses with the rounding of what
-//! they read and give.
+//! What one kernel of whole numbers does: the operators that a runtime fuses with the rounding of what they read and give.
 
+use crate::lossy::Recipe;
 use lathe_analysis::Facts;
 use lathe_ir::{DataType, Graph, Model, NodeId, Origin, ScopeId, Tensor, Use, ValueId};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,12 @@ pub(super) enum Form {
     Carried,
     /// A mean over all spatial axes, which becomes a pooling of the same result.
     SpatialMean,
+    /// A product with a constant matrix.
+    MatMul,
+    /// A sum whose first operand a layer gives: it is added there, and the other one is read.
+    Skip,
+    /// Anything that has to read and give codes.
+    Any,
 }
 
 /// An operator with a kernel of whole numbers, and the activation that the kernel includes.
@@ -50,7 +56,7 @@ impl Unit {
     }
 
     pub fn has_weight(&self) -> bool {
-        matches!(self.form, Form::Conv | Form::Gemm)
+        matches!(self.form, Form::Conv | Form::Gemm | Form::MatMul)
     }
 
     /// Whether its output must be rounded for a kernel of whole numbers to do the work.
@@ -68,31 +74,54 @@ impl Unit {
 pub(super) fn reads(graph: &Graph, id: NodeId, form: Form) -> Vec<(usize, ValueId)> {
     let inputs = graph.node(id).inputs().iter().enumerate().filter_map(|(index, value)| Some((index, (*value)?)));
     let is_data = |index: usize, value: ValueId| match form {
-        Form::Pair => graph.constant(value).is_none(),
+        Form::Pair | Form::Any => graph.constant(value).is_none(),
         Form::Rescaled => index == 0 || graph.node(id).is("Concat"),
+        Form::Skip => Some(index) == skip(graph, id),
         _ => index == 0,
     };
     inputs.filter(|&(index, value)| is_data(index, value)).collect()
 }
 
+/// Which operand of a sum skips a layer: the one that no convolution gives, or the second.
+fn skip(graph: &Graph, id: NodeId) -> Option<usize> {
+    let node = graph.node(id);
+    let of_layer = |index: usize| {
+        let maker = node.input(index).and_then(|value| graph.producer(value));
+        maker.is_some_and(|maker| graph.node(maker).is("Conv"))
+    };
+    let constant = |index: usize| node.input(index).is_none_or(|value| graph.constant(value).is_some());
+    let skips = node.is("Add") && !constant(0) && !constant(1);
+    match (of_layer(0), of_layer(1)) {
+        (true, _) if skips => Some(1),
+        (false, true) if skips => Some(0),
+        _ => None,
+    }
+}
+
 /// The unit of a node, or why it has to stay in float.
-pub(super) fn fuses(model: &Model, facts: &Facts, id: NodeId) -> Result<Unit, String> {
+pub(super) fn fuses(model: &Model, facts: &Facts, id: NodeId, recipe: Recipe) -> Result<Unit, String> {
     let graph = &model.graph;
     let node = graph.node(id);
-    let form = form(model, facts, id)?;
+    let coded = |value: ValueId| graph.producer(value).is_some_and(|id| graph.node(id).is("DequantizeLinear"));
+    let rounded = |place: &Use| matches!(*place, Use::Node(id, 0) if graph.node(id).is("QuantizeLinear"));
+    let given = node.outputs().iter().flatten().any(|&output| graph.value(output).uses().iter().any(rounded));
+    if given || node.inputs().iter().flatten().any(|&value| coded(value)) {
+        return Err("it is quantized already".into());
+    }
+    let form = form(model, facts, id, recipe)?;
     let raw = node.output(0).ok_or("it gives nothing")?;
     let float = |value: ValueId| facts.elem(value) == Some(DataType::Float) && facts.ndim(value).is_some_and(|n| n > 0);
     if !float(raw) || reads(graph, id, form).iter().any(|&(_, value)| !float(value)) {
         return Err("what it reads or gives is not float32 of a known number of axes".into());
     }
-    let included = matches!(form, Form::Conv | Form::Gemm | Form::Pair);
+    let included = recipe == Recipe::Cpu && matches!(form, Form::Conv | Form::Gemm | Form::Pair);
     let behind = activation(graph, raw).filter(|_| included);
     let (activation, most) = behind.map_or((None, None), |(id, most)| (Some(id), most));
     let output = activation.map_or(Some(raw), |id| graph.node(id).output(0)).ok_or("its activation gives nothing")?;
     Ok(Unit { node: id, form, activation, most, output })
 }
 
-fn form(model: &Model, facts: &Facts, id: NodeId) -> Result<Form, String> {
+fn form(model: &Model, facts: &Facts, id: NodeId, recipe: Recipe) -> Result<Form, String> {
     let graph = &model.graph;
     let node = graph.node(id);
     let outputs = node.outputs().iter().flatten().count();
@@ -101,7 +130,11 @@ fn form(model: &Model, facts: &Facts, id: NodeId) -> Result<Form, String> {
     }
     let constant = |index: usize| node.input(index).is_some_and(|value| graph.constant(value).is_some());
     let data = |index: usize| node.input(index).is_some() && !constant(index);
+    let everywhere = matches!(recipe, Recipe::Cpu | Recipe::Qnn);
     match node.op_type.as_str() {
+        "MatMul" if recipe != Recipe::Cpu && constant(1) => layer(graph, id, &[2]).map(|()| Form::MatMul),
+        "Add" if recipe == Recipe::TensorRt && skip(graph, id).is_some() => Ok(Form::Skip),
+        "Conv" if !everywhere => layer(graph, id, &[3, 4, 5]).map(|()| Form::Conv),
         "Conv" => layer(graph, id, &[3, 4]).map(|()| Form::Conv),
         "Gemm" => {
             let plain = ["alpha", "beta"].iter().all(|f| node.float(f).unwrap_or(1.0) == 1.0);
@@ -110,6 +143,7 @@ fn form(model: &Model, facts: &Facts, id: NodeId) -> Result<Form, String> {
             }
             layer(graph, id, &[2]).map(|()| Form::Gemm)
         }
+        op if !everywhere && op != "Gemm" => Err(format!("{op} stays in float before and behind layers")),
         "Add" | "Mul" if data(0) || data(1) => {
             let float = |index: usize| !constant(index) || floats(graph, node.input(index)).is_some();
             match float(0) && float(1) {
@@ -122,9 +156,15 @@ fn form(model: &Model, facts: &Facts, id: NodeId) -> Result<Form, String> {
         "MaxPool" if data(0) && model.opset() >= 12 => Ok(Form::Carried),
         "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Transpose" | "DepthToSpace" if data(0) => Ok(Form::Carried),
         "ReduceMean" if data(0) && is_spatial_mean(graph, facts, id) => Ok(Form::SpatialMean),
+        "Clip" if recipe == Recipe::Qnn && data(0) => Ok(Form::Any),
+        op if recipe == Recipe::Qnn && ROUNDED.contains(&op) && (0..node.inputs().len()).all(data) => Ok(Form::Any),
         op => Err(format!("{op} has no kernel of whole numbers")),
     }
 }
+
+/// Operators without constants of their own that a processor of whole numbers has.
+const ROUNDED: &[&str] =
+    &["Div", "Elu", "Gelu", "HardSigmoid", "HardSwish", "MatMul", "Max", "Min", "Relu", "Softmax", "Sub", "Tanh"];
 
 /// Whether a layer has a constant weight of one of these numbers of axes, and a bias with one number for every output.
 fn layer(graph: &Graph, id: NodeId, ndims: &[usize]) -> Result<(), String> {
@@ -152,7 +192,7 @@ fn layer(graph: &Graph, id: NodeId, ndims: &[usize]) -> Result<(), String> {
 /// The axis of a layer's weight along which its outputs lie.
 pub(super) fn output_axis(graph: &Graph, id: NodeId) -> usize {
     let node = graph.node(id);
-    usize::from(node.is("Gemm") && node.int("transB").unwrap_or(0) == 0)
+    usize::from(node.is("MatMul") || node.is("Gemm") && node.int("transB").unwrap_or(0) == 0)
 }
 
 /// Whether a tensor holds one number for every feature of the last axis of what it is added to.

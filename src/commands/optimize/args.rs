@@ -18,6 +18,12 @@ pub(crate) enum TargetArg {
     Portable,
     /// ONNX Runtime's `com.microsoft` operators too.
     Ort,
+    /// Standard operators, with whole numbers as TensorRT reads them.
+    Tensorrt,
+    /// Standard operators, with whole numbers as OpenVINO reads them.
+    Openvino,
+    /// Standard operators, with whole numbers as Qualcomm's HTP reads them.
+    Qnn,
 }
 
 /// Where weights go.
