@@ -13,8 +13,10 @@ import argparse
 import copy
 import glob
 import json
+import multiprocessing
 import os
 import pathlib
+import queue
 import subprocess
 import sys
 import tempfile
@@ -171,12 +173,43 @@ def distance(expected, found):
     return worst
 
 
-def judge(path, expected, feeds, tolerance):
-    """What is wrong with a converted file, and its error."""
+def read_sets(path, model):
+    """Sets of inputs beside a model that have all that it needs."""
+    wanted = {i.name for i in model.get_inputs()}
+    found = []
+    for file in sorted(glob.glob(path[: -len(".onnx")] + ".*.npz")):
+        feeds = {name: array for name, array in np.load(file).items() if name in wanted}
+        if len(feeds) == len(wanted):
+            found.append(feeds)
+    return found
+
+
+def originals(path, answers):
+    """Whether a model runs on its sets of inputs."""
     try:
-        session(path, optimized=True)
+        model = session(path)
+        feeds = read_sets(path, model)
+        for feed in feeds:
+            model.run(None, feed)
+    except Exception as error:
+        return answers.put(f"the original does not run: {first_line(error)}")
+    answers.put("" if feeds else "it has no inputs")
+
+
+def judge(source, path, tolerance, answers):
+    """What is wrong with a converted file, and its error."""
+    answers.put(judged(source, path, tolerance))
+
+
+def judged(source, path, tolerance):
+    try:
+        # Type errors are told here; the level on which a runtime may crash comes last.
+        session(path)
     except Exception as error:
         return f"does not load: {first_line(error)}", None
+    original = session(source)
+    feeds = read_sets(source, original)
+    expected = [original.run(None, feed) for feed in feeds]
     try:
         simulated = session(simulation(onnx.load(path)))
         error = max(distance(e, simulated.run(None, f)) for e, f in zip(expected, feeds))
@@ -185,6 +218,46 @@ def judge(path, expected, feeds, tolerance):
     if not np.isfinite(error):
         return "not finite, or other whole numbers", error
     return ("" if error <= tolerance else "beyond the tolerance"), error
+
+
+def loads_optimized(path, answers):
+    """Whether a file loads with all optimizations."""
+    try:
+        session(path, optimized=True)
+    except Exception as error:
+        return answers.put(f"does not load: {first_line(error)}")
+    answers.put("")
+
+
+def apart(function, *arguments):
+    """What a function puts in a queue, in a process of its own, which may crash; `None` if it does."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=function, args=(*arguments, answers))
+    process.start()
+    while True:
+        try:
+            answer = answers.get(timeout=1)
+            break
+        except queue.Empty:
+            if not process.is_alive():
+                answer = None
+                break
+    process.join()
+    return answer
+
+
+def examine(source, path, tolerance):
+    """What is wrong with a converted file, its error, and what has to be said besides."""
+    answer = apart(judge, source, path, tolerance)
+    if answer is None:
+        return "the runtime crashes on it or on its simulation", None, ""
+    why, error = answer
+    if why.startswith("does not load"):
+        return why, error, ""
+    optimized = apart(loads_optimized, path)
+    note = "the runtime crashes on it with all optimizations" if optimized is None else ""
+    return why or optimized or "", error, note
 
 
 def first_line(error):
@@ -235,40 +308,34 @@ def main():
         if os.path.getsize(path) > arguments.most_mb * 2**20:
             continue
         name = pathlib.Path(path).stem
-        sets = sorted(glob.glob(os.path.join(arguments.folder, name + ".*.npz")))
-        try:
-            original = session(path)
-            wanted = {i.name for i in original.get_inputs()}
-            feeds = [{k: v for k, v in np.load(s).items() if k in wanted} for s in sets]
-            feeds = [f for f in feeds if len(f) == len(wanted)]
-            expected = [original.run(None, f) for f in feeds]
-        except Exception as error:
-            print(f"{name:30} the original does not run: {first_line(error)}", flush=True)
-            continue
-        if not feeds:
+        refusal = apart(originals, path)
+        if refusal != "":
+            print(f"{name:30} {refusal or 'the runtime crashes on the original'}", flush=True)
             continue
         models += 1
         with tempfile.TemporaryDirectory() as folder:
             target = os.path.join(folder, "half.onnx")
             precision, refused = ours(path, target, arguments.optimize, arguments.tolerance)
             if refused is None:
-                why, error = judge(target, expected, feeds, arguments.tolerance)
+                why, error, note = examine(path, target, arguments.tolerance)
                 ratio = os.path.getsize(target) / os.path.getsize(path)
                 line = f"{ratio:6.3f} {precision['nodes']:6} {len(precision['kept']):7} {precision['casts']:5} "
                 line += f"{precision['simulated_error'] or 0:9.1e} {error if error is not None else float('nan'):9.1e}"
             else:
-                why, line = refused, f"{'–':>6} {'–':>6} {'–':>7} {'–':>5} {'–':>9} {'–':>9}"
-            notes = [f"ours: {why}"] if why else []
+                why, note, line = refused, "", f"{'–':>6} {'–':>6} {'–':>7} {'–':>5} {'–':>9} {'–':>9}"
+            notes = [f"ours: {said}" for said in (why, note) if said]
             if why:
                 broken["ours"].append(name)
             for other, convert in others.items():
                 target = os.path.join(folder, other + ".onnx")
                 wrong = converted(convert, path, target)
-                wrong, error = (wrong, None) if wrong else judge(target, expected, feeds, arguments.tolerance)
+                wrong, error, note = (wrong, None, "") if wrong else examine(path, target, arguments.tolerance)
                 if wrong:
                     broken[other].append(name)
                     size = f" ({error:.1e})" if error is not None else ""
                     notes.append(f"{other}: {wrong}{size}")
+                elif note:
+                    notes.append(f"{other}: {note}")
             print(f"{name:30} {line}  {'; '.join(notes)}", flush=True)
     print(f"\n{models} models")
     for name, some in broken.items():

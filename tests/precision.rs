@@ -133,6 +133,21 @@ fn a_model_that_is_half_precision_already_is_written_as_it_is() {
     assert_eq!(report["precision"]["nodes"], 0);
 }
 
+/// Which of 64 nearly equal scores is the largest hangs on rounding.
+#[test]
+fn candidates_are_compared_where_choices_differ() {
+    let source = format!(
+        "<ir_version: 10, opset_import: [\"\" : 17]> g (float[n, 64] x) => (int64[n, 40] y) \
+         <float[64, 64] w = {{{}}}, int64[1] k = {{40}}> {{ a = MatMul (x, w) b = Relu (a) c = MatMul (b, w) v, y = TopK (c, k) }}",
+        Noise(7).list(64 * 64, 0.2)
+    );
+    let bench = bench(&text::parse(&source).unwrap());
+    let report = bench.report(&["-o", "half.onnx", "--dtype", "float16"]);
+    let note = report["verify"]["note"].as_str().unwrap();
+    assert!(note.contains("`y`") && note.contains("rounding may choose another of nearly equal candidates"), "{note}");
+    assert_eq!(report["verify"]["passed"], true);
+}
+
 #[test]
 fn a_recipe_has_the_type() {
     let bench = bench(&model(17, "y = MatMul (c, w)"));

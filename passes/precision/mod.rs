@@ -6,6 +6,7 @@
 
 mod borders;
 mod check;
+mod choices;
 mod constants;
 mod cut;
 mod decisions;
@@ -22,6 +23,7 @@ mod watch;
 mod whole_numbers;
 
 pub use check::{TypeFault, check_types};
+pub use choices::Choices;
 pub use magnitudes::{Magnitude, Magnitudes};
 pub use masks::Prepared;
 pub use rewrite::{Converted, by_reason};

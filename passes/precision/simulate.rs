@@ -151,8 +151,8 @@ fn round_value(graph: &mut Graph, converted: &Converted, value: ValueId, is_roun
     wide
 }
 
-/// Two models whose outputs are the values that are rounded: as they are in float32, and as they come out rounded. The
-/// outputs have equal names; which value each is follows.
+/// Two models whose outputs are these values of the prepared model: as they are in float32, and as they come out of the
+/// simulation. The outputs have equal names; which value each is follows.
 pub fn watch_errors(
     reference: &Model,
     simulation: &Simulation,
@@ -165,7 +165,7 @@ pub fn watch_errors(
     }
     let mut names = BTreeMap::new();
     for &value in values {
-        let Some(&other) = simulation.rounded.get(&value) else { continue };
+        let other = simulation.rounded.get(&value).copied().unwrap_or(value);
         let name = format!("compared_{}", names.len());
         for (graph, value) in [(&mut reference.graph, value), (&mut rounded.graph, other)] {
             let copy = graph.append(ScopeId::MAIN, Node::new("Identity"), &[value], &name);

@@ -272,6 +272,16 @@ fn boxes_that_are_selected_stay_with_what_computes_them() {
 }
 
 #[test]
+fn choices_are_known_by_what_they_choose_among() {
+    let body = "h = MatMul (x, w) v, i = TopK (h, k) [s] s = Sigmoid (v) u, y = TopK (s, k) z = MatMul (h, w)";
+    let outputs = "float[n, 4] v, int64[n, 4] y, float[n, 64] z";
+    let model = parse(17, "float[n, 64] x", outputs, "int64[1] k = {4}", body);
+    let choices = Choices::of(&model);
+    assert_eq!(choices.outputs.into_iter().collect::<Vec<_>>(), [0, 1]);
+    assert_eq!(choices.candidates, [model.graph.find_value("h").unwrap()]);
+}
+
+#[test]
 fn angles_of_several_turns_stay() {
     let body = "[a] a = MatMul (x, w) [m] m = Mul (a, k) [s] s = Sin (m) y = MatMul (s, w)";
     let found = half("float[n, 64] x", "float[n, 64] y", "float k = {100}", body);

@@ -1,6 +1,8 @@
 //! Half precision in the file: ranges, conversion, and the simulation that proves it.
 
+mod before_choices;
 mod culprit;
+mod load;
 
 use super::{Job, Outcome, Prepared as Start, lines};
 use crate::{
@@ -11,10 +13,10 @@ use crate::{
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{DataType, Model, NodeId, WriteOptions};
 use lathe_passes::precision::{
-    self, Converted, Magnitudes, Precision, Prepared, Simulation, check_types, convert, simulate, watch,
+    self, Choices, Converted, Magnitudes, Precision, Prepared, Simulation, check_types, convert, simulate, watch,
 };
-use lathe_runtime::{Claim, Fault, Inputs, Provider, Verdict};
-use std::{collections::BTreeMap, path::Path, time::Instant};
+use lathe_runtime::{Claim, Fault, Inputs, Verdict};
+use std::{collections::BTreeMap, time::Instant};
 
 /// What `--dtype` asks for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,10 +69,12 @@ impl Attempt {
 
     /// The worst relative error of an output; infinite where one differs in another way.
     fn error_of(report: &lathe_runtime::Report) -> f64 {
-        let errors = report.comparison.outputs.iter().map(|output| output.rel_l2);
-        let worst = errors.fold(0.0, |worst: f64, error| if error.is_nan() { f64::INFINITY } else { worst.max(error) });
-        let otherwise = report.comparison.faults.iter().any(|fault| !matches!(fault, Fault::TooFar { .. }));
-        if otherwise { f64::INFINITY } else { worst }
+        let faults = report.comparison.faults.iter().map(|fault| match fault {
+            Fault::TooFar { error, .. } if !error.is_nan() => *error,
+            _ => f64::INFINITY,
+        });
+        let within = report.comparison.worst().map_or(0.0, |output| output.rel_l2);
+        faults.reduce(f64::max).unwrap_or(within)
     }
 }
 
@@ -106,9 +110,10 @@ impl Job<'_> {
             let claim = Claim::Within { rtol: asked.tolerance() };
             let mut found = lines::verify(simulated, claim, self.set_name());
             found.runtime = format!("{}, {} simulated in float32", found.runtime, asked.precision.dtype);
-            report.simulated_error = Some(found.after);
-            self.load(staged.path(), asked, &mut report, warnings)?;
-            record.error = Some(found.after);
+            report.simulated_error = found.worst.is_some().then_some(found.after);
+            let choices = Choices::of(&form.prepared.model);
+            self.load(staged.path(), asked, &choices, &mut report, warnings)?;
+            record.error = report.simulated_error;
             verify = Some(found);
         }
         record.time = begin.elapsed();
@@ -181,17 +186,30 @@ impl Job<'_> {
         check_types(&converted.model).context(FAULT)?;
         let simulation = simulate(&converted);
         let is_run = self.options.verify && (!converted.nodes.is_empty() || asked.precision.interface);
-        let report = if is_run { Some(self.simulated(&simulation.model, asked.tolerance())?) } else { None };
+        let report = match is_run {
+            true => Some(self.simulated(&form.prepared.model, &simulation, asked.tolerance())?),
+            false => None,
+        };
         Ok(Attempt { converted, simulation, report })
     }
 
-    /// The original beside a simulation of the result.
-    fn simulated(&self, simulation: &Model, rtol: f64) -> Result<lathe_runtime::Report, Failure> {
+    /// The original beside a simulation of the result, which was prepared in this form.
+    fn simulated(
+        &self,
+        prepared: &Model,
+        simulation: &Simulation,
+        rtol: f64,
+    ) -> Result<lathe_runtime::Report, Failure> {
         let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
         let path = folder.path().join("simulation.onnx");
-        simulation.write(&path, &WriteOptions::default())?;
+        simulation.model.write(&path, &WriteOptions::default())?;
         match self.runner.compare(&self.options.model, &path, &self.inputs(), Claim::Within { rtol })? {
-            Verdict::Compared(report) => Ok(report),
+            Verdict::Compared(mut report) => {
+                if !report.comparison.holds() {
+                    self.compare_before_choices(prepared, simulation, rtol, &mut report)?;
+                }
+                Ok(report)
+            }
             verdict => Err(Failure::Error(anyhow!("the simulation cannot be run: {}", verdict.describe()))),
         }
     }
@@ -226,53 +244,6 @@ impl Job<'_> {
         })
     }
 
-    /// Loads the file itself and runs it. Returns who did; where the runtime has no kernels for the type, what it says is
-    /// kept in `refused`.
-    ///
-    /// The tolerance counts where devices compute in half precision. The CPU provider computes it in float32, so that there
-    /// a difference is told and no more.
-    fn load(
-        &self,
-        staged: &Path,
-        asked: PrecisionOptions,
-        report: &mut PrecisionReport,
-        warnings: &mut Vec<String>,
-    ) -> Result<(), Failure> {
-        let claim = Claim::Within { rtol: asked.tolerance() };
-        let verdict = match asked.precision.interface {
-            // Its inputs are no longer those of the original.
-            true => {
-                let inputs = Inputs::Random(self.options.run.inputs.clone());
-                self.runner.compare(staged, staged, &inputs, Claim::Equivalent { rtol: None })?
-            }
-            false => self.runner.compare(&self.options.model, staged, &self.inputs(), claim)?,
-        };
-        let reason = verdict.describe();
-        let dtype = asked.precision.dtype;
-        match verdict {
-            Verdict::Compared(found) => {
-                let holds = found.comparison.holds();
-                let computes = Provider::asked(&self.options.run.load.provider).is_some_and(|p| p.half);
-                if !holds && (computes || asked.precision.interface) {
-                    return Err(Failure::Refused(format!(
-                        "the result in {dtype} does not hold when it is run: {reason}"
-                    )));
-                }
-                if !holds {
-                    warnings.push(format!("run as it is, on a provider that computes {dtype} in float32, {reason}"));
-                }
-                report.loaded = Some(found.engine);
-            }
-            Verdict::CandidateRefused { message, .. } | Verdict::ReferenceRefused { message, .. }
-                if lacks_kernels(&message) =>
-            {
-                report.refused_by_runtime = Some(message);
-            }
-            _ => return Err(Failure::Refused(format!("the result in {dtype} is not run: {reason}"))),
-        }
-        Ok(())
-    }
-
     /// Compares two models in memory on these inputs.
     fn compare_on(&self, a: &Model, b: &Model, inputs: &Inputs, claim: Claim) -> anyhow::Result<Verdict> {
         let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
@@ -285,11 +256,6 @@ impl Job<'_> {
 
 const MASKED_ROWS: &str = "rows that are masked throughout would change with smaller ones";
 const LARGE_SCORES: &str = "what they are added to exceeds 1,000";
-
-/// Whether a runtime says that it has no kernel of this type for an operator.
-fn lacks_kernels(message: &str) -> bool {
-    ["NOT_IMPLEMENTED", "Could not find an implementation"].iter().any(|text| message.contains(text))
-}
 
 /// The oldest operator sets whose `Cast` names its type by number, and knows bfloat16.
 fn require_opset(model: &Model, precision: Precision) -> Result<(), Failure> {

@@ -21,7 +21,8 @@ pub struct PrecisionReport {
     pub masks: Vec<String>,
     /// `proven on the calibration set`, or `not proven`.
     pub ranges: String,
-    /// The largest relative L2 error of an output where every value is rounded; `null` where that was not run.
+    /// The largest relative L2 error of an output where every value is rounded; `null` where that was not run, or no output's
+    /// values could be compared.
     pub simulated_error: Option<f64>,
     /// The bound on it.
     pub limit: f64,

@@ -104,7 +104,7 @@ impl Job<'_> {
         for part in makers.chunks(makers.len().div_ceil(PARTS).max(1)) {
             let chosen: BTreeSet<NodeId> = part.iter().copied().collect();
             let simulation = simulate_some(&attempt.converted, model, &chosen);
-            let report = self.simulated(&simulation.model, asked.tolerance())?;
+            let report = self.simulated(model, &simulation, asked.tolerance())?;
             let alone = Attempt::error_of(&report);
             if worst.is_none_or(|(most, _)| alone > most) {
                 worst = Some((alone, part));
