@@ -29,7 +29,7 @@ static INFO: Info = Info {
           whole numbers when `QuantizeLinear` and `DequantizeLinear` stand around each of them, and offers every region as \
           a whole, without its first or last layer, and without the layers that lose most. What they read and give are 8 \
           bits without sign in ranges that the calibration set shows, weights 8 bits with one scale per output, biases 32 \
-          bits. A region is timed with the runtime's fusions on, and its loss is measured in the whole model in the same \
+          bits. Where it is known what a layer reads on average, its bias makes up for what rounding takes of its weight, if that lowers the loss. A region is timed with the runtime's fusions on, and its loss is measured in the whole model in the same \
           way. Linear layers are offered on their own besides, with what they read rounded and what they give as it was. \
           Under `--target tensorrt`, `openvino` and `qnn` the model is one region, rounded where and how these read it. \
           Offered where latency is limited; declines under execution providers that multiply no whole numbers, and where \

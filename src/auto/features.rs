@@ -21,7 +21,8 @@ pub(super) struct Recipe {
 /// Everything at once.
 const EVERYTHING: Recipe = Recipe { name: "everything", methods: &[] };
 const WEIGHTS: Recipe = Recipe { name: "weights of few bits", methods: &["quantize", "compensate", "convert-floats"] };
-const INTEGERS: Recipe = Recipe { name: "whole numbers", methods: &["quantize", "quantize-dynamic", "convert-floats"] };
+const INTEGERS: Recipe =
+    Recipe { name: "whole numbers", methods: &["quantize", "quantize-dynamic", "quantize-static", "convert-floats"] };
 const THIN: Recipe =
     Recipe { name: "thinner layers", methods: &["factorize", "factorize-jointly", "dictionary", "prune-channels"] };
 const TOKENS: Recipe = Recipe { name: "fewer tokens", methods: &["reduce-tokens"] };

@@ -35,6 +35,8 @@ pub(super) struct UnitEdit {
     pub activation: bool,
     /// Whether its output is rounded.
     pub rounds: bool,
+    /// What is added to the bias of its layer so that outputs keep their means; empty for nothing.
+    pub correction: Vec<f32>,
 }
 
 /// A graph on the way, with what it rounds already.
@@ -81,7 +83,7 @@ impl<'a> Emitter<'a> {
         }
         let read = read.ok_or(CHANGED)?;
         match edit.form {
-            Form::Conv | Form::Gemm | Form::MatMul => self.layer(id, read)?,
+            Form::Conv | Form::Gemm | Form::MatMul => self.layer(id, read, &edit.correction)?,
             Form::Pair => self.constant_operand(id)?,
             Form::Rescaled | Form::Carried | Form::SpatialMean | Form::Skip | Form::Any => {}
         }
@@ -177,7 +179,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Stores a layer's weight and bias in codes.
-    fn layer(&mut self, id: NodeId, read: Params) -> Result<(), &'static str> {
+    fn layer(&mut self, id: NodeId, read: Params, correction: &[f32]) -> Result<(), &'static str> {
         let node = self.graph.node(id);
         let (weight, bias) = (node.input(1).ok_or(CHANGED)?, node.input(2));
         let axis = units::output_axis(self.graph, id);
@@ -188,7 +190,8 @@ impl<'a> Emitter<'a> {
         let inner: usize = dims[axis + 1..].iter().product();
         let coded = matches!(self.edit.recipe, Recipe::Cpu | Recipe::Qnn);
         let bias = bias.filter(|_| coded);
-        let added = bias.map(|bias| self.row(bias, outputs)).transpose()?;
+        let mut added = bias.map(|bias| self.row(bias, outputs)).transpose()?;
+        added.iter_mut().flatten().zip(correction).for_each(|(bias, more)| *bias += more);
         let mut least = least_scales(added.as_deref(), read, outputs);
         let as_one = self.edit.recipe == Recipe::Qnn && dims.len() == 2;
         if as_one {

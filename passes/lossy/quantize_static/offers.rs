@@ -10,7 +10,9 @@ use super::{
 };
 use crate::{
     Error,
-    lossy::{Candidate, Cost, Edit, Loss, MethodContext, OVERHEAD, Proposal, Site, prune_units::own_values, weights},
+    lossy::{
+        Candidate, Cost, Edit, Loss, MethodContext, OVERHEAD, Proposal, Recipe, Site, prune_units::own_values, weights,
+    },
 };
 use lathe_analysis::{Bindings, Cost as ModelCost, Facts, Spread};
 use lathe_ir::{Graph, Model, NodeId, ValueId};
@@ -45,6 +47,9 @@ struct LayerLoss {
     /// Floating-point operations that are then done in whole numbers.
     flops: u64,
 }
+
+/// What rounding a weight takes of the mean of every output of its layer.
+type Corrections = BTreeMap<NodeId, Vec<f32>>;
 
 /// Proposes the regions that were found.
 pub(super) fn propose(
@@ -94,14 +99,26 @@ impl Work<'_> {
             return Ok(Err(format!("no finite number of `{name}` was seen on the calibration set")));
         }
         let Some(losses) = self.losses(region) else { return Ok(Err("a weight holds a NaN or an infinity".into())) };
-        let (ranges, whole) = self.best_ranges(region, &spreads)?;
+        let (ranges, mut whole) = self.best_ranges(region, &spreads)?;
+        let mut corrections = self.corrections(region)?;
+        let corrected = self.edit(region, &spreads, ranges, &corrections);
+        let better = match whole {
+            Some(loss) if !corrections.is_empty() => {
+                self.measure(&[corrected])?.map(|all| all[0]).filter(|&own| own < loss)
+            }
+            _ => None,
+        };
+        match better {
+            Some(_) => whole = better,
+            None => corrections.clear(),
+        }
         let cuts = if self.options.everywhere { Vec::new() } else { self.cuts(region, &losses, &spreads, ranges) };
-        let edits: Vec<StaticEdit> = cuts.iter().map(|cut| self.edit(cut, &spreads, ranges)).collect();
+        let edits: Vec<StaticEdit> = cuts.iter().map(|cut| self.edit(cut, &spreads, ranges, &corrections)).collect();
         let measured = match whole {
             Some(_) => self.measure(&edits)?,
             None => None,
         };
-        let all = std::iter::once((region, self.edit(region, &spreads, ranges), whole));
+        let all = std::iter::once((region, self.edit(region, &spreads, ranges, &corrections), whole));
         let of_cut = |at: usize| measured.as_ref().map(|losses| losses[at]);
         let all = all.chain(cuts.iter().zip(edits).enumerate().map(|(at, (cut, edit))| (cut, edit, of_cut(at))));
         let taps = self.taps(region);
@@ -145,7 +162,8 @@ impl Work<'_> {
         spreads: &BTreeMap<ValueId, Spread>,
     ) -> Result<(Ranges, Option<f64>), Error> {
         let tried = self.options.ranges.tried();
-        let edits: Vec<StaticEdit> = tried.iter().map(|&ranges| self.edit(region, spreads, ranges)).collect();
+        let edits: Vec<StaticEdit> =
+            tried.iter().map(|&ranges| self.edit(region, spreads, ranges, &Corrections::new())).collect();
         let Some(measured) = self.measure(&edits)? else { return Ok((self.options.ranges, None)) };
         let all = tried.into_iter().zip(measured);
         let best = all.min_by(|a, b| a.1.total_cmp(&b.1)).expect("some ranges are tried");
@@ -214,6 +232,44 @@ impl Work<'_> {
         Some(all)
     }
 
+    /// What the biases of layers have to make up for, where it is known what they read on average and they have a bias.
+    fn corrections(&self, region: &Region) -> Result<Corrections, Error> {
+        let (graph, mut all) = (self.graph(), Corrections::new());
+        let (Some(calibration), Recipe::Cpu | Recipe::Qnn) = (self.cx.calibration, self.options.recipe) else {
+            return Ok(all);
+        };
+        let found = weights(graph).0;
+        for tap in found.iter().flat_map(|weight| &weight.taps) {
+            let unit = region.units.iter().find(|unit| unit.node == tap.node && unit.has_weight());
+            let (Some(unit), Some(rows)) = (unit, &tap.rows) else { continue };
+            if graph.node(unit.node).input(2).is_none() {
+                continue;
+            }
+            let Some(gram) = calibration.gram(rows)? else { continue };
+            all.extend(self.correction(unit, &gram.mean).map(|correction| (unit.node, correction)));
+        }
+        Ok(all)
+    }
+
+    /// The mean of what a layer reads times what rounding takes of its weight; `None` where they do not fit.
+    fn correction(&self, unit: &Unit, mean: &[f64]) -> Option<Vec<f32>> {
+        let graph = self.graph();
+        let tensor = floats(graph, unit.weight(graph))?;
+        let numbers = tensor.to_f32s()?;
+        tensor.release();
+        let axis = output_axis(graph, unit.node);
+        let (outputs, inputs) = (tensor.dims()[axis], tensor.len() / tensor.dims()[axis].max(1));
+        let place = |at: usize| if axis == 0 { (at % inputs, at / inputs) } else { (at / outputs, at % outputs) };
+        let codes = Codes::of(&numbers, |at| place(at).1, self.options.largest, &vec![0.0; outputs])?;
+        let mut sums = vec![0.0; outputs];
+        for (at, &w) in numbers.iter().enumerate() {
+            let (input, output) = place(at);
+            sums[output] += mean.get(input)? * f64::from(w - codes.restored(at, output));
+        }
+        let fits = mean.len() == inputs && sums.iter().all(|sum| sum.is_finite());
+        fits.then(|| sums.into_iter().map(|sum| sum as f32).collect())
+    }
+
     /// The squared relative error of what a layer gives.
     fn error(&self, unit: &Unit, loss: &LayerLoss, spreads: &BTreeMap<ValueId, Spread>, ranges: Ranges) -> f64 {
         let relative = |value: ValueId| {
@@ -234,7 +290,13 @@ impl Work<'_> {
         taps.filter_map(|tap| Some((tap.output, unit(tap.node)?))).collect()
     }
 
-    fn edit(&self, region: &Region, spreads: &BTreeMap<ValueId, Spread>, ranges: Ranges) -> StaticEdit {
+    fn edit(
+        &self,
+        region: &Region,
+        spreads: &BTreeMap<ValueId, Spread>,
+        ranges: Ranges,
+        corrections: &Corrections,
+    ) -> StaticEdit {
         let graph = self.graph();
         let name = |value: ValueId| graph.value(value).name.clone();
         let unit = |unit: &Unit| UnitEdit {
@@ -242,6 +304,7 @@ impl Work<'_> {
             form: unit.form,
             activation: unit.activation.is_some(),
             rounds: region.rounds(graph, unit, self.options.recipe),
+            correction: corrections.get(&unit.node).cloned().unwrap_or_default(),
         };
         let params = region
             .params(graph, spreads, ranges, self.options.recipe)

@@ -1,6 +1,6 @@
 use super::*;
 use crate::{Settings, Target, lossy::Loss};
-use lathe_analysis::{Calibrate, EvaluateError, Gram, Moments, Random};
+use lathe_analysis::{Calibrate, EvaluateError, Gram, Moments, Random, SymMatrix, View};
 use lathe_ir::{DataType, ScopeId, Tensor, Type, text};
 use std::collections::BTreeMap;
 
@@ -48,8 +48,15 @@ pub(super) fn distance(one: &Model, other: &Model, sample: &[(String, Tensor)]) 
 }
 
 impl Calibrate for Seen {
-    fn gram(&self, _: &Rows) -> Result<Option<Gram>, EvaluateError> {
-        Ok(None)
+    fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
+        // Convolutions with one tap read channels; others are not collected here.
+        let Some(tensor) = self.values.get(&rows.value).filter(|_| rows.view == View::Axis(1)) else { return Ok(None) };
+        let (channels, inner) = (tensor.dims()[1], tensor.dims()[2..].iter().product::<usize>());
+        let (numbers, mut mean) = (tensor.to_f32s().unwrap(), vec![0.0; channels]);
+        let count = numbers.len() / channels;
+        numbers.iter().enumerate().for_each(|(at, &x)| mean[at / inner % channels] += f64::from(x) / count as f64);
+        let matrix = SymMatrix::from_upper(channels, vec![0.0; channels * (channels + 1) / 2]).unwrap();
+        Ok(Some(Gram { matrix, mean, rows: count as u64 }))
     }
 
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
@@ -336,6 +343,44 @@ fn options_say_how_ranges_are_chosen_and_how_large_weights_get() {
     let wrong = context(&seen, &[("quantize-static.ranges", "widest")]);
     let error = QuantizeStatic.propose(&model, &wrong).unwrap_err().to_string();
     assert!(error.contains("expected auto, minmax, percentile, mse or entropy"), "{error}");
+}
+
+#[test]
+fn biases_make_up_for_what_rounding_takes_of_the_mean() {
+    // All numbers are positive, so that errors of weights do not cancel, and one large weight makes the others coarse.
+    let image = "float[1, 128, 6, 6]";
+    let constants = ["float[32, 128, 1, 1] w", "float[32] b"];
+    let mut layer = model(image, "float[1, 32, 6, 6]", &constants, "y = Conv (x, w, b)");
+    let weight = layer.graph.find_value("w").unwrap();
+    let mut numbers = layer.graph.constant(weight).unwrap().to_f32s().unwrap();
+    numbers.iter_mut().step_by(128).for_each(|w| *w = 12.0);
+    let tensor = Tensor::from_f32s(&[32, 128, 1, 1], &numbers);
+    layer.graph.set_initializer(weight, lathe_ir::Initializer::Dense(tensor));
+    let mut random = Random::new(23);
+    let numbers: Vec<f32> = (0..128 * 36).map(|_| 1.0 + random.uniform() as f32 / 4.0).collect();
+    let seen = Seen::on(&layer, Tensor::from_f32s(&[1, 128, 6, 6], &numbers));
+    let changed = carried_out(&layer, &seen, &[]);
+    let edit = |seen: &Seen| {
+        let site = QuantizeStatic.propose(&layer, &context(seen, &[])).unwrap().sites.remove(0);
+        site.candidates[0].edit.of::<StaticEdit>().clone()
+    };
+    let corrected = edit(&seen);
+    assert_eq!(corrected.units[0].correction.len(), 32);
+    let mut plain = corrected.clone();
+    plain.units[0].correction.clear();
+    let mut uncorrected = layer.clone();
+    plain.apply(&mut uncorrected.graph).unwrap();
+    let [with, without] = [&changed, &uncorrected].map(|variant| distance(&layer, variant, &seen.sample));
+    assert!(with < 0.5 * without, "{with} {without}");
+    // What is taken of the mean of every output is what is added.
+    let mean = |model: &Model| {
+        let all = run(model, &seen.sample).remove(0).1.to_f32s().unwrap();
+        all.chunks(36).map(|own| own.iter().sum::<f32>() / 36.0).collect::<Vec<f32>>()
+    };
+    let (exact, rounded) = (mean(&layer), mean(&uncorrected));
+    for (at, more) in corrected.units[0].correction.iter().enumerate() {
+        assert!((exact[at] - rounded[at] - more).abs() < 0.1, "{at}: {} {more}", exact[at] - rounded[at]);
+    }
 }
 
 fn refusals(model: &Model, seen: &Seen) -> Vec<String> {
