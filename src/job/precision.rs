@@ -11,7 +11,7 @@ use crate::{
     report::{KeptNode, PrecisionReport},
 };
 use anyhow::{Context as _, anyhow};
-use lathe_ir::{DataType, Model, NodeId, WriteOptions};
+use lathe_ir::{DataType, Model, NodeId};
 use lathe_passes::precision::{
     self, Choices, Converted, Magnitudes, Precision, Prepared, Simulation, check_types, convert, simulate, watch,
 };
@@ -202,7 +202,7 @@ impl Job<'_> {
     ) -> Result<lathe_runtime::Report, Failure> {
         let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
         let path = folder.path().join("simulation.onnx");
-        simulation.model.write(&path, &WriteOptions::default())?;
+        simulation.model.write_linked(&path)?;
         match self.runner.compare(&self.options.model, &path, &self.inputs(), Claim::Within { rtol })? {
             Verdict::Compared(mut report) => {
                 if !report.comparison.holds() {
@@ -248,8 +248,8 @@ impl Job<'_> {
     fn compare_on(&self, a: &Model, b: &Model, inputs: &Inputs, claim: Claim) -> anyhow::Result<Verdict> {
         let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
         let paths = [folder.path().join("a.onnx"), folder.path().join("b.onnx")];
-        a.write(&paths[0], &WriteOptions::default())?;
-        b.write(&paths[1], &WriteOptions::default())?;
+        a.write_linked(&paths[0])?;
+        b.write_linked(&paths[1])?;
         self.runner.compare(&paths[0], &paths[1], inputs, claim)
     }
 }
