@@ -20,7 +20,7 @@ pub struct Compensate;
 static INFO: Info = Info {
     name: "compensate",
     summary: "add thin layers beside int4 ones that make up for their rounding (EoRA)",
-    doc: "Offers every float32 `MatMul` and `Gemm` as int4 of block 128 with `x·A·B` of rank 8, 16 or 32 added, fitted in \
+    doc: "Offers every float32 `MatMul` and `Gemm` as int4 of block 128, rounded by GPTQ, with `x·A·B` of rank 8, 16 or 32 added, fitted in \
           closed form to what rounding loses of the output on the calibration set. Costs the bytes of A and B in float32 \
           and two small products per run. Not offered where only parameters or FLOPs are limited, and for convolutions. \
           Needs operator set 21.",
@@ -35,8 +35,7 @@ const RANKS: [usize; 3] = [8, 16, 32];
 
 /// What is quantized, how far it is off, and the directions of that.
 fn coded(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<(Coded, Mat<f64>, Spectrum), &'static str> {
-    let squares: Vec<f64> = (0..layer.joint.nrows()).map(|i| layer.joint[(i, i)]).collect();
-    let coded = Coded::of(graph, weight, Scheme { bits: 4, block: 128 }, &squares)?;
+    let coded = Coded::fitted(graph, weight, Scheme { bits: 4, block: 128 }, &layer.joint)?;
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
     let restored = coded.restored();
     let turned = weight.inputs_axis() == 1;

@@ -62,8 +62,8 @@ pub(super) struct Layer {
 
 /// The rows whose second moments methods may want of a weight; none if it is no layer or too wide.
 pub fn gram_rows(weight: &Weight) -> Vec<Rows> {
-    let rows: Option<Vec<Rows>> = weight.taps.iter().map(|tap| tap.rows.clone()).collect();
-    rows.filter(|_| weight.sides().0 <= MOST_INPUTS).unwrap_or_default()
+    let rows = weight.taps.iter().filter_map(|tap| tap.rows.clone());
+    rows.filter(|_| weight.sides().0 <= MOST_INPUTS).collect()
 }
 
 /// Bytes of the second moments of a weight, of fits and of what they are judged by.
@@ -86,12 +86,8 @@ pub(super) fn statistics(
     cx: &MethodContext,
 ) -> Result<Result<LayerStatistics, &'static str>, Error> {
     let (k, n) = weight.sides();
-    let axis = weight.inputs_axis();
     if weight.taps.iter().any(|tap| tap.rows.is_none()) {
         return Ok(Err("rows are picked of the constant"));
-    }
-    if weight.taps.iter().any(|tap| tap.inputs_axis != axis) {
-        return Ok(Err("its uses sum over different axes"));
     }
     if k.min(n) < SMALLEST_SIDE {
         return Ok(Err("it has fewer than 32 inputs or outputs"));
@@ -99,9 +95,23 @@ pub(super) fn statistics(
     if weight.taps.iter().any(|tap| feeds_output(graph, tap)) {
         return Ok(Err("it gives an output of the model"));
     }
+    products_seen(graph, weight, cx)
+}
+
+/// What was seen of every product with a weight, however small it is and whatever it feeds, or why nothing can be fitted
+/// to it.
+pub(super) fn products_seen(
+    graph: &Graph,
+    weight: &Weight,
+    cx: &MethodContext,
+) -> Result<Result<LayerStatistics, &'static str>, Error> {
+    let (k, axis) = (weight.sides().0, weight.inputs_axis());
+    if weight.taps.iter().any(|tap| tap.inputs_axis != axis) {
+        return Ok(Err("its uses sum over different axes"));
+    }
     let Some(calibration) = cx.calibration else { return Ok(Err("nothing was seen of it on the calibration set")) };
     let (mut grams, mut outputs) = (Vec::new(), Vec::new());
-    for tap in &weight.taps {
+    for tap in weight.taps.iter().filter(|tap| tap.rows.is_some()) {
         let gram = tap.rows.as_ref().map(|rows| calibration.gram(rows)).transpose()?.flatten();
         let output = calibration.moments(&tap.output_rows)?;
         let (Some(gram), Some(output)) = (gram, output) else {
@@ -120,7 +130,7 @@ pub(super) fn statistics(
 /// What every use reads and gives on the rows that no fit sees; nothing unless all of it is known.
 fn held(graph: &Graph, weight: &Weight, calibration: &dyn Calibrate) -> Result<Vec<(Gram, f64)>, Error> {
     let mut all = Vec::new();
-    for tap in &weight.taps {
+    for tap in weight.taps.iter().filter(|tap| tap.rows.is_some()) {
         let gram = tap.rows.as_ref().map(|rows| calibration.held_gram(rows)).transpose()?.flatten();
         let output = calibration.held_moments(&tap.output_rows)?.map(|moments| product_norm(graph, tap, &moments));
         match (gram, output) {

@@ -100,7 +100,8 @@ pub(super) fn quantize(matrix: &[f32], layout: Layout, scheme: Scheme, importanc
     Blocks { codes, scales }
 }
 
-fn code(w: f32, scale: f32, low: f32, high: f32) -> f32 {
+/// The code of a number: the nearest multiple of its scale.
+pub(super) fn code(w: f32, scale: f32, low: f32, high: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { nearest((w / scale).clamp(low, high)) }
 }
 

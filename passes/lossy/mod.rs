@@ -12,6 +12,7 @@ mod drop_inputs;
 mod factorize;
 mod factorize_jointly;
 mod factors;
+mod gptq;
 mod integers;
 #[cfg(test)]
 mod judging;
