@@ -12,6 +12,7 @@ mod choose;
 mod fit_budget;
 mod latency_model;
 mod loss_trials;
+mod not_slower;
 mod position_weights;
 mod price;
 mod propose;
@@ -27,7 +28,10 @@ use crate::Failure;
 use lathe_analysis::Keep;
 use lathe_passes::lossy::{Method, MethodContext, allocate::Solver};
 use lathe_runtime::SetSpec;
+use not_slower::Settled;
+use propose::Proposed;
 use setup::{Setup, computes_in_half, recipe};
+use std::rc::Rc;
 
 /// What a budget run is asked to do.
 pub(crate) struct Request<'a> {
@@ -41,6 +45,8 @@ pub(crate) struct Request<'a> {
     /// What methods may know before anything is calibrated, but for what is limited.
     pub cx: MethodContext<'a>,
     pub solver: Solver,
+    /// Whether all methods are asked, whatever those lose that only round.
+    pub asks_all: bool,
 }
 
 /// A model within the budget, staged for writing.
@@ -73,17 +79,41 @@ pub(crate) fn compress(
         inputs: bench.inputs.clone(),
     };
     let span = |what| run.progress.stage(what);
-    let calibrated = calibrate::calibrate(&setup, exact.model, warnings)?;
+    let calibrated = Rc::new(calibrate::calibrate(&setup, exact.model, warnings)?);
+    let settled = Settled { setup: &setup, calibrated: &calibrated, goal: &goal, request };
+    let model = exact.model;
     let proposed = {
         let _span = span("propose");
-        propose::propose(&setup, exact.model, &calibrated)?
+        let (rounding, others) = in_order(&setup);
+        let first = propose::propose(&setup, model, &calibrated, &rounding, Proposed::default())?;
+        let is_open = goal.may_stop_early() && request.required.is_empty() && !request.asks_all;
+        if is_open && !rounding.is_empty() && !others.is_empty() {
+            let mut notes = Vec::new();
+            let alone = first.clone().without(&others);
+            let candidates = price::price(&setup, model, &calibrated, alone, &mut notes)?;
+            let fitted = fit_budget::fit_unnoticed(bench, exact, candidates, &goal, request)?;
+            if let Some(fitted) = fitted {
+                warnings.append(&mut notes);
+                let fitted = settled.not_slower(bench, exact, fitted, warnings);
+                bench.runner.tidy_store();
+                return fitted;
+            }
+        }
+        propose::propose(&setup, model, &calibrated, &others, first)?
     };
     let candidates = {
         let _span = span("price");
-        price::price(&setup, exact.model, calibrated, proposed, warnings)?
+        price::price(&setup, model, &calibrated, proposed, warnings)?
     };
     let _span = span("fit the budget");
-    let fitted = fit_budget::fit(bench, exact, candidates, &goal, request, warnings);
+    let fitted = fit_budget::fit(bench, exact, candidates, &goal, request, warnings)?;
+    let fitted = settled.not_slower(bench, exact, fitted, warnings);
     bench.runner.tidy_store();
     fitted
+}
+
+/// The methods that may lower what is limited by rounding alone, and the others, which come after them.
+fn in_order(setup: &Setup<'_>) -> (Vec<&'static dyn Method>, Vec<&'static dyn Method>) {
+    let rounds = |method: &&'static dyn Method| method.rounds_only() && method.serves(&setup.cx.quantities);
+    setup.methods.iter().copied().partition(rounds)
 }

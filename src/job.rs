@@ -454,6 +454,7 @@ impl Job<'_> {
             calibration,
             cx: MethodContext::new(options.target, Vec::new(), options.settings.clone()),
             solver: self.context().setting(&allocate::INFO, "solver")?,
+            asks_all: options.budget.thorough || options.selection.only.is_some(),
         };
         compress::compress(&bench, exact, &request, warnings)
     }

@@ -238,6 +238,12 @@ pub trait Method: Sync {
         true
     }
 
+    /// Whether all it does is to store and multiply numbers in fewer bits. What that loses follows from each layer, and it
+    /// proposes in little time: such methods are asked first, and others only where these do not do.
+    fn rounds_only(&self) -> bool {
+        false
+    }
+
     /// The oldest operator set with everything it writes. Older models are upgraded to it where a budget is given that the
     /// method may serve.
     fn operator_set(&self) -> i64 {

@@ -143,6 +143,10 @@ impl Method for Quantize {
         &INFO
     }
 
+    fn rounds_only(&self) -> bool {
+        true
+    }
+
     fn serves(&self, quantities: &[Quantity]) -> bool {
         quantities.iter().any(|m| matches!(m, Quantity::Size | Quantity::Latency))
     }

@@ -127,12 +127,18 @@ impl Method for QuantizeDynamic {
         &INFO
     }
 
+    fn rounds_only(&self) -> bool {
+        true
+    }
+
     fn serves(&self, quantities: &[Quantity]) -> bool {
         quantities.contains(&Quantity::Latency)
     }
 
     fn needs(&self, cx: &MethodContext) -> Needs {
-        Needs { ranges: cx.quantities.contains(&Quantity::Latency), ..Needs::default() }
+        // A plan of a size that turns out to be slow is looked beyond.
+        let may_serve = cx.quantities.iter().any(|q| matches!(q, Quantity::Latency | Quantity::Size));
+        Needs { ranges: may_serve, ..Needs::default() }
     }
 
     fn edit_codec(&self) -> Option<EditCodec> {

@@ -42,6 +42,8 @@ def optimize(
     max_drop: float | None = None,
     minimize: Quantity | None = None,
     metric: str | None = None,
+    thorough: bool = False,
+    allow_slower: bool = False,
     auto: bool = False,
     time: str | None = None,
     pareto: StrPath | None = None,
@@ -97,6 +99,8 @@ def optimize(
         max_drop: The largest drop of the metric on held-out samples.
         minimize: What becomes as little as ``max_drop`` allows where no share is given.
         metric: What is measured on held-out samples.
+        thorough: Ask every lossy method, even where rounding alone keeps to the budget and loses next to nothing.
+        allow_slower: Where latency is not limited, take the plan that loses least even if it is slower than the original.
         auto: Try the recipes that the model suggests and write the best that ``max_drop`` allows.
         time: Time after which ``auto`` starts no other recipe: ``"10m"``.
         pareto: A folder for every model that no other beats in both what is saved and what is lost.

@@ -39,6 +39,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "max_drop": (float, "The largest drop of the metric on held-out samples."),
     "minimize": (str, "What becomes as little as max_drop allows where no share is given."),
     "metric": (str, "What is measured on held-out samples."),
+    "thorough": (bool, "Ask every lossy method, even where rounding alone loses next to nothing."),
+    "allow_slower": (bool, "Where latency is not limited, take the plan that loses least even if it is slower."),
     "auto": (bool, "Try the recipes that the model suggests and write the best that max_drop allows."),
     "time": (str, "Time after which auto starts no other recipe: 10m."),
     "passes": (list[str], "Run only these passes."),

@@ -160,6 +160,8 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
             minimize: args.minimize.unwrap_or_default().into(),
             max_drop: args.max_drop,
             metric: args.metric.clone(),
+            thorough: args.thorough,
+            allow_slower: args.allow_slower,
         },
         precision: precision(args)?,
         calib_select: args.calib_select,

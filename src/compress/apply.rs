@@ -35,7 +35,7 @@ impl Candidates<'_> {
     pub fn apply(&self, model: &Model, plan: &Plan) -> Result<Applied, Failure> {
         let mut result = model.clone();
         let mut records = self.records.clone();
-        let cx = self.cx.with_calibration(&self.calibration);
+        let cx = self.cx.with_calibration(&self.calibrated.calibration);
         let decisions = self.decisions(plan);
         let mut edits: Vec<Decision<'_>> = decisions.iter().copied().filter(|d| d.candidate().is_some()).collect();
         // What reaches over several layers goes first: the others work on what it leaves of theirs.
@@ -51,7 +51,7 @@ impl Candidates<'_> {
             if stage > 0 {
                 again = Some(self.calibrate_again(&result, &edits)?);
             }
-            let cx = cx.with_calibration(again.as_ref().unwrap_or(&self.calibration));
+            let cx = cx.with_calibration(again.as_ref().unwrap_or(&self.calibrated.calibration));
             edit(&mut result, &mut records, &edits, &cx)?;
         }
         self.refuse_what_is_not_used(&mut records);
@@ -69,7 +69,7 @@ impl Candidates<'_> {
         let (layers, _) = weights(&variant.graph);
         let changes = |w: &&Weight| edits.iter().any(|edit| edit.region.footprint().contains(&w.value));
         let changed: Vec<&Weight> = layers.iter().filter(changes).collect();
-        Ok(self.calibration.again(variant, &changed)?)
+        Ok(self.calibrated.calibration.again(variant, &changed)?)
     }
 
     /// Records the methods that nothing was taken of, though they had something to offer.

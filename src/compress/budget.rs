@@ -18,6 +18,10 @@ pub struct Budget {
     /// Time in which to look for a budget that the allowed drop permits, where it does not permit the one that is given;
     /// none where it is zero.
     pub advice: Duration,
+    /// Whether every method is asked, even where rounding alone keeps to the budgets and loses next to nothing.
+    pub thorough: bool,
+    /// Whether a result may be slower than the original where latency is not limited.
+    pub allow_slower: bool,
 }
 
 /// Time that a refused budget is worth unless told.

@@ -42,18 +42,13 @@ pub(super) struct Calibrated<'a> {
     /// Rows of all products with every weight in one run.
     pub rows: BTreeMap<ValueId, u64>,
     /// Holds the statistics where the user has no data folder.
-    scratch: TempDir,
+    _scratch: TempDir,
 }
 
 impl<'a> Calibrated<'a> {
     /// What methods may know now.
     pub fn context<'c>(&'c self, cx: &MethodContext<'c>) -> MethodContext<'c> {
         cx.with_calibration(&self.calibration).with_rows(self.rows.clone())
-    }
-
-    /// The calibration, and what it lies in.
-    pub fn into_parts(self) -> (Calibration<'a>, TempDir) {
-        (self.calibration, self.scratch)
     }
 }
 
@@ -96,7 +91,7 @@ pub(super) fn calibrate<'a>(
         products.map(|tap| rows_of(&facts, &bindings, tap)).sum()
     };
     let rows = layers.iter().map(|weight| (weight.value, rows(weight))).collect();
-    Ok(Calibrated { calibration, sensitivities, rows, scratch })
+    Ok(Calibrated { calibration, sensitivities, rows, _scratch: scratch })
 }
 
 /// What layers read and give on the calibration set.

@@ -1,6 +1,6 @@
 //! Candidates with their prices: regions of the model, what every method offers for each, and how regions nest.
 
-use super::{calibration::Calibration, uncovered::Uncovered};
+use super::{calibrate::Calibrated, uncovered::Uncovered};
 use crate::{Failure, PassRecord};
 use lathe_ir::{Model, ValueId};
 use lathe_passes::{
@@ -10,8 +10,10 @@ use lathe_passes::{
     },
 };
 use lathe_runtime::Distance;
-use std::collections::{BTreeMap, BTreeSet};
-use tempfile::TempDir;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+};
 
 /// Reasons of methods that a refusal names.
 const MOST_REASONS: usize = 3;
@@ -23,17 +25,14 @@ pub(super) struct Candidates<'a> {
     pub records: BTreeMap<&'static str, PassRecord>,
     /// Why methods cannot do what settings ask of them.
     pub unmet: BTreeMap<&'static str, String>,
-    pub calibration: Calibration<'a>,
+    pub calibrated: Rc<Calibrated<'a>>,
     pub cx: MethodContext<'a>,
-    /// Whether it is known how the outputs answer to errors of any layer.
-    pub is_known: bool,
     /// What is in no region.
     pub uncovered: Vec<Uncovered>,
-    /// Holds the statistics where the user has no data folder.
-    pub _scratch: TempDir,
 }
 
 /// Values that would change together, with the sites of all methods that have them as footprint.
+#[derive(Clone)]
 pub(super) struct Region {
     /// At least one.
     pub offers: Vec<Offer>,
@@ -42,6 +41,7 @@ pub(super) struct Region {
 }
 
 /// What one method offers for a region.
+#[derive(Clone)]
 pub(super) struct Offer {
     pub method: &'static dyn Method,
     pub site: Site,
@@ -60,6 +60,7 @@ pub(super) struct Offer {
 pub(super) type UnderEffect<'t> = Option<&'t [Option<NestedCost>]>;
 
 /// The regions inside another one where a candidate of that one is carried out.
+#[derive(Clone)]
 pub(super) struct Nested {
     /// By region, what the site of every offer takes then, if it is still a site.
     costs: BTreeMap<usize, Vec<Option<NestedCost>>>,
@@ -93,6 +94,7 @@ impl Nested {
 }
 
 /// Which regions lie in which: a region lies in the smallest one with all of its footprint and more.
+#[derive(Clone)]
 pub(super) struct Nesting {
     pub roots: Vec<usize>,
     pub inner: Vec<Vec<usize>>,
@@ -297,15 +299,21 @@ impl Candidates<'_> {
         let names = |model: &Model| -> BTreeSet<String> {
             model.graph.main().outputs().iter().map(|&v| model.graph.value(v).name.clone()).collect()
         };
-        if !self.is_known || !names(&self.calibration.model).is_subset(&names(variant)) {
+        let calibration = &self.calibrated.calibration;
+        if !self.is_known() || !names(&calibration.model).is_subset(&names(variant)) {
             return Ok(None);
         }
-        Ok(Some(self.calibration.loss_of(variant)?))
+        Ok(Some(calibration.loss_of(variant)?))
+    }
+
+    /// Whether it is known how the outputs answer to errors of any layer.
+    pub fn is_known(&self) -> bool {
+        self.calibrated.sensitivities.is_known
     }
 
     /// A loss as people say it.
     pub fn describe_loss(&self, loss: f64) -> String {
-        match self.calibration.distance {
+        match self.calibrated.calibration.distance {
             Distance::Relative => format!("a relative L2 error of {:.2e}", loss.max(0.0).sqrt()),
             Distance::Divergence => format!("a divergence of {loss:.2e} nats"),
         }

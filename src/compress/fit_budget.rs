@@ -37,6 +37,9 @@ const BISECTIONS: usize = 4;
 const UNLIKE: f64 = 8.0;
 const NOTICEABLE: f64 = 1e-3;
 
+/// What methods that only round may lose for no other to be asked: half of what would be noticed.
+const UNNOTICED: f64 = NOTICEABLE / 2.0;
+
 /// Parts of a budget whose plans are tried where the prediction of its own is doubted.
 const TIGHTER: [f64; 4] = [0.9, 0.8, 0.65, 0.5];
 
@@ -60,6 +63,11 @@ enum GoalKind {
 }
 
 impl Goal {
+    /// Whether the least loss within shares is looked for, of which rounding may leave next to nothing.
+    pub fn may_stop_early(&self) -> bool {
+        self.kind == GoalKind::WithinShares
+    }
+
     /// Without shares, what settings ask for; without that either, as little as the allowed drop permits.
     pub fn of(request: &Request<'_>) -> Goal {
         let mut shares = request.budget.shares();
@@ -141,15 +149,7 @@ pub(super) fn fit(
     if let Some((method, reason)) = unmet {
         return Err(Failure::Refused(format!("`{method}` cannot do what is asked: {reason}")));
     }
-    let mut limits = Vec::new();
-    for &(quantity, share) in &goal.shares {
-        let (original, exact) = bench.totals(quantity, exact)?;
-        if quantity == Quantity::Latency {
-            candidates.scale_latency(MOST_OF_LATENCY * exact);
-        }
-        let baseline = candidates.baseline().of(quantity);
-        limits.push(Limit { quantity, share, original, exact, baseline });
-    }
+    let limits = limits(bench, exact, &mut candidates, &goal.shares)?;
     let uses_up = goal.kind != GoalKind::SmallestShare;
     let fit = Fit { bench, exact, candidates: &candidates, request, uses_up };
     if goal.kind == GoalKind::SmallestShare {
@@ -162,6 +162,102 @@ pub(super) fn fit(
         return Err(Failure::Refused(failed));
     }
     Err(Failure::Refused(format!("{failed}{}", fit.what_passes(&limits)?)))
+}
+
+/// The shares with what the original and the candidates take.
+fn limits(
+    bench: &Bench<'_>,
+    exact: &Exact<'_>,
+    candidates: &mut Candidates<'_>,
+    shares: &[(Quantity, f64)],
+) -> Result<Vec<Limit>, Failure> {
+    let mut limits = Vec::new();
+    for &(quantity, share) in shares {
+        let (original, exact) = bench.totals(quantity, exact)?;
+        if quantity == Quantity::Latency {
+            candidates.scale_latency(MOST_OF_LATENCY * exact);
+        }
+        let baseline = candidates.baseline().of(quantity);
+        limits.push(Limit { quantity, share, original, exact, baseline });
+    }
+    Ok(limits)
+}
+
+/// A result of candidates that only round, if it keeps to the budgets and loses so little, as predicted and as measured, that
+/// nobody would notice what others may gain.
+pub(super) fn fit_unnoticed(
+    bench: &Bench<'_>,
+    exact: &Exact<'_>,
+    mut candidates: Candidates<'_>,
+    goal: &Goal,
+    request: &Request<'_>,
+) -> Result<Option<Fitted>, Failure> {
+    if !candidates.is_known() || candidates.regions.is_empty() {
+        return Ok(None);
+    }
+    let limits = limits(bench, exact, &mut candidates, &goal.shares)?;
+    let fit = Fit { bench, exact, candidates: &candidates, request, uses_up: true };
+    let Ok(attempts) = Attempts::new(&fit, &limits) else { return Ok(None) };
+    let Some(predicted) = attempts.predicted() else { return Ok(None) };
+    if predicted > UNNOTICED {
+        return Ok(None);
+    }
+    let fitted = match fit.within(&limits) {
+        Ok(fitted) => fitted,
+        Err(Failure::Refused(_)) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let passes = fitted.verify.as_ref().is_none_or(|verify| verify.passed) && fitted.plan.objective <= UNNOTICED;
+    let lost = if passes { candidates.loss_of(&fitted.model)? } else { None };
+    Ok(Some(fitted).filter(|_| lost.is_some_and(|lost| lost <= UNNOTICED)))
+}
+
+/// Candidates that were timed, for a search among plans of which latency is the last limit.
+pub(super) struct Timed<'a, 'c> {
+    bench: &'a Bench<'a>,
+    exact: &'a Exact<'a>,
+    candidates: Candidates<'c>,
+    limits: Vec<Limit>,
+    request: &'a Request<'a>,
+}
+
+impl<'a, 'c> Timed<'a, 'c> {
+    pub fn new(
+        bench: &'a Bench<'a>,
+        exact: &'a Exact<'a>,
+        mut candidates: Candidates<'c>,
+        shares: &[(Quantity, f64)],
+        request: &'a Request<'a>,
+    ) -> Result<Timed<'a, 'c>, Failure> {
+        let limits = limits(bench, exact, &mut candidates, shares)?;
+        Ok(Timed { bench, exact, candidates, limits, request })
+    }
+
+    /// A result within the first of some rising shares of the latency whose plan is predicted to lose no more than `loss`,
+    /// or what nobody would notice, and else within the last of them; `None` where none keeps to the limits.
+    pub fn fastest(&mut self, shares: &[f64], loss: f64) -> Result<Option<Fitted>, Failure> {
+        let Timed { bench, exact, candidates, request, .. } = self;
+        let fit = Fit { bench, exact, candidates, request, uses_up: false };
+        let within = |share: f64| -> Vec<Limit> {
+            let timed = |l: &Limit| if l.quantity == Quantity::Latency { Limit { share, ..*l } } else { *l };
+            self.limits.iter().map(timed).collect()
+        };
+        let loses_little = |share: &&f64| {
+            let limits = within(**share);
+            let predicted = Attempts::new(&fit, &limits).ok().and_then(|attempts| attempts.predicted());
+            predicted.is_some_and(|predicted| predicted <= UNNOTICED.max(loss))
+        };
+        let mut tried = shares.iter().filter(loses_little).chain(shares.last());
+        // What is measured may take a little more than was reckoned: the next share then, and the last at last.
+        for &share in [tried.next(), tried.next(), shares.last()].into_iter().flatten() {
+            match fit.within(&within(share)) {
+                Ok(fitted) => return Ok(Some(fitted)),
+                Err(Failure::Refused(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// Everything that is the same for every allocation that is tried.
@@ -210,9 +306,7 @@ impl Fit<'_> {
             return Ok(self.within(limits)?.verify.is_none_or(|v| v.passed));
         }
         let attempts = Attempts::new(self, limits)?;
-        let mut budget = Limits::default();
-        limits.iter().zip(&attempts.most).for_each(|(limit, &most)| budget.set(limit.quantity, most));
-        let Ok((plan, _)) = self.candidates.choose(&budget, self.request.solver) else { return Ok(false) };
+        let Ok((plan, _)) = self.candidates.choose(&attempts.budget(), self.request.solver) else { return Ok(false) };
         let mut applied = self.candidates.apply(self.exact.model, &plan)?;
         self.bench.tidy(&mut applied.model)?;
         let staged = applied.model.stage(self.exact.target, self.exact.write)?;
@@ -348,11 +442,23 @@ impl<'a> Attempts<'a> {
         })
     }
 
+    /// What the regions may take in the next plan.
+    fn budget(&self) -> Limits {
+        let mut budget = Limits::default();
+        self.limits.iter().zip(&self.most).for_each(|(limit, &most)| budget.set(limit.quantity, most));
+        budget
+    }
+
+    /// What the next plan would lose; `None` where there is none.
+    fn predicted(&self) -> Option<f64> {
+        let chosen = self.fit.candidates.choose(&self.budget(), self.fit.request.solver);
+        chosen.ok().map(|(plan, _)| plan.objective)
+    }
+
     /// Chooses, applies and measures once.
     fn step(&mut self) -> Result<Step, Failure> {
         let Fit { bench, exact, candidates, request, .. } = *self.fit;
-        let mut budget = Limits::default();
-        self.limits.iter().zip(&self.most).for_each(|(limit, &most)| budget.set(limit.quantity, most));
+        let budget = self.budget();
         let span = |what| bench.run.progress.span(what);
         let choosing = span("choose");
         let (plan, seconds) = match candidates.choose(&budget, request.solver) {

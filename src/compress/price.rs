@@ -15,16 +15,18 @@ use lathe_passes::{
     Quantity,
     lossy::{MethodContext, Site},
 };
+use std::rc::Rc;
 
 /// Everything that can be chosen, ready for the allocator.
 pub(super) fn price<'a>(
     setup: &Setup<'a>,
     model: &Model,
-    calibrated: Calibrated<'a>,
+    calibrated: &Rc<Calibrated<'a>>,
     proposed: Proposed,
     warnings: &mut Vec<String>,
 ) -> Result<Candidates<'a>, Failure> {
-    let Proposed { mut regions, mut records, unmet } = proposed;
+    let Proposed { regions, mut records, unmet, .. } = proposed;
+    let mut regions: Vec<Region> = regions.into_values().collect();
     let cx = calibrated.context(&setup.cx);
     let listener = setup.runner.child().listener();
     if setup.cx.quantities.contains(&Quantity::Latency) {
@@ -41,18 +43,7 @@ pub(super) fn price<'a>(
     let offered: Vec<&Site> =
         regions.iter().filter(|region| region.candidates().next().is_some()).map(Region::site).collect();
     let uncovered = uncovered(model, &offered);
-    let is_known = calibrated.sensitivities.is_known;
-    let (calibration, scratch) = calibrated.into_parts();
-    Ok(Candidates {
-        uncovered,
-        cx: setup.cx.clone(),
-        regions,
-        records,
-        unmet,
-        calibration,
-        is_known,
-        _scratch: scratch,
-    })
+    Ok(Candidates { uncovered, cx: setup.cx.clone(), regions, records, unmet, calibrated: Rc::clone(calibrated) })
 }
 
 /// Asks what every region takes where a candidate of one around it is carried out.

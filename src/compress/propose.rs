@@ -7,27 +7,37 @@ use super::{
 };
 use crate::{Failure, PassRecord};
 use lathe_ir::{Model, ValueId};
-use lathe_passes::lossy::{self, Method};
+use lathe_passes::lossy::{self, Candidate, Method};
 use lathe_runtime::RunEvent;
 use std::{collections::BTreeMap, time::Instant};
 
-/// The sites of all methods by region, and what each method said.
+/// The sites of all methods that were asked, by region, and what each method said.
+#[derive(Clone, Default)]
 pub(super) struct Proposed {
-    pub regions: Vec<Region>,
+    /// By what would change.
+    pub regions: BTreeMap<Vec<ValueId>, Region>,
     pub records: BTreeMap<&'static str, PassRecord>,
     /// Why methods cannot do what settings ask of them.
     pub unmet: BTreeMap<&'static str, String>,
+    /// What was proposed for constants alone, by which those that come later know what they have to beat.
+    incumbents: BTreeMap<ValueId, Vec<Candidate>>,
 }
 
-/// Asks every method, in order: those that come later know what was proposed before them.
-pub(super) fn propose(setup: &Setup<'_>, model: &Model, calibrated: &Calibrated<'_>) -> Result<Proposed, Failure> {
+/// Asks some methods, in order, beside what others proposed before them.
+pub(super) fn propose(
+    setup: &Setup<'_>,
+    model: &Model,
+    calibrated: &Calibrated<'_>,
+    methods: &[&'static dyn Method],
+    before: Proposed,
+) -> Result<Proposed, Failure> {
+    let Proposed { mut regions, mut records, mut unmet, incumbents } = before;
     let mut cx = calibrated.context(&setup.cx);
-    let mut regions: BTreeMap<Vec<ValueId>, Region> = BTreeMap::new();
-    let (mut records, mut unmet) = (BTreeMap::new(), BTreeMap::new());
+    cx.incumbents = incumbents;
     let listener = setup.runner.child().listener();
-    for (at, &method) in setup.methods.iter().enumerate() {
+    for &method in methods {
         Failure::if_stopped(listener)?;
-        listener.tell(&RunEvent::Part(at, setup.methods.len(), method.info().name.to_owned()));
+        listener.tell(&RunEvent::Part(records.len(), setup.methods.len(), method.info().name.to_owned()));
         let start = Instant::now();
         let _span = listener.span(method.info().name);
         let proposal = lossy::propose(method, model, &cx)?;
@@ -55,7 +65,22 @@ pub(super) fn propose(setup: &Setup<'_>, model: &Model, calibrated: &Calibrated<
         }
         records.insert(method.info().name, record(method, outcome, start));
     }
-    Ok(Proposed { regions: regions.into_values().collect(), records, unmet })
+    Ok(Proposed { regions, records, unmet, incumbents: cx.incumbents })
+}
+
+/// Why methods are not asked whose gain nobody would notice.
+const UNNOTICED: &str = "rounding alone keeps to the budget and loses next to nothing; --thorough asks this method too";
+
+impl Proposed {
+    /// Records that some methods were not asked.
+    pub fn without(mut self, methods: &[&'static dyn Method]) -> Proposed {
+        for &method in methods {
+            let mut record = PassRecord::new(method.info());
+            record.outcome.refuse(UNNOTICED, "the model");
+            self.records.insert(method.info().name, record);
+        }
+        self
+    }
 }
 
 fn record(method: &dyn Method, outcome: lathe_passes::Outcome, start: Instant) -> PassRecord {

@@ -8,6 +8,7 @@ use lathe_passes::{
 use lathe_runtime::{BenchInputs, Distance, LoadOptions, Provider, SetSpec};
 
 /// Everything that candidates depend on besides the model.
+#[derive(Clone)]
 pub(super) struct Setup<'a> {
     pub runner: &'a Runner,
     /// What methods may know before anything is calibrated.

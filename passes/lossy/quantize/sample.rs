@@ -81,7 +81,8 @@ pub(super) fn joint_moments(weight: &Weight, seen: &LayerStatistics, importances
         joint += square(gram) * faer::Scale(1.0 / output);
     }
     // What picks rows reads every feature alone.
-    for (tap, importance) in weight.taps.iter().zip(importances).filter(|(tap, _)| tap.rows.is_none()) {
+    let of_taps = weight.taps.iter().zip(importances);
+    for (_, importance) in of_taps.filter(|(tap, _)| tap.rows.is_none()) {
         (0..k).for_each(|i| joint[(i, i)] += importance.inputs[i] / importance.output);
     }
     joint

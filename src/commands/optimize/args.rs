@@ -139,6 +139,14 @@ pub(crate) struct OptimizeArgs {
     #[arg(long, value_name = "WHAT", conflicts_with_all = ["size", "params", "flops", "latency"])]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub minimize: Option<Minimize>,
+    /// Ask every lossy method, even where rounding alone keeps to the budget and loses next to nothing.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub thorough: bool,
+    /// Where latency is not limited, take the plan that loses least even if the result is slower than the original.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_slower: bool,
     /// Try the recipes that the model's features suggest, each as a job of its own, and write the best that --max-drop
     /// allows; what was found is remembered for models alike. Needs --calib.
     #[arg(long, conflicts_with_all = ["size", "params", "flops", "latency", "no_verify", "dry_run"])]
