@@ -434,6 +434,7 @@ impl Job<'_> {
             let name = method.info().name;
             options.selection.admits(name) && self.methods.as_ref().is_none_or(|methods| methods.contains(&name))
         };
+        let passes = self.context();
         let bench = Bench {
             runner: self.runner,
             run: &options.run,
@@ -443,7 +444,7 @@ impl Job<'_> {
                 true => BenchInputs::Set(calibration.clone()),
                 false => BenchInputs::Random(options.run.inputs.clone()),
             },
-            passes: self.context(),
+            passes: &passes,
             set: self.set.clone(),
             verify: options.verify,
         };

@@ -19,6 +19,7 @@ use coded::Coding;
 use importance::{Importance, importances, joint};
 use lathe_ir::{Graph, Model};
 use sample::{Sample, joint_moments};
+use std::collections::BTreeMap;
 
 /// Stores weights as 4-bit or 8-bit blocks.
 pub struct Quantize;
@@ -77,6 +78,8 @@ fn site(graph: &Graph, work: &Work<'_>, target: Target) -> Result<Site, &'static
     let baseline = matrix.len() as u64 * 4;
     let mut candidates = Vec::new();
     let sample = seen.as_ref().and_then(|seen| Sample::of(&matrix, work, seen, &joint));
+    // Blocks of other sizes gain about as much.
+    let mut gains: BTreeMap<usize, Option<Vec<f64>>> = BTreeMap::new();
     for &scheme in schemes(weight) {
         let cost = scheme.cost(&layout, blocks::are_whole(graph, weight, scheme.block, target));
         if cost.bytes >= baseline {
@@ -89,9 +92,9 @@ fn site(graph: &Graph, work: &Work<'_>, target: Target) -> Result<Site, &'static
             total / tap.output
         };
         let plain: Vec<f64> = importances.iter().map(lost).collect();
-        let gains = sample.as_ref().map(|sample| sample.gains(scheme));
-        let fitted: Option<Vec<f64>> =
-            gains.map(|gains| plain.iter().zip(gains).map(|(lost, gain)| lost * gain).collect());
+        let gains = gains.entry(scheme.bits).or_insert_with(|| Some(sample.as_ref()?.gains(scheme)));
+        let fitted = gains.as_ref().map(|gains| plain.iter().zip(gains).map(|(lost, gain)| lost * gain));
+        let fitted: Option<Vec<f64>> = fitted.map(Iterator::collect);
         let fitted = fitted.filter(|fitted| fitted.iter().sum::<f64>() < plain.iter().sum());
         let coding = Coding { scheme, fitted: fitted.is_some() };
         let loss = Loss::PerTap(fitted.unwrap_or(plain).iter().map(|lost| lost.sqrt()).collect());

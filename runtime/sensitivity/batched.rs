@@ -2,8 +2,9 @@
 //!
 //! A copy of the model gets one input more, a table of amplitudes with one column per probed value. One sample runs at a
 //! time, as a batch of rows with different amplitudes beside a first row without any, and the distance of their outputs
-//! from the first row's is computed in the graph. So one session and a few batches serve hundreds of values. What comes
-//! before the first disturbed value is the same in all rows, and is computed once: the sum with the errors makes the rows.
+//! from the first row's is computed in the graph. So a few sessions and batches serve hundreds of values. What comes before
+//! the first disturbed value is the same in all rows, and is computed once: the sum with the errors makes the rows. Values
+//! are therefore disturbed by some neighbours in the model at a time, each in a copy of its own.
 
 use super::{
     AMPLITUDE, Task, counted_names,
@@ -33,8 +34,11 @@ const MOST_ROUNDS: usize = 64;
 /// Bytes of inputs at most.
 const MOST_BYTES: usize = 256 << 20;
 
+/// Copies of the model at most: each is loaded once more, and computes once what comes before its first error.
+const COPIES: usize = 6;
+
 /// What results depend on besides what is asked.
-pub(super) const SETTINGS: (usize, usize, usize) = (BATCH, PASSES, MOST_ROUNDS);
+pub(super) const SETTINGS: (usize, usize, usize, usize) = (BATCH, PASSES, MOST_ROUNDS, COPIES);
 
 /// The input of amplitudes.
 const INPUT: &str = "probe_amplitudes";
@@ -101,92 +105,81 @@ pub(super) fn disturbed(
     samples: &DimExpr,
     rows: RowsOrigin,
 ) -> Result<Vec<Option<f64>>, StatisticsError> {
-    let mut copy = Copy::new(task, samples, rows);
-    // Neighbours in the model share a batch, so that much comes before the first of them.
     let graph = &task.model.graph;
     let outputs = graph.nodes(ScopeId::MAIN).flat_map(|id| graph.node(id).outputs().iter().flatten());
     let places: BTreeMap<ValueId, usize> = outputs.enumerate().map(|(place, &value)| (value, place + 1)).collect();
     let mut order: Vec<usize> = (0..task.probes.len()).collect();
     order.sort_by_key(|&index| places.get(&task.values[index]));
-    let mut columns = Vec::new();
-    for index in order {
+    let error = |index: usize| {
         let error = InjectedError::of(task.facts, task.values[index], &task.probes[index]);
-        if let Some(error) = error.filter(|error| error.is_per_sample(task.facts, samples)) {
-            copy.disturb(&error, columns.len());
-            columns.push(index);
-        }
-    }
+        error.filter(|error| error.is_per_sample(task.facts, samples)).map(|error| (index, error))
+    };
+    let errors: Vec<(usize, InjectedError)> = order.into_iter().filter_map(error).collect();
     let mut rises = vec![None; task.probes.len()];
-    let outputs = if columns.is_empty() { None } else { copy.finish(task, columns.len()) };
-    let Some(outputs) = outputs else { return Ok(rises) };
-    let failed = |source| StatisticsError::Io { path: std::env::temp_dir(), source };
-    let scratch = tempfile::tempdir().map_err(failed)?;
-    let (path, inputs) = (scratch.path().join("probe.onnx"), scratch.path().join("probe.npz"));
-    let rounds = write_inputs(&inputs, task, columns.len(), &mut copy)?;
-    copy.edit.model.graph.sort().expect("what is added needs only what was there");
-    copy.edit.model.write_linked(&path)?;
-    let set = SetSpec { batch: Some(1), ..SetSpec::all(&inputs) };
-    let load = LoadOptions { lean: true, ..task.options.load.clone() };
-    let job = GatherJob { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: outputs };
-    let gathered = (task.runs.gather)(&job)?;
-    let [sums, finite] = gathered.direct.as_slice() else { return Ok(rises) };
-    if finite.iter().sum::<f64>() == 0.0 {
-        return Err(StatisticsError::NotFinite { outputs: list(&counted_names(task)) });
-    }
-    for (&index, &sum) in columns.iter().zip(sums) {
-        // The sum is of distances times amplitudes, and one row of every round has this amplitude.
-        let rise = sum / AMPLITUDE.powi(3) / rounds as f64;
-        rises[index] = rise.is_finite().then_some(rise.max(0.0));
+    let copies = if rows == RowsOrigin::FromErrors { COPIES } else { 1 };
+    let groups: Vec<&[(usize, InjectedError)]> = errors.chunks(BATCH - 1).collect();
+    let schedule = Schedule::new(task, groups.len())?;
+    let mut first = 0;
+    for part in groups.chunks(groups.len().div_ceil(copies).max(1)) {
+        let mut copy = Copy::new(task, samples, rows);
+        let columns: Vec<usize> = part.iter().flat_map(|group| group.iter().map(|(index, _)| *index)).collect();
+        part.iter().flat_map(|group| group.iter()).enumerate().for_each(|(at, (_, error))| copy.disturb(error, at));
+        let Some(outputs) = copy.finish(task, columns.len()) else { return Ok(rises) };
+        let sums = copy.run(task, &schedule, (first, columns.len()), outputs)?;
+        let Some(sums) = sums else { return Ok(rises) };
+        for (&index, &sum) in columns.iter().zip(&sums) {
+            // The sum is of distances times amplitudes, and one row of every round has this amplitude.
+            let rise = sum / AMPLITUDE.powi(3) / schedule.rounds as f64;
+            rises[index] = rise.is_finite().then_some(rise.max(0.0));
+        }
+        first += part.len();
     }
     Ok(rises)
 }
 
-/// The samples that run, and for each the amplitudes of its `BATCH` rows, the first undisturbed, until every column had
-/// its turn, and all that in several rounds on other samples. Returns the rounds.
-fn write_inputs(path: &Path, task: &Task<'_>, columns: usize, copy: &mut Copy) -> Result<usize, StatisticsError> {
-    let failed = |source| StatisticsError::Io { path: path.to_owned(), source };
-    let groups = columns.div_ceil(BATCH - 1);
-    let samples = one_by_one(task)?;
-    let mut reader = samples.batches();
-    let Some(first) = reader.next().transpose()? else { return Ok(1) };
-    let sample_bytes: usize = first.inputs.iter().map(|(_, tensor)| tensor.byte_len()).sum();
-    let rounds = (PASSES * samples.len() / (groups * BATCH))
-        .min(MOST_BYTES / (groups * sample_bytes.max(1)))
-        .clamp(1, MOST_ROUNDS);
-    let batches = groups * rounds;
-    let mut chosen = vec![first.inputs];
-    // Files of a set may hold samples of other sizes, which one array cannot.
-    let shapes = |sample: &Sample| -> Vec<(String, Vec<usize>)> {
-        sample.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect()
-    };
-    let expected = shapes(&chosen[0]);
-    for batch in reader {
-        let sample = batch?.inputs;
-        if shapes(&sample) == expected {
-            chosen.push(sample);
+/// Which sample runs with the errors of which group of columns: all groups have their turn, and all that in several rounds
+/// on other samples.
+struct Schedule {
+    groups: usize,
+    rounds: usize,
+    /// At least one, all of one shape.
+    samples: Vec<Sample>,
+}
+
+impl Schedule {
+    fn new(task: &Task<'_>, groups: usize) -> Result<Schedule, StatisticsError> {
+        let set = one_by_one(task)?;
+        let mut reader = set.batches();
+        let Some(first) = reader.next().transpose()? else {
+            return Ok(Schedule { groups, rounds: 1, samples: Vec::new() });
+        };
+        let sample_bytes: usize = first.inputs.iter().map(|(_, tensor)| tensor.byte_len()).sum();
+        let rounds = (PASSES * set.len() / (groups * BATCH).max(1))
+            .min(MOST_BYTES / (groups * sample_bytes).max(1))
+            .clamp(1, MOST_ROUNDS);
+        let mut samples = vec![first.inputs];
+        // Files of a set may hold samples of other sizes, which one array cannot.
+        let shapes = |sample: &Sample| -> Vec<(String, Vec<usize>)> {
+            sample.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect()
+        };
+        let expected = shapes(&samples[0]);
+        for batch in reader {
+            if samples.len() == groups * rounds {
+                break;
+            }
+            let sample = batch?.inputs;
+            if shapes(&sample) == expected {
+                samples.push(sample);
+            }
         }
-        if chosen.len() == batches {
-            break;
-        }
+        Ok(Schedule { groups, rounds, samples })
     }
-    let mut npz = NpzWriter::create(path).map_err(failed)?;
-    for (at, (name, tensor)) in chosen[0].iter().enumerate() {
-        // Where samples come again, they come to other columns.
-        let all = (0..batches).map(|batch| &chosen[(batch + batch / chosen.len()) % chosen.len()][at].1);
-        npz.add(name, &stacked(&all.collect::<Vec<_>>())).map_err(failed)?;
-        copy.states(name, tensor);
+
+    /// The sample of a group in a round. Where samples come again, they come to other columns.
+    fn sample(&self, round: usize, group: usize) -> &Sample {
+        let batch = round * self.groups + group;
+        &self.samples[(batch + batch / self.samples.len()) % self.samples.len()]
     }
-    let mut table = vec![0f32; batches * BATCH * columns];
-    for round in 0..rounds {
-        for column in 0..columns {
-            let row = (round * groups + column / (BATCH - 1)) * BATCH + 1 + column % (BATCH - 1);
-            table[row * columns + column] = AMPLITUDE as f32;
-        }
-    }
-    let name = copy.edit.model.graph.value(copy.table).name.clone();
-    npz.add(&name, &Tensor::from_f32s(&[batches, BATCH, columns], &table)).map_err(failed)?;
-    npz.finish().map_err(failed)?;
-    Ok(rounds)
 }
 
 /// Tensors of one shape along a new first axis: each is a run of its own.
@@ -238,6 +231,56 @@ impl Copy {
         let zero = edit.constant(Tensor::from_f32s(&[], &[0.0]));
         let disturbs = edit.op(Node::new("Greater"), &[amplitudes, zero]);
         Copy { edit, table, disturbs }
+    }
+
+    /// The sums of every column, over the batches of all groups of columns from the first on; `None` where they were not
+    /// told.
+    fn run(
+        mut self,
+        task: &Task<'_>,
+        schedule: &Schedule,
+        (first, columns): (usize, usize),
+        outputs: Vec<Output>,
+    ) -> Result<Option<Vec<f64>>, StatisticsError> {
+        let failed = |source| StatisticsError::Io { path: std::env::temp_dir(), source };
+        let scratch = tempfile::tempdir().map_err(failed)?;
+        let (path, inputs) = (scratch.path().join("probe.onnx"), scratch.path().join("probe.npz"));
+        self.write_inputs(&inputs, schedule, first, columns)
+            .map_err(|source| StatisticsError::Io { path: inputs.clone(), source })?;
+        self.edit.model.graph.sort().expect("what is added needs only what was there");
+        self.edit.model.write_linked(&path)?;
+        let set = SetSpec { batch: Some(1), ..SetSpec::all(&inputs) };
+        let load = LoadOptions { lean: true, ..task.options.load.clone() };
+        let job =
+            GatherJob { model: path, set, first_only: false, options: load, entries: Vec::new(), direct: outputs };
+        let mut gathered = (task.runs.gather)(&job)?;
+        let [_, finite] = gathered.direct.as_slice() else { return Ok(None) };
+        if finite.iter().sum::<f64>() == 0.0 {
+            return Err(StatisticsError::NotFinite { outputs: list(&counted_names(task)) });
+        }
+        Ok(Some(gathered.direct.swap_remove(0)))
+    }
+
+    /// The samples that run, and for each the amplitudes of its `BATCH` rows, the first undisturbed.
+    fn write_inputs(&mut self, path: &Path, schedule: &Schedule, first: usize, columns: usize) -> std::io::Result<()> {
+        let groups = columns.div_ceil(BATCH - 1);
+        let (rounds, batches) = (schedule.rounds, schedule.rounds * groups);
+        let mut npz = NpzWriter::create(path)?;
+        for (at, (name, tensor)) in schedule.samples.first().into_iter().flatten().enumerate() {
+            let all = (0..batches).map(|b| &schedule.sample(b / groups, first + b % groups)[at].1);
+            npz.add(name, &stacked(&all.collect::<Vec<_>>()))?;
+            self.states(name, tensor);
+        }
+        let mut table = vec![0f32; batches * BATCH * columns];
+        for round in 0..rounds {
+            for column in 0..columns {
+                let row = (round * groups + column / (BATCH - 1)) * BATCH + 1 + column % (BATCH - 1);
+                table[row * columns + column] = AMPLITUDE as f32;
+            }
+        }
+        let name = self.edit.model.graph.value(self.table).name.clone();
+        npz.add(&name, &Tensor::from_f32s(&[batches, BATCH, columns], &table))?;
+        npz.finish()
     }
 
     /// Says which shape an input has in every run.

@@ -15,7 +15,7 @@ use lathe_passes::{
     Pass, PassContext, Quantity,
     exact::{DropDead, DropNoopLayout},
 };
-use lathe_runtime::{BenchInputs, Distance, SetSpec, Timings, metrics};
+use lathe_runtime::{BenchInputs, Distance, SampleSet, SetSpec, Timings, metrics};
 use std::path::Path;
 
 /// How often sessions are made anew to time one of several attempts.
@@ -25,6 +25,7 @@ const ATTEMPT_SITTINGS: usize = 3;
 const UNTIMED: &str = "the latency cannot be measured";
 
 /// Runs, times and judges models beside the original.
+#[derive(Clone)]
 pub(crate) struct Bench<'a> {
     pub runner: &'a Runner,
     pub run: &'a RunOptions,
@@ -34,7 +35,7 @@ pub(crate) struct Bench<'a> {
     pub seconds: f64,
     pub inputs: BenchInputs,
     /// What exact passes that tidy a result may know.
-    pub passes: PassContext<'a>,
+    pub passes: &'a PassContext<'a>,
     /// What results are measured on, and what it is called; `None` where there is no set.
     pub set: Option<(SetSpec, &'static str)>,
     /// Whether results are measured there.
@@ -73,6 +74,16 @@ impl Bench<'_> {
     pub fn latency(&self, candidate: &Path, timings: &Timings) -> Result<Latency, Failure> {
         let _span = self.run.progress.span("time loading");
         Ok(self.measurement(&[self.original, candidate]).of(timings).context(UNTIMED)?)
+    }
+
+    /// The same where one sample runs at a time, if samples can and no sizes are given.
+    pub fn at_one_sample(&self, model: &Model) -> Bench<'_> {
+        let one = |set: &SetSpec| SetSpec { batch: Some(1), ..set.clone() };
+        let inputs = match &self.inputs {
+            BenchInputs::Set(set) if SampleSet::open(&one(set), model).is_ok() => BenchInputs::Set(one(set)),
+            given => given.clone(),
+        };
+        Bench { inputs, ..self.clone() }
     }
 
     fn measurement<'m>(&'m self, models: &'m [&'m Path]) -> Measurement<'m> {
@@ -116,7 +127,7 @@ impl Bench<'_> {
     pub fn tidy(&self, model: &mut Model) -> Result<(), Failure> {
         let passes: [&dyn Pass; 2] = [&DropNoopLayout, &DropDead];
         for pass in passes {
-            pass.apply(model, &self.passes)?;
+            pass.apply(model, self.passes)?;
         }
         model.check().context("the result is not a valid model; this is a fault of this program")?;
         Ok(())

@@ -45,6 +45,7 @@ impl Settled<'_, '_> {
         if is_limited || self.request.budget.allow_slower || !bench.verify || !self.goal.may_stop_early() {
             return Ok(fitted);
         }
+        let bench = &bench.at_one_sample(exact.model);
         let timings = bench.time(fitted.staged.path())?;
         let Some(slower) = slower(&timings) else { return Ok(fitted) };
         let _span = bench.run.progress.span("look for a faster plan");
@@ -74,7 +75,8 @@ impl Settled<'_, '_> {
         let mut shares = self.goal.shares.clone();
         shares.push((Quantity::Latency, 1.0));
         let quantities = shares.iter().map(|&(quantity, _)| quantity).collect();
-        let setup = Setup { cx: self.setup.cx.clone().with_quantities(quantities), ..self.setup.clone() };
+        let cx = self.setup.cx.clone().with_quantities(quantities);
+        let setup = Setup { cx, inputs: bench.inputs.clone(), ..self.setup.clone() };
         let (methods, _) = in_order(&setup);
         let mut notes = Vec::new();
         let proposed = propose(&setup, exact.model, self.calibrated, &methods, Proposed::default())?;

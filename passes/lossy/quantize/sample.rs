@@ -12,7 +12,7 @@ use faer::Mat;
 use lathe_analysis::Gram;
 
 /// Columns of a weight by which the gain of fitted rounding is told: columns are rounded each for itself.
-const SAMPLED: usize = 64;
+const SAMPLED: usize = 32;
 
 /// Some columns of a weight, with what rounding them is fitted to and judged by.
 pub(super) struct Sample {
