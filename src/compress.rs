@@ -13,6 +13,7 @@ mod fit_budget;
 mod latency_model;
 mod loss_trials;
 mod not_slower;
+mod plain;
 mod position_weights;
 mod price;
 mod propose;

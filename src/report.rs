@@ -6,7 +6,7 @@ mod precision;
 mod scores;
 
 pub use auto::{AutoPoint, AutoReport};
-pub use plan::{BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
+pub use plan::{Alternative, BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
 pub use precision::{KeptNode, PrecisionReport};
 pub use scores::OutputScores;
 

@@ -2,7 +2,7 @@
 
 use crate::{
     AutoReport, Report,
-    report::{PassLine, Verify, mib, rows},
+    report::{Alternative, PassLine, Verify, mib, rows},
     validate,
 };
 use comfy_table::{Cell, CellAlignment, Table, presets};
@@ -75,6 +75,9 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     } else {
         out.push_str("\nnot verified (--no-verify)\n");
     }
+    if let Some(plan) = &report.plan {
+        plan.alternatives.iter().for_each(|other| out.push_str(&format!("beside it: {}\n", alternative(other))));
+    }
     if let Some(latency) = &report.latency {
         out.push_str(&format!("latency, {}: {}\n", latency.setting(), latency.describe()));
     }
@@ -85,6 +88,14 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     };
     out.push_str(&format!("{wrote} · {:.2} s · {} peak\n", report.seconds, mib(report.peak_rss_bytes)));
     out
+}
+
+/// A plain alternative to the plan, in a line.
+fn alternative(other: &Alternative) -> String {
+    let takes: Vec<String> = other.takes.iter().map(|(what, share)| format!("{share:.3} of the {what}")).collect();
+    let keeps = if other.keeps { "" } else { ", beyond the budget" };
+    let how = if other.measured { "loses" } else { "is predicted to lose" };
+    format!("{} for every layer takes {}{keeps}, and {how} {:.2e}", other.name, takes.join(", "), other.loses)
 }
 
 /// The error that says most, with the bound that its output was held to.

@@ -78,6 +78,36 @@ fn a_smaller_size_loses_more_and_the_same_run_gives_the_same_bytes() {
     assert_eq!(first, fs::read(bench.path("out.onnx")).unwrap());
 }
 
+/// Why a method that was not asked offers nothing.
+const UNASKED: &str = "rounding alone keeps to the budget and loses next to nothing; --thorough asks this method too";
+
+#[test]
+fn where_rounding_loses_next_to_nothing_others_are_asked_only_if_told() {
+    let bench = bench();
+    let reasons = |options: &[&str]| -> Vec<String> {
+        let report = bench.report(options);
+        let pass = report["passes"].as_array().unwrap().iter().find(|p| p["name"] == "dictionary").unwrap().clone();
+        pass["refusals"].as_array().unwrap().iter().map(|r| r["reason"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(reasons(&["--size", "0.5"]), [UNASKED]);
+    assert!(!reasons(&["--size", "0.5", "--thorough"]).contains(&UNASKED.to_owned()));
+    // Where rounding loses more than nobody would notice, all are asked.
+    assert!(!reasons(&["--size", "0.16"]).contains(&UNASKED.to_owned()));
+}
+
+#[test]
+fn plain_alternatives_stand_beside_the_plan() {
+    let report = bench().report(&["--size", "0.4"]);
+    let objective = report["plan"]["objective"].as_f64().unwrap();
+    let rows = report["plan"]["alternatives"].as_array().unwrap();
+    let row = |name: &str| rows.iter().find(|row| row["name"] == name).unwrap();
+    let (int4, halves) = (row("int4 of block 32, rounded to nearest"), row("weights in float16"));
+    assert_eq!((int4["keeps"].as_bool(), halves["keeps"].as_bool()), (Some(true), Some(false)), "{rows:?}");
+    assert!(int4["loses"].as_f64().unwrap() > objective && halves["loses"].as_f64().unwrap() < objective, "{rows:?}");
+    let takes = |row: &Value| row["takes"]["size"].as_f64().unwrap();
+    assert!((0.14..0.2).contains(&takes(int4)) && (0.5..0.55).contains(&takes(halves)), "{rows:?}");
+}
+
 #[test]
 fn the_whole_size_changes_no_weight() {
     let report = bench().report(&["--size", "1"]);

@@ -289,6 +289,10 @@ impl Method for ConvertFloats {
         true
     }
 
+    fn plain(&self, candidate: &Candidate) -> Option<&'static str> {
+        (*candidate.edit.of::<Form>() == Form::Stored(DataType::Float16)).then_some("weights in float16")
+    }
+
     fn serves(&self, quantities: &[Quantity]) -> bool {
         quantities.iter().any(|m| matches!(m, Quantity::Size | Quantity::Latency))
     }

@@ -184,3 +184,32 @@ fn without_rows_to_judge_few_are_not_fitted_to_and_many_are_trusted_less() {
     };
     assert!(first(&some) > 0.8 * first(&judged), "{} {}", first(&some), first(&judged));
 }
+
+#[test]
+fn codes_that_make_up_for_each_other_lose_what_they_say_and_less_than_the_nearest() {
+    let bench = Bench::new(600, 300);
+    let (sites, _) = bench.propose(method("quantize"), Quantity::Size);
+    for site in &sites {
+        let tap = &bench.model.graph.value(site.taps[0]).name;
+        let error = |label: &str| {
+            let index = site.candidates.iter().position(|c| c.label == label)?;
+            let stated = site.candidates[index].loss.per_tap().unwrap()[0];
+            let found = bench.error(&bench.carried_out(method("quantize"), site, index), tap);
+            // It is told by some columns of the weight.
+            assert!((found / stated - 1.0).abs() < 0.25, "{} {label}: {found} found, {stated} told", site.name);
+            Some(found)
+        };
+        let nearest = error("int4 block 32").unwrap();
+        // Inputs that have nothing in common leave nothing to make up for.
+        match error("int4 block 32, GPTQ") {
+            Some(fitted) => assert!(fitted < 1.02 * nearest, "{}: {fitted} {nearest}", site.name),
+            None => assert_ne!(site.name, "down"),
+        }
+        if site.name == "down" {
+            assert!(error("int4 block 32, GPTQ").unwrap() < 0.8 * nearest);
+        }
+    }
+    // Nothing is fitted to fewer rows than there are inputs.
+    let (sites, _) = Bench::new(36, 0).propose(method("quantize"), Quantity::Size);
+    assert!(sites.iter().flat_map(|site| &site.candidates).all(|c| !c.label.contains("GPTQ")));
+}

@@ -244,6 +244,12 @@ pub trait Method: Sync {
         false
     }
 
+    /// Which plain alternative a candidate is a part of, which does the same with every layer: what tools without an
+    /// allocator write.
+    fn plain(&self, _candidate: &Candidate) -> Option<&'static str> {
+        None
+    }
+
     /// The oldest operator set with everything it writes. Older models are upgraded to it where a budget is given that the
     /// method may serve.
     fn operator_set(&self) -> i64 {

@@ -65,6 +65,9 @@ const SCHEMES: [Scheme; 6] = [
     Scheme { bits: 4, block: 128 },
 ];
 
+/// What tools without an allocator store.
+const PLAIN: Coding = Coding { scheme: Scheme { bits: 4, block: 32 }, fitted: false };
+
 /// What every scheme would make of a weight.
 fn site(graph: &Graph, work: &Work<'_>, target: Target) -> Result<Site, &'static str> {
     let Work { weight, importances, seen } = work;
@@ -96,9 +99,18 @@ fn site(graph: &Graph, work: &Work<'_>, target: Target) -> Result<Site, &'static
         let fitted = gains.as_ref().map(|gains| plain.iter().zip(gains).map(|(lost, gain)| lost * gain));
         let fitted: Option<Vec<f64>> = fitted.map(Iterator::collect);
         let fitted = fitted.filter(|fitted| fitted.iter().sum::<f64>() < plain.iter().sum());
-        let coding = Coding { scheme, fitted: fitted.is_some() };
-        let loss = Loss::PerTap(fitted.unwrap_or(plain).iter().map(|lost| lost.sqrt()).collect());
-        candidates.push(Candidate { label: coding.name(), cost, loss, edit: Edit::new(coding) });
+        let mut offer = |fitted: bool, lost: Vec<f64>| {
+            let coding = Coding { scheme, fitted };
+            let loss = Loss::PerTap(lost.into_iter().map(f64::sqrt).collect());
+            candidates.push(Candidate { label: coding.name(), cost, loss, edit: Edit::new(coding) });
+        };
+        // The plain one is beaten, and there to be told beside the plan.
+        if fitted.is_none() || PLAIN.scheme == scheme {
+            offer(false, plain);
+        }
+        if let Some(fitted) = fitted {
+            offer(true, fitted);
+        }
     }
     Ok(weight.site(graph, candidates))
 }
@@ -148,6 +160,10 @@ impl Method for Quantize {
 
     fn rounds_only(&self) -> bool {
         true
+    }
+
+    fn plain(&self, candidate: &Candidate) -> Option<&'static str> {
+        (*candidate.edit.of::<Coding>() == PLAIN).then_some("int4 of block 32, rounded to nearest")
     }
 
     fn serves(&self, quantities: &[Quantity]) -> bool {

@@ -135,6 +135,10 @@ impl Method for QuantizeDynamic {
         quantities.contains(&Quantity::Latency)
     }
 
+    fn plain(&self, _: &Candidate) -> Option<&'static str> {
+        Some("dynamic int8")
+    }
+
     fn needs(&self, cx: &MethodContext) -> Needs {
         // A plan of a size that turns out to be slow is looked beyond.
         let may_serve = cx.quantities.iter().any(|q| matches!(q, Quantity::Latency | Quantity::Size));

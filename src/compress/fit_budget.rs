@@ -6,15 +6,21 @@ use super::{
     bench::{Bench, Exact, Fitted, counted},
     budget_search::BudgetSearch,
     candidates::Candidates,
+    plain,
 };
-use crate::{Failure, latency::Latency, report::BudgetRow, validate};
+use crate::{
+    Failure,
+    latency::Latency,
+    report::{self, BudgetRow},
+    validate,
+};
 use anyhow::anyhow;
 use lathe_ir::Model;
 use lathe_passes::{
     Quantity,
     lossy::{
         Method,
-        allocate::{Limits, SolveError, Solver},
+        allocate::{Limits, Plan, SolveError, Solver},
     },
 };
 use lathe_runtime::RunEvent;
@@ -89,11 +95,11 @@ impl Goal {
 
 /// A quantity with its share to keep, and what the original and the exact result take of it.
 #[derive(Clone, Copy)]
-struct Limit {
-    quantity: Quantity,
-    share: f64,
-    original: f64,
-    exact: f64,
+pub(super) struct Limit {
+    pub quantity: Quantity,
+    pub share: f64,
+    pub original: f64,
+    pub exact: f64,
     /// What the regions that could change take as they are.
     baseline: u64,
 }
@@ -156,6 +162,7 @@ pub(super) fn fit(
         return fit.smallest_share(&limits);
     }
     let fitted = fit.as_predicted(&limits, warnings)?;
+    let fitted = plain::beside((bench, exact), &candidates, (&limits, request.budget), fitted, Some(warnings))?;
     let Some(failed) = fitted.verify.as_ref().filter(|v| !v.passed).map(validate::describe) else { return Ok(fitted) };
     drop(fitted);
     if goal.kind == GoalKind::Required {
@@ -209,7 +216,36 @@ pub(super) fn fit_unnoticed(
     };
     let passes = fitted.verify.as_ref().is_none_or(|verify| verify.passed) && fitted.plan.objective <= UNNOTICED;
     let lost = if passes { candidates.loss_of(&fitted.model)? } else { None };
-    Ok(Some(fitted).filter(|_| lost.is_some_and(|lost| lost <= UNNOTICED)))
+    if lost.is_none_or(|lost| lost > UNNOTICED) {
+        return Ok(None);
+    }
+    plain::beside((bench, exact), &candidates, (&limits, request.budget), fitted, None).map(Some)
+}
+
+/// A plan carried out, with what it takes of every limited quantity as a share of the original.
+pub(super) fn measured(
+    (bench, exact): (&Bench<'_>, &Exact<'_>),
+    candidates: &Candidates<'_>,
+    limits: &[Limit],
+    plan: &Plan,
+) -> Result<(Fitted, Vec<f64>), Failure> {
+    let mut applied = candidates.apply(exact.model, plan)?;
+    bench.tidy(&mut applied.model)?;
+    let staged = applied.model.stage(exact.target, exact.write)?;
+    let timings = match limits.iter().any(|l| l.quantity == Quantity::Latency) {
+        true => Some(bench.time(staged.path())?),
+        false => None,
+    };
+    let took = |limit: &Limit| match &timings {
+        Some(timings) if limit.quantity == Quantity::Latency => timings.ratio().unwrap_or(f64::NAN),
+        _ => counted(limit.quantity, &applied.model, &staged) / limit.original,
+    };
+    let shares: Vec<f64> = limits.iter().map(took).collect();
+    let row = |(limit, &share): (&Limit, &f64)| (limit.quantity.key().to_owned(), limit.row(share));
+    let latency = timings.map(|timings| bench.latency(staged.path(), &timings)).transpose()?;
+    let used = used(&applied.model, &staged, latency.as_ref());
+    let plan = report::Plan { budget: limits.iter().zip(&shares).map(row).collect(), used, ..applied.plan };
+    Ok((Fitted { model: applied.model, staged, verify: None, plan, records: applied.records, latency }, shares))
 }
 
 /// Candidates that were timed, for a search among plans of which latency is the last limit.

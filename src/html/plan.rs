@@ -28,6 +28,7 @@ pub(super) fn section(plan: &Plan) -> Markup {
             (scientific(plan.bound)) ". Bars are relative to the largest of their column."
         }
         (budget(plan))
+        (alternatives(plan))
         (strip(&plan.units))
         @if !plan.choices.is_empty() {
             div.scroll { table #plan {
@@ -50,6 +51,27 @@ pub(super) fn section(plan: &Plan) -> Markup {
                         td.chart { (bar(share(Some(choice.error), most_error), "bad", &format!("error {said}"))) }
                     }
                 } }
+            } }
+        }
+    }
+}
+
+/// What other tools would do with every layer alike.
+fn alternatives(plan: &Plan) -> Markup {
+    if plan.alternatives.is_empty() {
+        return html! {};
+    }
+    html! {
+        table #alternatives {
+            thead { tr { th { "for every layer" } th.number { "takes" } th.number { "loses" } th { "" } } }
+            tbody { @for other in &plan.alternatives {
+                @let takes = other.takes.iter().map(|(what, share)| format!("{share:.3} of the {what}"));
+                tr {
+                    td { (other.name) }
+                    td.number { (takes.collect::<Vec<_>>().join(", ")) }
+                    td.number { (scientific(other.loses)) }
+                    td { (if other.measured { "measured" } else { "predicted" }) (if other.keeps { "" } else { ", beyond the budget" }) }
+                }
             } }
         }
     }

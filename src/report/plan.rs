@@ -29,6 +29,24 @@ pub struct Plan {
     pub choices: Vec<PlanChoice>,
     /// The residual units of the model in order, and what was done to each.
     pub units: Vec<PlanUnit>,
+    /// What other tools would do, with every layer alike.
+    #[serde(default)]
+    pub alternatives: Vec<Alternative>,
+}
+
+/// A plain alternative to a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Alternative {
+    /// What it does with every layer.
+    pub name: String,
+    /// What it takes of every limited quantity, as a share of the original.
+    pub takes: BTreeMap<String, f64>,
+    /// What it loses: a squared relative L2 error, or a divergence in nats.
+    pub loses: f64,
+    /// Whether it was carried out and all of that measured; otherwise it is predicted.
+    pub measured: bool,
+    /// Whether it keeps to the budgets.
+    pub keeps: bool,
 }
 
 /// A limited quantity. Figures are bytes, numbers, floating-point operations or milliseconds of the whole model.
