@@ -50,6 +50,8 @@ pub struct MethodContext<'a> {
     pub kept: Option<&'a dyn Keep>,
     /// Threads that a method may keep busy; 0 for as many as there are cores.
     pub threads: usize,
+    /// Whether what is carried out is only timed, so that numbers need not be fitted.
+    pub only_timed: bool,
     settings: Settings,
 }
 
@@ -110,6 +112,7 @@ impl<'a> MethodContext<'a> {
         MethodContext {
             kept: self.kept,
             threads: self.threads,
+            only_timed: self.only_timed,
             calibration: Some(calibration),
             target: self.target,
             quantities: self.quantities.clone(),

@@ -5,6 +5,7 @@ mod importance;
 mod sample;
 
 pub(super) use coded::Coded;
+pub(super) use sample::{Fit, fit};
 
 use super::{
     Candidate, Edit, EditCodec, Loss, Method, MethodContext, Proposal, Site, Weight, batches, blocks,
@@ -264,6 +265,7 @@ impl Method for Quantize {
                 return Ok(outcome);
             }
         };
+        let coding = Coding { fitted: coding.fitted && !cx.only_timed, ..coding };
         let seen = if coding.fitted { factors::products_seen(&model.graph, weight, cx)?.ok() } else { None };
         let moments = seen.map(|seen| joint_moments(weight, &seen, &importances));
         let importance = joint(&importances, Layout::of(weight));

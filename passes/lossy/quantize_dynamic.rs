@@ -1,8 +1,12 @@
 //! Products of whole numbers: weights stored so, inputs rounded anew in every run.
 
 use super::{
-    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, Weight, factors,
-    integers::Scheme, layers::Tap, on_all_cores, quantize::Coded, weights,
+    Candidate, Cost, Edit, EditCodec, Loss, Method, MethodContext, Needs, OVERHEAD, Proposal, Site, Weight, batches,
+    factors::{self, LayerStatistics},
+    integers::Scheme,
+    layers::Tap,
+    quantize::{Coded, Fit, fit},
+    weights, within_memory,
 };
 use crate::{Error, Info, Kind, Outcome, Quantity};
 use lathe_ir::{DataType, Graph, Model, Node, ScopeId, Tensor, Use, ValueId};
@@ -15,7 +19,7 @@ static INFO: Info = Info {
     summary: "multiply in whole numbers, rounding inputs in every run (dynamic quantization)",
     doc: "Offers every float32 `MatMul` and `Gemm` with a constant weight as `DynamicQuantizeLinear` and `MatMulInteger`: \
           inputs are rounded to 8 bits between the least and the largest number of the run's whole input, weights to 7 \
-          bits with one scale per output, so that no processor's 16-bit sums overflow. Offered only where latency is \
+          bits with one scale per output, so that no processor's 16-bit sums overflow, by GPTQ where that loses less. Offered only where latency is \
           limited, and taken only where its own timing wins. A table of which rows are picked too stays beside its whole \
           numbers. What one sample gives then depends a little on the samples \
           that share its batch.",
@@ -82,15 +86,50 @@ fn inputs_of(
     Ok(Ok(inputs))
 }
 
-fn coded(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Coded, &'static str> {
-    let joint = |i: usize| inputs.iter().flatten().map(|input| input.squares[i] / input.output).sum();
-    let squares: Vec<f64> = (0..weight.sides().0).map(joint).collect();
-    Coded::of(graph, weight, SCHEME, &squares)
+/// A weight with what was seen of its uses, or why it is passed over.
+fn work_on<'a>(graph: &Graph, weight: &'a Weight, cx: &MethodContext) -> Result<Result<Work<'a>, &'static str>, Error> {
+    let inputs = match inputs_of(graph, weight, cx)? {
+        Ok(inputs) => inputs,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let seen = if cx.only_timed { None } else { factors::products_seen(graph, weight, cx)?.ok() };
+    Ok(Ok(Work { weight, inputs, seen }))
+}
+
+/// A weight with what was seen of its uses.
+struct Work<'a> {
+    weight: &'a Weight,
+    inputs: Vec<Option<Input>>,
+    seen: Option<LayerStatistics>,
+}
+
+impl Work<'_> {
+    /// What rounding that makes up for itself is fitted to, where that loses less than rounding to nearest. What picks rows
+    /// reads the constant as it is.
+    fn fit(&self, graph: &Graph) -> Option<Fit> {
+        let taps = self.weight.taps.iter().filter(|tap| tap.rows.is_some()).cloned().collect();
+        let products = Weight { taps, ..self.weight.clone() };
+        let squares = |input: &Input| input.squares.iter().map(|square| square / input.output).collect();
+        let squares: Vec<Vec<f64>> = self.inputs.iter().flatten().map(squares).collect();
+        fit(graph, &products, &squares, self.seen.as_ref()?, SCHEME)
+    }
+
+    fn coded(&self, graph: &Graph, fit: Option<&Fit>) -> Result<Coded, &'static str> {
+        if let Some(fit) = fit {
+            return Coded::fitted(graph, self.weight, SCHEME, &fit.moments);
+        }
+        let joint = |i: usize| self.inputs.iter().flatten().map(|input| input.squares[i] / input.output).sum();
+        let squares: Vec<f64> = (0..self.weight.sides().0).map(joint).collect();
+        Coded::of(graph, self.weight, SCHEME, &squares)
+    }
 }
 
 /// What rounding weights and inputs loses of every use's output, relative to it. Rows are picked of the constant as it is.
-fn candidate(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result<Candidate, &'static str> {
-    let coded = coded(graph, weight, inputs)?;
+fn candidate(graph: &Graph, work: &Work<'_>) -> Result<Candidate, &'static str> {
+    let Work { weight, inputs, .. } = work;
+    let fit = work.fit(graph);
+    // What the nearest codes lose tells what fitted ones do.
+    let coded = work.coded(graph, None)?;
     let matrix = factors::matrix(graph, weight)?;
     let restored = coded.restored();
     let (k, n) = weight.sides();
@@ -103,11 +142,14 @@ fn candidate(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result
             energy[row] += w * w;
         }
     }
-    let error = |input: &Input| {
+    let mut gains = fit.iter().flat_map(|fit| &fit.gains).copied();
+    let mut error = |input: &Input| {
+        let gain = gains.next().unwrap_or(1.0);
         // A range has both signs at worst; numbers far below a step are rounded to nothing.
         let step = 2.0 * input.largest / 255.0;
         let rounded = |square: f64| square.min(step * step / 12.0);
-        let total: f64 = (0..k).map(|i| lost[i] * input.squares[i] + energy[i] * rounded(input.squares[i])).sum();
+        let total: f64 =
+            (0..k).map(|i| gain * lost[i] * input.squares[i] + energy[i] * rounded(input.squares[i])).sum();
         (total / input.output).sqrt()
     };
     let elements = (k * n) as u64;
@@ -118,7 +160,7 @@ fn candidate(graph: &Graph, weight: &Weight, inputs: &[Option<Input>]) -> Result
         parameters: elements + table,
         flops_per_row: 2 * elements,
     };
-    let loss = Loss::PerTap(inputs.iter().map(|input| input.as_ref().map_or(0.0, error)).collect());
+    let loss = Loss::PerTap(inputs.iter().map(|input| input.as_ref().map_or(0.0, &mut error)).collect());
     Ok(Candidate { label: NAME.to_owned(), cost, loss, edit: Edit::new(()) })
 }
 
@@ -159,18 +201,21 @@ impl Method for QuantizeDynamic {
         let place = |value: ValueId| format!("`{}`", graph.value(value).name);
         let (found, refused) = weights(graph);
         refused.iter().for_each(|&(value, reason)| proposal.outcome.refuse(reason, place(value)));
-        let mut work = Vec::new();
-        for weight in &found {
-            match inputs_of(graph, weight, cx)? {
-                Ok(inputs) => work.push((weight, inputs)),
-                Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
+        for batch in batches(&found, cx, factors::statistics_bytes) {
+            let mut ready = Vec::new();
+            for weight in batch {
+                match work_on(graph, weight, cx)? {
+                    Ok(work) => ready.push(work),
+                    Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
+                }
             }
-        }
-        let candidates = on_all_cores(cx, &work, |(weight, inputs)| candidate(graph, weight, inputs));
-        for ((weight, _), candidate) in work.iter().zip(candidates) {
-            match candidate {
-                Ok(candidate) => proposal.sites.push(weight.site(graph, vec![candidate])),
-                Err(reason) => proposal.outcome.refuse(reason, place(weight.value)),
+            let bytes = |work: &Work<'_>| factors::working_bytes(work.weight.sides());
+            let candidates = within_memory(&ready, cx, bytes, |work| candidate(graph, work));
+            for (work, candidate) in ready.iter().zip(candidates) {
+                match candidate {
+                    Ok(candidate) => proposal.sites.push(work.weight.site(graph, vec![candidate])),
+                    Err(reason) => proposal.outcome.refuse(reason, place(work.weight.value)),
+                }
             }
         }
         Ok(proposal)
@@ -184,7 +229,8 @@ impl Method for QuantizeDynamic {
             outcome.refuse("the constant is no longer used as it was", place());
             return Ok(outcome);
         };
-        let made = inputs_of(&model.graph, weight, cx)?.and_then(|inputs| coded(&model.graph, weight, &inputs));
+        let made = work_on(&model.graph, weight, cx)?
+            .and_then(|work| work.coded(&model.graph, work.fit(&model.graph).as_ref()));
         match made {
             Ok(coded) => {
                 emit(&mut model.graph, weight, &coded);

@@ -23,6 +23,9 @@ pub(super) fn time_candidates(
     cx: &MethodContext,
     warnings: &mut Vec<String>,
 ) -> Result<(), Failure> {
+    let mut cx = cx.clone();
+    cx.only_timed = true;
+    let cx = &cx;
     let facts = Facts::infer(model);
     let bindings = run_sizes(setup, model)?;
     let known_values = Known { facts: &facts, bindings: &bindings };

@@ -7,9 +7,41 @@ use super::super::{
     integers::{Blocks, Layout, Scheme, quantize},
     spectrum,
 };
-use super::{Work, importance::Importance};
+use super::{
+    Work,
+    importance::{Importance, joint},
+};
 use faer::Mat;
 use lathe_analysis::Gram;
+use lathe_ir::Graph;
+
+/// Fitted rounding of a weight that all uses multiply.
+pub(in super::super) struct Fit {
+    /// What it is fitted to, `[k, k]`.
+    pub moments: Mat<f64>,
+    /// What every use then loses, as a part of what it loses where every number is rounded to the nearest code.
+    pub gains: Vec<f64>,
+}
+
+/// What fitting gains, if it does; `squares` are mean squares of what every use reads, relative to those of what it gives.
+pub(in super::super) fn fit(
+    graph: &Graph,
+    weight: &Weight,
+    squares: &[Vec<f64>],
+    seen: &LayerStatistics,
+    scheme: Scheme,
+) -> Option<Fit> {
+    let tensor = graph.constant(weight.value)?;
+    let matrix = tensor.to_f32s()?;
+    tensor.release();
+    let importance = |inputs: &Vec<f64>| Importance { inputs: inputs.clone(), output: 1.0 };
+    let importances: Vec<Importance> = squares.iter().map(importance).collect();
+    let joint = joint(&importances, Layout::of(weight));
+    let moments = joint_moments(weight, seen, &importances);
+    let work = Work { weight, importances, seen: None };
+    let gains = Sample::of(&matrix, &work, seen, &joint)?.gains(scheme);
+    (gains.iter().sum::<f64>() < gains.len() as f64).then_some(Fit { moments, gains })
+}
 
 /// Columns of a weight by which the gain of fitted rounding is told: columns are rounded each for itself.
 const SAMPLED: usize = 32;
