@@ -49,7 +49,7 @@ impl Settled<'_, '_> {
         let timings = bench.time(fitted.staged.path())?;
         let Some(slower) = slower(&timings) else { return Ok(fitted) };
         let _span = bench.run.progress.span("look for a faster plan");
-        let original = timings.quartiles(0)[1];
+        let original = timings.quartiles(0)[0];
         let Some(mut faster) = self.faster(bench, exact, &fitted)? else {
             warnings.push(format!(
                 "the result takes {slower:.2} times as long as the original, and no faster plan was found that keeps to \
@@ -90,7 +90,28 @@ impl Settled<'_, '_> {
 
 /// How many times as long as the original a result takes, if it is slower beyond chance.
 fn slower(timings: &Timings) -> Option<f64> {
-    let [original, result] = [0, 1].map(|model| timings.quartiles(model)[1]);
+    let [original, result] = [0, 1].map(|model| timings.quartiles(model)[0]);
     let is_slower = timings.verdict() == Some("slower") && result - original > SLOWER_MS;
     timings.ratio().filter(|&ratio| is_slower && ratio > SLOWER)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_runtime::Series;
+
+    fn timings(before: f64, after: f64) -> Timings {
+        let series = |ms: f64| Series { sittings: vec![vec![ms; 5]; 3], ..Series::default() };
+        let ratios = vec![vec![after / before; 5]; 3];
+        Timings { models: vec![series(before), series(after)], ratios, ..Timings::default() }
+    }
+
+    #[test]
+    fn slower_is_by_more_than_a_tenth_and_two_tenths_of_a_millisecond() {
+        assert_eq!(slower(&timings(10.0, 24.0)), Some(2.4));
+        assert_eq!(slower(&timings(10.0, 10.9)), None);
+        assert_eq!(slower(&timings(10.0, 6.0)), None);
+        // Three times as long, and nothing that anybody waits for.
+        assert_eq!(slower(&timings(0.05, 0.15)), None);
+    }
 }
