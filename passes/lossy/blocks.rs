@@ -175,6 +175,23 @@ fn restore(graph: &mut Graph, weight: &Weight, layout: Layout, scheme: Scheme, b
         graph.add_initializer(ScopeId::MAIN, &fresh, tensor)
     };
     let (codes, scales) = (store(graph, "quantized", codes), store(graph, "scale", scales));
+    // A table is not restored as a whole for the rows that are picked of it. No operator picks rows of 4-bit numbers.
+    let picks = weight.taps.iter().filter(|tap| tap.rows.is_none() && scheme.bits == 8 && !per_channel);
+    for tap in picks {
+        let rows = graph.node(tap.node).input(1).expect("what picks rows has indices");
+        let mut pick = |from: ValueId, part: &str| {
+            graph.append(ScopeId::MAIN, Node::new("Gather"), &[from, rows], &format!("{name}_{part}"))
+        };
+        let (codes, scales) = (pick(codes, "picked"), pick(scales, "picked_scale"));
+        let node = Node::new("DequantizeLinear").with("axis", -1i64).with("block_size", scheme.block as i64);
+        let restored = graph.append(ScopeId::MAIN, node, &[codes, scales], &format!("{name}_rows"));
+        graph.replace(tap.output, restored);
+        graph.remove_node(tap.node);
+    }
+    if graph.value(weight.value).uses().is_empty() {
+        graph.remove_initializer(weight.value);
+        return;
+    }
     let node = Node::new("DequantizeLinear");
     let node = match per_channel {
         true => node.with("axis", 0i64),
@@ -289,6 +306,47 @@ mod tests {
                         .unwrap_or_else(|why| panic!("{product} {bits} {block} {target:?}: {why}"));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn rows_are_picked_of_codes_and_not_of_a_table_that_was_restored() {
+        let numbers: Vec<String> = (0..72 * 64).map(|i| format!("{:e}", (i * 37 % 101) as f32 - 50.0)).collect();
+        let source = format!(
+            "<ir_version: 10, opset_import: [\"\" : 21]> g (float[3, 64] x) => (float[3, 72] y, float[2, 3, 64] z) \
+             <float[72, 64] w = {{{}}}, int64[2, 3] ids = {{5, 9, 0, 71, 2, 3}}> \
+             {{ p = Gather (w, ids) z = Relu (p) h = Gemm <transB = 1> (x, w) y = Relu (h) }}",
+            numbers.join(", ")
+        );
+        let model = text::parse(&source).unwrap();
+        for (bits, alone) in [(8, true), (8, false), (4, false)] {
+            let mut model = model.clone();
+            if alone {
+                let product = model.graph.nodes(ScopeId::MAIN).find(|&id| model.graph.node(id).is("Gemm")).unwrap();
+                let input = model.graph.node(product).input(0).unwrap();
+                let output = model.graph.node(product).output(0).unwrap();
+                let same = model.graph.append(ScopeId::MAIN, Node::new("Tanh"), &[input], "same");
+                model.graph.replace(output, same);
+                model.graph.remove_node(product);
+                let y = model.graph.main().outputs()[0];
+                model.graph.value_mut(y).ty = None;
+            }
+            let weight = weights(&model.graph).0.remove(0);
+            let coded = Coded::of(&model.graph, &weight, Scheme { bits, block: 32 }, &[1.0; 64]).unwrap();
+            let reference = rounded(&model, &coded);
+            let mut changed = model.clone();
+            coded.emit(&mut changed, &weight, Target::Portable);
+            changed.check().unwrap();
+            let count = |op: &str| {
+                changed.graph.nodes(ScopeId::MAIN).filter(|&id| changed.graph.node(id).op_type == op).count()
+            };
+            let expected = match (bits, alone) {
+                (8, true) => (1, 2),
+                (8, false) => (2, 2),
+                _ => (1, 1),
+            };
+            assert_eq!((count("DequantizeLinear"), count("Gather")), expected);
+            lathe_testkit::equivalent(&reference, &changed, Some(1e-6), 1).unwrap();
         }
     }
 }

@@ -210,11 +210,11 @@ struct Known<'a> {
 }
 
 impl Known<'_> {
-    /// A type with sizes in numbers, for values that may be anything.
-    fn ty(&self, value: ValueId) -> Option<Type> {
+    /// A type with sizes in numbers, for values that may be anything, or rows of a table.
+    fn ty(&self, value: ValueId, rows: bool) -> Option<Type> {
         let sizes = self.facts.shape(value)?.iter().map(|dim| self.bindings.evaluate(dim));
         let dims = sizes.map(|size| Some(Dim::Known(size? as i64))).collect::<Option<Vec<_>>>()?;
-        let elem = self.facts.elem(value).filter(|t| t.is_float() || *t == DataType::Bool)?;
+        let elem = self.facts.elem(value).filter(|t| t.is_float() || *t == DataType::Bool || rows)?;
         Some(Type::tensor(elem, dims))
     }
 
@@ -239,8 +239,10 @@ impl Fragment {
         let name = |value: ValueId| from.value(value).name.clone();
         // Nodes may stand in any order, so what they give is there before the first of them reads it.
         // Looking rows up takes next to nothing beside products with the same table.
+        let picks = |id: NodeId| from.node(id).is("Gather");
+        let only_picks = site.nodes.iter().all(|&id| picks(id));
         let nodes: Vec<NodeId> =
-            site.nodes.iter().copied().filter(|&id| site.weight.is_none() || !from.node(id).is("Gather")).collect();
+            site.nodes.iter().copied().filter(|&id| site.weight.is_none() || only_picks || !picks(id)).collect();
         let given = nodes.iter().flat_map(|&id| from.node(id).outputs().iter().flatten());
         let mut copied: BTreeMap<ValueId, ValueId> =
             given.map(|&output| (output, graph.add_value(name(output), None))).collect();
@@ -262,7 +264,7 @@ impl Fragment {
                         key += &format!(" {:?}", tensor.dims());
                         graph.add_initializer(ScopeId::MAIN, &name(input), tensor.clone())
                     }
-                    (None, None) => match (known.ty(input), known.numbers(input)) {
+                    (None, None) => match (known.ty(input, only_picks), known.numbers(input)) {
                         (Some(ty), _) => {
                             key += &format!(" {ty:?}");
                             let value = graph.add_value(name(input), Some(ty));
