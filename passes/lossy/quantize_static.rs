@@ -97,6 +97,10 @@ impl Method for QuantizeStatic {
         &INFO
     }
 
+    fn rounds_only(&self) -> bool {
+        true
+    }
+
     fn serves(&self, quantities: &[Quantity]) -> bool {
         quantities.contains(&Quantity::Latency)
     }
