@@ -101,6 +101,10 @@ impl Method for QuantizeStatic {
         true
     }
 
+    fn plain(&self, candidate: &Candidate) -> Option<&'static str> {
+        candidate.edit.of::<StaticEdit>().whole.then_some("static int8")
+    }
+
     fn serves(&self, quantities: &[Quantity]) -> bool {
         quantities.contains(&Quantity::Latency)
     }

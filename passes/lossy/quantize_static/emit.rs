@@ -23,6 +23,8 @@ pub(super) struct StaticEdit {
     pub largest: u8,
     /// How the runtime wants it.
     pub recipe: Recipe,
+    /// Whether no layer of the region is left out.
+    pub whole: bool,
 }
 
 /// A unit by its name.

@@ -113,7 +113,8 @@ impl Work<'_> {
             None => corrections.clear(),
         }
         let cuts = if self.options.everywhere { Vec::new() } else { self.cuts(region, &losses, &spreads, ranges) };
-        let edits: Vec<StaticEdit> = cuts.iter().map(|cut| self.edit(cut, &spreads, ranges, &corrections)).collect();
+        let partial = |cut: &Region| StaticEdit { whole: false, ..self.edit(cut, &spreads, ranges, &corrections) };
+        let edits: Vec<StaticEdit> = cuts.iter().map(partial).collect();
         let measured = match whole {
             Some(_) => self.measure(&edits)?,
             None => None,
@@ -315,6 +316,7 @@ impl Work<'_> {
             params: params.collect(),
             largest: self.options.largest,
             recipe: self.options.recipe,
+            whole: true,
         }
     }
 

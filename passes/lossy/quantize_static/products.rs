@@ -172,6 +172,12 @@ fn candidate(graph: &Graph, weight: &Weight, inputs: &[Input], options: Options)
             flops_per_row: 2 * elements,
         },
         loss: Loss::PerTap(errors),
-        edit: Edit::new(StaticEdit { units: Vec::new(), params, largest: options.largest, recipe: options.recipe }),
+        edit: Edit::new(StaticEdit {
+            units: Vec::new(),
+            params,
+            largest: options.largest,
+            recipe: options.recipe,
+            whole: true,
+        }),
     })
 }
