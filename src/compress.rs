@@ -81,12 +81,13 @@ pub(crate) fn compress(
     };
     let span = |what| run.progress.stage(what);
     let calibrated = Rc::new(calibrate::calibrate(&setup, exact.model, warnings)?);
-    let settled = Settled { setup: &setup, calibrated: &calibrated, goal: &goal, request };
     let model = exact.model;
-    let proposed = {
+    let (proposed, settled) = {
         let _span = span("propose");
         let (rounding, others) = in_order(&setup);
         let first = propose::propose(&setup, model, &calibrated, &rounding, Proposed::default())?;
+        let rounded = first.clone();
+        let settled = Settled { setup: &setup, calibrated: &calibrated, goal: &goal, request, rounded };
         let is_open = goal.may_stop_early() && request.required.is_empty() && !request.asks_all;
         if is_open && !rounding.is_empty() && !others.is_empty() {
             let mut notes = Vec::new();
@@ -100,7 +101,7 @@ pub(crate) fn compress(
                 return fitted;
             }
         }
-        propose::propose(&setup, model, &calibrated, &others, first)?
+        (propose::propose(&setup, model, &calibrated, &others, first)?, settled)
     };
     let candidates = {
         let _span = span("price");

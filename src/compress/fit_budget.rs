@@ -278,14 +278,18 @@ impl<'a, 'c> Timed<'a, 'c> {
             let timed = |l: &Limit| if l.quantity == Quantity::Latency { Limit { share, ..*l } } else { *l };
             self.limits.iter().map(timed).collect()
         };
-        let loses_little = |share: &&f64| {
-            let limits = within(**share);
+        let loses_much = |share: &f64| {
+            let limits = within(*share);
             let predicted = Attempts::new(&fit, &limits).ok().and_then(|attempts| attempts.predicted());
-            predicted.is_some_and(|predicted| predicted <= UNNOTICED.max(loss))
+            predicted.is_none_or(|predicted| predicted > UNNOTICED.max(loss))
         };
-        let mut tried = shares.iter().filter(loses_little).chain(shares.last());
+        // The more time there may be left, the less is lost.
+        let first = shares.partition_point(loses_much).min(shares.len().saturating_sub(1));
+        let mut tried = shares[first..].iter();
         // What is measured may take a little more than was reckoned: the next share then, and the last at last.
-        for &share in [tried.next(), tried.next(), shares.last()].into_iter().flatten() {
+        let mut asked: Vec<f64> = [tried.next(), tried.next(), shares.last()].into_iter().flatten().copied().collect();
+        asked.dedup();
+        for share in asked {
             match fit.within(&within(share)) {
                 Ok(fitted) => return Ok(Some(fitted)),
                 Err(Failure::Refused(_)) => {}

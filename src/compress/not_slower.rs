@@ -29,6 +29,8 @@ pub(super) struct Settled<'r, 'a> {
     pub calibrated: &'r Rc<Calibrated<'a>>,
     pub goal: &'r Goal,
     pub request: &'r Request<'r>,
+    /// What methods that only round have proposed for what is limited.
+    pub rounded: Proposed,
 }
 
 impl Settled<'_, '_> {
@@ -77,9 +79,10 @@ impl Settled<'_, '_> {
         let quantities = shares.iter().map(|&(quantity, _)| quantity).collect();
         let cx = self.setup.cx.clone().with_quantities(quantities);
         let setup = Setup { cx, inputs: bench.inputs.clone(), ..self.setup.clone() };
-        let (methods, _) = in_order(&setup);
+        let (mut methods, _) = in_order(&setup);
+        methods.retain(|method| !self.rounded.records.contains_key(method.info().name));
         let mut notes = Vec::new();
-        let proposed = propose(&setup, exact.model, self.calibrated, &methods, Proposed::default())?;
+        let proposed = propose(&setup, exact.model, self.calibrated, &methods, self.rounded.clone())?;
         let candidates = price(&setup, exact.model, self.calibrated, proposed, &mut notes)?;
         let mut timed = Timed::new(bench, exact, candidates, &shares, self.request)?;
         let found = timed.fastest(&SHARES, fitted.plan.objective)?;
