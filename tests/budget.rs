@@ -96,6 +96,16 @@ fn where_rounding_loses_next_to_nothing_others_are_asked_only_if_told() {
 }
 
 #[test]
+fn how_a_budget_is_spent_needs_one() {
+    for flag in ["--thorough", "--allow-slower"] {
+        let output = bench().run(&[flag]);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains(&format!("{flag} says how a budget is spent, and none is given")), "{message}");
+    }
+}
+
+#[test]
 fn plain_alternatives_stand_beside_the_plan() {
     let report = bench().report(&["--size", "0.4"]);
     let objective = report["plan"]["objective"].as_f64().unwrap();

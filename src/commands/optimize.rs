@@ -203,6 +203,12 @@ fn check_sets(args: &OptimizeArgs, sets: &Sets, run: &RunOptions) -> Result<(), 
     if args.minimize.is_some() && args.max_drop.is_none() && !args.auto {
         return usage("--minimize says what becomes as little as --max-drop allows, and none is given");
     }
+    let spends = args.size.or(args.params).or(args.flops).or(args.latency).or(args.max_drop).is_some() || args.auto;
+    for (flag, given) in [("--thorough", args.thorough), ("--allow-slower", args.allow_slower)] {
+        if given && !spends {
+            return usage(&format!("{flag} says how a budget is spent, and none is given"));
+        }
+    }
     // Time is measured at given shapes, whatever the set's are.
     let shares = args.size.or(args.params).or(args.flops);
     let timed = args.latency.is_some() || args.auto || (args.max_drop.is_some() && shares.is_none());

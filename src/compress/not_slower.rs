@@ -66,6 +66,7 @@ impl Settled<'_, '_> {
              --allow-slower takes the other",
             faster.plan.objective, fitted.plan.objective
         ));
+        faster.plan.alternatives = fitted.plan.alternatives;
         // Nobody asked for a share of the latency.
         faster.plan.budget.remove(Quantity::Latency.key());
         Ok(faster)

@@ -5,7 +5,7 @@
 
 use super::{
     bench::{Bench, Exact, Fitted},
-    candidates::{Candidates, Region},
+    candidates::{Candidates, Offer, Region},
     fit_budget::{Limit, measured},
 };
 use crate::{Failure, report::Alternative};
@@ -24,7 +24,7 @@ const CLOSE: f64 = 2.0;
 impl Candidates<'_> {
     /// The names of the plain alternatives that the candidates hold.
     fn plain_names(&self) -> BTreeSet<&'static str> {
-        let names = |(offer, own): (&super::candidates::Offer, usize)| offer.method.plain(&offer.site.candidates[own]);
+        let names = |(offer, own): (&Offer, usize)| offer.method.plain(&offer.site.candidates[own]);
         self.regions.iter().flat_map(Region::candidates).filter_map(names).collect()
     }
 
@@ -33,8 +33,7 @@ impl Candidates<'_> {
         let mut regions = Vec::new();
         for region in &self.regions {
             let mut region = region.clone();
-            let is_plain =
-                |offer: &super::candidates::Offer, candidate: &Candidate| offer.method.plain(candidate) == Some(name);
+            let is_plain = |offer: &Offer, candidate: &Candidate| offer.method.plain(candidate) == Some(name);
             let stays: Vec<Vec<bool>> = region
                 .offers
                 .iter()
@@ -63,7 +62,7 @@ impl Candidates<'_> {
     }
 }
 
-/// The result with the plain alternatives beside it, or one of them in its place. With `predicted_only` none is measured.
+/// The result with the plain alternatives beside it, or one of them in its place. Without `warnings` none is measured.
 pub(super) fn beside(
     (bench, exact): (&Bench<'_>, &Exact<'_>),
     candidates: &Candidates<'_>,
@@ -107,6 +106,11 @@ pub(super) fn beside(
             let loses = candidates.loss_of(&found.model)?.unwrap_or(f64::INFINITY);
             row = Alternative { takes: told(&takes), loses, measured: true, keeps: keeps(&takes), ..row };
             if row.keeps && loses < mine {
+                found.verify = bench.measure(found.staged.path(), budget)?;
+            }
+            // A result that keeps to the allowed drop is not given up for one that does not.
+            let passes = |fitted: &Fitted| fitted.verify.as_ref().is_none_or(|verify| verify.passed);
+            if row.keeps && loses < mine && (passes(&found) || !passes(&fitted)) {
                 let loss = |loss: f64| candidates.describe_loss(loss);
                 notes.push(format!(
                     "{name} for every layer alike loses {} on calibration samples, and the plan that was predicted to lose \
@@ -114,7 +118,6 @@ pub(super) fn beside(
                     loss(loses),
                     loss(mine)
                 ));
-                found.verify = bench.measure(found.staged.path(), budget)?;
                 found.plan.solver.clone_from(&fitted.plan.solver);
                 fitted = found;
             }

@@ -7,8 +7,7 @@ use lathe_runtime::{Claim, Inputs, Provider, Verdict};
 use std::path::Path;
 
 impl Job<'_> {
-    /// Loads the file itself and runs it. Returns who did; where the runtime has no kernels for the type, what it says is
-    /// kept in `refused`.
+    /// Loads the file itself and runs it. The report says who did, or what a runtime says that has no kernels for the type.
     ///
     /// The tolerance counts where devices compute in half precision. The CPU provider computes it in float32, so that there
     /// a difference is told and no more.
