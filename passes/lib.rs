@@ -5,6 +5,7 @@
 mod driver;
 mod editor;
 pub mod exact;
+pub mod kv_cache;
 pub mod lossy;
 mod operands;
 mod pass;

@@ -1,11 +1,12 @@
 //! The main job: read, simplify, prove, write, report.
 
 mod exact;
+mod kv_cache;
 mod lines;
 mod precision;
 mod prepare;
 
-pub use self::precision::PrecisionOptions;
+pub use self::{kv_cache::CacheOptions, precision::PrecisionOptions};
 pub(crate) use self::{
     lines::{pass_line, side, verify},
     prepare::prepare,
@@ -69,6 +70,8 @@ pub struct Options {
     pub budget: Budget,
     /// The half precision that the result is converted to.
     pub precision: Option<PrecisionOptions>,
+    /// The numbers in which key-value caches are kept.
+    pub cache: Option<CacheOptions>,
     /// How many samples to choose of the calibration set; `None` keeps all.
     pub calib_select: Option<usize>,
     /// How models are run.
@@ -103,6 +106,9 @@ const EXACT_SAMPLES: usize = 16;
 /// Why half precision and what chooses by a loss are not had at once.
 const TWO_RUNS: &str = "--dtype converts whatever may be converted, and a budget chooses where to lose what; run twice: with the \
                         budget first, then with --dtype on its result";
+
+/// Why caches change in a run of their own.
+const CACHE_LAST: &str = "--kv-cache changes caches and nothing else; run it on the result of --dtype or of a budget";
 
 /// Whether settings ask for a lossy method, budget or not.
 fn is_requested(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
@@ -139,7 +145,13 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     if lossy && options.precision.is_some() {
         return Err(Failure::Usage(TWO_RUNS.to_owned()));
     }
-    let few = match set.as_ref().filter(|_| lossy) {
+    if let Some(asked) = options.cache {
+        if lossy || options.precision.is_some() {
+            return Err(Failure::Usage(CACHE_LAST.to_owned()));
+        }
+        kv_cache::check(asked, &options.run.load.provider, options.sets.calibration.as_ref())?;
+    }
+    let few = match set.as_ref().filter(|_| lossy || options.cache.is_some()) {
         Some((spec, _)) => {
             Some(SampleSet::open(spec, &loaded.model).map_err(anyhow::Error::from)?.spread(EXACT_SAMPLES))
         }
@@ -277,7 +289,15 @@ impl Job<'_> {
             let (converted, report) = self.to_half(&prepared, outcome, asked, &mut warnings)?;
             (outcome, half) = (converted, Some(report));
         }
-        if outcome.latency.is_none() {
+        let mut caches = None;
+        if let Some((asked, given)) = self.options.cache.zip(self.options.sets.calibration.as_ref()) {
+            let chosen = calibration.as_ref().map(|c| c.chosen.clone());
+            let set = SetSpec { chosen: chosen.or_else(|| given.chosen.clone()), ..given.clone() };
+            let (quantized, report) = self.quantize_caches(&prepared, outcome, asked, &set, &dropped)?;
+            (outcome, caches) = (quantized, Some(report));
+        }
+        // The samples of a set have caches of other types.
+        if outcome.latency.is_none() && caches.is_none() {
             outcome.latency = self.measure(outcome.staged.path(), &prepared.target, &mut warnings)?;
         }
         let Outcome { model, staged, verify, plan, latency, mut records } = outcome;
@@ -299,6 +319,7 @@ impl Job<'_> {
             plan,
             auto: None,
             precision: half,
+            kv_cache: caches,
             verify,
             latency,
             layers: layers::largest(&model, &cost(&model)),
@@ -404,6 +425,9 @@ impl Job<'_> {
         let mut settings = self.options.settings.clone();
         if let Some(opset) = self.opset {
             settings.insert("upgrade-opset.to".to_owned(), opset.to_string());
+        }
+        if self.options.cache.is_some() {
+            settings.entry("fuse-attention.grouped-caches".to_owned()).or_insert_with(|| "true".to_owned());
         }
         PassContext::default()
             .with_target(self.options.target)

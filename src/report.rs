@@ -1,11 +1,13 @@
 //! The report: what went in, what every pass did, what came out. The names are a contract with other programs.
 
 mod auto;
+mod kv_cache;
 mod plan;
 mod precision;
 mod scores;
 
 pub use auto::{AutoPoint, AutoReport};
+pub use kv_cache::{CachePort, CacheReport};
 pub use plan::{Alternative, BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
 pub use precision::{KeptNode, PrecisionReport};
 pub use scores::OutputScores;
@@ -184,6 +186,9 @@ pub struct Report {
     /// The conversion to half precision; not there without `--dtype`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub precision: Option<PrecisionReport>,
+    /// Key-value caches in other numbers; not there without `--kv-cache`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub kv_cache: Option<CacheReport>,
     /// The run beside the original; `null` with `--no-verify`.
     pub verify: Option<Verify>,
     /// The measured latency; `null` where it was not measured.
@@ -240,6 +245,9 @@ impl Report {
         }
         if let Some(precision) = &self.precision {
             line(format!("\n{}.", precision.describe()));
+        }
+        if let Some(caches) = &self.kv_cache {
+            line(format!("\n{}.", caches.describe()));
         }
         if let Some(verify) = &self.verify {
             let verdict = if verify.passed { "holds" } else { "does not hold" };

@@ -129,9 +129,8 @@ fn group_query(cx: &Cx) -> Option<Vec<Out>> {
     };
     let out = Out::tensor(elem, Some(vec![cx.dim(0, 0), cx.dim(0, 1), width]));
     let cache = |past: usize| {
-        let elem = if cx.has(past) { cx.elem(past) } else { elem };
-        // A quantized cache packs two numbers to a byte.
-        let size = size.clone().filter(|_| elem.is_some_and(DataType::is_float));
+        // A quantized cache may pack two numbers to a byte, as the one before did.
+        let (elem, size) = if cx.has(past) { (cx.elem(past), cx.dim(past, 3)) } else { (elem, size.clone()) };
         Out::tensor(elem, Some(vec![cx.dim(0, 0), kv_heads.map(DimExpr::from), None, size]))
     };
     Some(vec![out, cache(3), cache(4)])

@@ -21,8 +21,8 @@ use self::{
 };
 use super::norm_parts::import_contrib;
 use crate::{
-    Error, Info, Kind, Match, Outcome, Pass, PassContext, Refusal, Replacement, Saving, Target, operands::with_axes,
-    pat, rewrite, rule,
+    Error, Info, Kind, Match, Opt, Outcome, Pass, PassContext, Refusal, Replacement, Saving, Target,
+    operands::with_axes, pat, rewrite, rule,
 };
 use lathe_analysis::DimExpr;
 use lathe_ir::{DataType, Model, Node, NodeId, Patch, ValueId};
@@ -37,11 +37,17 @@ static INFO: Info = Info {
           joining of heads where it is next to them. Masks and biases are added up to one. Under the target ort that is \
           MultiHeadAttention, or Attention where queries, keys and values are products of one value with constant \
           weights that nothing else uses, or GroupQueryAttention where all sizes are known and heads share keys, are \
-          rotated by computed angles or have a soft cap; otherwise it is the Attention of opset 23, where batch and \
+          rotated by computed angles or have a soft cap, or where that is asked for and keys and values come from a \
+          cache; otherwise it is the Attention of opset 23, where batch and \
           lengths are known not to be 0, which ONNX Runtime refuses. A mask that is provably causal turns into the \
           causal form. Declines where the weights have other uses, and where shapes are not known well enough to prove \
           the form.",
-    options: &[],
+    options: &[Opt {
+        name: "grouped-caches",
+        unit: "true or false",
+        default: "false",
+        doc: "whether attention with a cache becomes GroupQueryAttention, whose cache can be quantized, under the target ort",
+    }],
     // The fused kernels sum scores and weights in blocks, and scale before or after the product.
     kind: Kind::Equivalent { rtol: 1e-4 },
     lowers: &[Saving::Nodes],

@@ -34,6 +34,7 @@ def optimize(
     batch: int | None = None,
     calib_select: int | None = None,
     dtype: Literal["float16", "bfloat16", "float16:io", "bfloat16:io"] | None = None,
+    kv_cache: Literal["int8", "int4", "int8:tensor", "int4:tensor"] | None = None,
     rtol: float | None = None,
     size: float | None = None,
     params: float | None = None,
@@ -91,7 +92,8 @@ def optimize(
         batch: Samples run at a time where the model leaves the choice.
         calib_select: Choose so many samples of the calibration set.
         dtype: Compute in this type wherever that is allowed; with ``:io`` inputs and outputs change too.
-        rtol: The largest relative L2 error of an output in half precision.
+        kv_cache: Keep the caches of ``GroupQueryAttention`` in this type; scales come from ``calib``.
+        rtol: The largest relative L2 error of an output under ``dtype`` or ``kv_cache``.
         size: Share of the file's bytes to keep: ``0.3``.
         params: Share of the parameters to keep.
         flops: Share of the floating-point operations to keep.

@@ -33,6 +33,8 @@ def workshop(tmp_path: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch) 
     """A folder with the files that the pages speak of, and the program on the path."""
     for name, fixture in (("model.onnx", "transformer.onnx"), ("denoiser.onnx", "dit.onnx")):
         (tmp_path / name).write_bytes((FIXTURES / fixture).read_bytes())
+    (tmp_path / "decoder.onnx").write_bytes((FIXTURES / "decoder.onnx").read_bytes())
+    (tmp_path / "prompts.npz").write_bytes((FIXTURES / "sets" / "decoder.npz").read_bytes())
     (tmp_path / "candidate.onnx").write_bytes(classifier.read_bytes())
     random = np.random.default_rng(0)
     np.savez(tmp_path / "calib.npz", hidden=random.standard_normal((16, 6, 32)).astype(np.float32))

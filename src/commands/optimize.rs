@@ -5,7 +5,7 @@ pub(crate) mod args;
 use self::args::{ExternalArg, OptimizeArgs, TargetArg};
 use super::Answer;
 use crate::{
-    AutoOptions, Budget, Failure, Options, PrecisionOptions, Report, RunOptions, Selection, Sets,
+    AutoOptions, Budget, CacheOptions, Failure, Options, PrecisionOptions, Report, RunOptions, Selection, Sets,
     compress::ADVICE,
     progress::Meter,
     quantities::{size, time},
@@ -14,7 +14,7 @@ use crate::{
 };
 use anyhow::{Context as _, anyhow};
 use lathe_ir::External;
-use lathe_passes::{Quantity, QuantityMap, Target, precision::Precision};
+use lathe_passes::{Quantity, QuantityMap, Target, kv_cache::CacheType, precision::Precision};
 use lathe_runtime::Listener;
 use std::{collections::BTreeMap, ffi::OsString, io::Write as _, path::Path};
 
@@ -164,18 +164,45 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
             allow_slower: args.allow_slower,
         },
         precision: precision(args)?,
+        cache: cache(args)?,
         calib_select: args.calib_select,
         run,
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
 }
 
-/// `--dtype` and `--rtol`.
-fn precision(args: &OptimizeArgs) -> Result<Option<PrecisionOptions>, Failure> {
-    let Some(precision) = args.dtype.as_deref().and_then(Precision::parse) else { return Ok(None) };
-    if args.rtol.is_some_and(|rtol| !rtol.is_finite() || rtol <= 0.0) {
-        return Err(Failure::Usage("--rtol is a relative error, expected a number above 0".to_owned()));
+/// `--rtol`, where something asks for it.
+fn rtol(args: &OptimizeArgs) -> Result<Option<f64>, Failure> {
+    let usage = |message: &str| Err(Failure::Usage(message.to_owned()));
+    match args.rtol {
+        Some(rtol) if !rtol.is_finite() || rtol <= 0.0 => {
+            usage("--rtol is a relative error, expected a number above 0")
+        }
+        Some(_) if args.dtype.is_none() && args.kv_cache.is_none() => {
+            usage("--rtol is the error that --dtype or --kv-cache may make, and neither is given")
+        }
+        rtol => Ok(rtol),
     }
+}
+
+/// `--kv-cache`.
+fn cache(args: &OptimizeArgs) -> Result<Option<CacheOptions>, Failure> {
+    let Some(cache) = args.kv_cache.as_deref().and_then(CacheType::parse) else { return Ok(None) };
+    if args.auto {
+        return Err(Failure::Usage("--auto tries budgets; run --kv-cache on its result".to_owned()));
+    }
+    if args.bench {
+        let message =
+            "--bench runs both models on the same inputs, whose types --kv-cache changes; leave one of them out";
+        return Err(Failure::Usage(message.to_owned()));
+    }
+    Ok(Some(CacheOptions { cache, rtol: rtol(args)? }))
+}
+
+/// `--dtype`.
+fn precision(args: &OptimizeArgs) -> Result<Option<PrecisionOptions>, Failure> {
+    let rtol = rtol(args)?;
+    let Some(precision) = args.dtype.as_deref().and_then(Precision::parse) else { return Ok(None) };
     if args.auto {
         return Err(Failure::Usage("--auto tries budgets; run --dtype on its result".to_owned()));
     }
@@ -183,7 +210,7 @@ fn precision(args: &OptimizeArgs) -> Result<Option<PrecisionOptions>, Failure> {
         let message = "--bench runs both models on the same inputs, whose types :io changes; leave one of them out";
         return Err(Failure::Usage(message.to_owned()));
     }
-    Ok(Some(PrecisionOptions { precision, rtol: args.rtol }))
+    Ok(Some(PrecisionOptions { precision, rtol }))
 }
 
 /// `--set PASS.OPTION=VALUE`, the last of an option counts.

@@ -39,6 +39,7 @@ fn report() -> Report {
         plan: None,
         auto: None,
         precision: None,
+        kv_cache: None,
         verify: Some(Verify {
             set: "random".to_owned(),
             samples: 2,

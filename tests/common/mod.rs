@@ -47,6 +47,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         sets: Default::default(),
         budget: Default::default(),
         precision: None,
+        cache: None,
         calib_select: None,
         run: RunOptions {
             ort: Some(lathe_testkit::engine().library().path.clone()),

@@ -2,9 +2,12 @@
 
 use super::{
     Attention, bias,
+    cache::cache,
     heads::{Heads, Role},
+    multi_head::Made,
     product::Operand,
     rotary::{Rotary, unrotated},
+    sizes::size,
 };
 use crate::{Match, Refusal, exact::norm_parts::CONTRIB};
 use lathe_ir::{DataType, Node, Patch, Tensor, ValueId};
@@ -83,6 +86,45 @@ pub(super) fn write(m: &Match, g: &mut Patch, attention: &Attention) -> Result<V
         inputs.push(Some(bias.value));
     }
     Ok(g.node_with(node, &inputs, 1)[0])
+}
+
+/// Writes the operator with the caches that it takes and returns, where there are some and it takes heads of this form.
+/// The mask tells all about who sees whom, so the operator hides nothing by itself.
+pub(super) fn write_cached(m: &Match, g: &mut Patch, attention: &Attention) -> Result<Option<Made>, Refusal> {
+    let (q, k) = (&attention.q, &attention.k);
+    let fits = attention.factors.is_empty() && q.size == attention.v.size && q.size % 8 == 0;
+    if !fits || attention.elem != DataType::Float {
+        return Ok(None);
+    }
+    let Some(cache) = cache(m, g, attention)? else { return Ok(None) };
+    let query = q.joined(m, g)?;
+    let mask = bias::mask(m, g, attention, false, f64::NEG_INFINITY)?;
+    let mut node = Node::new("GroupQueryAttention")
+        .in_domain(CONTRIB)
+        .with("num_heads", attention.count()?)
+        .with("kv_num_heads", k.count()?)
+        .with("scale", attention.scale)
+        .with("causal", 0);
+    if let Some(cap) = attention.softcap {
+        node = node.with("softcap", cap);
+    }
+    let near = [q.value, k.value];
+    let unknown = "the sizes of batch and keys cannot be read off an input";
+    let total = size(m, g, &k.length, &near).ok_or(unknown)?;
+    let batch = size(m, g, &q.batch()?, &near).ok_or(unknown)?;
+    let total = g.node(Node::new("Cast").with("to", DataType::Int32), &[total]);
+    let one = g.constant("one", Tensor::from_f64s(DataType::Int32, &[1], &[1.0]).ok_or(Refusal::NoMatch)?);
+    let last = g.node(Node::new("Sub"), &[total, one]);
+    let lengths = g.node(Node::new("Expand"), &[last, batch]);
+    let ([key, value], [past_key, past_value]) = (cache.new, cache.past);
+    let mut inputs: Vec<Option<ValueId>> = [query, key, value, past_key, past_value, lengths, total].map(Some).to_vec();
+    if let Some(bias) = mask.bias {
+        inputs.resize(10, None);
+        inputs.push(Some(bias.value));
+    }
+    let made = g.node_with(node, &inputs, 3);
+    let present = cache.present.into_iter().zip(made[1..].iter().copied()).collect();
+    Ok(Some(Made { joined: made[0], present }))
 }
 
 /// The last position of each sequence, and the common length: all sequences are as long as the queries.

@@ -19,7 +19,13 @@ use lathe_ir::{Node, Patch, ValueId};
 pub(super) fn fuse(m: &Match, g: &mut Patch, attention: &Attention) -> Result<Replacement, Refusal> {
     require_ort_type(m, attention.elem)?;
     let slow = "MultiHeadAttention is slower than its steps on this execution provider";
-    let made = if group_query::is_for(m, attention)? && pays(m, "GroupQueryAttention") {
+    let grouped = match m.context().setting(&super::INFO, "grouped-caches") {
+        Ok(true) => group_query::write_cached(m, g, attention)?,
+        _ => None,
+    };
+    let made = if let Some(grouped) = grouped {
+        grouped
+    } else if group_query::is_for(m, attention)? && pays(m, "GroupQueryAttention") {
         Made { joined: group_query::write(m, g, attention)?, present: Vec::new() }
     } else if !pays(m, "MultiHeadAttention") {
         return Err(slow.into());
@@ -38,11 +44,11 @@ fn pays(m: &Match, op: &str) -> bool {
 }
 
 /// What an operator makes.
-struct Made {
+pub(super) struct Made {
     /// `[batch, length, count · size]`.
-    joined: ValueId,
+    pub joined: ValueId,
     /// The keys and values that the model returns, and those that take their place.
-    present: Vec<(ValueId, ValueId)>,
+    pub present: Vec<(ValueId, ValueId)>,
 }
 
 /// A `MultiHeadAttention` of `query`, which takes and returns the caches if there are any.

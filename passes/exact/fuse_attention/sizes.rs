@@ -14,6 +14,12 @@ pub(super) fn size(m: &Match, g: &mut Patch, size: &DimExpr, near: &[ValueId]) -
         return Some(g.int64s("size", &[known]));
     }
     let Some((value, axis)) = found(m, size, near) else { return computed(m, g, size, near) };
+    // What the model returns may be a cache, which the operator is to put together itself.
+    if m.graph().is_output(value)
+        && let Some(sum) = sum_of_inputs(m, g, size, near)
+    {
+        return Some(sum);
+    }
     if m.opset() >= 15 {
         return Some(g.node(Node::new("Shape").with("start", axis).with("end", axis + 1), &[value]));
     }
@@ -46,6 +52,11 @@ fn computed(m: &Match, g: &mut Patch, size: &DimExpr, near: &[ValueId]) -> Optio
         let factor = g.int64s("factor", &[factor]);
         return Some(g.node(Node::new("Mul"), &[rest, factor]));
     }
+    sum_of_inputs(m, g, size, near)
+}
+
+/// A size that is the sum of two that inputs have.
+fn sum_of_inputs(m: &Match, g: &mut Patch, size: &DimExpr, near: &[ValueId]) -> Option<ValueId> {
     let inputs = m.graph().main().inputs();
     let parts = inputs.iter().filter_map(|&value| m.facts().shape(value)).flatten();
     let (first, second) = parts.filter(|part| part.as_known().is_none()).find_map(|part| {

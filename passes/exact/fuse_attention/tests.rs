@@ -567,6 +567,29 @@ fn hands_caches_on() {
     assert!(!printed.contains("Concat"), "{printed}");
 }
 
+/// The kernel takes several new positions behind a cache of one sequence.
+#[test]
+fn hands_caches_to_grouped_queries_where_that_is_asked_for() {
+    let asked = |value: &str| {
+        ort().with_settings(std::collections::BTreeMap::from([(
+            "fuse-attention.grouped-caches".to_owned(),
+            value.to_owned(),
+        )]))
+    };
+    let one = CACHED.replace("[B,", "[1,").replace("S,16]", "3,16]");
+    let printed = check_in(&FuseAttention, &one, &asked("true"));
+    let made = line(&printed, "GroupQueryAttention");
+    assert!(
+        made.contains(", k, v = com.microsoft") && made.contains("causal = 0") && made.contains(", pk, pv, "),
+        "{made}"
+    );
+    assert!(!printed.contains("Concat"), "{printed}");
+    assert!(check_in(&FuseAttention, &one, &asked("false")).contains("MultiHeadAttention"));
+    let wide = one.replace("P,8]", "P,12]").replace("T,8]", "T,12]").replace("3,16]", "3,24]");
+    let wide = wide.replace("{0, 0, 2, 8}", "{0, 0, 2, 12}").replace("{0, 0, 16}", "{0, 0, 24}");
+    assert!(check_in(&FuseAttention, &wide, &asked("true")).contains("MultiHeadAttention"));
+}
+
 #[test]
 fn keeps_caches_apart_that_are_not_returned_or_come_first() {
     let inner = CACHED.replace(", float[B,2,T,8] k, float[B,2,T,8] v)", ", float[B,2,T,8] k)");

@@ -6,7 +6,7 @@ use crate::{
     terminal::TalkArgs,
 };
 use clap::{Args, ValueEnum};
-use lathe_passes::{Quantity, precision::Precision};
+use lathe_passes::{Quantity, kv_cache::CacheType, precision::Precision};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -110,8 +110,14 @@ pub(crate) struct OptimizeArgs {
     #[arg(long, value_name = "TYPE[:io]", value_parser = precision)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<String>,
-    /// The largest relative L2 error of an output in half precision: 2e-3 for float16 and 2e-2 for bfloat16 unless told.
-    #[arg(long, value_name = "X", requires = "dtype")]
+    /// Keep the caches of GroupQueryAttention as int8 or int4, with scales per channel from --calib, or per tensor with :tensor;
+    /// the inputs and outputs that hold them change. --target ort writes that operator where a decoder has caches.
+    #[arg(long, value_name = "TYPE[:tensor]", value_parser = cache)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache: Option<String>,
+    /// The largest relative L2 error of an output under --dtype (2e-3 for float16 and 2e-2 for bfloat16 unless told) or
+    /// --kv-cache (5e-2 for int8 and 5e-1 for int4).
+    #[arg(long, value_name = "X")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rtol: Option<f64>,
     /// Share of the file's bytes to keep (0.5); lossy methods spend the rest where it hurts least. Needs --calib.
@@ -185,6 +191,16 @@ fn precision(text: &str) -> Result<String, NoPrecision> {
 #[derive(Debug, thiserror::Error)]
 #[error("expected float16, bfloat16, float16:io or bfloat16:io")]
 struct NoPrecision;
+
+/// A type of caches.
+fn cache(text: &str) -> Result<String, NoCache> {
+    CacheType::parse(text).map(|_| text.to_owned()).ok_or(NoCache)
+}
+
+/// A text that names no type of caches.
+#[derive(Debug, thiserror::Error)]
+#[error("expected int8, int4, int8:tensor or int4:tensor")]
+struct NoCache;
 
 /// A share above 0 and at most 1.
 fn share(text: &str) -> Result<f64, NoShare> {
