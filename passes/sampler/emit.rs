@@ -141,8 +141,10 @@ type Store = BTreeMap<(What, usize, Lane), ValueId>;
 #[derive(Debug, Clone)]
 struct State {
     x: ValueId,
-    /// Estimates of the clean sample, the latest first.
+    /// What rows kept, the latest first.
     history: Vec<ValueId>,
+    /// What rows began with, the latest first, as far back as some row starts from.
+    seen: Vec<ValueId>,
     store: Store,
 }
 
@@ -208,6 +210,11 @@ fn check(sampler: &Sampler, form: Form) -> Result<(), Error> {
     sampler.check_latent()?;
     if plan.sizes.is_some() && form != Form::Unrolled {
         let message = "steps of several sizes stand side by side; leave out --form, or --form unrolled";
+        return Err(Error::Form(message.to_owned()));
+    }
+    if form == Form::Adaptive && sampler.table.anchored() > 0 {
+        let message = "some steps evaluate the network several times, which the adaptive form cannot leave out; take \
+                       another form";
         return Err(Error::Form(message.to_owned()));
     }
     if (form == Form::Adaptive) != plan.adaptive.is_some() {
@@ -310,7 +317,7 @@ impl<'a> Emitter<'a> {
         let scale = Factor::Number(self.sampler.table.initial_scale);
         let noise = self.cropped(noise, sizes.map(|sizes| sizes.steps[0]), ScopeId::MAIN);
         let x = self.sums(ScopeId::MAIN).scaled(noise, scale, DataType::Float, "state")?;
-        Ok(State { x, history: Vec::new(), store: Store::new() })
+        Ok(State { x, history: Vec::new(), seen: Vec::new(), store: Store::new() })
     }
 
     /// An input of the denoiser by name.

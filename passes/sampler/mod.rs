@@ -30,7 +30,7 @@ pub use plan::{Adaptive, Key, Kind, Mode, Pass, Ref, StepPlan, Substitution, Ter
 pub use reference::{Sampled, sample};
 pub use request::{Request, Steps};
 pub use roles::{Condition, RoleOptions, Roles, Uncond};
-pub use row::{Flow, Level, Prediction, Row};
+pub use row::{Anchor, Flow, Level, Prediction, Row};
 pub use schedule::Schedule;
 pub use scheduler::{
     BetaSchedule, Clip, DynamicShift, Fields, Scheduler, Sigmas, Solver, SolverInfo, Spacing, Variance,

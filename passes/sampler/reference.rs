@@ -166,6 +166,8 @@ impl<'a> Run<'a> {
         }
         self.channels = x.dims.get(1).copied();
         let mut history: Vec<Array> = Vec::new();
+        let mut seen: Vec<Array> = Vec::new();
+        let mut last_noise: Option<Array> = None;
         let mut computed = Vec::new();
         let mut rule = self.sampler.plan.adaptive.map(|rule| Rule::new(rule, table.rows.len(), &x));
         let mut noises = 0;
@@ -186,9 +188,14 @@ impl<'a> Run<'a> {
             };
             let [u, w] = row.estimate;
             let y = clipped(Array::sum(&[(&x, u), (&m, w)])?, table.clip);
-            history.insert(0, y);
+            let [of_state, of_output, of_estimate] = row.kept;
+            history.insert(0, Array::sum(&[(&x, of_state), (&m, of_output), (&y, of_estimate)])?);
             let mut terms = vec![(&x, row.state), (&m, row.output)];
-            terms.extend(history.iter().zip(row.estimates.iter().copied()));
+            terms.extend(history.iter().zip(row.history.iter().copied()));
+            if let Some(anchor) = row.anchor {
+                let missing = || Error::Plan("a step starts from a state from before the first".to_owned());
+                terms.push((seen.get(anchor.back - 1).ok_or_else(missing)?, anchor.factor));
+            }
             let fresh = if row.noise == 0.0 { None } else { Some(self.fresh(noises)?) };
             noises += usize::from(fresh.is_some());
             let next = sizes.map(|sizes| sizes.steps[(step + 1).min(table.rows.len() - 1)]);
@@ -205,8 +212,14 @@ impl<'a> Run<'a> {
             if let Some(fresh) = &fresh {
                 terms.push((fresh, row.noise));
             }
-            x = Array::sum(&terms)?;
-            history.truncate(if border.is_some() { 0 } else { 3 });
+            if let Some(last) = &last_noise {
+                terms.push((last, row.noise_before));
+            }
+            let next = Array::sum(&terms)?;
+            seen.insert(0, std::mem::replace(&mut x, next));
+            seen.truncate(table.anchored());
+            last_noise = fresh;
+            history.truncate(if border.is_some() { 0 } else { table.history() });
             tell(step + 1);
         }
         if rule.is_none() {

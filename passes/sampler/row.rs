@@ -1,9 +1,13 @@
 //! The numbers of one step of a sampler, in the one form that every solver has.
 //!
-//! A step is `x' = state·x + output·m + Σ_j estimates[j]·y_{i−j} + noise·z`, where `m` is the output of the network and
-//! `y = u·x + w·m` the estimate of the clean sample, which may be clipped.
+//! A row is one evaluation of the network, of which a step may need several. With `m`, the output of the network, and
+//! `y = u·x + w·m`, the estimate of the clean sample, which may be clipped, it keeps `q = kept·(x, m, y)` and gives
+//!
+//! `x' = state·x + anchor·X + output·m + Σ_j history[j]·q_{i−j} + noise·z_i + noise_before·z_{i−1}`,
+//!
+//! where `X` is the state that an earlier row began with: second evaluations start again from where their step began.
 
-/// The numbers of one step.
+/// The numbers of one row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
     /// The timestep that the network is told.
@@ -18,12 +22,27 @@ pub struct Row {
     pub state: f64,
     /// Factor of the output of the network.
     pub output: f64,
-    /// Factors of the estimate of this step and of the steps before it.
-    pub estimates: Vec<f64>,
+    /// What later rows find of this one: factors of state, output and estimate.
+    pub kept: [f64; 3],
+    /// Factors of what this row keeps and of what the rows before it kept.
+    pub history: Vec<f64>,
+    /// The state of an earlier row that this one starts from.
+    pub anchor: Option<Anchor>,
     /// Factor of fresh noise.
     pub noise: f64,
+    /// Factor of the noise that was fresh at the row before.
+    pub noise_before: f64,
     /// This step as a flow.
     pub flow: Flow,
+}
+
+/// The state that an earlier row began with.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Anchor {
+    /// How many rows ago, at least 1.
+    pub back: usize,
+    /// Its factor.
+    pub factor: f64,
 }
 
 /// A step in the coordinates of a flow, in which caches of whole outputs are kept.
@@ -36,12 +55,24 @@ pub struct Flow {
 }
 
 impl Row {
-    /// The update `x' = a·x + b·m + …` with the estimate of this step resolved, which is possible without clipping.
-    /// Returns `a`, `b` and the factors of the estimates of earlier steps.
+    /// The update `x' = a·x + b·m + …` with what this row keeps resolved, which is possible without clipping. Returns `a`,
+    /// `b` and the factors of what earlier rows kept.
     pub fn affine(&self) -> (f64, f64, &[f64]) {
-        let own = self.estimates.first().copied().unwrap_or(0.0);
-        let (a, b) = (self.state + own * self.estimate[0], self.output + own * self.estimate[1]);
-        (a, b, self.estimates.get(1..).unwrap_or_default())
+        let own = self.history.first().copied().unwrap_or(0.0);
+        let kept = self.kept_affine();
+        let (a, b) = (self.state + own * kept[0], self.output + own * kept[1]);
+        (a, b, self.history.get(1..).unwrap_or_default())
+    }
+
+    /// What this row keeps as factors of state and output, which is possible without clipping.
+    pub fn kept_affine(&self) -> [f64; 2] {
+        let [state, output, estimate] = self.kept;
+        [state + estimate * self.estimate[0], output + estimate * self.estimate[1]]
+    }
+
+    /// Whether what the network gives at this row reaches anything: the next state, or what is kept.
+    pub fn evaluates(&self) -> bool {
+        self.output != 0.0 || self.kept_affine()[1] != 0.0
     }
 }
 
@@ -101,7 +132,7 @@ impl Level {
         }
     }
 
-    /// A row at this level that so far leaves the state as it is.
+    /// A row at this level that so far leaves the state as it is, and keeps its estimate.
     pub(super) fn row(self, time: f64, estimate: [f64; 2]) -> Row {
         let flow = Flow::of(self, estimate);
         Row {
@@ -111,8 +142,11 @@ impl Level {
             estimate,
             state: 1.0,
             output: 0.0,
-            estimates: vec![0.0],
+            kept: [0.0, 0.0, 1.0],
+            history: vec![0.0],
+            anchor: None,
             noise: 0.0,
+            noise_before: 0.0,
             flow,
         }
     }

@@ -227,7 +227,7 @@ fn leave(row: &Row, next: Level, kept: f64) -> Option<Row> {
     (kept == 0.0 || estimate >= 0.0).then(|| Row {
         state,
         output: 0.0,
-        estimates: vec![estimate],
+        history: vec![estimate],
         noise: next.noise,
         ..row.clone()
     })

@@ -1,4 +1,4 @@
-//! The canonical form of a sampler: one row of numbers per step.
+//! The canonical form of a sampler: one row of numbers per evaluation of the network.
 //!
 //! Solvers, forecasts of whole outputs and corrections of steps are only different tables, computed in float64; one
 //! emitter turns any of them into a graph.
@@ -8,7 +8,7 @@ use super::{Clip, Error, Request, Row, Scheduler, grid, solvers::named_where};
 /// A sampler as numbers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Table {
-    /// One row per step, noisy ones first.
+    /// One row per evaluation of the network, noisy ones first.
     pub rows: Vec<Row>,
     /// The first state is standard normal noise times this.
     pub initial_scale: f64,
@@ -37,8 +37,10 @@ impl Table {
         let (rows, initial_scale) = s.solver.rows(s, request)?;
         let table = Table { rows, initial_scale, clip: s.clip };
         let numbers = |row: &Row| {
-            let fixed = [row.time, row.input_scale, row.state, row.output, row.noise];
-            fixed.iter().chain(&row.estimate).chain(&row.estimates).all(|n| n.is_finite())
+            let fixed = [row.time, row.input_scale, row.state, row.output, row.noise, row.noise_before];
+            let anchor = row.anchor.map_or(0.0, |anchor| anchor.factor);
+            let others = row.estimate.iter().chain(&row.kept).chain(&row.history);
+            anchor.is_finite() && fixed.iter().chain(others).all(|n| n.is_finite())
         };
         match table.rows.iter().position(|row| !numbers(row)) {
             None => Ok(table),
@@ -49,14 +51,19 @@ impl Table {
         }
     }
 
-    /// How many steps add fresh noise.
+    /// How many rows add fresh noise.
     pub fn noises(&self) -> usize {
         self.rows.iter().filter(|row| row.noise != 0.0).count()
     }
 
-    /// How many estimates of earlier steps some step uses.
+    /// Of how many earlier rows some row uses what they kept.
     pub fn history(&self) -> usize {
-        let used = |row: &Row| row.estimates.iter().rposition(|&b| b != 0.0).unwrap_or(0);
+        let used = |row: &Row| row.history.iter().rposition(|&b| b != 0.0).unwrap_or(0);
         self.rows.iter().map(used).max().unwrap_or(0)
+    }
+
+    /// How many rows back the state lies that some row starts from.
+    pub fn anchored(&self) -> usize {
+        self.rows.iter().filter_map(|row| Some(row.anchor?.back)).max().unwrap_or(0)
     }
 }

@@ -45,7 +45,7 @@ impl Emitter<'_> {
         let full = sums.node("Or", &[forced, much], "full");
 
         let computed = self.out.graph.add_scope("computed");
-        let mut inside = State { x, history: Vec::new(), store: Default::default() };
+        let mut inside = State { x, history: Vec::new(), seen: Vec::new(), store: Default::default() };
         let found = self.predictions(0, &numbers, computed, &mut inside)?;
         let m = self.joined(0, &found, computed)?;
         let watched = found.get(&Pass::Cond).copied().unwrap_or(m);
@@ -78,7 +78,7 @@ impl Emitter<'_> {
         let own = sums.scaled(x, q, DataType::Float, "own")?;
         let rest = if q == Factor::Number(0.0) { chosen[0] } else { sums.node("Sub", &[chosen[0], own], "rest") };
         let m = sums.scaled(rest, back, DataType::Float, "prediction")?;
-        let mut after = State { x, history: inputs[7..].to_vec(), store: Default::default() };
+        let mut after = State { x, history: inputs[7..].to_vec(), seen: Vec::new(), store: Default::default() };
         self.advance(&numbers, scope, &mut after, m)?;
         let mut outputs = vec![after.x, flow_state];
         outputs.extend([2, 3, 1, 4, 5].map(|k| chosen[k]));

@@ -13,15 +13,18 @@ pub(super) struct Numbers {
     pub input_scale: Factor,
     /// Factors of state and output in the estimate.
     pub estimate: [Factor; 2],
+    /// Factors of state, output and estimate in what is kept; without clipping the estimate is resolved.
+    pub kept: [Factor; 3],
     pub state: Factor,
     pub output: Factor,
-    /// Whether the estimate is computed; if not, `state` and `output` hold what it would contribute.
-    pub estimates: bool,
-    /// Factors of the estimate of this step and of earlier ones.
-    pub weights: Vec<Factor>,
-    pub noise: Factor,
-    /// The fresh noise.
-    pub fresh: Option<ValueId>,
+    /// Whether what is kept is computed; if not, `state` and `output` hold what it would contribute.
+    pub keeps: bool,
+    /// Factors of what this row keeps and of what earlier ones kept.
+    pub history: Vec<Factor>,
+    /// How many rows ago the state lies that this row starts from, and its factor.
+    pub anchor: Option<(usize, Factor)>,
+    /// Noise with its factors: the fresh one, and that of the row before.
+    pub noise: Vec<(ValueId, Factor)>,
     /// What happens to the state before noise is added, where the next step has another size.
     pub border: Option<Border>,
     /// What the network knows of the time.
@@ -44,7 +47,8 @@ impl Emitter<'_> {
     /// The numbers of a step: constants, or rows of tables where several iterations share it.
     pub(super) fn numbers(&mut self, steps: &[usize], at: Iteration) -> Result<Numbers, Error> {
         let table = self.sampler.table;
-        let estimates = steps.iter().any(|&step| self.needs_estimate(step));
+        let keeps = steps.iter().any(|&step| self.keeps(step));
+        let clips = keeps && table.clip != Clip::None;
         let mut factor = |value: &dyn Fn(usize) -> f64, name: &str| {
             let values: Vec<f64> = steps.iter().map(|&step| value(step)).collect();
             match at.index {
@@ -54,33 +58,43 @@ impl Emitter<'_> {
                     let rows = sums.constant(Tensor::from_f32s(&[numbers.len()], &numbers), &format!("{name}.table"));
                     Factor::Value(sums.row(rows, index, name))
                 }
-                _ => Factor::Number(values[0]),
+                // Numbers are written in float32, so what is one there costs nothing.
+                _ => Factor::Number(f64::from(values[0] as f32)),
             }
         };
         let row = |step: usize| &table.rows[step];
-        let deepest = steps.iter().map(|&step| row(step).estimates.len()).max().unwrap_or(0);
+        let deepest = steps.iter().map(|&step| row(step).history.len()).max().unwrap_or(0);
         let resolved = |step: usize| {
-            if estimates { (row(step).state, row(step).output) } else { (row(step).affine().0, row(step).affine().1) }
+            if keeps { (row(step).state, row(step).output) } else { (row(step).affine().0, row(step).affine().1) }
+        };
+        let kept = |step: usize| match clips {
+            true => row(step).kept,
+            false => [row(step).kept_affine()[0], row(step).kept_affine()[1], 0.0],
         };
         let adaptive = self.sampler.plan.adaptive.is_some();
-        let unless = |used: bool, f: Factor| if used { f } else { Factor::Number(0.0) };
         let numbers = Numbers {
             input_scale: factor(&|step| row(step).input_scale, "input_scale"),
-            estimate: [0, 1].map(|k| match estimates {
+            estimate: [0, 1].map(|k| match clips {
                 true => factor(&|step| row(step).estimate[k], "estimate"),
+                false => Factor::Number(0.0),
+            }),
+            kept: [0, 1, 2].map(|k| match keeps {
+                true => factor(&|step| kept(step)[k], "kept"),
                 false => Factor::Number(0.0),
             }),
             state: factor(&|step| resolved(step).0, "state"),
             output: factor(&|step| resolved(step).1, "output"),
-            estimates,
-            weights: (0..deepest)
-                .map(|k| match k == 0 && !estimates {
+            keeps,
+            history: (0..deepest)
+                .map(|k| match k == 0 && !keeps {
                     true => Factor::Number(0.0),
-                    false => factor(&|step| row(step).estimates.get(k).copied().unwrap_or(0.0), "weight"),
+                    false => factor(&|step| row(step).history.get(k).copied().unwrap_or(0.0), "weight"),
                 })
                 .collect(),
-            noise: factor(&|step| row(step).noise, "noise"),
-            fresh: None,
+            anchor: row(steps[0])
+                .anchor
+                .map(|first| (first.back, factor(&|step| row(step).anchor.map_or(0.0, |a| a.factor), "anchor"))),
+            noise: Vec::new(),
             border: None,
             ahead: Vec::new(),
             flow_scale: match adaptive {
@@ -92,8 +106,16 @@ impl Emitter<'_> {
                 false => Factor::Number(0.0),
             }),
         };
+        let factors = [factor(&|step| row(step).noise, "noise"), factor(&|step| row(step).noise_before, "noise")];
         let fresh = match self.noise {
             Some(noise) if steps.iter().any(|&step| row(step).noise != 0.0) => Some(self.fresh(noise, steps, at)),
+            _ => None,
+        };
+        let before = match self.noise {
+            Some(noise) if steps.iter().any(|&step| row(step).noise_before != 0.0) => {
+                let earlier: Vec<usize> = steps.iter().map(|&step| step.saturating_sub(1)).collect();
+                Some(self.fresh(noise, &earlier, at))
+            }
             _ => None,
         };
         // Where steps have sizes, each has its own numbers.
@@ -108,7 +130,8 @@ impl Emitter<'_> {
             None => None,
         };
         let ahead = (0..self.net.ahead.len()).map(|k| self.ahead(k, steps, at)).collect::<Result<_, _>>()?;
-        Ok(Numbers { fresh, border, ahead, noise: unless(fresh.is_some(), numbers.noise), ..numbers })
+        let noise = [fresh, before].into_iter().zip(factors).filter_map(|(noise, f)| Some((noise?, f))).collect();
+        Ok(Numbers { noise, border, ahead, ..numbers })
     }
 
     /// The noise that a step adds.
@@ -145,11 +168,12 @@ impl Emitter<'_> {
         Ok(sums.row(table, iteration, "time"))
     }
 
-    /// Whether the estimate of a step must be computed: it is clipped, or a later step uses it.
-    pub(super) fn needs_estimate(&self, step: usize) -> bool {
+    /// Whether what a row keeps must be computed: an estimate in it is clipped, or a later row uses it.
+    pub(super) fn keeps(&self, step: usize) -> bool {
         let rows = &self.sampler.table.rows;
-        let own = self.sampler.table.clip != Clip::None && rows[step].estimates.first().is_some_and(|&b| b != 0.0);
-        let later = |(back, row): (usize, &Row)| row.estimates.get(back + 1).is_some_and(|&b| b != 0.0);
+        let clipped = self.sampler.table.clip != Clip::None && rows[step].kept[2] != 0.0;
+        let own = clipped && rows[step].history.first().is_some_and(|&b| b != 0.0);
+        let later = |(back, row): (usize, &Row)| row.history.get(back + 1).is_some_and(|&b| b != 0.0);
         own || rows[step + 1..].iter().enumerate().any(later)
     }
 }

@@ -43,7 +43,12 @@ type Term = (Option<String>, usize, Option<Pass>, u64);
 struct Signature {
     mode: Mode,
     replaced: Vec<Replaced>,
-    noise: bool,
+    /// Whether there is fresh noise, and whether that of the row before is used.
+    noise: [bool; 2],
+    /// How many rows ago the state lies that the row starts from.
+    anchor: Option<usize>,
+    /// Whether what the network gives reaches anything.
+    evaluates: bool,
     stored: Vec<What>,
 }
 
@@ -67,7 +72,7 @@ impl Emitter<'_> {
     }
 
     fn signature(&self, step: usize) -> Signature {
-        let plan = self.sampler.plan;
+        let (plan, row) = (self.sampler.plan, &self.sampler.table.rows[step]);
         let replaced = |one: &Substitution| {
             let relative = |(r, weight): &(Ref, f64)| (r.of.clone(), step - r.step, r.pass, weight.to_bits());
             let name = match &one.kind {
@@ -80,7 +85,9 @@ impl Emitter<'_> {
         Signature {
             mode: plan.cfg[step],
             replaced: plan.at(step).iter().map(replaced).collect(),
-            noise: self.sampler.table.rows[step].noise != 0.0,
+            noise: [row.noise, row.noise_before].map(|factor| factor != 0.0),
+            anchor: row.anchor.map(|anchor| anchor.back),
+            evaluates: row.evaluates(),
             stored: self.stored.get(&step).into_iter().flatten().cloned().collect(),
         }
     }
@@ -93,8 +100,10 @@ impl Emitter<'_> {
         for period in 1..=LONGEST_PERIOD.min(signatures.len() / 2) {
             let same = (period..signatures.len()).take_while(|&k| signatures[k] == signatures[k - period]).count();
             let most = 1 + same / period;
-            let fits =
-                (2..=most).rev().map(|count| Segment { start, period, count }).find(|s| self.carried(*s).is_some());
+            let fits = (2..=most)
+                .rev()
+                .map(|count| Segment { start, period, count })
+                .find(|s| self.holds_anchors(*s) && self.carried(*s).is_some());
             if let Some(found) = fits
                 && best.is_none_or(|best| found.end() > best.end())
             {
@@ -102,6 +111,15 @@ impl Emitter<'_> {
             }
         }
         best
+    }
+
+    /// Whether the states that rows start from lie in their own iteration, or, of rows after the loop, after it too.
+    fn holds_anchors(&self, segment: Segment) -> bool {
+        let rows = self.sampler.table.rows.iter().enumerate().skip(segment.start);
+        rows.filter_map(|(at, row)| Some((at, row.anchor?.back))).all(|(at, back)| {
+            let first = if at < segment.end() { at - (at - segment.start) % segment.period } else { segment.end() };
+            at >= first + back
+        })
     }
 
     /// What iterations hand on; `None` where a step refers to what was not kept or is not there before the first.
@@ -163,7 +181,8 @@ impl Emitter<'_> {
             types.push(self.facts.elem(self.tensor(one.what.names()[0])?).unwrap_or(self.net.dtype));
         }
         let (scope, index, inputs) = self.body(&types);
-        let mut inside = State { x: inputs[0], history: inputs[1..=kept].to_vec(), store: Default::default() };
+        let (history, seen) = (inputs[1..=kept].to_vec(), Vec::new());
+        let mut inside = State { x: inputs[0], history, seen, store: Default::default() };
         for (one, &value) in carried.iter().zip(&inputs[1 + kept..]) {
             inside.store.insert((one.what.clone(), start + one.at - one.back * period, one.lane), value);
         }
@@ -181,6 +200,7 @@ impl Emitter<'_> {
         let results = self.close(scope, count, &first, &outputs, 0);
         state.x = results[0];
         state.history = results[1..=kept].to_vec();
+        state.seen.clear();
         for (one, &value) in carried.iter().zip(&results[1 + kept..]) {
             let step = start + (count - one.back) * period + one.at;
             state.store.insert((one.what.clone(), step, one.lane), value);

@@ -2,7 +2,7 @@
 
 use super::{Emitter, Iteration, Lane, Numbers, State, Store, What};
 use crate::sampler::{
-    Error, Mode, Pass, Ref, Scale, Substitution,
+    Clip, Error, Mode, Pass, Ref, Scale, Substitution,
     network::{self, How, TimeFeed},
     plan::Kind,
     sums::Factor,
@@ -271,36 +271,51 @@ impl Emitter<'_> {
         m: ValueId,
     ) -> Result<(), Error> {
         let (clip, dims) = (self.sampler.table.clip, self.net.dims.clone());
-        let kept = self.sampler.table.history();
+        let (kept, anchored) = (self.sampler.table.history(), self.sampler.table.anchored());
         let mut sums = self.sums(scope);
         let mut terms = vec![(state.x, numbers.state), (m, numbers.output)];
-        if numbers.estimates {
-            let [u, w] = numbers.estimate;
-            let y = sums.sum(&[(state.x, u), (m, w)], DataType::Float, "clean")?;
-            let y = sums.clipped(y, clip, &dims)?;
-            terms.push((y, numbers.weights.first().copied().unwrap_or(Factor::Number(0.0))));
-            state.history.insert(0, y);
+        if let Some((back, factor)) = numbers.anchor {
+            let anchor = state.seen.get(back - 1).copied();
+            terms.push((anchor.ok_or_else(|| early("starts from a state"))?, factor));
+        }
+        if numbers.keeps {
+            let [x, output, estimate] = numbers.kept;
+            let q = if clip == Clip::None {
+                sums.sum(&[(state.x, x), (m, output)], DataType::Float, "clean")?
+            } else {
+                let [u, w] = numbers.estimate;
+                let y = sums.sum(&[(state.x, u), (m, w)], DataType::Float, "clean")?;
+                let y = sums.clipped(y, clip, &dims)?;
+                sums.sum(&[(state.x, x), (m, output), (y, estimate)], DataType::Float, "kept")?
+            };
+            terms.push((q, numbers.history.first().copied().unwrap_or(Factor::Number(0.0))));
+            state.history.insert(0, q);
         } else if kept > 0 {
-            // Nobody asks for this estimate, but earlier ones move one place on.
+            // Nobody asks for what this row keeps, but what earlier ones kept moves one place on.
             state.history.insert(0, state.x);
         }
-        for (back, &weight) in numbers.weights.iter().enumerate().skip(1) {
+        for (back, &weight) in numbers.history.iter().enumerate().skip(1) {
             match state.history.get(back) {
-                Some(&y) => terms.push((y, weight)),
+                Some(&q) => terms.push((q, weight)),
                 None if weight == Factor::Number(0.0) => {}
-                None => return Err(Error::Plan("a step uses an estimate from before the first".to_owned())),
+                None => return Err(early("uses what was kept")),
             }
         }
         state.history.truncate(kept);
+        state.seen.insert(0, state.x);
+        state.seen.truncate(anchored);
         if let Some(border) = &numbers.border {
             let x = sums.sum(&terms, DataType::Float, "state")?;
             terms = vec![(self.resized(x, border, scope), Factor::Number(1.0))];
             state.history.clear();
         }
-        if let Some(fresh) = numbers.fresh {
-            terms.push((fresh, numbers.noise));
-        }
+        terms.extend(&numbers.noise);
         state.x = self.sums(scope).sum(&terms, DataType::Float, "state")?;
         Ok(())
     }
+}
+
+/// The error of a row that needs what lies before the first.
+fn early(what: &str) -> Error {
+    Error::Plan(format!("a step {what} from before the first"))
 }

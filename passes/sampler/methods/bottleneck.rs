@@ -230,7 +230,7 @@ mod tests {
             assert!((found - expected).abs() < 1e-12, "{shares:?}");
         }
         // The last rows of stages leave an estimate and noise at the level of the next.
-        let left = |step: usize| (table.rows[step].state, table.rows[step].estimates[0], table.rows[step].noise);
+        let left = |step: usize| (table.rows[step].state, table.rows[step].history[0], table.rows[step].noise);
         assert_eq!((left(1).0, left(5).0), (0.0, 0.0));
         assert!((left(1).1 - 0.25).abs() < 1e-12 && (left(1).2 - 0.75).abs() < 1e-12);
         assert!((left(5).1 - 0.6).abs() < 1e-12 && (left(5).2 - 0.4).abs() < 1e-12);
@@ -247,7 +247,7 @@ mod tests {
         ] {
             let (_, table) = staged(class, settings, &Request::steps(9), &options(&[2, 6, 9], Up::Matched)).unwrap();
             let (row, next) = (&table.rows[5], table.rows[6].level);
-            let signal = row.state * row.level.alpha + row.estimates[0];
+            let signal = row.state * row.level.alpha + row.history[0];
             let noise = row.state * row.level.noise;
             assert!((signal - next.alpha).abs() < 1e-12, "{class}: {signal} {next:?}");
             // Of the mean of a group, whose variance is that of one of its four places.

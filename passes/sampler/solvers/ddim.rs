@@ -49,7 +49,7 @@ fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
         Row {
             state: direction * epsilon[0],
             output: direction * epsilon[1],
-            estimates: vec![after.sqrt()],
+            history: vec![after.sqrt()],
             noise,
             ..level.row(time, level.estimate(s.prediction))
         }

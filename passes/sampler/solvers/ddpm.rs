@@ -61,7 +61,7 @@ fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
         };
         Row {
             state: (1.0 - beta).sqrt() * (1.0 - after) / (1.0 - bar),
-            estimates: vec![after.sqrt() * beta / (1.0 - bar)],
+            history: vec![after.sqrt() * beta / (1.0 - bar)],
             noise: if time > 0.0 { variance.sqrt() } else { 0.0 },
             ..level.row(time, level.estimate(s.prediction))
         }
@@ -84,7 +84,7 @@ mod tests {
             let here = Level::of_alpha(schedule.alpha(now.time as usize));
             let there = Level::of_alpha(schedule.alpha(next.time as usize));
             // With x = α·x0 + s·ε and an exact estimate, x' has the mean α'·x0 and the variance s'².
-            let mean = now.state * here.alpha + now.estimates[0];
+            let mean = now.state * here.alpha + now.history[0];
             let variance = (now.state * here.noise).powi(2) + now.noise.powi(2);
             assert!((mean - there.alpha).abs() < 1e-12, "{mean} {}", there.alpha);
             assert!((variance - there.noise.powi(2)).abs() < 1e-12, "{variance}");

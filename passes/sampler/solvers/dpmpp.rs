@@ -151,7 +151,7 @@ fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
         }
         Row {
             state: next.noise / here.noise * decay,
-            estimates: estimates.iter().map(|b| next.alpha * b).collect(),
+            history: estimates.iter().map(|b| next.alpha * b).collect(),
             noise: if s.stochastic { next.noise * pull.sqrt() } else { 0.0 },
             ..here.row(times[index], here.estimate(s.prediction))
         }
@@ -175,7 +175,7 @@ mod tests {
     fn second_order_steps_are_the_golden_ones() {
         let rows = table("DPMSolverMultistepScheduler", SD.clone(), 5).rows;
         let found: Vec<[f64; 3]> =
-            rows.iter().map(|r| [r.state, r.estimates[0], r.estimates.get(1).copied().unwrap_or(0.0)]).collect();
+            rows.iter().map(|r| [r.state, r.history[0], r.history.get(1).copied().unwrap_or(0.0)]).collect();
         let golden = [
             [0.983_520_6, 0.125_720_0, 0.0],
             [0.933_075_9, 0.306_919_0, -0.084_687_5],
@@ -210,7 +210,7 @@ mod tests {
                     for (row, pair) in rows(&s, &schedule, &request).iter().zip(sigmas.windows(2)) {
                         // With x = α·D + s·ε and every estimate D, the next state is α'·D plus noise.
                         let (here, next) = (Level::of_sigma(pair[0]), Level::of_sigma(pair[1]));
-                        let kept = row.state * here.alpha + row.estimates.iter().sum::<f64>();
+                        let kept = row.state * here.alpha + row.history.iter().sum::<f64>();
                         assert!((kept - next.alpha).abs() < 1e-9, "{kept} {}", next.alpha);
                         let left = (row.state * here.noise).powi(2) + row.noise.powi(2);
                         assert!((left - next.noise.powi(2)).abs() < 1e-9, "{left}");

@@ -83,7 +83,7 @@ pub(super) fn rows(s: &Scheduler, steps: &Steps, split: &dyn Fn(f64, f64) -> (f6
         Row {
             input_scale: 1.0 / (sigma * sigma + 1.0).sqrt(),
             state: down / sigma,
-            estimates: vec![1.0 - down / sigma],
+            history: vec![1.0 - down / sigma],
             noise: up,
             ..level.row(time, estimate(s.prediction, sigma))
         }

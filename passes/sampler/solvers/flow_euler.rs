@@ -126,7 +126,7 @@ fn rows(s: &Scheduler, request: &Request) -> Result<Vec<Row>, Error> {
         let level = Level { alpha: 1.0 - sigma, noise: sigma };
         let base = Row { estimate: [1.0, -sigma], ..level.row(sigma * total, [1.0, -sigma]) };
         if s.stochastic {
-            return Row { state: 0.0, estimates: vec![1.0 - next], noise: next, ..base };
+            return Row { state: 0.0, history: vec![1.0 - next], noise: next, ..base };
         }
         Row { output: next - sigma, ..base }
     };

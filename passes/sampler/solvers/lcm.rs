@@ -53,7 +53,7 @@ fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Result<Vec<Row
         let after = next.map_or(1.0, |t| schedule.alpha(t as usize));
         Row {
             state: after.sqrt() * skip,
-            estimates: vec![after.sqrt() * out],
+            history: vec![after.sqrt() * out],
             noise: (1.0 - after).sqrt(),
             ..level.row(time, level.estimate(s.prediction))
         }
@@ -71,6 +71,6 @@ mod tests {
         let table = table("LCMScheduler", json!({}), 4);
         assert_eq!(table.noises(), 3);
         let last = &table.rows[3];
-        assert!(last.state.abs() < 1e-6 && (last.estimates[0] - 1.0).abs() < 1e-6 && last.noise == 0.0);
+        assert!(last.state.abs() < 1e-6 && (last.history[0] - 1.0).abs() < 1e-6 && last.noise == 0.0);
     }
 }

@@ -70,11 +70,12 @@ fn path(plans: &PlanRunner, dense: &Table, record: &[StepRecord], steps: usize) 
 /// One first-order step with the numbers of `row` from what was record at a step.
 fn jump(row: Option<&Row>, clip: Clip, states: &[Vec<f64>], outputs: &[Vec<f64>], at: usize) -> Vec<f64> {
     let Some(row) = row else { return Vec::new() };
-    let own = row.estimates.first().copied().unwrap_or(0.0);
+    let own = row.history.first().copied().unwrap_or(0.0);
+    let [of_state, of_output, of_estimate] = row.kept;
     let step = |(x, m): (&f64, &f64)| {
         let estimate = row.estimate[0] * x + row.estimate[1] * m;
         let estimate = if let Clip::Clamp(range) = clip { estimate.clamp(-range, range) } else { estimate };
-        row.state * x + row.output * m + own * estimate
+        row.state * x + row.output * m + own * (of_state * x + of_output * m + of_estimate * estimate)
     };
     states[at].iter().zip(&outputs[at]).map(step).collect()
 }
