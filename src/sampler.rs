@@ -92,6 +92,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     let (scheduler, mut warnings) = Scheduler::parse(&options.scheduler, options.solver)?;
     let denoiser = Denoiser::read(&options.denoiser, &options.roles)?;
     let roles = &denoiser.roles;
+    let scheduler = if roles.preconditioned { scheduler.preconditioned()? } else { scheduler };
     if options.preview {
         preview::check(&denoiser.original, roles)?;
     }
@@ -104,6 +105,8 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         None => (options.plan.clone(), None),
     };
     let table = steps::table(options, plan.as_ref(), &scheduler)?;
+    warnings.extend(table.notes.iter().cloned());
+    warnings.extend(denoiser.rounded_times(&table));
     let plan = plan.unwrap_or_else(|| steps::full_plan(options, &scheduler, &table));
     steps::check_guidance(&plan, options, roles)?;
     warnings.extend(sentence);
@@ -124,7 +127,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         sampler = Sampler { denoiser: &unsimplified, ..sampler };
         compiled = job.compile(&sampler, &mut warnings)?;
     }
-    let output = SamplerSide::of(&options.output, &compiled, &plan);
+    let output = SamplerSide::of(&options.output, &compiled, &sampler);
     let verify = match compiled.checked {
         Checked::Holds(verify) => Some(*verify),
         Checked::Not => None,
@@ -143,6 +146,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         input: denoiser.side.clone(),
         output,
         solver: scheduler.solver.name().to_owned(),
+        steps: table.steps,
         roles: roles.describe(),
         passes: simplified.records.iter().map(job::pass_line).collect(),
         plan: serde_json::to_value(&plan).context("the plan has no JSON form")?,

@@ -183,7 +183,7 @@ pub fn emit(sampler: &Sampler, form: Form, evaluator: &dyn Evaluate) -> Result<M
     check(sampler, form)?;
     let net = Network::new(sampler.denoiser, sampler.roles)?;
     let times: Result<Vec<_>, Error> =
-        sampler.table.rows.iter().map(|row| net.at(row.time * sampler.roles.time_scale, evaluator)).collect();
+        sampler.table.rows.iter().map(|row| net.at(sampler.roles.time_of(row), evaluator)).collect();
     let mut emitter = Emitter::new(sampler, net, times?, evaluator)?;
     let state = emitter.start()?;
     let outputs = match form {

@@ -1,7 +1,7 @@
 //! Which timesteps a sampler visits, noisy ones first. Every rounding is to even, as in the reference.
 
 use super::{
-    Error, Scheduler, Sigmas, Spacing, Steps,
+    Error, Scheduler, Sigmas, Spacing, Steps, beta,
     schedule::{Schedule, linspace},
 };
 
@@ -13,6 +13,9 @@ pub(super) fn check(steps: &Steps, s: &Scheduler) -> Result<(), Error> {
         return plan(format!("{} steps are asked for, expected 1 to {}", steps.count(), s.num_train_timesteps));
     }
     let Steps::Times(times) = steps else { return Ok(()) };
+    if !s.solver.info().grids {
+        return plan(format!("solver {} makes its own timesteps, and a grid is given", s.solver.name()));
+    }
     if let Some(bad) = times.iter().find(|t| !(0.0..=last).contains(*t)) {
         return plan(format!("timestep {bad} of the grid lies outside the schedule, expected 0 to {last}"));
     }
@@ -22,8 +25,9 @@ pub(super) fn check(steps: &Steps, s: &Scheduler) -> Result<(), Error> {
     if !s.solver.info().fractions && times.iter().any(|t| t.fract() != 0.0) {
         return plan("the grid has fractions, which only the Euler solvers can use".to_owned());
     }
-    if s.sigmas != Sigmas::Plain {
-        return plan("a grid of timesteps cannot be joined with Karras, exponential or flow noise levels".to_owned());
+    if s.sigmas != Sigmas::Plain || (s.flow && !s.solver.info().flow) {
+        let message = "a grid of timesteps cannot be joined with Karras, exponential, beta or flow noise levels";
+        return plan(message.to_owned());
     }
     Ok(())
 }
@@ -99,10 +103,41 @@ pub(super) fn lcm(s: &Scheduler, count: usize) -> Result<Vec<f64>, Error> {
     Ok((0..count).map(at).collect())
 }
 
-/// Noise levels between two, as Karras et al. 2022 spread them, with ρ = 7.
-pub(super) fn karras(max: f64, min: f64, count: usize) -> Vec<f64> {
-    let (high, low) = (max.powf(1.0 / 7.0), min.powf(1.0 / 7.0));
-    linspace(0.0, 1.0, count).into_iter().map(|ramp| (high + ramp * (low - high)).powi(7)).collect()
+/// Noise levels between two, spread in a way that needs no more than these; `None` where timesteps say what they are.
+pub(super) fn spread(way: Sigmas, max: f64, min: f64, count: usize) -> Option<Vec<f64>> {
+    match way {
+        Sigmas::Plain | Sigmas::LogLinear => None,
+        Sigmas::Karras => Some(karras(max, min, count, 7.0)),
+        // Lu's levels are even in the logarithm as well; only their timesteps are rounded in another way.
+        Sigmas::Exponential | Sigmas::Lu => Some(exponential(max, min, count)),
+        Sigmas::Beta => {
+            let shares = linspace(1.0, 0.0, count).into_iter().map(beta::quantile);
+            Some(shares.map(|share| min + share * (max - min)).collect())
+        }
+    }
+}
+
+/// Moves the last of a flow's noise levels to `terminal` and stretches the others with it.
+pub(super) fn stretch(sigmas: &mut [f64], terminal: Option<f64>) -> Result<(), Error> {
+    let Some(terminal) = terminal else { return Ok(()) };
+    let scale = (1.0 - sigmas[sigmas.len() - 1]) / (1.0 - terminal);
+    if scale <= 0.0 || !scale.is_finite() {
+        let count = sigmas.len();
+        return Err(Error::Plan(format!("`shift_terminal` = {terminal} cannot be reached in {count} steps")));
+    }
+    sigmas.iter_mut().for_each(|sigma| *sigma = 1.0 - (1.0 - *sigma) / scale);
+    Ok(())
+}
+
+/// Noise levels between two, as Karras et al. 2022 spread them.
+pub(super) fn karras(max: f64, min: f64, count: usize, rho: f64) -> Vec<f64> {
+    karras_at(max, min, &linspace(0.0, 1.0, count), rho)
+}
+
+/// Noise levels at these shares of the way.
+pub(super) fn karras_at(max: f64, min: f64, shares: &[f64], rho: f64) -> Vec<f64> {
+    let (high, low) = (max.powf(1.0 / rho), min.powf(1.0 / rho));
+    shares.iter().map(|share| (high + share * (low - high)).powf(rho)).collect()
 }
 
 /// Noise levels between two, evenly in the logarithm.

@@ -248,7 +248,7 @@ impl<'a> Run<'a> {
     fn evaluate(&mut self, step: usize, pass: Pass, row: &Row, x: &Array) -> Result<Array, Error> {
         let roles = self.sampler.roles;
         let mut inputs = vec![(roles.latent.clone(), x.scaled(row.input_scale).tensor(self.dtype)?)];
-        inputs.push((roles.time.clone(), self.time(row.time * roles.time_scale, x.dims[0])?));
+        inputs.push((roles.time.clone(), self.time(roles.time_of(row), x.dims[0])?));
         for condition in &roles.conditions {
             let cond = self.input(&condition.name)?;
             let value = match (pass, condition.uncond) {

@@ -24,8 +24,8 @@ impl Steps {
 pub struct Request {
     /// The steps.
     pub steps: Steps,
-    /// How stochastic DDIM is; 0 is deterministic.
-    pub eta: f64,
+    /// How stochastic the solver is, of those for which that can be said; 0 is deterministic, `None` what is usual.
+    pub eta: Option<f64>,
     /// How many tokens the latent has, where the shift of the noise levels depends on it.
     pub tokens: Option<usize>,
     /// Whether a flow's noise levels are `linspace(1, 1/N, N)`, as pipelines pass them, rather than those of the
@@ -36,6 +36,6 @@ pub struct Request {
 impl Request {
     /// Steps as the configuration spreads them.
     pub fn steps(count: usize) -> Request {
-        Request { steps: Steps::Count(count), eta: 0.0, tokens: None, explicit_sigmas: false }
+        Request { steps: Steps::Count(count), eta: None, tokens: None, explicit_sigmas: false }
     }
 }

@@ -1,6 +1,6 @@
 //! What each input of a denoiser is: the latent, the time, or a condition.
 
-use super::Error;
+use super::{Error, Row};
 use lathe_ir::{DataType, Dim, Graph, Model, Shape, ValueId};
 use serde::Serialize;
 
@@ -25,6 +25,31 @@ pub struct Condition {
     pub uncond: Uncond,
 }
 
+/// What a network is told of the time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TimeValue {
+    /// What the scheduler tells, mostly the timestep.
+    #[default]
+    Timestep,
+    /// The noise level: noise over signal, or, of a flow, the share of noise.
+    Sigma,
+    /// A quarter of the logarithm of the noise level.
+    CNoise,
+}
+
+impl TimeValue {
+    const ALL: [TimeValue; 3] = [TimeValue::Timestep, TimeValue::Sigma, TimeValue::CNoise];
+
+    fn name(self) -> &'static str {
+        match self {
+            TimeValue::Timestep => "timestep",
+            TimeValue::Sigma => "sigma",
+            TimeValue::CNoise => "c-noise",
+        }
+    }
+}
+
 /// What each input of a denoiser is.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Roles {
@@ -32,12 +57,33 @@ pub struct Roles {
     pub latent: String,
     /// The input that holds the timestep.
     pub time: String,
-    /// The network is told the timestep times this.
+    /// What the network is told, before scale and offset.
+    pub time_value: TimeValue,
+    /// The network is told that times this.
     pub time_scale: f64,
+    /// And this is added.
+    pub time_offset: f64,
+    /// Whether the network does its own preconditioning: it sees the sample plus noise and gives the clean sample.
+    pub preconditioned: bool,
     /// The other inputs.
     pub conditions: Vec<Condition>,
     /// The output that predicts.
     pub output: String,
+}
+
+impl Default for Roles {
+    fn default() -> Roles {
+        Roles {
+            latent: String::new(),
+            time: String::new(),
+            time_value: TimeValue::default(),
+            time_scale: 1.0,
+            time_offset: 0.0,
+            preconditioned: false,
+            conditions: Vec::new(),
+            output: String::new(),
+        }
+    }
 }
 
 /// Names by which denoisers call their latent, most telling first.
@@ -47,13 +93,16 @@ const LATENT_NAMES: &[&str] =
 /// Names by which they call the time.
 const TIME_NAMES: &[&str] = &["timestep", "timesteps", "time_step", "time", "t", "sigma", "sigmas"];
 
-/// What the user said about roles: `latent=x`, `time=t`, `time-scale=0.001`, `output=eps`, `cond=label`,
-/// `uncond:label=10`, `uncond:label=input`.
+/// What the user said about roles: `latent=x`, `time=t`, `time-scale=0.001`, `time-offset=1`, `time-value=sigma`,
+/// `predicts=clean`, `output=eps`, `cond=label`, `uncond:label=10`, `uncond:label=input`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct RoleOptions {
     latent: Option<String>,
     time: Option<String>,
+    time_value: TimeValue,
     time_scale: Option<f64>,
+    time_offset: f64,
+    preconditioned: bool,
     output: Option<String>,
     conditions: Vec<String>,
     uncond: Vec<(String, Uncond)>,
@@ -77,10 +126,19 @@ impl RoleOptions {
                     let scale = value.parse().ok().filter(|s: &f64| s.is_finite() && *s != 0.0);
                     options.time_scale = Some(scale.ok_or_else(|| wrong("time-scale=NUMBER"))?);
                 }
+                "time-offset" => {
+                    let offset = value.parse().ok().filter(|offset: &f64| offset.is_finite());
+                    options.time_offset = offset.ok_or_else(|| wrong("time-offset=NUMBER"))?;
+                }
+                "time-value" => {
+                    let found = TimeValue::ALL.into_iter().find(|known| known.name() == value);
+                    options.time_value = found.ok_or_else(|| wrong("time-value=timestep, sigma or c-noise"))?;
+                }
+                "predicts" if matches!(value, "clean" | "raw") => options.preconditioned = value == "clean",
+                "predicts" => return Err(wrong("predicts=clean or predicts=raw")),
                 _ => {
-                    let name = role
-                        .strip_prefix("uncond:")
-                        .ok_or_else(|| wrong("latent=, time=, time-scale=, output=, cond= or uncond:NAME="))?;
+                    let expected = "latent=, time=, time-value=, time-scale=, time-offset=, predicts=, output=, cond= or uncond:NAME=";
+                    let name = role.strip_prefix("uncond:").ok_or_else(|| wrong(expected))?;
                     let constant = || value.parse().ok().filter(|v: &f64| v.is_finite()).map(Uncond::Constant);
                     let uncond = if value == "input" { Some(Uncond::Input) } else { constant() };
                     let uncond = uncond.ok_or_else(|| wrong("uncond:NAME=NUMBER or uncond:NAME=input"))?;
@@ -188,10 +246,23 @@ impl Roles {
         Ok(Roles {
             latent: name(graph, latent).to_owned(),
             time: name(graph, time).to_owned(),
+            time_value: options.time_value,
             time_scale: options.time_scale.unwrap_or(1.0),
+            time_offset: options.time_offset,
+            preconditioned: options.preconditioned,
             conditions: inputs.iter().filter(|&&v| v != latent && v != time).map(condition).collect(),
             output: name(graph, output).to_owned(),
         })
+    }
+
+    /// What the network is told of the time at a row.
+    pub fn time_of(&self, row: &Row) -> f64 {
+        let value = match self.time_value {
+            TimeValue::Timestep => row.time,
+            TimeValue::Sigma => row.level.sigma(),
+            TimeValue::CNoise => 0.25 * row.level.sigma().ln(),
+        };
+        value * self.time_scale + self.time_offset
     }
 
     /// Whether the unconditional pass differs from the conditional one.
@@ -202,10 +273,13 @@ impl Roles {
     /// The roles in one line: `latent x, time t, condition label (10 without condition), predicts eps`.
     pub fn describe(&self) -> String {
         let mut parts = vec![format!("latent {}", self.latent)];
-        parts.push(match self.time_scale {
-            1.0 => format!("time {}", self.time),
-            scale => format!("time {} × {scale}", self.time),
-        });
+        let value = match self.time_value {
+            TimeValue::Timestep => String::new(),
+            value => format!(" ({})", value.name()),
+        };
+        let scale = if self.time_scale == 1.0 { String::new() } else { format!(" × {}", self.time_scale) };
+        let offset = if self.time_offset == 0.0 { String::new() } else { format!(" + {}", self.time_offset) };
+        parts.push(format!("time {}{value}{scale}{offset}", self.time));
         for condition in &self.conditions {
             let uncond = match condition.uncond {
                 Uncond::Same => String::new(),
@@ -214,7 +288,8 @@ impl Roles {
             };
             parts.push(format!("condition {}{uncond}", condition.name));
         }
-        parts.push(format!("predicts {}", self.output));
+        let clean = if self.preconditioned { " (clean)" } else { "" };
+        parts.push(format!("predicts {}{clean}", self.output));
         parts.join(", ")
     }
 }
@@ -243,6 +318,21 @@ mod tests {
     }
 
     #[test]
+    fn networks_are_told_other_things_than_timesteps() {
+        let said = ["time-value=c-noise", "time-scale=-1", "time-offset=1", "predicts=clean"];
+        let roles = infer("float[n,4,8,8] a, float[n] t", &said).unwrap();
+        assert_eq!(roles.describe(), "latent a, time t (c-noise) × -1 + 1, predicts out (clean)");
+        let level = |alpha, noise| crate::sampler::Level { alpha, noise }.row(700.0, [0.0, 1.0]);
+        let told = |said: &[&str], row: &Row| infer("float[n,4,8,8] a, float[n] t", said).unwrap().time_of(row);
+        assert_eq!(told(&["time-value=sigma"], &level(1.0, 80.0)), 80.0);
+        assert!((told(&["time-value=sigma"], &level(0.6, 0.8)) - 4.0 / 3.0).abs() < 1e-12);
+        // Of a flow it is the share of noise.
+        assert_eq!(told(&["time-value=sigma"], &level(0.25, 0.75)), 0.75);
+        assert_eq!(told(&["time-value=c-noise"], &level(1.0, 1.0)), 0.0);
+        assert!((told(&["time-scale=-0.001", "time-offset=1"], &level(1.0, 2.0)) - 0.3).abs() < 1e-12);
+    }
+
+    #[test]
     fn what_is_not_clear_is_asked() {
         let refused = |signature: &str, said: &[&str]| infer(signature, said).unwrap_err().to_string();
         assert!(refused("float[n,4,8,8] a, float[n,4,8,8] b, int64 t", &[]).contains("--io latent=NAME"));
@@ -250,6 +340,8 @@ mod tests {
         assert!(refused("float[n,4,8,8] a, float[n] t", &["cond=b"]).contains("no input `b`, it has `a`, `t`"));
         assert!(refused("float[n,4,8,8] a, float[n] t", &["uncond:t=1"]).contains("no condition"));
         assert!(refused("float[n,4,8,8] a, float[n] t", &["guide=1"]).contains("uncond:NAME="));
+        assert!(refused("float[n,4,8,8] a, float[n] t", &["time-value=t"]).contains("sigma or c-noise"));
+        assert!(refused("float[n,4,8,8] a, float[n] t", &["predicts=eps"]).contains("predicts=clean"));
         assert!(refused("float[n,4,8,8] a, float[n] t", &["latent=a", "time=a"]).contains("both latent and time"));
         let said = infer("float[n,4,8,8] a, float[n,4,8,8] b, int64 t", &["latent=b"]).unwrap();
         assert_eq!((said.latent.as_str(), said.conditions[0].name.as_str()), ("b", "a"));

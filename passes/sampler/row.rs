@@ -60,20 +60,33 @@ impl Row {
     pub fn affine(&self) -> (f64, f64, &[f64]) {
         let own = self.history.first().copied().unwrap_or(0.0);
         let kept = self.kept_affine();
-        let (a, b) = (self.state + own * kept[0], self.output + own * kept[1]);
+        let (a, b) = (added(self.state, own * kept[0]), added(self.output, own * kept[1]));
         (a, b, self.history.get(1..).unwrap_or_default())
     }
 
     /// What this row keeps as factors of state and output, which is possible without clipping.
     pub fn kept_affine(&self) -> [f64; 2] {
         let [state, output, estimate] = self.kept;
-        [state + estimate * self.estimate[0], output + estimate * self.estimate[1]]
+        [added(state, estimate * self.estimate[0]), added(output, estimate * self.estimate[1])]
+    }
+
+    /// Whether this row leaves the state as it is, whatever the network gives.
+    pub fn is_idle(&self) -> bool {
+        let nothing = |n: &f64| *n == 0.0;
+        let others = [self.output, self.noise, self.noise_before];
+        self.state == 1.0 && self.anchor.is_none() && others.iter().chain(&self.history).all(nothing)
     }
 
     /// Whether what the network gives at this row reaches anything: the next state, or what is kept.
     pub fn evaluates(&self) -> bool {
         self.output != 0.0 || self.kept_affine()[1] != 0.0
     }
+}
+
+/// A sum; of what cancels but for rounding, nothing is left.
+fn added(a: f64, b: f64) -> f64 {
+    let sum = a + b;
+    if sum.abs() <= 4.0 * f64::EPSILON * a.abs() { 0.0 } else { sum }
 }
 
 /// What the network's output is.
@@ -121,6 +134,23 @@ impl Level {
         }
     }
 
+    /// The estimate of the clean sample where states are not scaled down and the network sees them as if they were.
+    pub(super) fn growing_estimate(self, prediction: Prediction) -> [f64; 2] {
+        let sigma = self.noise;
+        let square = sigma * sigma + 1.0;
+        match prediction {
+            Prediction::Epsilon | Prediction::Flow => [1.0, -sigma],
+            Prediction::Velocity => [1.0 / square, -sigma / square.sqrt()],
+            Prediction::Sample => [0.0, 1.0],
+        }
+    }
+
+    /// The noise level as networks know it that are told it: noise over signal, or, of a flow, the share of noise.
+    pub fn sigma(self) -> f64 {
+        let flow = (self.alpha + self.noise - 1.0).abs() < 1e-12;
+        if flow { self.noise } else { self.noise / self.alpha }
+    }
+
     /// The estimate of the noise, before anything is clipped.
     pub fn epsilon(self, prediction: Prediction) -> [f64; 2] {
         let Level { alpha, noise } = self;
@@ -130,6 +160,11 @@ impl Level {
             Prediction::Sample => [1.0 / noise, -alpha / noise],
             Prediction::Flow => [1.0, 1.0 - noise],
         }
+    }
+
+    /// The noise that an estimate of the clean sample leaves: factors of state, output and estimate.
+    pub(super) fn noise_of_estimate(self) -> [f64; 3] {
+        [1.0 / self.noise, 0.0, -self.alpha / self.noise]
     }
 
     /// A row at this level that so far leaves the state as it is, and keeps its estimate.

@@ -33,11 +33,16 @@ fn betas(s: &Scheduler) -> Vec<f64> {
             roots.into_iter().map(|r| f32ed(f32ed(r) * f32ed(r))).collect()
         }
         BetaSchedule::SquaredCosine => {
-            let bar = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
-            let at = |k: usize| bar(k as f64 / count as f64);
-            (0..count).map(|k| f32ed((1.0 - at(k + 1) / at(k)).min(0.999))).collect()
+            betas_of(count, &|t| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2))
         }
+        BetaSchedule::Exponential => betas_of(count, &|t| (-12.0 * t).exp()),
     }
+}
+
+/// The betas whose cumulative alpha is a function of the share of the schedule.
+fn betas_of(count: usize, bar: &dyn Fn(f64) -> f64) -> Vec<f64> {
+    let at = |k: usize| bar(k as f64 / count as f64);
+    (0..count).map(|k| f32ed((1.0 - at(k + 1) / at(k)).min(0.999))).collect()
 }
 
 impl Schedule {
@@ -49,6 +54,9 @@ impl Schedule {
             f32ed(product)
         });
         let mut alphas: Vec<f64> = alphas.collect();
+        if let Some(k) = s.snr_shift_scale {
+            alphas.iter_mut().for_each(|a| *a /= k + (1.0 - k) * *a);
+        }
         if s.rescale_betas_zero_snr {
             let roots: Vec<f64> = alphas.iter().map(|a| a.sqrt()).collect();
             let (first, last) = (roots[0], roots[roots.len() - 1]);
@@ -75,9 +83,14 @@ impl Schedule {
         self.alphas[timestep.min(self.alphas.len() - 1)]
     }
 
-    /// The noise level `√((1 − ᾱ) / ᾱ)` of every timestep.
+    /// The noise level `√((1 − ᾱ) / ᾱ)` of every timestep, each a float32 number, as all that is on the way to it.
     pub fn sigmas(&self) -> Vec<f64> {
-        self.alphas.iter().map(|a| ((1.0 - a) / a).sqrt()).collect()
+        (0..self.alphas.len()).map(|timestep| self.sigma(timestep)).collect()
+    }
+
+    fn sigma(&self, timestep: usize) -> f64 {
+        let alpha = self.alphas[timestep];
+        f32ed(f32ed(f32ed(1.0 - alpha) / alpha).sqrt())
     }
 
     /// The noise level between two timesteps, linearly.
@@ -85,14 +98,16 @@ impl Schedule {
         let last = self.alphas.len() - 1;
         let time = time.clamp(0.0, last as f64);
         let low = (time.floor() as usize).min(last - 1);
-        let at = |k: usize| ((1.0 - self.alphas[k]) / self.alphas[k]).sqrt();
-        let weight = time - low as f64;
+        let (at, weight) = (|k: usize| self.sigma(k), time - low as f64);
         if weight == 0.0 { at(low) } else { at(low) * (1.0 - weight) + at(low + 1) * weight }
     }
 
     /// The timestep, with a fraction, at which the logarithm of the noise level is that of `sigma`; clamped to the schedule.
+    ///
+    /// The logarithms of the schedule are float32 numbers, as in the reference, where a level of the schedule itself may
+    /// for that lie just before its own timestep.
     pub fn time_of(&self, sigma: f64) -> f64 {
-        let logs: Vec<f64> = self.sigmas().iter().map(|s| s.ln()).collect();
+        let logs: Vec<f64> = self.sigmas().iter().map(|&s| f64::from((s as f32).ln())).collect();
         let target = sigma.max(1e-10).ln();
         let low = logs.iter().rposition(|&l| l <= target).unwrap_or(0).min(logs.len() - 2);
         let weight = ((logs[low] - target) / (logs[low] - logs[low + 1])).clamp(0.0, 1.0);
@@ -147,7 +162,7 @@ mod tests {
     fn times_are_found_again() {
         let sd = schedule(json!({}));
         for time in [0.0, 17.0, 499.0, 998.0, 999.0] {
-            assert!((sd.time_of(sd.sigma_at(time)) - time).abs() < 1e-6);
+            assert!((sd.time_of(sd.sigma_at(time)) - time).abs() < 1e-4);
         }
         assert_eq!(sd.time_of(1e9), 999.0);
         assert_eq!(sd.time_of(0.0), 0.0);

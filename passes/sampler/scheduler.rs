@@ -1,7 +1,7 @@
 //! What a `scheduler_config.json` says, with the defaults of its class.
 
-use super::{Error, Prediction, Request, Row};
-use serde_json::{Map, Value};
+use super::{Error, Prediction, Request, Row, fields::Fields};
+use serde_json::Value;
 use std::fmt;
 
 /// How betas grow over the training schedule.
@@ -13,6 +13,8 @@ pub enum BetaSchedule {
     ScaledLinear,
     /// Such that the cumulative alpha is a squared cosine.
     SquaredCosine,
+    /// Such that the cumulative alpha is an exponential.
+    Exponential,
 }
 
 /// How timesteps are spread over the training schedule.
@@ -56,12 +58,16 @@ pub enum Variance {
 pub enum Sigmas {
     /// As the timesteps say.
     Plain,
-    /// Karras et al. 2022, with ρ = 7.
+    /// Karras et al. 2022.
     Karras,
     /// Evenly in the logarithm.
     Exponential,
-    /// Of a flow.
-    Flow,
+    /// By quantiles of a beta distribution: Lee et al. 2024, arXiv:2407.12173.
+    Beta,
+    /// Evenly in the logarithm, with whole timesteps.
+    Lu,
+    /// Evenly in the logarithm, one more than timesteps, which stay as they are.
+    LogLinear,
 }
 
 /// A solver as data: its names, and in what its class differs from the others of the reference.
@@ -71,12 +77,18 @@ pub struct SolverInfo {
     pub name: &'static str,
     /// The name of its class in configurations: `DDIMScheduler`.
     pub class: &'static str,
+    /// Other classes that make the same steps.
+    pub aliases: &'static [&'static str],
     /// What it is, one line without a full stop.
     pub summary: &'static str,
     /// The paper.
     pub source: &'static str,
-    /// Fields of configurations that no other class has.
+    /// Fields of configurations that few classes have.
     pub fields: &'static [&'static str],
+    /// Training timesteps where the configuration does not say.
+    pub train: usize,
+    /// What the network may predict; empty where the class alone says it.
+    pub predictions: &'static [Prediction],
     /// How it spreads timesteps where the configuration does not say.
     pub spacing: Spacing,
     /// The first and the last beta and their schedule where the configuration does not say.
@@ -87,14 +99,26 @@ pub struct SolverInfo {
     pub thresholding: bool,
     /// The ways in which it can spread noise levels instead of timesteps.
     pub sigmas: &'static [Sigmas],
+    /// Whether the noise levels may be those of a flow.
+    pub flow_sigmas: bool,
+    /// Whether it knows schedules that are rescaled to end in noise alone.
+    pub zero_snr: bool,
+    /// Whether it scales what goes into the network and what comes out, which a network may do by itself.
+    pub preconditions: bool,
+    /// Whether it evaluates the network twice in every step but the last.
+    pub pairs: bool,
+    /// Whether steps may be a grid of one's own.
+    pub grids: bool,
     /// Whether it integrates a flow: the network predicts `ε − x0`, and times are shares of noise.
     pub flow: bool,
+    /// Whether trained betas are one for each timestep.
+    pub betas_by_timestep: bool,
     /// Whether timesteps may have fractions.
     pub fractions: bool,
     /// Whether it needs a finite noise level even where nothing but noise is left.
     pub finite_sigmas: bool,
-    /// Whether `--eta` makes it stochastic.
-    pub eta: bool,
+    /// How stochastic it is where `--eta` does not say; `None` where that means nothing.
+    pub eta: Option<f64>,
     /// Whether its states are mixtures of the estimate and noise, as steps of several sizes need them.
     pub mixtures: bool,
 }
@@ -104,18 +128,27 @@ impl SolverInfo {
     pub(super) const USUAL: SolverInfo = SolverInfo {
         name: "",
         class: "",
+        aliases: &[],
         summary: "",
         source: "",
         fields: &[],
+        train: 1000,
+        predictions: &[Prediction::Epsilon, Prediction::Velocity, Prediction::Sample],
         spacing: Spacing::Linspace,
         betas: (1e-4, 0.02, BetaSchedule::Linear),
         clip_sample: None,
         thresholding: false,
         sigmas: &[],
+        flow_sigmas: false,
+        zero_snr: true,
+        preconditions: false,
+        pairs: false,
+        grids: true,
         flow: false,
+        betas_by_timestep: true,
         fractions: false,
         finite_sigmas: false,
-        eta: false,
+        eta: None,
         mixtures: true,
     };
 }
@@ -131,7 +164,7 @@ pub trait Solver: Sync {
         Ok(())
     }
 
-    /// One row per step, and the scale of the first state.
+    /// One row per evaluation of the network, and the scale of the first state.
     fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error>;
 }
 
@@ -188,6 +221,28 @@ pub struct Scheduler {
     pub invert_sigmas: bool,
     pub original_inference_steps: usize,
     pub timestep_scaling: f64,
+    pub flow: bool,
+    pub noise_form: bool,
+    pub snr_shift_scale: Option<f64>,
+    pub skip_prk_steps: bool,
+    pub corrector: Corrector,
+    pub sigma_data: f64,
+    pub rho: f64,
+    pub s_noise: f64,
+    pub eta: f64,
+    pub preconditioned: bool,
+    pub notes: Vec<String>,
+}
+
+/// How a solver corrects states once it knows the prediction at them.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Corrector {
+    /// The order of the correction, of solvers for which it is a setting.
+    pub order: usize,
+    /// Whether steps are weighted by their length rather than by its exponential.
+    pub plain_steps: bool,
+    /// Steps whose result is not corrected.
+    pub without: Vec<usize>,
 }
 
 /// A shift of the noise levels that depends on the number of tokens.
@@ -218,6 +273,8 @@ const KNOWN: &[&str] = &[
     "trained_betas",
     "prediction_type",
     "timestep_spacing",
+    "predict_epsilon",
+    "variance_type",
     "steps_offset",
     "set_alpha_to_one",
     "clip_sample",
@@ -230,82 +287,26 @@ const KNOWN: &[&str] = &[
     "use_exponential_sigmas",
     "use_beta_sigmas",
     "use_lu_lambdas",
+    "use_flow_sigmas",
     "interpolation_type",
     "final_sigmas_type",
+    "flow_shift",
+    "use_dynamic_shifting",
+    "time_shift_type",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+    "lower_order_final",
+    "euler_at_final",
+    "lambda_min_clipped",
+    "algorithm_type",
+    "solver_type",
+    "solver_order",
+    "sigma_min",
+    "sigma_max",
 ];
-
-/// The fields of a configuration, read one by one.
-pub struct Fields<'a>(&'a Map<String, Value>);
-
-impl<'a> Fields<'a> {
-    /// The fields of a configuration, which is an object.
-    pub(super) fn of(json: &'a Value) -> Result<Fields<'a>, Error> {
-        json.as_object().map(Fields).ok_or_else(|| Self::wrong("scheduler", json, "an object"))
-    }
-
-    /// A field that is given and not `null`.
-    pub(super) fn get(&self, field: &str) -> Option<&Value> {
-        self.0.get(field).filter(|v| !v.is_null())
-    }
-
-    /// The error of a field whose value makes no sense.
-    pub(super) fn wrong(field: &str, found: &Value, expected: &str) -> Error {
-        Error::Field { field: field.to_owned(), found: found.to_string(), expected: expected.to_owned() }
-    }
-
-    /// A number.
-    pub(super) fn number(&self, field: &str, default: f64) -> Result<f64, Error> {
-        Ok(self.optional(field)?.unwrap_or(default))
-    }
-
-    /// A number, if there is one.
-    pub(super) fn optional(&self, field: &str) -> Result<Option<f64>, Error> {
-        let Some(value) = self.get(field) else { return Ok(None) };
-        // Infinities have no JSON form; exporters write them as words.
-        let number = value.as_f64().or_else(|| value.as_str()?.to_ascii_lowercase().parse().ok());
-        number.filter(|n| !n.is_nan()).map(Some).ok_or_else(|| Self::wrong(field, value, "a number"))
-    }
-
-    /// A whole number from 1 to a million.
-    pub(super) fn count(&self, field: &str, default: usize) -> Result<usize, Error> {
-        const MOST: u64 = 1_000_000;
-        let Some(value) = self.get(field) else { return Ok(default) };
-        let count = value.as_u64().filter(|&n| (1..=MOST).contains(&n));
-        count.map(|n| n as usize).ok_or_else(|| Self::wrong(field, value, "a whole number from 1 to a million"))
-    }
-
-    /// A truth value.
-    pub(super) fn flag(&self, field: &str, default: bool) -> Result<bool, Error> {
-        let Some(value) = self.get(field) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| Self::wrong(field, value, "true or false"))
-    }
-
-    /// One of some words, by what it means.
-    pub(super) fn word<T: Copy>(&self, field: &str, default: T, words: &[(&str, T)]) -> Result<T, Error> {
-        let Some(value) = self.get(field) else { return Ok(default) };
-        let found = value.as_str().and_then(|word| words.iter().find(|(name, _)| *name == word));
-        found.map(|(_, meaning)| *meaning).ok_or_else(|| {
-            let names: Vec<&str> = words.iter().map(|(name, _)| *name).collect();
-            Self::wrong(field, value, &names.join(" or "))
-        })
-    }
-
-    /// Refuses a setting that is switched on.
-    fn refuse(&self, field: &str, off: &[&str]) -> Result<(), Error> {
-        match self.get(field) {
-            None | Some(Value::Bool(false)) => Ok(()),
-            Some(Value::String(word)) if off.contains(&word.as_str()) => Ok(()),
-            Some(value) => Err(Error::Unsupported(format!("`{field}` = {value}"))),
-        }
-    }
-
-    /// A list of numbers, if there is one.
-    pub(super) fn numbers(&self, field: &str) -> Result<Option<Vec<f64>>, Error> {
-        let Some(value) = self.get(field) else { return Ok(None) };
-        let numbers = value.as_array().and_then(|list| list.iter().map(Value::as_f64).collect::<Option<Vec<f64>>>());
-        numbers.map(Some).ok_or_else(|| Self::wrong(field, value, "a list of numbers"))
-    }
-}
 
 impl Scheduler {
     /// Reads the configuration of a solver. Returns the fields that no class has besides; `known` says which any has.
@@ -314,52 +315,51 @@ impl Scheduler {
         fields: &Fields,
         known: &dyn Fn(&str) -> bool,
     ) -> Result<(Scheduler, Vec<String>), Error> {
-        let unknown = fields.0.keys().filter(|k| !k.starts_with('_') && !KNOWN.contains(&k.as_str()) && !known(k));
+        let unknown = fields.names().filter(|k| !KNOWN.contains(&k.as_str()) && !known(k));
         let mut scheduler = common(fields, solver)?;
         solver.read(fields, &mut scheduler)?;
         sensible(&scheduler)?;
         Ok((scheduler, unknown.cloned().collect()))
     }
+
+    /// The same for a network that does its own preconditioning: it sees the sample plus noise as they are, and gives the
+    /// clean sample. Fails for solvers that cannot use such a prediction.
+    pub fn preconditioned(mut self) -> Result<Scheduler, Error> {
+        let info = self.solver.info();
+        if !info.preconditions && !info.predictions.contains(&Prediction::Sample) {
+            let message = format!("prediction of the clean sample with solver {}", info.name);
+            return Err(Error::Unsupported(message));
+        }
+        self.preconditioned = true;
+        self.prediction = Prediction::Sample;
+        Ok(self)
+    }
 }
 
 /// The settings that every class has, and those of single classes as they are where nobody sets them.
 fn common(f: &Fields, solver: &'static dyn Solver) -> Result<Scheduler, Error> {
-    f.refuse("use_beta_sigmas", &[])?;
-    f.refuse("use_lu_lambdas", &[])?;
-    f.refuse("interpolation_type", &["linear"])?;
     let info = solver.info();
-    if !info.flow && f.flag("use_dynamic_shifting", false)? {
-        return Err(Error::Unsupported(format!("`use_dynamic_shifting` = true of solver {}", info.name)));
-    }
     let schedules = [
         ("linear", BetaSchedule::Linear),
         ("scaled_linear", BetaSchedule::ScaledLinear),
         ("squaredcos_cap_v2", BetaSchedule::SquaredCosine),
-    ];
-    let predictions = [
-        ("epsilon", Prediction::Epsilon),
-        ("v_prediction", Prediction::Velocity),
-        ("sample", Prediction::Sample),
-        ("flow_prediction", Prediction::Flow),
+        ("exp", BetaSchedule::Exponential),
     ];
     let spacings = [("linspace", Spacing::Linspace), ("leading", Spacing::Leading), ("trailing", Spacing::Trailing)];
     let (beta_start, beta_end, beta_schedule) = info.betas;
     Ok(Scheduler {
         solver,
-        num_train_timesteps: f.count("num_train_timesteps", 1000)?,
+        num_train_timesteps: f.count("num_train_timesteps", info.train)?,
         beta_start: f.number("beta_start", beta_start)?,
         beta_end: f.number("beta_end", beta_end)?,
         beta_schedule: f.word("beta_schedule", beta_schedule, &schedules)?,
         trained_betas: f.numbers("trained_betas")?,
-        prediction: match info.flow {
-            true => Prediction::Flow,
-            false => f.word("prediction_type", Prediction::Epsilon, &predictions)?,
-        },
+        prediction: prediction(f, info)?,
         spacing: f.word("timestep_spacing", info.spacing, &spacings)?,
         steps_offset: f.number("steps_offset", 0.0)? as i64,
         set_alpha_to_one: f.flag("set_alpha_to_one", true)?,
         clip: clip(f, info)?,
-        rescale_betas_zero_snr: f.flag("rescale_betas_zero_snr", false)?,
+        rescale_betas_zero_snr: info.zero_snr && f.flag("rescale_betas_zero_snr", false)?,
         sigmas: sigmas(f, info)?,
         final_sigma_zero: f.word("final_sigmas_type", true, &[("zero", true), ("sigma_min", false)])?,
         // Of a learned variance all solvers but one use the mean only.
@@ -379,7 +379,41 @@ fn common(f: &Fields, solver: &'static dyn Solver) -> Result<Scheduler, Error> {
         invert_sigmas: false,
         original_inference_steps: 50,
         timestep_scaling: 10.0,
+        flow: info.flow || (info.flow_sigmas && f.flag("use_flow_sigmas", false)?),
+        noise_form: false,
+        snr_shift_scale: None,
+        skip_prk_steps: false,
+        corrector: Corrector::default(),
+        sigma_data: 0.5,
+        rho: 7.0,
+        s_noise: 1.0,
+        eta: 0.0,
+        preconditioned: false,
+        notes: Vec::new(),
     })
+}
+
+/// What the network predicts. Old files say it by a truth value.
+fn prediction(f: &Fields, info: &SolverInfo) -> Result<Prediction, Error> {
+    let words = [
+        ("epsilon", Prediction::Epsilon),
+        ("v_prediction", Prediction::Velocity),
+        ("sample", Prediction::Sample),
+        ("original_sample", Prediction::Sample),
+        ("flow_prediction", Prediction::Flow),
+    ];
+    if info.flow {
+        return Ok(Prediction::Flow);
+    }
+    if info.predictions.is_empty() {
+        return Ok(Prediction::Epsilon);
+    }
+    let old = if f.flag("predict_epsilon", true)? { Prediction::Epsilon } else { Prediction::Sample };
+    let prediction = f.word("prediction_type", old, &words)?;
+    if prediction != Prediction::Flow && !info.predictions.contains(&prediction) {
+        return Err(f.unsupported("prediction_type", &format!(" of solver {}", info.name)));
+    }
+    Ok(prediction)
 }
 
 /// What the reference does with estimates of the clean sample: thresholding outranks clamping, and only some classes
@@ -408,15 +442,24 @@ fn clip(f: &Fields, info: &SolverInfo) -> Result<Clip, Error> {
 fn sigmas(f: &Fields, info: &SolverInfo) -> Result<Sigmas, Error> {
     let ways = [
         ("use_karras_sigmas", Sigmas::Karras),
+        ("use_lu_lambdas", Sigmas::Lu),
         ("use_exponential_sigmas", Sigmas::Exponential),
-        ("use_flow_sigmas", Sigmas::Flow),
+        ("use_beta_sigmas", Sigmas::Beta),
     ];
+    let mut chosen = Vec::new();
     for (field, way) in ways {
         if info.sigmas.contains(&way) && f.flag(field, false)? {
-            return Ok(way);
+            chosen.push((field, way));
         }
     }
-    Ok(Sigmas::Plain)
+    match chosen.as_slice() {
+        [] => Ok(Sigmas::Plain),
+        [(_, way)] => Ok(*way),
+        [(first, _), (second, _), ..] => {
+            let message = format!("`{first}` = true beside `{second}` = true, of which one can be");
+            Err(Error::Unsupported(message))
+        }
+    }
 }
 
 /// Values that no schedule can be made of.
@@ -431,9 +474,15 @@ fn sensible(s: &Scheduler) -> Result<(), Error> {
     if !(s.beta_end > 0.0 && s.beta_end < 1.0) {
         return wrong("beta_end", s.beta_end, "a number between 0 and 1");
     }
-    if let Some(betas) = &s.trained_betas {
+    if s.beta_schedule == BetaSchedule::Exponential && s.solver.name() != "heun" {
+        let expected = "linear or scaled_linear or squaredcos_cap_v2";
+        return Err(Fields::wrong("beta_schedule", &Value::from("exp"), expected));
+    }
+    if let Some(betas) = s.trained_betas.as_ref().filter(|_| s.solver.info().betas_by_timestep) {
         if betas.len() != s.num_train_timesteps {
-            return wrong("trained_betas", betas.len() as f64, "`num_train_timesteps` numbers");
+            let expected = format!("as many numbers as `num_train_timesteps`, {}", s.num_train_timesteps);
+            let found = format!("a list of {}", betas.len());
+            return Err(Error::Field { field: "trained_betas".to_owned(), found, expected });
         }
         if let Some(bad) = betas.iter().find(|b| !(**b > 0.0 && **b < 1.0)) {
             return wrong("trained_betas", *bad, "numbers between 0 and 1");
@@ -443,9 +492,9 @@ fn sensible(s: &Scheduler) -> Result<(), Error> {
         return wrong("shift", s.shift, "a number above 0");
     }
     let info = s.solver.info();
-    if s.prediction == Prediction::Flow && !info.flow && s.sigmas != Sigmas::Flow {
+    if s.prediction == Prediction::Flow && !s.flow {
         let setting = "`prediction_type` = `flow_prediction`";
-        return Err(Error::Unsupported(match info.sigmas.contains(&Sigmas::Flow) {
+        return Err(Error::Unsupported(match info.flow_sigmas {
             true => format!("{setting} without `use_flow_sigmas`"),
             false => format!("{setting} of solver {}", info.name),
         }));

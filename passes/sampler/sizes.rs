@@ -206,7 +206,9 @@ impl Table {
             })?;
         }
         let Table { initial_scale, clip, .. } = tables[0];
-        Ok(Table { rows: tables.into_iter().flat_map(|table| table.rows).collect(), initial_scale, clip })
+        let notes = tables.iter_mut().flat_map(|table| std::mem::take(&mut table.notes)).collect();
+        let rows = tables.into_iter().flat_map(|table| table.rows).collect();
+        Ok(Table { rows, initial_scale, clip, steps: grid.len(), notes })
     }
 }
 

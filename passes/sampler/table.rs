@@ -14,6 +14,10 @@ pub struct Table {
     pub initial_scale: f64,
     /// What happens to estimates of the clean sample.
     pub clip: Clip,
+    /// How many steps were asked for; some need several rows.
+    pub steps: usize,
+    /// What a person should know about the steps.
+    pub notes: Vec<String>,
 }
 
 impl Table {
@@ -21,11 +25,13 @@ impl Table {
     pub fn new(s: &Scheduler, request: &Request) -> Result<Table, Error> {
         grid::check(&request.steps, s)?;
         let (name, solver) = (s.solver.name(), s.solver.info());
-        if !(0.0..=1.0).contains(&request.eta) {
-            return Err(Error::Plan(format!("eta is {}, expected 0 to 1", request.eta)));
+        let eta = request.eta.unwrap_or(0.0);
+        if !(0.0..=1.0).contains(&eta) {
+            return Err(Error::Plan(format!("eta is {eta}, expected 0 to 1")));
         }
-        if request.eta > 0.0 && !solver.eta {
-            return Err(Error::Plan(format!("eta is for solver {}, and this is {name}", named_where(|i| i.eta))));
+        if eta > 0.0 && solver.eta.is_none() {
+            let others = named_where(|i| i.eta.is_some());
+            return Err(Error::Plan(format!("eta is for solver {others}, and this is {name}")));
         }
         if request.tokens.is_some() && s.dynamic_shift.is_none() {
             return Err(Error::Plan("the number of tokens is given, and `use_dynamic_shifting` is off".to_owned()));
@@ -34,8 +40,19 @@ impl Table {
             let flows = named_where(|i| i.flow);
             return Err(Error::Plan(format!("explicit sigmas are for solver {flows}, and this is {name}")));
         }
-        let (rows, initial_scale) = s.solver.rows(s, request)?;
-        let table = Table { rows, initial_scale, clip: s.clip };
+        let (mut rows, initial_scale) = s.solver.rows(s, request)?;
+        if s.preconditioned {
+            rows.iter_mut().for_each(|row| row.input_scale = 1.0 / row.level.alpha);
+        }
+        let mut notes = Vec::new();
+        if rows.len() > 1 && rows.last().is_some_and(Row::is_idle) {
+            rows.pop();
+            notes.push("the last step leaves the sample as it is with these noise levels, and was left out".to_owned());
+        }
+        if let Some(row) = rows.iter().position(|row| !row.evaluates()) {
+            notes.push(format!("what the network gives at row {row} reaches nothing, and it is not evaluated there"));
+        }
+        let table = Table { rows, initial_scale, clip: s.clip, steps: request.steps.count(), notes };
         let numbers = |row: &Row| {
             let fixed = [row.time, row.input_scale, row.state, row.output, row.noise, row.noise_before];
             let anchor = row.anchor.map_or(0.0, |anchor| anchor.factor);

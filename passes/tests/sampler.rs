@@ -4,8 +4,8 @@
 
 use lathe_ir::{Model, ScopeId, Tensor, text};
 use lathe_passes::sampler::{
-    Adaptive, Condition, Form, Guidance, Kind, Mode, Pass, Ref, Request, RoleOptions, Roles, Sampled, Sampler, Scale,
-    Schedule, Scheduler, StepPlan, Steps, Substitution, Table, Uncond, emit, methods::easy, sample,
+    Adaptive, Condition, Form, Guidance, Kind, Mode, Pass, Ref, Request, RoleOptions, Roles, SOLVERS, Sampled, Sampler,
+    Scale, Schedule, Scheduler, StepPlan, Steps, Substitution, Table, Uncond, emit, methods::easy, sample,
 };
 use serde_json::{Value, json};
 
@@ -155,15 +155,133 @@ fn every_solver_does_what_its_loop_does() {
         ("FlowMatchEulerDiscreteScheduler", json!({"shift": 3.0})),
         ("FlowMatchEulerDiscreteScheduler", json!({"stochastic_sampling": true})),
         ("LCMScheduler", json!({"clip_sample": true})),
+        ("PNDMScheduler", json!({"skip_prk_steps": true, "steps_offset": 1})),
+        ("PNDMScheduler", json!({"prediction_type": "v_prediction"})),
+        ("HeunDiscreteScheduler", json!({"use_karras_sigmas": true})),
+        ("HeunDiscreteScheduler", json!({"clip_sample": true, "prediction_type": "sample"})),
+        ("KDPM2DiscreteScheduler", json!({"prediction_type": "v_prediction"})),
+        ("KDPM2AncestralDiscreteScheduler", json!({"use_beta_sigmas": true})),
+        ("DPMSolverSDEScheduler", json!({})),
+        ("LMSDiscreteScheduler", json!({"timestep_spacing": "leading"})),
+        (
+            "DPMSolverMultistepScheduler",
+            json!({"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "thresholding": true}),
+        ),
+        ("DPMSolverMultistepScheduler", json!({"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"})),
+        ("DPMSolverSinglestepScheduler", json!({"solver_order": 3, "solver_type": "heun"})),
+        ("DPMSolverSinglestepScheduler", json!({"algorithm_type": "sde-dpmsolver++", "use_lu_lambdas": true})),
+        ("UniPCMultistepScheduler", json!({"solver_order": 3, "thresholding": true})),
+        (
+            "UniPCMultistepScheduler",
+            json!({"predict_x0": false, "final_sigmas_type": "sigma_min", "solver_type": "bh1"}),
+        ),
+        (
+            "UniPCMultistepScheduler",
+            json!({"use_flow_sigmas": true, "use_karras_sigmas": true, "prediction_type": "flow_prediction"}),
+        ),
+        ("DEISMultistepScheduler", json!({"solver_order": 3})),
+        ("DEISMultistepScheduler", json!({"use_karras_sigmas": true, "thresholding": true})),
+        ("SASolverScheduler", json!({})),
+        (
+            "SASolverScheduler",
+            json!({"algorithm_type": "noise_prediction", "predictor_order": 3, "corrector_order": 4}),
+        ),
+        ("EDMEulerScheduler", json!({"prediction_type": "v_prediction"})),
+        ("EDMDPMSolverMultistepScheduler", json!({"solver_order": 3, "thresholding": true})),
+        ("EDMDPMSolverMultistepScheduler", json!({"algorithm_type": "sde-dpmsolver++"})),
+        ("CosineDPMSolverMultistepScheduler", json!({})),
+        ("FlowMatchHeunDiscreteScheduler", json!({"shift": 3.0})),
+        ("LTXEulerAncestralRFScheduler", json!({"eta": 0.5})),
+        ("FlowMatchLCMScheduler", json!({})),
+        ("TCDScheduler", json!({})),
+        ("CMStochasticIterativeScheduler", json!({})),
+        ("SCMScheduler", json!({})),
+        ("IPNDMScheduler", json!({})),
+        ("CogVideoXDDIMScheduler", json!({})),
+        (
+            "CogVideoXDPMScheduler",
+            json!({"prediction_type": "v_prediction", "rescale_betas_zero_snr": true, "timestep_spacing": "trailing"}),
+        ),
     ];
+    let named = |class: &&str| cases.iter().any(|(known, _)| known == class);
+    let missing: Vec<&str> = SOLVERS.iter().map(|solver| solver.info().class).filter(|class| !named(class)).collect();
+    assert!(missing.is_empty(), "no case for {missing:?}");
     for (class, settings) in cases {
-        let table = table(class, settings.clone(), 5);
+        let table = table(class, settings.clone(), 6);
         for guided in [None, Some(3.0)] {
             let bench = Bench::new(TOY, table.clone(), guided);
             bench.check(Form::Unrolled);
             bench.check(Form::Loop);
         }
     }
+}
+
+#[test]
+fn second_evaluations_are_in_the_loop() {
+    let loops = |class: &str, settings: Value, steps: usize, evaluated: usize| {
+        let bench = Bench::new(TOY, table(class, settings, steps), None);
+        let model = bench.check(Form::Loop);
+        assert_eq!(count(&model, "Tanh"), 2 * evaluated, "{class}");
+        count(&model, "Loop")
+    };
+    // Pairs of evaluations in the body, and the last step, which is one, behind it.
+    for class in ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "DPMSolverSDEScheduler"] {
+        assert_eq!(loops(class, json!({}), 8, 3), 1, "{class}");
+    }
+    // Three Runge-Kutta steps of four evaluations, then one at a time.
+    assert_eq!(loops("PNDMScheduler", json!({}), 10, 5), 2);
+    // The first step, its repetition, and the others.
+    assert_eq!(loops("PNDMScheduler", json!({"skip_prk_steps": true}), 10, 3), 1);
+    assert_eq!(loops("DPMSolverSinglestepScheduler", json!({"solver_order": 3}), 10, 4), 1);
+}
+
+#[test]
+fn what_reaches_nothing_is_not_evaluated() {
+    // The first output of IPNDM is multiplied by zero, wherever it goes; the last step of DEIS ends where it begins.
+    let ipndm = Bench::new(TOY, table("IPNDMScheduler", json!({}), 5), None);
+    assert_eq!(count(&ipndm.check(Form::Unrolled), "Tanh"), 2 * 4);
+    let karras = json!({"use_karras_sigmas": true});
+    let deis = Bench::new(TOY, table("DEISMultistepScheduler", karras, 5), None);
+    assert_eq!(count(&deis.check(Form::Unrolled), "Tanh"), 2 * 4);
+}
+
+#[test]
+fn solvers_with_several_evaluations_have_no_adaptive_form() {
+    let mut bench = Bench::new(TOY, table("HeunDiscreteScheduler", json!({}), 8), None);
+    bench.plan.adaptive = Some(Adaptive { threshold: 0.1, warmup: 2, tail: 1 });
+    let refused = emit(&bench.sampler(), Form::Adaptive, lathe_testkit::evaluator()).unwrap_err();
+    assert!(refused.to_string().contains("several times"), "{refused}");
+}
+
+/// A network that gives the clean sample of unscaled noise levels itself, as one of data of variance 0.25 with mean 0.
+#[test]
+fn networks_may_do_their_own_preconditioning() {
+    const CLEAN: &str = "g (float[n,1,2,2] x, float[n] sigma) => (float[n,1,2,2] clean) <
+        float[1] quarter = {0.25}, int64[4] shape = {-1, 1, 1, 1}
+    > {
+        square = Mul (sigma, sigma)
+        all = Add (square, quarter)
+        share = Div (quarter, all)
+        factor = Reshape (share, shape)
+        clean = Mul (x, factor)
+    }";
+    for class in ["EDMEulerScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "UniPCMultistepScheduler"] {
+        let settings = json!({"clip_sample": false, "timestep_spacing": "trailing"});
+        let s = scheduler(class, settings).preconditioned().unwrap();
+        let table = Table::new(&s, &Request::steps(500)).unwrap();
+        let mut bench = Bench::new(CLEAN, table, None);
+        let said = ["time=sigma", "time-value=sigma", "predicts=clean"].map(str::to_owned);
+        bench.roles = Roles::infer(&bench.denoiser, &RoleOptions::parse(&said).unwrap()).unwrap();
+        bench.inputs.retain(|(name, _)| name == "noise");
+        let found = bench.reference().sample.to_f64s().unwrap();
+        let noise = bench.inputs[0].1.to_f64s().unwrap();
+        // Noise of variance 1 becomes data of variance 0.25, but for the data's part in the first state.
+        for (sample, noise) in found.iter().zip(&noise) {
+            assert!((sample - 0.5 * noise).abs() < 0.03 * noise.abs(), "{class}: {sample} {noise}");
+        }
+    }
+    assert!(scheduler("PNDMScheduler", json!({})).preconditioned().is_err());
+    assert!(scheduler("FlowMatchEulerDiscreteScheduler", json!({})).preconditioned().is_err());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lathe_passes::sampler::{
     Adaptive, Form, Guidance, Mode, Request, RoleOptions, Scale, Solver, StepPlan, Steps, Table, methods::METHODS,
-    solver_names,
+    read_python_json, solver_names,
 };
 use lathe_runtime::{Listener, SetSpec};
 use serde_json::Value;
@@ -62,9 +62,9 @@ pub(crate) struct SamplerArgs {
     /// The timesteps themselves, noisy ones first: 981,841,701.
     #[arg(long, value_name = "T,...", value_delimiter = ',')]
     grid: Vec<f64>,
-    /// How stochastic DDIM is: 0 deterministic, 1 as DDPM.
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
-    eta: f64,
+    /// How stochastic DDIM is, 0 deterministic and 1 as DDPM; of TCD the paper's gamma, 0.3 unless given.
+    #[arg(long, value_name = "X")]
+    eta: Option<f64>,
     /// Tokens of the latent, for schedulers that shift their noise levels by it.
     #[arg(long, value_name = "N")]
     tokens: Option<usize>,
@@ -80,7 +80,8 @@ pub(crate) struct SamplerArgs {
     /// How the two passes of a guided step run.
     #[arg(long, value_enum, default_value = "batched", requires = "guidance")]
     guidance_passes: PassesArg,
-    /// Roles of the denoiser's inputs where they are not plain: latent=x, time=t, time-scale=0.001, cond=label, output=eps,
+    /// Roles of the denoiser's inputs where they are not plain: latent=x, time=t, time-scale=0.001, time-offset=1,
+    /// time-value=sigma or c-noise, predicts=clean of a denoiser that does its own preconditioning, cond=label, output=eps,
     /// uncond:label=10, uncond:text=input. May be given several times.
     #[arg(long, value_name = "ROLE=NAME")]
     io: Vec<String>,
@@ -292,7 +293,7 @@ fn perform(args: &SamplerArgs, options: SamplerOptions) -> Result<SamplerDone, F
 fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Result<SamplerOptions, Failure> {
     let text =
         |path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()));
-    let scheduler: Value = serde_json::from_str(&text(&args.scheduler)?)
+    let scheduler: Value = read_python_json(&text(&args.scheduler)?)
         .with_context(|| format!("`{}` is not JSON", args.scheduler.display()))?;
     let tune = tune(args)?;
     let mut plan = match args.plan.as_ref().filter(|plan| is_file(plan)) {

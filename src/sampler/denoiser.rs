@@ -7,10 +7,10 @@ use crate::{
     runner::Runner,
 };
 use anyhow::Context as _;
-use lathe_ir::{Dim, External, Model, Type};
+use lathe_ir::{DataType, Dim, External, Model, Type};
 use lathe_passes::{
     PASSES, Pass, PassContext,
-    sampler::{OPSET, RoleOptions, Roles, StepPlan},
+    sampler::{OPSET, RoleOptions, Roles, StepPlan, Table},
 };
 use lathe_runtime::{Listener, Progress};
 use std::{cell::OnceCell, path::Path};
@@ -47,6 +47,17 @@ impl Denoiser {
         let roles = Roles::infer(&original, options)?;
         let external = if loaded.data_files.is_empty() { External::Auto } else { External::Always };
         Ok(Denoiser { original, roles, side, warnings, external, simplified: OnceCell::new() })
+    }
+
+    /// A sentence where the network takes whole times only and steps have others.
+    pub fn rounded_times(&self, table: &Table) -> Option<String> {
+        let graph = &self.original.graph;
+        let elem = graph.find_value(&self.roles.time).and_then(|v| graph.value(v).ty.as_ref()?.elem());
+        let rounded = table.rows.iter().filter(|row| self.roles.time_of(row).fract() != 0.0).count();
+        (rounded > 0 && elem.is_some_and(DataType::is_integer)).then(|| {
+            let (name, all) = (&self.roles.time, table.rows.len());
+            format!("`{name}` takes whole numbers, and {rounded} of {all} times have fractions, which are rounded")
+        })
     }
 
     /// The denoiser after the exact passes, upgraded to what samplers are written in.

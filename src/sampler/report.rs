@@ -7,7 +7,7 @@ use crate::{
 };
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use lathe_ir::{Model, ValueId};
-use lathe_passes::sampler::StepPlan;
+use lathe_passes::sampler::Sampler;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -28,15 +28,16 @@ pub struct SamplerSide {
 }
 
 impl SamplerSide {
-    /// A sampler that is written to `path` by a plan.
-    pub(super) fn of(path: &Path, compiled: &Compiled, plan: &StepPlan) -> SamplerSide {
+    /// A sampler that is written to `path`.
+    pub(super) fn of(path: &Path, compiled: &Compiled, sampler: &Sampler) -> SamplerSide {
+        let rows = sampler.plan.cfg.iter().zip(&sampler.table.rows).filter(|(_, row)| row.evaluates());
         let (model, written) = (&compiled.model, compiled.staged.written());
         SamplerSide {
             side: job::side(path, model, written.file_bytes + written.data_bytes),
             form: compiled.form.name().to_owned(),
             inputs: signature(model, model.graph.main().inputs()),
             outputs: signature(model, model.graph.main().outputs()),
-            evaluations: plan.cfg.iter().map(|mode| mode.passes().len()).sum(),
+            evaluations: rows.map(|(mode, _)| mode.passes().len()).sum(),
         }
     }
 }
@@ -56,6 +57,8 @@ pub struct SamplerReport {
     pub output: SamplerSide,
     /// The solver: `ddim`.
     pub solver: String,
+    /// How many steps were asked for; some solvers evaluate the network several times in one.
+    pub steps: usize,
     /// What the inputs of the denoiser are.
     pub roles: String,
     /// The exact passes that the denoiser went through.
@@ -102,11 +105,13 @@ pub(super) fn summary(report: &SamplerReport) -> String {
     for [name, before, after, change] in super::sides(report) {
         table.add_row(vec![Cell::new(name), right(&before), right(&after), right(&change)]);
     }
-    let steps = report.plan["grid"].as_array().map_or(0, Vec::len);
+    let rows = report.plan["grid"].as_array().map_or(0, Vec::len);
+    let several = if rows > report.steps { format!(" in {rows} rows") } else { String::new() };
     let side = &report.output;
     let mut out = format!("{table}\n\n{}\n", report.roles);
     out.push_str(&format!(
-        "{steps} steps of {}, {} evaluations at most, {}\n  {}\n  → {}\n",
+        "{} steps of {}{several}, {} evaluations at most, {}\n  {}\n  → {}\n",
+        report.steps,
         report.solver,
         side.evaluations,
         side.form,

@@ -16,12 +16,25 @@ pub(super) fn request(
         return Err(Failure::Usage(format!("the plan is for solver {}, and this is {solver}", plan.solver)));
     }
     // A grid that the configuration makes by itself follows the reference in everything, rounding included.
-    let counted = Request { steps: Steps::Count(plan.grid.len()), ..options.request.clone() };
     let same = |table: &Table| table.rows.iter().map(|row| row.time).eq(plan.grid.iter().copied());
-    if Table::new(scheduler, &counted).is_ok_and(|table| same(&table)) {
-        return Ok(counted);
+    for count in counts(plan.grid.len()) {
+        let counted = Request { steps: Steps::Count(count), ..options.request.clone() };
+        if Table::new(scheduler, &counted).is_ok_and(|table| same(&table)) {
+            return Ok(counted);
+        }
     }
-    Ok(Request { steps: Steps::Times(plan.grid.clone()), ..options.request.clone() })
+    // Second evaluations of a step are between the timesteps of a grid.
+    let every = if scheduler.solver.info().pairs { 2 } else { 1 };
+    let times = plan.grid.iter().copied().step_by(every).collect();
+    Ok(Request { steps: Steps::Times(times), ..options.request.clone() })
+}
+
+/// How many steps may have so many rows: as many; one more, whose evaluation reaches nothing; half of them, where each is
+/// evaluated twice; or fewer by what the first ones take besides.
+fn counts(rows: usize) -> impl Iterator<Item = usize> {
+    const BESIDES: [usize; 2] = [1, 9];
+    let fewer = BESIDES.into_iter().filter_map(move |more| rows.checked_sub(more));
+    [rows, rows + 1, rows.div_ceil(2), rows / 2 + 1].into_iter().chain(fewer)
 }
 
 /// The numbers of the steps.

@@ -46,6 +46,13 @@ pub(super) fn find_plan(
         let message = "guidance needs an unconditional pass; --io uncond:NAME=VALUE says what a condition is then";
         return Err(Failure::Usage(message.to_owned()));
     }
+    if scheduler.solver.info().pairs && !matches!(tune, Tune::Methods(_)) {
+        let solver = scheduler.solver.name();
+        let message = format!(
+            "solver {solver} evaluates the network twice a step, and timesteps are searched for one; --plan METHOD plans rows"
+        );
+        return Err(Failure::Usage(message));
+    }
     let run = &options.run;
     let simplified = denoiser.simplified(runner, &run.progress)?;
     let evaluator = Evaluator::fast(runner, &run.load);

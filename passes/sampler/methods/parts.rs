@@ -59,7 +59,7 @@ mod tests {
         let conditions =
             conditions.iter().map(|&name| Condition { name: name.to_owned(), uncond: Uncond::Same }).collect();
         let [latent, time, output] = [latent, time, output].map(str::to_owned);
-        Parts::find(&model, &Roles { latent, time, time_scale: 1.0, conditions, output }).unwrap()
+        Parts::find(&model, &Roles { latent, time, conditions, output, ..Roles::default() }).unwrap()
     }
 
     #[test]

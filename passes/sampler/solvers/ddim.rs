@@ -10,12 +10,13 @@ impl Solver for Ddim {
         &SolverInfo {
             name: "ddim",
             class: "DDIMScheduler",
+            aliases: &["DDIMParallelScheduler"],
             summary: "DDIM, deterministic or with `--eta`",
             source: "Song et al. 2021, arXiv:2010.02502",
             spacing: Spacing::Leading,
             clip_sample: Some(true),
             thresholding: true,
-            eta: true,
+            eta: Some(0.0),
             ..SolverInfo::USUAL
         }
     }
@@ -43,7 +44,7 @@ fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
         let after = if next < 0.0 { last } else { schedule.alpha(next as usize) };
         let level = Level::of_alpha(bar);
         let variance = (1.0 - after) / (1.0 - bar) * (1.0 - bar / after);
-        let noise = request.eta * variance.max(0.0).sqrt();
+        let noise = request.eta.unwrap_or(0.0) * variance.max(0.0).sqrt();
         let direction = (1.0 - after - noise * noise).max(0.0).sqrt();
         let epsilon = level.epsilon(s.prediction);
         Row {

@@ -1,8 +1,7 @@
 //! Ho et al. 2020, Denoising diffusion probabilistic models, arXiv:2006.11239.
 
 use crate::sampler::{
-    Error, Level, Request, Row, Schedule, Scheduler, Solver, SolverInfo, Spacing, Steps, Variance, grid,
-    scheduler::Fields,
+    Error, Fields, Level, Request, Row, Schedule, Scheduler, Solver, SolverInfo, Spacing, Steps, Variance, grid,
 };
 use serde_json::Value;
 
@@ -14,6 +13,7 @@ impl Solver for Ddpm {
         &SolverInfo {
             name: "ddpm",
             class: "DDPMScheduler",
+            aliases: &["DDPMParallelScheduler"],
             summary: "ancestral sampling of the diffusion process",
             source: "Ho et al. 2020, arXiv:2006.11239",
             fields: &["variance_type"],

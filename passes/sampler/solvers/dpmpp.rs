@@ -1,8 +1,10 @@
 //! Lu et al. 2022, DPM-Solver++, arXiv:2211.01095: multistep solvers on estimates of the clean sample.
 
+use super::flow_euler;
 use crate::sampler::{
-    BetaSchedule, Error, Level, Request, Row, Schedule, Scheduler, Sigmas, Solver, SolverInfo, Steps, grid,
-    schedule::linspace, scheduler::Fields,
+    Error, Fields, Level, Request, Row, Schedule, Scheduler, Sigmas, Solver, SolverInfo,
+    exponential::{Worth, log_ratio},
+    levels::{self, Levels, Preserving},
 };
 use serde_json::Value;
 
@@ -16,86 +18,83 @@ impl Solver for DpmPp {
             class: "DPMSolverMultistepScheduler",
             summary: "DPM-Solver++ of order 1 to 3, deterministic or stochastic",
             source: "Lu et al. 2022, arXiv:2211.01095",
-            fields: &[
-                "algorithm_type",
-                "euler_at_final",
-                "flow_shift",
-                "lambda_min_clipped",
-                "lower_order_final",
-                "solver_order",
-                "solver_type",
-                "use_flow_sigmas",
-            ],
             thresholding: true,
-            sigmas: &[Sigmas::Karras, Sigmas::Exponential, Sigmas::Flow],
+            sigmas: &[Sigmas::Karras, Sigmas::Exponential, Sigmas::Beta, Sigmas::Lu],
+            flow_sigmas: true,
             finite_sigmas: true,
             ..SolverInfo::USUAL
         }
     }
 
     fn read(&self, fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
-        let algorithms = [("dpmsolver++", false), ("sde-dpmsolver++", true)];
-        scheduler.stochastic = fields.word("algorithm_type", false, &algorithms)?;
-        scheduler.solver_order = fields.count("solver_order", 2)?;
-        if scheduler.solver_order > 3 {
-            return Err(Fields::wrong("solver_order", &Value::from(scheduler.solver_order as f64), "1, 2 or 3"));
-        }
-        // Other names fall back to the midpoint rule in the reference as well.
-        scheduler.heun = fields.get("solver_type").and_then(Value::as_str) == Some("heun");
+        read_algorithm(fields, scheduler, &ALGORITHMS)?;
         scheduler.lower_order_final = fields.flag("lower_order_final", true)?;
         scheduler.euler_at_final = fields.flag("euler_at_final", false)?;
         scheduler.lambda_min_clipped = fields.number("lambda_min_clipped", f64::NEG_INFINITY)?;
-        scheduler.shift = fields.number("flow_shift", 1.0)?;
         Ok(())
     }
 
     fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
-        Ok((rows(scheduler, &Schedule::new(scheduler), request), 1.0))
+        Ok((rows(scheduler, &Schedule::new(scheduler), request)?, 1.0))
     }
 }
 
-/// Steps below which the last ones are of lower order.
-const FEW: usize = 15;
+/// An algorithm by name: whether it is made of estimates of the noise, and whether it is stochastic.
+pub(super) type Algorithm = (&'static str, (bool, bool));
 
-/// The noise levels with the final one, and the timesteps.
-fn levels(s: &Scheduler, schedule: &Schedule, steps: &Steps) -> (Vec<f64>, Vec<f64>) {
-    let count = steps.count();
-    let all = schedule.sigmas();
-    let (max, min) = (all[all.len() - 1], all[0]);
-    let found = |sigmas: Vec<f64>, round: bool| {
-        let time = |&sigma: &f64| {
-            let time = schedule.time_of(sigma);
-            if round { time.round_ties_even() } else { time.trunc() }
-        };
-        let times = sigmas.iter().map(time).collect();
-        (sigmas, times)
-    };
-    let (mut sigmas, times): (Vec<f64>, Vec<f64>) = match (s.sigmas, steps) {
-        (Sigmas::Karras, _) => {
-            let cosine = s.beta_schedule == BetaSchedule::SquaredCosine;
-            found(grid::karras(max, min, count), !cosine)
-        }
-        (Sigmas::Exponential, _) => found(grid::exponential(max, min, count), false),
-        (Sigmas::Flow, _) => {
-            let total = s.num_train_timesteps as f64;
-            let even = linspace(1.0 - 1.0 / total, 0.0, count + 1);
-            let shifted = even.iter().take(count).map(|&x| s.shift * x / (1.0 + (s.shift - 1.0) * x));
-            let sigmas: Vec<f64> = shifted.collect();
-            let times = sigmas.iter().map(|x| (x * total).trunc()).collect();
-            (sigmas, times)
-        }
-        (Sigmas::Plain, Steps::Count(count)) => {
-            let times = grid::dpm(s, schedule, *count);
-            (times.iter().map(|&t| schedule.sigma_at(t)).collect(), times)
-        }
-        (Sigmas::Plain, Steps::Times(times)) => (times.iter().map(|&t| schedule.sigma_at(t)).collect(), times.clone()),
-    };
-    sigmas.push(if s.final_sigma_zero { 0.0 } else { min });
-    (sigmas, times)
+/// The algorithms; the last one is of another class.
+const ALGORITHMS: [Algorithm; 5] = [
+    ("dpmsolver++", (false, false)),
+    ("sde-dpmsolver++", (false, true)),
+    ("dpmsolver", (true, false)),
+    ("sde-dpmsolver", (true, true)),
+    ("deis", (false, false)),
+];
+
+/// The rules for steps of second order: whether that is Heun's. The last ones are of other classes.
+const RULES: [(&str, bool); 5] =
+    [("midpoint", false), ("heun", true), ("logrho", false), ("bh1", false), ("bh2", false)];
+
+/// Reads the algorithm, its order and its rule, and a flow's shift.
+pub(super) fn read_algorithm(f: &Fields, s: &mut Scheduler, algorithms: &[Algorithm]) -> Result<(), Error> {
+    (s.noise_form, s.stochastic) = f.word("algorithm_type", (false, false), algorithms)?;
+    s.solver_order = f.count("solver_order", 2)?;
+    if s.solver_order > 3 {
+        return Err(Fields::wrong("solver_order", &Value::from(s.solver_order as f64), "1, 2 or 3"));
+    }
+    s.heun = f.word("solver_type", false, &RULES)?;
+    if s.noise_form && s.final_sigma_zero {
+        return Err(f.unsupported("algorithm_type", " with `final_sigmas_type` = `zero`, where its steps are infinite"));
+    }
+    if s.noise_form && s.stochastic && s.solver_order == 3 {
+        return Err(f.unsupported("algorithm_type", " of order 3"));
+    }
+    if s.stochastic && s.solver_order == 3 {
+        let note =
+            "steps of order 3 of sde-dpmsolver++ have the sign that makes them of that order; diffusers has another";
+        s.notes.push(note.to_owned());
+    }
+    read_flow(f, s)
 }
 
+/// Reads the shift of a flow's noise levels, where the levels are those of a flow.
+pub(super) fn read_flow(f: &Fields, s: &mut Scheduler) -> Result<(), Error> {
+    s.shift = f.number("flow_shift", 1.0)?;
+    if !s.flow {
+        return Ok(());
+    }
+    s.dynamic_shift = flow_euler::dynamic_shift(f)?;
+    if s.sigmas != Sigmas::Plain {
+        return Err(f.unsupported("use_flow_sigmas", " beside noise levels that are spread in another way"));
+    }
+    Ok(())
+}
+
+/// Steps below which the last ones are of lower order.
+pub(super) const FEW: usize = 15;
+
 /// The order of step `index` of `count`, when enough steps were made before it.
-fn order(s: &Scheduler, index: usize, count: usize) -> usize {
+pub(super) fn order(s: &Scheduler, index: usize, count: usize) -> usize {
     let few = s.lower_order_final && count < FEW;
     let last = index + 1 == count && (s.euler_at_final || few || s.final_sigma_zero);
     let second = index + 2 == count && few;
@@ -108,55 +107,47 @@ fn order(s: &Scheduler, index: usize, count: usize) -> usize {
     }
 }
 
-fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Vec<Row> {
-    let (sigmas, times) = levels(s, schedule, &request.steps);
-    let level = |sigma: f64| match s.sigmas {
-        Sigmas::Flow => Level { alpha: 1.0 - sigma, noise: sigma },
-        _ => Level::of_sigma(sigma),
-    };
-    let lambda = |index: usize| {
-        let Level { alpha, noise } = level(sigmas[index]);
-        alpha.ln() - noise.ln()
-    };
-    let row = |index: usize| {
-        let (here, next) = (level(sigmas[index]), level(sigmas[index + 1]));
-        // Infinite where the last level is free of noise; everything below is finite then.
-        let h = lambda(index + 1) - lambda(index);
-        let orders = order(s, index, times.len());
-        let gap = |back: usize| lambda(index + 1 - back) - lambda(index - back);
-        let (decay, pull) = if s.stochastic { ((-h).exp(), 1.0 - (-2.0 * h).exp()) } else { (1.0, 1.0 - (-h).exp()) };
-        // What the first and the second divided difference of the estimates are worth. Both vanish with h; the reference
-        // has another sign in the second of its stochastic solver, which keeps that from third order.
-        let h = if s.stochastic { 2.0 * h } else { h };
-        let (first, second) = (1.0 - pull / h, pull / (h * h) - 1.0 / h + 0.5);
-        let mut estimates = vec![pull];
-        match orders {
-            1 => {}
-            2 => {
-                let worth = if s.heun { first } else { 0.5 * pull };
-                let ratio = gap(1) / gap(0);
-                estimates = vec![pull + worth / ratio, -worth / ratio];
-            }
-            _ => {
-                let (r0, r1) = (gap(1) / gap(0), gap(2) / gap(0));
-                // D1 = D1₀ + r0/(r0 + r1)·(D1₀ − D1₁) and D2 = (D1₀ − D1₁)/(r0 + r1), of the estimates d0, d1, d2.
-                let differences = [[1.0 / r0, -1.0 / r0, 0.0], [0.0, 1.0 / r1, -1.0 / r1]];
-                estimates.extend([0.0, 0.0]);
-                for (k, factor) in estimates.iter_mut().enumerate() {
-                    let change = differences[0][k] - differences[1][k];
-                    let d1 = differences[0][k] + r0 / (r0 + r1) * change;
-                    *factor += first * d1 + second * change / (r0 + r1);
-                }
+/// What step `index` of a multistep solver changes of a row: `points` are the levels of the steps and the final one.
+pub(super) fn step(s: &Scheduler, points: &[Level], index: usize, row: Row) -> Row {
+    let worth = Worth::of(s, points[index], points[index + 1]);
+    let gap = |back: usize| log_ratio(points[index + 1 - back]) - log_ratio(points[index - back]);
+    let mut history = vec![worth.base];
+    match order(s, index, points.len() - 1) {
+        1 => {}
+        2 => {
+            let (ratio, difference) = (gap(1) / worth.length, worth.second_order(s.heun));
+            history = vec![worth.base + difference / ratio, -difference / ratio];
+        }
+        _ => {
+            let (r0, r1) = (gap(1) / worth.length, gap(2) / worth.length);
+            // D1 = D1₀ + r0/(r0 + r1)·(D1₀ − D1₁) and D2 = (D1₀ − D1₁)/(r0 + r1), of the predictions d0, d1, d2.
+            let differences = [[1.0 / r0, -1.0 / r0, 0.0], [0.0, 1.0 / r1, -1.0 / r1]];
+            history.extend([0.0, 0.0]);
+            for (k, factor) in history.iter_mut().enumerate() {
+                let change = differences[0][k] - differences[1][k];
+                let d1 = differences[0][k] + r0 / (r0 + r1) * change;
+                *factor += worth.first * d1 + worth.second * change / (r0 + r1);
             }
         }
-        Row {
-            state: next.noise / here.noise * decay,
-            history: estimates.iter().map(|b| next.alpha * b).collect(),
-            noise: if s.stochastic { next.noise * pull.sqrt() } else { 0.0 },
-            ..here.row(times[index], here.estimate(s.prediction))
-        }
-    };
-    (0..times.len()).map(row).collect()
+    }
+    Row { state: worth.state, history, noise: worth.noise, ..row }
+}
+
+/// A row at a level that keeps the estimate of the clean sample, or of the noise where that is what steps are made of.
+pub(super) fn row(s: &Scheduler, level: Level, time: f64) -> Row {
+    let row = level.row(time, level.estimate(s.prediction));
+    if s.noise_form { Row { kept: level.noise_of_estimate(), ..row } } else { row }
+}
+
+fn levels(s: &Scheduler, schedule: &Schedule, request: &Request) -> Result<Levels, Error> {
+    levels::preserving(s, schedule, request, Preserving { truncates_cosine: true, ..Preserving::default() })
+}
+
+fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Result<Vec<Row>, Error> {
+    let levels = levels(s, schedule, request)?;
+    let points = levels.points(s);
+    let at = |(index, &time): (usize, &f64)| step(s, &points, index, row(s, points[index], time));
+    Ok(levels.times.iter().enumerate().map(at).collect())
 }
 
 #[cfg(test)]
@@ -206,8 +197,8 @@ mod tests {
                     let s = scheduler("DPMSolverMultistepScheduler", with(settings));
                     let schedule = Schedule::new(&s);
                     let request = Request::steps(20);
-                    let sigmas = levels(&s, &schedule, &request.steps).0;
-                    for (row, pair) in rows(&s, &schedule, &request).iter().zip(sigmas.windows(2)) {
+                    let sigmas = levels(&s, &schedule, &request).unwrap().sigmas;
+                    for (row, pair) in rows(&s, &schedule, &request).unwrap().iter().zip(sigmas.windows(2)) {
                         // With x = α·D + s·ε and every estimate D, the next state is α'·D plus noise.
                         let (here, next) = (Level::of_sigma(pair[0]), Level::of_sigma(pair[1]));
                         let kept = row.state * here.alpha + row.history.iter().sum::<f64>();

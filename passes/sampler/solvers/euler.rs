@@ -1,8 +1,7 @@
 //! Euler steps in the noise level: Karras et al. 2022, arXiv:2206.00364. States grow with the noise.
 
 use crate::sampler::{
-    Error, Level, Prediction, Request, Row, Schedule, Scheduler, Sigmas, Solver, SolverInfo, Spacing, Steps, grid,
-    scheduler::Fields,
+    Error, Fields, Prediction, Request, Row, Schedule, Scheduler, Sigmas, Solver, SolverInfo, Steps, grid, levels,
 };
 
 /// Euler steps in the noise level.
@@ -15,8 +14,8 @@ impl Solver for Euler {
             class: "EulerDiscreteScheduler",
             summary: "Euler steps in the noise level",
             source: "Karras et al. 2022, arXiv:2206.00364",
-            fields: &["sigma_max", "sigma_min", "timestep_type"],
-            sigmas: &[Sigmas::Karras, Sigmas::Exponential],
+            fields: &["timestep_type"],
+            sigmas: &[Sigmas::Karras, Sigmas::Exponential, Sigmas::Beta],
             fractions: true,
             finite_sigmas: true,
             ..SolverInfo::USUAL
@@ -26,6 +25,10 @@ impl Solver for Euler {
     fn read(&self, fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
         scheduler.sigma_min = fields.optional("sigma_min")?;
         scheduler.sigma_max = fields.optional("sigma_max")?;
+        let log_linear = fields.word("interpolation_type", false, &[("linear", false), ("log_linear", true)])?;
+        if log_linear && scheduler.sigmas == Sigmas::Plain {
+            scheduler.sigmas = Sigmas::LogLinear;
+        }
         let continuous = fields.word("timestep_type", false, &[("discrete", false), ("continuous", true)])?;
         scheduler.continuous_time = continuous && scheduler.prediction == Prediction::Velocity;
         Ok(())
@@ -36,39 +39,18 @@ impl Solver for Euler {
     }
 }
 
-/// The estimate of the clean sample from a state that is not scaled down.
-fn estimate(prediction: Prediction, sigma: f64) -> [f64; 2] {
-    let square = sigma * sigma + 1.0;
-    match prediction {
-        Prediction::Epsilon | Prediction::Flow => [1.0, -sigma],
-        Prediction::Velocity => [1.0 / square, -sigma / square.sqrt()],
-        Prediction::Sample => [0.0, 1.0],
-    }
-}
-
 /// The noise levels with the final one, and the timesteps.
 fn levels(s: &Scheduler, schedule: &Schedule, steps: &Steps) -> (Vec<f64>, Vec<f64>) {
-    let mut times = match steps {
-        Steps::Count(count) => grid::euler(s, *count),
-        Steps::Times(times) => times.clone(),
-    };
-    let mut sigmas: Vec<f64> = times.iter().map(|&t| schedule.sigma_at(t)).collect();
-    let max = s.sigma_max.unwrap_or(sigmas[0]);
-    let min = s.sigma_min.unwrap_or(sigmas[sigmas.len() - 1]);
-    let spread = match s.sigmas {
-        Sigmas::Karras => Some(grid::karras(max, min, times.len())),
-        Sigmas::Exponential => Some(grid::exponential(max, min, times.len())),
-        Sigmas::Plain | Sigmas::Flow => None,
-    };
-    if let Some(spread) = spread {
-        times = spread.iter().map(|&sigma| schedule.time_of(sigma)).collect();
-        sigmas = spread;
-    }
+    let (mut sigmas, mut times) = levels::growing(s, schedule, steps);
     if s.continuous_time {
         times = sigmas.iter().map(|sigma| 0.25 * sigma.ln()).collect();
     }
-    let last = if s.final_sigma_zero { 0.0 } else { schedule.sigma_at(0.0) };
-    sigmas.push(last);
+    if s.sigmas == Sigmas::LogLinear {
+        // One more than there are timesteps, so the final one is the lowest of the schedule.
+        let all = schedule.sigmas();
+        return (grid::exponential(all[all.len() - 1], all[0], times.len() + 1), times);
+    }
+    sigmas.push(if s.final_sigma_zero { 0.0 } else { schedule.sigma_at(0.0) });
     (sigmas, times)
 }
 
@@ -77,21 +59,12 @@ fn levels(s: &Scheduler, schedule: &Schedule, steps: &Steps) -> (Vec<f64>, Vec<f
 pub(super) fn rows(s: &Scheduler, steps: &Steps, split: &dyn Fn(f64, f64) -> (f64, f64)) -> (Vec<Row>, f64) {
     let (sigmas, times) = levels(s, &Schedule::new(s), steps);
     let row = |(pair, time): (&[f64], f64)| {
-        let (sigma, next) = (pair[0], pair[1]);
-        let (down, up) = split(sigma, next);
-        let level = Level { alpha: 1.0, noise: sigma };
-        Row {
-            input_scale: 1.0 / (sigma * sigma + 1.0).sqrt(),
-            state: down / sigma,
-            history: vec![1.0 - down / sigma],
-            noise: up,
-            ..level.row(time, estimate(s.prediction, sigma))
-        }
+        let (sigma, (down, up)) = (pair[0], split(pair[0], pair[1]));
+        let history = vec![1.0 - down / sigma];
+        Row { state: down / sigma, history, noise: up, ..levels::growing_row(s, sigma, time) }
     };
-    let rows: Vec<Row> = sigmas.windows(2).zip(times).map(row).collect();
-    let max = sigmas.iter().copied().fold(0.0, f64::max);
-    let leading = s.spacing == Spacing::Leading;
-    (rows, if leading { (max * max + 1.0).sqrt() } else { max })
+    let rows = sigmas.windows(2).zip(times).map(row).collect();
+    (rows, levels::growing_scale(s, &sigmas))
 }
 
 #[cfg(test)]
@@ -115,6 +88,10 @@ mod tests {
         assert_rows(&[sigmas(json!({"timestep_spacing": "leading", "steps_offset": 1}))], &[leading]);
         let karras = [14.614_648_8, 4.796_544_5, 1.274_105_5, 0.247_951_7, 0.029_167_5, 0.0];
         assert_rows(&[sigmas(json!({"use_karras_sigmas": true}))], &[karras]);
+        let beta = [14.614_646_9, 12.052_264_2, 7.321_907_0, 2.591_550_1, 0.029_167_5, 0.0];
+        assert_rows(&[sigmas(json!({"use_beta_sigmas": true}))], &[beta]);
+        let log_linear = [14.614_646_9, 4.215_126_5, 1.215_718_0, 0.350_635_0, 0.101_129_4, 0.029_167_5];
+        assert_rows(&[sigmas(json!({"interpolation_type": "log_linear"}))], &[log_linear]);
     }
 
     #[test]

@@ -21,11 +21,14 @@ impl Solver for EulerAncestral {
     fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
         // The last step is always free of noise.
         let scheduler = Scheduler { final_sigma_zero: true, ..scheduler.clone() };
-        Ok(euler::rows(&scheduler, &request.steps, &|sigma, next| {
-            let up = (next * next * (sigma * sigma - next * next) / (sigma * sigma)).max(0.0).sqrt();
-            ((next * next - up * up).max(0.0).sqrt(), up)
-        }))
+        Ok(euler::rows(&scheduler, &request.steps, &split))
     }
+}
+
+/// From a noise level and the next one: down to which a step goes, and how much fresh noise follows.
+pub(super) fn split(sigma: f64, next: f64) -> (f64, f64) {
+    let up = (next * next * (sigma * sigma - next * next) / (sigma * sigma)).max(0.0).sqrt();
+    ((next * next - up * up).max(0.0).sqrt(), up)
 }
 
 #[cfg(test)]

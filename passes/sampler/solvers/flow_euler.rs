@@ -1,8 +1,8 @@
 //! Euler steps of a flow: Esser et al. 2024, arXiv:2403.03206.
 
 use crate::sampler::{
-    DynamicShift, Error, Flow, Level, Request, Row, Scheduler, Sigmas, Solver, SolverInfo, Steps, grid,
-    schedule::linspace, scheduler::Fields,
+    DynamicShift, Error, Fields, Flow, Level, Request, Row, Scheduler, Sigmas, Solver, SolverInfo, Steps, grid,
+    schedule::linspace,
 };
 use serde_json::Value;
 
@@ -16,19 +16,8 @@ impl Solver for FlowEuler {
             class: "FlowMatchEulerDiscreteScheduler",
             summary: "Euler steps of a flow",
             source: "Esser et al. 2024, arXiv:2403.03206",
-            fields: &[
-                "base_image_seq_len",
-                "base_shift",
-                "invert_sigmas",
-                "max_image_seq_len",
-                "max_shift",
-                "shift",
-                "shift_terminal",
-                "stochastic_sampling",
-                "time_shift_type",
-                "use_dynamic_shifting",
-            ],
-            sigmas: &[Sigmas::Karras, Sigmas::Exponential],
+            fields: &["invert_sigmas", "shift", "stochastic_sampling"],
+            sigmas: &[Sigmas::Karras, Sigmas::Exponential, Sigmas::Beta],
             flow: true,
             fractions: true,
             ..SolverInfo::USUAL
@@ -37,11 +26,7 @@ impl Solver for FlowEuler {
 
     fn read(&self, fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
         scheduler.stochastic = fields.flag("stochastic_sampling", false)?;
-        scheduler.shift = fields.number("shift", 1.0)?;
-        scheduler.dynamic_shift = dynamic_shift(fields)?;
-        scheduler.shift_terminal = fields.optional("shift_terminal")?.filter(|&z| z != 0.0);
-        scheduler.invert_sigmas = fields.flag("invert_sigmas", false)?;
-        Ok(())
+        read_levels(fields, scheduler)
     }
 
     fn rows(&self, scheduler: &Scheduler, request: &Request) -> Result<(Vec<Row>, f64), Error> {
@@ -49,7 +34,17 @@ impl Solver for FlowEuler {
     }
 }
 
-fn dynamic_shift(f: &Fields) -> Result<Option<DynamicShift>, Error> {
+/// Reads what is about the noise levels of a flow.
+pub(super) fn read_levels(fields: &Fields, scheduler: &mut Scheduler) -> Result<(), Error> {
+    scheduler.shift = fields.number("shift", 1.0)?;
+    scheduler.dynamic_shift = dynamic_shift(fields)?;
+    scheduler.shift_terminal = fields.optional("shift_terminal")?.filter(|&z| z != 0.0);
+    scheduler.invert_sigmas = fields.flag("invert_sigmas", false)?;
+    Ok(())
+}
+
+/// The shift by the number of tokens, if that is asked for.
+pub(super) fn dynamic_shift(f: &Fields) -> Result<Option<DynamicShift>, Error> {
     if !f.flag("use_dynamic_shifting", false)? {
         return Ok(None);
     }
@@ -86,19 +81,27 @@ fn sigmas(s: &Scheduler, request: &Request) -> Result<Vec<f64>, Error> {
             even.iter().map(|&sigma| shift / (shift + (1.0 / sigma - 1.0))).collect()
         }
     };
-    if let Some(terminal) = s.shift_terminal {
-        let scale = (1.0 - sigmas[sigmas.len() - 1]) / (1.0 - terminal);
-        if scale <= 0.0 || !scale.is_finite() {
-            return Err(Error::Plan(format!("`shift_terminal` = {terminal} cannot be reached in {count} steps")));
-        }
-        sigmas = sigmas.iter().map(|sigma| 1.0 - (1.0 - sigma) / scale).collect();
-    }
+    grid::stretch(&mut sigmas, s.shift_terminal)?;
     let (max, min) = (sigmas[0], sigmas[sigmas.len() - 1]);
-    Ok(match s.sigmas {
-        Sigmas::Karras => grid::karras(max, min, count),
-        Sigmas::Exponential => grid::exponential(max, min, count),
-        Sigmas::Plain | Sigmas::Flow => sigmas,
-    })
+    Ok(grid::spread(s.sigmas, max, min, count).unwrap_or(sigmas))
+}
+
+/// The noise levels of the steps with the final one.
+pub(super) fn levels(s: &Scheduler, request: &Request) -> Result<Vec<f64>, Error> {
+    let mut sigmas = sigmas(s, request)?;
+    if s.invert_sigmas {
+        sigmas.iter_mut().for_each(|sigma| *sigma = 1.0 - *sigma);
+    }
+    sigmas.push(if s.invert_sigmas { 1.0 } else { 0.0 });
+    Ok(sigmas)
+}
+
+/// A row of a flow at a share of noise.
+pub(super) fn row(s: &Scheduler, sigma: f64) -> Row {
+    let level = Level { alpha: 1.0 - sigma, noise: sigma };
+    let row = level.row(sigma * s.num_train_timesteps as f64, [1.0, -sigma]);
+    // The output is the flow itself, also at the ends, where levels have no ratio.
+    Row { flow: Flow { scale: 1.0, flow: [0.0, 1.0] }, ..row }
 }
 
 /// By how much even noise levels are shifted.
@@ -113,29 +116,14 @@ pub(in super::super) fn shift(s: &Scheduler, request: &Request) -> Result<f64, E
 }
 
 fn rows(s: &Scheduler, request: &Request) -> Result<Vec<Row>, Error> {
-    let mut sigmas = sigmas(s, request)?;
-    let mut last = 0.0;
-    if s.invert_sigmas {
-        sigmas = sigmas.iter().map(|sigma| 1.0 - sigma).collect();
-        last = 1.0;
-    }
-    sigmas.push(last);
-    let total = s.num_train_timesteps as f64;
-    let row = |pair: &[f64]| {
+    let step = |pair: &[f64]| {
         let (sigma, next) = (pair[0], pair[1]);
-        let level = Level { alpha: 1.0 - sigma, noise: sigma };
-        let base = Row { estimate: [1.0, -sigma], ..level.row(sigma * total, [1.0, -sigma]) };
-        if s.stochastic {
-            return Row { state: 0.0, history: vec![1.0 - next], noise: next, ..base };
+        match s.stochastic {
+            true => Row { state: 0.0, history: vec![1.0 - next], noise: next, ..row(s, sigma) },
+            false => Row { output: next - sigma, ..row(s, sigma) },
         }
-        Row { output: next - sigma, ..base }
     };
-    let mut rows: Vec<Row> = sigmas.windows(2).map(row).collect();
-    for row in &mut rows {
-        // The output is the flow itself, also at the ends, where levels have no ratio.
-        row.flow = Flow { scale: 1.0, flow: [0.0, 1.0] };
-    }
-    Ok(rows)
+    Ok(levels(s, request)?.windows(2).map(step).collect())
 }
 
 #[cfg(test)]
@@ -155,6 +143,18 @@ mod tests {
         let dynamic = Request { tokens: Some(4096), ..explicit.clone() };
         assert_rows(&[sigmas(&s, &dynamic).unwrap()], &[[1.0, 0.904_530_8, 0.759_510_9, 0.512_844_1]]);
         assert!(sigmas(&s, &explicit).unwrap_err().to_string().contains("--tokens"));
+    }
+
+    #[test]
+    fn noise_levels_can_be_spread() {
+        let spread = |field: &str| {
+            let s = scheduler("FlowMatchEulerDiscreteScheduler", json!({"shift": 3.0, field: true}));
+            sigmas(&s, &Request::steps(5)).unwrap()
+        };
+        let beta = [1.0, 0.825_888_2, 0.504_464_3, 0.183_040_4, 0.008_928_6];
+        assert_rows(&[spread("use_beta_sigmas")], &[beta]);
+        let karras = [1.0, 0.400_321_5, 0.139_599_1, 0.040_372_7, 0.008_928_6];
+        assert_rows(&[spread("use_karras_sigmas")], &[karras]);
     }
 
     #[test]

@@ -1,8 +1,7 @@
 //! Luo et al. 2023, Latent consistency models, arXiv:2310.04378.
 
 use crate::sampler::{
-    BetaSchedule, Error, Level, Request, Row, Schedule, Scheduler, Solver, SolverInfo, Spacing, Steps, grid,
-    scheduler::Fields,
+    BetaSchedule, Error, Fields, Level, Request, Row, Schedule, Scheduler, Solver, SolverInfo, Spacing, Steps, grid,
 };
 
 /// Latent consistency models.

@@ -1,24 +1,103 @@
 //! The solvers, one file each: what turns a scheduler's configuration and steps into the rows of a table.
 
+mod cogvideox_ddim;
+mod cogvideox_dpm;
+mod consistency;
+mod cosine_dpm;
 mod ddim;
 mod ddpm;
+mod deis;
+mod dpm_sde;
+mod dpm_single;
 mod dpmpp;
+mod edm_dpm;
+mod edm_euler;
 mod euler;
 mod euler_ancestral;
 mod flow_euler;
+mod flow_heun;
+mod flow_lcm;
+mod heun;
+mod ipndm;
+mod kdpm2;
+mod kdpm2_ancestral;
 mod lcm;
+mod lms;
+mod ltx_ancestral;
+mod pndm;
+mod sa;
+mod scm;
+mod tcd;
+mod unipc;
 
 use self::{
-    ddim::Ddim, ddpm::Ddpm, dpmpp::DpmPp, euler::Euler, euler_ancestral::EulerAncestral, flow_euler::FlowEuler,
-    lcm::Lcm,
+    cogvideox_ddim::CogvideoxDdim, cogvideox_dpm::CogvideoxDpm, consistency::Consistency, cosine_dpm::CosineDpm,
+    ddim::Ddim, ddpm::Ddpm, deis::Deis, dpm_sde::DpmSde, dpm_single::DpmSingle, dpmpp::DpmPp, edm_dpm::EdmDpm,
+    edm_euler::EdmEuler, euler::Euler, euler_ancestral::EulerAncestral, flow_euler::FlowEuler, flow_heun::FlowHeun,
+    flow_lcm::FlowLcm, heun::Heun, ipndm::Ipndm, kdpm2::Kdpm2, kdpm2_ancestral::Kdpm2Ancestral, lcm::Lcm, lms::Lms,
+    ltx_ancestral::LtxAncestral, pndm::Pndm, sa::Sa, scm::Scm, tcd::Tcd, unipc::UniPc,
 };
-use super::{Error, Scheduler, Solver, SolverInfo, scheduler::Fields};
+use super::{Error, Fields, Scheduler, Solver, SolverInfo};
 use serde_json::Value;
 
 pub(super) use flow_euler::shift as flow_shift;
 
 /// Every solver. The command line, its help and the documentation list them in this order.
-pub const SOLVERS: &[&dyn Solver] = &[&Ddpm, &Ddim, &Euler, &EulerAncestral, &DpmPp, &FlowEuler, &Lcm];
+pub const SOLVERS: &[&dyn Solver] = &[
+    &Ddpm,
+    &Ddim,
+    &Pndm,
+    &Euler,
+    &EulerAncestral,
+    &Heun,
+    &Kdpm2,
+    &Kdpm2Ancestral,
+    &Lms,
+    &DpmPp,
+    &DpmSingle,
+    &DpmSde,
+    &UniPc,
+    &Deis,
+    &Sa,
+    &EdmEuler,
+    &EdmDpm,
+    &CosineDpm,
+    &FlowEuler,
+    &FlowHeun,
+    &LtxAncestral,
+    &Lcm,
+    &FlowLcm,
+    &Tcd,
+    &Consistency,
+    &Scm,
+    &Ipndm,
+    &CogvideoxDdim,
+    &CogvideoxDpm,
+];
+
+/// Classes of the reference that are no solver here, and why.
+const REFUSED: &[(&str, &str)] = &[
+    ("RePaintScheduler", "it jumps back in time, and wants a mask"),
+    ("ScoreSdeVeScheduler", "its corrector takes the length of its steps from the prediction"),
+    ("ScoreSdeVpScheduler", "it is deprecated, and steps through continuous time"),
+    ("KarrasVeScheduler", "it is deprecated, and feeds the network another state than the one it steps from"),
+    ("UnCLIPScheduler", "it needs the variance that the network learned"),
+    ("DDPMWuerstchenScheduler", "it needs the variance that the network learned"),
+    ("HeliosScheduler", "it goes through stages of several sizes"),
+    ("HeliosDMDScheduler", "it goes through stages of several sizes"),
+    ("PiflowScheduler", "the network gives a policy that is stepped through by itself"),
+    ("FlowMapEulerDiscreteScheduler", "the network is told two timesteps"),
+    ("MiniMaxH3Scheduler", "its steps belong to one pipeline"),
+    ("RFD4ProteinaScheduler", "its states are proteins"),
+    ("ConsistencyDecoderScheduler", "it is a decoder with a time of its own"),
+    ("VQDiffusionScheduler", "its states are tokens"),
+    ("AmusedScheduler", "its states are tokens"),
+    ("BlockRefinementScheduler", "its states are tokens"),
+    ("EntropyBoundScheduler", "its states are tokens"),
+    ("DiscreteDDIMScheduler", "its states are tokens"),
+    ("DDIMInverseScheduler", "it goes from an image to noise"),
+    ("DPMSolverMultistepInverseScheduler", "it goes from an image to noise"),
+];
 
 /// The solver with this short name.
 pub fn solver(name: &str) -> Option<&'static dyn Solver> {
@@ -44,21 +123,32 @@ impl Scheduler {
     pub fn parse(json: &Value, solver: Option<&'static dyn Solver>) -> Result<(Scheduler, Vec<String>), Error> {
         let fields = Fields::of(json)?;
         let named = fields.get("_class_name").and_then(Value::as_str);
-        let found = named.and_then(|name| SOLVERS.iter().copied().find(|solver| solver.info().class == name));
-        let solver = solver.or(found).ok_or_else(|| {
-            let what = named.map_or("without `_class_name`".to_owned(), |name| format!("`_class_name` = `{name}`"));
-            Error::Unsupported(format!("{what} (--solver takes {} in its place)", solver_names().join(", ")))
-        })?;
+        let is =
+            |solver: &&dyn Solver, name: &str| solver.info().class == name || solver.info().aliases.contains(&name);
+        let found = named.and_then(|name| SOLVERS.iter().copied().find(|solver| is(solver, name)));
+        let chosen = solver.or(found).ok_or_else(|| unknown_class(named))?;
         let known = |field: &str| SOLVERS.iter().any(|solver| solver.info().fields.contains(&field));
-        let (scheduler, unknown) = Scheduler::read(solver, &fields, &known)?;
+        // What another class took for granted is no choice.
+        let fields = if found == Some(chosen) { fields } else { fields.chosen() };
+        let (scheduler, unknown) = Scheduler::read(chosen, &fields, &known)?;
         let warning = |k: String| format!("the scheduler's `{k}` is not known and was ignored");
-        Ok((scheduler, unknown.into_iter().map(warning).collect()))
+        let warnings = scheduler.notes.iter().cloned().chain(unknown.into_iter().map(warning)).collect();
+        Ok((scheduler, warnings))
     }
+}
+
+fn unknown_class(named: Option<&str>) -> Error {
+    let what = match named.map(|name| (name, REFUSED.iter().find(|(class, _)| *class == name))) {
+        None => "without `_class_name`".to_owned(),
+        Some((name, None)) => format!("`_class_name` = `{name}`"),
+        Some((name, Some((_, why)))) => format!("`_class_name` = `{name}`: {why}"),
+    };
+    Error::Unsupported(format!("{what} (--solver takes {} in its place)", solver_names().join(", ")))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{BetaSchedule, Clip, Spacing};
+    use super::super::{BetaSchedule, Clip, Request, Spacing, Table};
     use super::*;
     use serde_json::json;
 
@@ -77,6 +167,47 @@ mod tests {
         }
     }
 
+    /// What every class of the reference saves by itself, as it is written: read without a warning and made a table of, or
+    /// refused with the reason.
+    #[test]
+    fn every_class_of_the_reference_is_read_or_refused_with_a_reason() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/schedulers");
+        let mut seen = Vec::new();
+        for file in std::fs::read_dir(folder).unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let class = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            let json = super::super::read_python_json(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            match Scheduler::parse(&json, None) {
+                Ok((scheduler, warnings)) => {
+                    assert_eq!(warnings, Vec::<String>::new(), "{class}");
+                    let info = scheduler.solver.info();
+                    assert!(
+                        info.class == class || info.aliases.contains(&class.as_str()),
+                        "{class} is read as {info:?}"
+                    );
+                    for steps in [1, 5, 10] {
+                        let table = Table::new(&scheduler, &Request::steps(steps));
+                        // Three Runge-Kutta steps need four timesteps.
+                        assert!(table.is_ok() || (class == "PNDMScheduler" && steps == 1), "{class}: {table:?}");
+                    }
+                }
+                Err(error) => {
+                    let why = REFUSED.iter().find(|(name, _)| *name == class).map(|(_, why)| *why);
+                    let why = why.unwrap_or_else(|| panic!("{class}: {error}"));
+                    assert!(error.to_string().contains(&format!("`_class_name` = `{class}`: {why}")), "{error}");
+                }
+            }
+            seen.push(class);
+        }
+        let solvers = SOLVERS.iter().flat_map(|s| s.info().aliases.iter().copied().chain([s.info().class]));
+        let missing: Vec<&str> =
+            solvers.chain(REFUSED.iter().map(|(class, _)| *class)).filter(|c| !seen.iter().any(|s| s == c)).collect();
+        assert!(missing.is_empty(), "no file of {missing:?}");
+    }
+
     #[test]
     fn classes_have_their_own_defaults() {
         let of = |name: &str| Scheduler::parse(&json!({ "_class_name": name }), None).unwrap().0;
@@ -90,9 +221,17 @@ mod tests {
     fn settings_that_are_not_built_are_named() {
         let refused = |json: Value| Scheduler::parse(&json, None).unwrap_err().to_string();
         let dpm = "DPMSolverMultistepScheduler";
-        assert!(refused(json!({"_class_name": dpm, "use_lu_lambdas": true})).contains("`use_lu_lambdas` = true"));
+        let both = json!({"_class_name": dpm, "use_lu_lambdas": true, "use_karras_sigmas": true});
+        assert!(refused(both).contains("`use_karras_sigmas` = true beside `use_lu_lambdas` = true"));
         assert!(refused(json!({"_class_name": dpm, "algorithm_type": "dpmsolver"})).contains("algorithm_type"));
-        assert!(refused(json!({"_class_name": "PNDMScheduler"})).contains("`PNDMScheduler`"));
+        assert!(refused(json!({"_class_name": dpm, "solver_type": "best"})).contains("midpoint or heun"));
+        assert!(refused(json!({"_class_name": "MyScheduler"})).contains("`MyScheduler`"));
+        assert!(refused(json!({"_class_name": "RePaintScheduler"})).contains("`RePaintScheduler`: it jumps back"));
+        let sample = json!({"_class_name": "PNDMScheduler", "prediction_type": "sample"});
+        assert!(refused(sample).contains("`prediction_type` = \"sample\" of solver pndm"));
+        let betas = json!({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]});
+        assert!(refused(betas).contains("a list of 2, expected as many numbers as `num_train_timesteps`, 1000"));
+        assert!(refused(json!({"_class_name": dpm, "beta_schedule": "exp"})).contains("squaredcos_cap_v2"));
         assert!(refused(json!({"_class_name": dpm, "beta_schedule": "sigmoid"})).contains("squaredcos_cap_v2"));
         assert!(refused(json!({"_class_name": "DDPMScheduler", "variance_type": "learned_range"})).contains("learned"));
         assert!(refused(json!({"_class_name": dpm, "solver_order": 4})).contains("1, 2 or 3"));
@@ -105,12 +244,33 @@ mod tests {
         let pndm = json!({"_class_name": "PNDMScheduler", "skip_prk_steps": true, "steps_offset": 1});
         let (scheduler, warnings) = Scheduler::parse(&pndm, Some(&Ddim)).unwrap();
         assert_eq!((scheduler.solver.name(), scheduler.steps_offset), ("ddim", 1));
-        assert_eq!(warnings, ["the scheduler's `skip_prk_steps` is not known and was ignored"]);
+        // Files are carried from class to class, so what another class knows is no fault.
+        assert_eq!(warnings, Vec::<String>::new());
+        let odd = json!({"_class_name": "DDIMScheduler", "skip_type": 1});
+        let warnings = Scheduler::parse(&odd, None).unwrap().1;
+        assert_eq!(warnings, ["the scheduler's `skip_type` is not known and was ignored"]);
+    }
+
+    #[test]
+    fn what_nobody_chose_is_that_of_the_class_that_is_taken() {
+        let json = json!({
+            "_class_name": "HeunDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "linspace",
+            "_use_default_values": ["timestep_spacing", "beta_end"]
+        });
+        let (scheduler, _) = Scheduler::parse(&json, Some(&Ddim)).unwrap();
+        assert_eq!((scheduler.spacing, scheduler.beta_start, scheduler.beta_end), (Spacing::Leading, 0.00085, 0.02));
+        assert_eq!(Scheduler::parse(&json, None).unwrap().0.spacing, Spacing::Linspace);
     }
 
     #[test]
     fn infinities_are_words() {
         let json = json!({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": "-Infinity"});
         assert_eq!(Scheduler::parse(&json, None).unwrap().0.lambda_min_clipped, f64::NEG_INFINITY);
+    }
+
+    #[test]
+    fn old_files_say_otherwise_what_is_predicted() {
+        let json = json!({"_class_name": "DDIMScheduler", "predict_epsilon": false});
+        assert_eq!(Scheduler::parse(&json, None).unwrap().0.prediction, super::super::Prediction::Sample);
     }
 }

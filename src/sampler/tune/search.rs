@@ -217,7 +217,7 @@ impl Candidates<'_> {
         json!({
             "denoiser": key.model, "guidance": key.guidance, "shape": key.shape,
             "solver": plans.scheduler.solver.name(), "scheduler": format!("{:?}", plans.scheduler),
-            "eta": plans.request.eta, "seed": plans.inputs.seed, "pairs": options.pairs,
+            "eta": plans.request.eta.unwrap_or(0.0), "seed": plans.inputs.seed, "pairs": options.pairs,
             "layers": self.layers.len(), "reference": options.reference, "shapes": plans.inputs.shapes,
             "real": options.real.as_ref().map(|real| format!("{real:?}")),
         })
