@@ -175,7 +175,63 @@ fn refusals_say_why_and_write_nothing() {
         "g (float[n,1,2,2] x, float[n] t) => (float[n,1,2,2] eps) { z = RandomNormalLike (x) eps = Add (x, z) }";
     fs::write(folder.path("denoiser.onnx"), text::parse(random).unwrap().to_bytes()).unwrap();
     folder.refused(&["--steps", "4"], 3, "the sampler does not do what the denoiser does step by step");
-    let unipc = Folder::new(json!({"_class_name": "UniPCMultistepScheduler"}));
-    unipc.refused(&["--steps", "4"], 2, "`UniPCMultistepScheduler`");
-    unipc.succeeds(&["--steps", "4", "--solver", "dpmpp"]);
+    let repaint = Folder::new(json!({"_class_name": "RePaintScheduler"}));
+    repaint.refused(&["--steps", "4"], 2, "`RePaintScheduler`: it jumps back in time, and wants a mask");
+    repaint.succeeds(&["--steps", "4", "--solver", "dpmpp"]);
+    let pndm = Folder::new(json!({"_class_name": "PNDMScheduler", "skip_prk_steps": true}));
+    pndm.refused(&["--grid", "900,100"], 2, "solver pndm makes its own timesteps");
+    pndm.refused(&["--steps", "4", "--form", "adaptive"], 2, "the adaptive form cannot leave out");
+    pndm.refused(&["--steps", "4", "--io", "predicts=clean"], 2, "the clean sample with solver pndm");
+    let heun = Folder::new(json!({"_class_name": "HeunDiscreteScheduler"}));
+    heun.refused(&["--search", "4"], 2, "solver heun evaluates the network twice a step");
+}
+
+#[test]
+fn steps_of_several_evaluations_are_rows_of_a_plan() {
+    let heun = Folder::new(json!({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "scaled_linear"}));
+    let (said, report) = heun.succeeds(&["--steps", "5", "--save-plan", "plan.json"]);
+    assert!(said.contains("5 steps of heun in 9 rows, 9 evaluations at most"), "{said}");
+    assert_eq!((&report["steps"], &report["output"]["evaluations"]), (&json!(5), &json!(9)));
+    let first = fs::read(heun.path("out.onnx")).unwrap();
+    heun.succeeds(&["--plan", "plan.json"]);
+    assert_eq!(fs::read(heun.path("out.onnx")).unwrap(), first);
+    // A grid gives the timesteps of steps; the plan has second evaluations between them.
+    let (_, report) = heun.succeeds(&["--grid", "900,500.5,100", "--save-plan", "plan.json"]);
+    assert_eq!(report["plan"]["grid"], json!([900.0, 500.5, 500.5, 100.0, 100.0]));
+    let first = fs::read(heun.path("out.onnx")).unwrap();
+    heun.succeeds(&["--plan", "plan.json"]);
+    assert_eq!(fs::read(heun.path("out.onnx")).unwrap(), first);
+    for (class, evaluations) in [("PNDMScheduler", 6), ("IPNDMScheduler", 4), ("EDMEulerScheduler", 5)] {
+        let folder = Folder::new(json!({"_class_name": class, "skip_prk_steps": true, "steps_offset": 1}));
+        let (_, report) = folder.succeeds(&["--steps", "5", "--save-plan", "plan.json"]);
+        assert_eq!(report["output"]["evaluations"], evaluations, "{class}");
+        let first = fs::read(folder.path("out.onnx")).unwrap();
+        folder.succeeds(&["--plan", "plan.json"]);
+        assert_eq!(fs::read(folder.path("out.onnx")).unwrap(), first, "{class}");
+    }
+}
+
+#[test]
+fn files_are_read_as_python_writes_them() {
+    let folder = Folder::new(ddim());
+    let saved = include_str!("../fixtures/schedulers/DPMSolverMultistepScheduler.json");
+    assert!(saved.contains("-Infinity"));
+    fs::write(folder.path("scheduler.json"), saved).unwrap();
+    let (_, report) = folder.succeeds(&["--steps", "4", "--form", "loop"]);
+    assert_eq!((&report["solver"], &report["warnings"]), (&json!("dpmpp"), &json!([])));
+    fs::remove_file(folder.path("out.onnx")).unwrap();
+    fs::write(folder.path("scheduler.json"), "{\"_class_name\": NaN,\n}").unwrap();
+    folder.refused(&["--steps", "4"], 1, "line 2 column 1");
+}
+
+#[test]
+fn whole_times_are_told_where_steps_have_fractions() {
+    let folder = Folder::new(json!({"_class_name": "HeunDiscreteScheduler"}));
+    let whole = DENOISER
+        .replace("float[n] t,", "int64[n] t,")
+        .replace("angle = Mul (t, speed)", "f = Cast <to = 1> (t) angle = Mul (f, speed)");
+    fs::write(folder.path("denoiser.onnx"), text::parse(&whole).unwrap().to_bytes()).unwrap();
+    let (_, report) = folder.succeeds(&["--steps", "5"]);
+    let warned = report["warnings"].to_string();
+    assert!(warned.contains("`t` takes whole numbers, and 6 of 9 times have fractions, which are rounded"), "{warned}");
 }

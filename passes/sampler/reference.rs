@@ -212,7 +212,7 @@ impl<'a> Run<'a> {
             if let Some(fresh) = &fresh {
                 terms.push((fresh, row.noise));
             }
-            if let Some(last) = &last_noise {
+            if let Some(last) = last_noise.as_ref().filter(|_| row.noise_before != 0.0) {
                 terms.push((last, row.noise_before));
             }
             let next = Array::sum(&terms)?;

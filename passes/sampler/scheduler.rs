@@ -326,7 +326,7 @@ impl Scheduler {
     /// clean sample. Fails for solvers that cannot use such a prediction.
     pub fn preconditioned(mut self) -> Result<Scheduler, Error> {
         let info = self.solver.info();
-        if !info.preconditions && !info.predictions.contains(&Prediction::Sample) {
+        if info.flow || !(info.preconditions || info.predictions.contains(&Prediction::Sample)) {
             let message = format!("prediction of the clean sample with solver {}", info.name);
             return Err(Error::Unsupported(message));
         }
