@@ -158,6 +158,25 @@ mod tests {
     }
 
     #[test]
+    fn a_flow_may_be_shifted_by_the_number_of_tokens() {
+        for class in ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"] {
+            let flow = |more: serde_json::Value| {
+                let mut all = json!({"use_flow_sigmas": true, "prediction_type": "flow_prediction"});
+                all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+                scheduler(class, all)
+            };
+            let levels = |s: &Scheduler, tokens: Option<usize>| {
+                let request = Request { tokens, ..Request::steps(5) };
+                preserving(s, &Schedule::new(s), &request, Preserving::default()).map(|levels| levels.sigmas)
+            };
+            let dynamic = flow(json!({"use_dynamic_shifting": true}));
+            let fixed = flow(json!({"flow_shift": 1.15f64.exp()}));
+            assert_eq!(levels(&dynamic, Some(4096)).unwrap(), levels(&fixed, None).unwrap());
+            assert!(levels(&dynamic, None).unwrap_err().to_string().contains("--tokens"));
+        }
+    }
+
+    #[test]
     fn times_are_found_again_in_the_arithmetic_of_the_reference() {
         let linear = json!({});
         assert_eq!(times(json!({"use_exponential_sigmas": true}), &SD, 5), [998.0, 680.0, 233.0, 20.0, 0.0]);

@@ -214,13 +214,14 @@ def sampler(
         solver: Another solver than the configuration names.
         steps: How many steps.
         grid: The timesteps themselves, noisy ones first.
-        eta: How stochastic DDIM is.
+        eta: How stochastic DDIM is, 0 unless given, or TCD, 0.3 unless given.
         tokens: Tokens of the latent, for schedulers that shift their noise levels by it.
         explicit_sigmas: Flow noise levels as FLUX pipelines pass them.
         guidance: The scale of classifier-free guidance, or ``"input"``.
         guidance_rescale: Pull a guided prediction to the deviation of the conditional one.
         guidance_passes: How the two passes of a guided step run.
-        io: Roles of the denoiser's inputs where they are not plain: ``{"latent": "x", "uncond:label": 10}``.
+        io: Roles of the denoiser's inputs where they are not plain: ``{"latent": "x", "uncond:label": 10}``;
+            ``{"time-value": "sigma", "predicts": "clean"}`` for networks that do their own preconditioning.
         form: The control flow of the result.
         threshold: For the adaptive form: the share of change at which a step is computed.
         warmup: For the adaptive form: first steps that are always computed.

@@ -88,6 +88,8 @@ mod tests {
             [1.151_379, -0.542_268_2, 0.0],
         ];
         assert_rows(&found, &golden);
+        let row = &table("DEISMultistepScheduler", SD.clone(), 10).rows[5];
+        assert_six(&[row.state, row.history[0], row.history[1]], &[1.239_41, -0.430_527, 0.134_809]);
         let row = &table("DEISMultistepScheduler", sd(json!({"use_karras_sigmas": true})), 10).rows[5];
         assert_six(&[row.state, row.history[0], row.history[1]], &[1.236_91, -0.633_768, 0.207_269]);
     }

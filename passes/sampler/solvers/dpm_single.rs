@@ -138,6 +138,8 @@ mod tests {
         {
             assert_six(found, golden);
         }
+        let rows = table("DPMSolverSinglestepScheduler", SD.clone(), 10).rows;
+        assert_six(&shown(&rows)[5], &[0.828_596, 0.312_635, 0.005_640_15]);
         let rows = table("DPMSolverSinglestepScheduler", karras, 10).rows;
         assert_six(&shown(&rows)[5], &[0.469_982, 0.714_505, -0.034_768_4]);
     }

@@ -153,14 +153,8 @@ fn rows(s: &Scheduler, schedule: &Schedule, request: &Request) -> Result<Vec<Row
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampler::testing::{SD, assert_rows, scheduler, table};
+    use crate::sampler::testing::{SD, assert_rows, assert_six, scheduler, sd, table};
     use serde_json::json;
-
-    fn with(settings: serde_json::Value) -> serde_json::Value {
-        let mut all = SD.clone();
-        all.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
-        all
-    }
 
     #[test]
     fn second_order_steps_are_the_golden_ones() {
@@ -175,13 +169,21 @@ mod tests {
             [0.0, 1.0, 0.0],
         ];
         assert_rows(&found, &golden);
+        let row = &table("DPMSolverMultistepScheduler", SD.clone(), 10).rows[5];
+        assert_six(
+            &[row.time, row.state, row.history[0], row.history[1]],
+            &[500.0, 0.891_784, 0.270_866, -0.088_129_9],
+        );
+        let karras = sd(json!({"use_karras_sigmas": true}));
+        let row = &table("DPMSolverMultistepScheduler", karras, 10).rows[5];
+        assert_six(&[row.time, row.state, row.history[0], row.history[1]], &[327.0, 0.604_765, 0.723_752, -0.257_161]);
     }
 
     #[test]
     fn first_order_is_ddim() {
         let settings = json!({"solver_order": 1, "timestep_spacing": "trailing"});
-        let first = table("DPMSolverMultistepScheduler", with(settings), 5).rows;
-        let ddim = table("DDIMScheduler", with(json!({"timestep_spacing": "trailing", "clip_sample": false})), 5).rows;
+        let first = table("DPMSolverMultistepScheduler", sd(settings), 5).rows;
+        let ddim = table("DDIMScheduler", sd(json!({"timestep_spacing": "trailing", "clip_sample": false})), 5).rows;
         let maps = |rows: &[Row]| rows.iter().map(|r| [r.affine().0, r.affine().1]).collect::<Vec<_>>();
         for (a, b) in maps(&first).iter().zip(&maps(&ddim)) {
             assert!((a[0] - b[0]).abs() < 1e-6 && (a[1] - b[1]).abs() < 1e-6, "{a:?} {b:?}");
@@ -194,7 +196,7 @@ mod tests {
             for kind in ["midpoint", "heun"] {
                 for algorithm in ["dpmsolver++", "sde-dpmsolver++"] {
                     let settings = json!({"solver_order": order, "solver_type": kind, "algorithm_type": algorithm});
-                    let s = scheduler("DPMSolverMultistepScheduler", with(settings));
+                    let s = scheduler("DPMSolverMultistepScheduler", sd(settings));
                     let schedule = Schedule::new(&s);
                     let request = Request::steps(20);
                     let sigmas = levels(&s, &schedule, &request).unwrap().sigmas;

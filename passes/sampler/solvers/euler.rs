@@ -70,12 +70,11 @@ pub(super) fn rows(s: &Scheduler, steps: &Steps, split: &dyn Fn(f64, f64) -> (f6
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampler::testing::{SD, assert_rows, schedule, scheduler, table};
+    use crate::sampler::testing::{assert_rows, assert_six, schedule, scheduler, sd, table};
     use serde_json::json;
 
     fn sigmas(settings: serde_json::Value) -> Vec<f64> {
-        let mut all = SD.clone();
-        all.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
+        let all = sd(settings);
         let s = scheduler("EulerDiscreteScheduler", all.clone());
         levels(&s, &schedule("EulerDiscreteScheduler", all), &Steps::Count(5)).0
     }
@@ -90,6 +89,9 @@ mod tests {
         assert_rows(&[sigmas(json!({"use_karras_sigmas": true}))], &[karras]);
         let beta = [14.614_646_9, 12.052_264_2, 7.321_907_0, 2.591_550_1, 0.029_167_5, 0.0];
         assert_rows(&[sigmas(json!({"use_beta_sigmas": true}))], &[beta]);
+        let rows = table("EulerDiscreteScheduler", sd(json!({"use_beta_sigmas": true})), 5).rows;
+        let times: Vec<f64> = rows.iter().map(|row| row.time).collect();
+        assert_six(&times, &[999.0, 966.495, 874.662, 634.552, 0.0]);
         let log_linear = [14.614_646_9, 4.215_126_5, 1.215_718_0, 0.350_635_0, 0.101_129_4, 0.029_167_5];
         assert_rows(&[sigmas(json!({"interpolation_type": "log_linear"}))], &[log_linear]);
     }

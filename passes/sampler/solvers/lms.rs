@@ -42,8 +42,16 @@ impl Solver for Lms {
 
 #[cfg(test)]
 mod tests {
-    use crate::sampler::testing::{SD, sd, table};
+    use crate::sampler::testing::{SD, assert_six, sd, table};
     use serde_json::json;
+
+    #[test]
+    fn ten_steps_are_the_golden_ones() {
+        let row = &table("LMSDiscreteScheduler", SD.clone(), 10).rows[5];
+        assert_six(&row.history, &[-0.676_671, 0.357_871, -0.103_261, 0.009_490_57]);
+        let row = &table("LMSDiscreteScheduler", sd(json!({"use_karras_sigmas": true})), 10).rows[5];
+        assert_six(&row.history, &[-0.701_731, 0.309_109, -0.082_734_8, 0.008_201_12]);
+    }
 
     fn check(settings: serde_json::Value, golden: &[&[f64]]) {
         let rows = table("LMSDiscreteScheduler", settings, 5).rows;

@@ -148,7 +148,7 @@ fn unknown_class(named: Option<&str>) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{BetaSchedule, Clip, Request, Spacing, Table};
+    use super::super::{BetaSchedule, Clip, Level, Request, Schedule, Spacing, Table, testing::scheduler};
     use super::*;
     use serde_json::json;
 
@@ -206,6 +206,87 @@ mod tests {
         let missing: Vec<&str> =
             solvers.chain(REFUSED.iter().map(|(class, _)| *class)).filter(|c| !seen.iter().any(|s| s == c)).collect();
         assert!(missing.is_empty(), "no file of {missing:?}");
+    }
+
+    /// The final state of a table from a first state and fresh noise by row, of data of variance 0.25 around zero whose noise
+    /// the network predicts exactly.
+    fn end_of(table: &Table, first: f64, fresh: &dyn Fn(usize) -> f64) -> f64 {
+        let mut x = first * table.initial_scale;
+        let (mut kept, mut seen) = (Vec::new(), Vec::new());
+        for (index, row) in table.rows.iter().enumerate() {
+            let sigma = row.level.noise / row.level.alpha;
+            let m = x / row.level.alpha * sigma / (0.25 + sigma * sigma);
+            let y = row.estimate[0] * x + row.estimate[1] * m;
+            kept.insert(0, row.kept[0] * x + row.kept[1] * m + row.kept[2] * y);
+            seen.insert(0, x);
+            let before = index.checked_sub(1).map_or(0.0, fresh);
+            x = row.state * x + row.output * m + row.noise * fresh(index) + row.noise_before * before;
+            x += row.history.iter().zip(&kept).map(|(factor, q)| factor * q).sum::<f64>();
+            x += row.anchor.map_or(0.0, |anchor| anchor.factor * seen[anchor.back]);
+        }
+        x
+    }
+
+    #[test]
+    fn stochastic_solvers_draw_data_of_its_variance() {
+        let cases = [
+            ("DDPMScheduler", json!({"clip_sample": false}), 200),
+            ("EulerAncestralDiscreteScheduler", json!({}), 200),
+            ("KDPM2AncestralDiscreteScheduler", json!({"beta_schedule": "scaled_linear"}), 100),
+            ("DPMSolverSDEScheduler", json!({"beta_schedule": "scaled_linear", "use_karras_sigmas": true}), 100),
+            ("DPMSolverMultistepScheduler", json!({"algorithm_type": "sde-dpmsolver++"}), 100),
+            ("SASolverScheduler", json!({}), 100),
+            ("SASolverScheduler", json!({"algorithm_type": "noise_prediction"}), 100),
+        ];
+        for (class, settings, steps) in cases {
+            let table = crate::sampler::testing::table(class, settings, steps);
+            // The end is linear in everything that is drawn, so its variance is a sum of squares.
+            let of_row = |drawn: usize| end_of(&table, 0.0, &|row| f64::from(u8::from(row == drawn))).powi(2);
+            let fresh: f64 = (0..table.rows.len()).filter(|&row| table.rows[row].noise != 0.0).map(of_row).sum();
+            let variance = end_of(&table, 1.0, &|_| 0.0).powi(2) + fresh;
+            // Steps of first order are still some percent off.
+            assert!((variance / 0.25 - 1.0).abs() < 0.08, "{class}: {variance}");
+        }
+    }
+
+    #[test]
+    fn solvers_converge_with_their_order() {
+        let cases = [
+            ("EulerDiscreteScheduler", json!({}), 0.8),
+            ("HeunDiscreteScheduler", json!({}), 1.8),
+            ("KDPM2DiscreteScheduler", json!({}), 1.8),
+            ("LMSDiscreteScheduler", json!({}), 2.5),
+            ("DPMSolverMultistepScheduler", json!({}), 1.8),
+            ("DPMSolverMultistepScheduler", json!({"solver_order": 3}), 2.3),
+            ("DPMSolverSinglestepScheduler", json!({}), 1.8),
+            ("UniPCMultistepScheduler", json!({}), 1.8),
+            ("UniPCMultistepScheduler", json!({"solver_order": 3}), 2.5),
+            ("DEISMultistepScheduler", json!({}), 1.8),
+            ("DEISMultistepScheduler", json!({"solver_order": 3}), 2.5),
+        ];
+        for (class, mut settings, order) in cases {
+            settings["use_exponential_sigmas"] = true.into();
+            let error = |steps: usize| {
+                let table = crate::sampler::testing::table(class, settings.clone(), steps);
+                let (first, last) = (table.rows[0].level, table.rows[table.rows.len() - 1].level);
+                let [from, low] = [first, last].map(|level| level.noise / level.alpha);
+                // The exact path of the state without its scale, and what the estimate makes of its end.
+                let variance = |sigma: f64| 0.25 + sigma * sigma;
+                let begin = table.initial_scale / first.alpha;
+                let exact = match class {
+                    // This one ends at the lowest level, whose row was left out.
+                    "DEISMultistepScheduler" => {
+                        let low = Schedule::new(&scheduler(class, settings.clone())).sigmas()[0];
+                        begin * (variance(low) / variance(from)).sqrt() * Level::of_sigma(low).alpha
+                    }
+                    _ => begin * (variance(low) / variance(from)).sqrt() * 0.25 / variance(low),
+                };
+                (end_of(&table, 1.0, &|_| 0.0) / exact - 1.0).abs()
+            };
+            // With more steps the first one, of first order, rules the error of the others.
+            let slope = (error(20) / error(40)).log2();
+            assert!(slope > order, "{class} {settings}: {slope}");
+        }
     }
 
     #[test]

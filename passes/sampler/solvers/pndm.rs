@@ -173,6 +173,9 @@ mod tests {
         assert_eq!(found.iter().map(|row| row.time).collect::<Vec<_>>(), [801.0, 601.0, 601.0, 401.0, 201.0, 1.0]);
         assert_eq!(found[1].anchor.map(|anchor| anchor.back), Some(1));
         assert_eq!(rows(1, json!({"skip_prk_steps": true})).len(), 1);
+        let row = &rows(10, json!({"skip_prk_steps": true}))[6];
+        assert_six(&shown(row), &[1.18, 0.584_812, -0.627_344, 0.393_419, -0.095_696_6]);
+        assert_eq!(row.time, 401.0);
     }
 
     #[test]
