@@ -180,6 +180,7 @@ fn refusals_say_why_and_write_nothing() {
     repaint.succeeds(&["--steps", "4", "--solver", "dpmpp"]);
     let pndm = Folder::new(json!({"_class_name": "PNDMScheduler", "skip_prk_steps": true}));
     pndm.refused(&["--grid", "900,100"], 2, "solver pndm makes its own timesteps");
+    pndm.refused(&["--search", "4"], 2, "solver pndm makes its own timesteps, and --search looks for others");
     pndm.refused(&["--steps", "4", "--form", "adaptive"], 2, "the adaptive form cannot leave out");
     pndm.refused(&["--steps", "4", "--io", "predicts=clean"], 2, "the clean sample with solver pndm");
     let heun = Folder::new(json!({"_class_name": "HeunDiscreteScheduler"}));
@@ -201,6 +202,13 @@ fn steps_of_several_evaluations_are_rows_of_a_plan() {
     let first = fs::read(heun.path("out.onnx")).unwrap();
     heun.succeeds(&["--plan", "plan.json"]);
     assert_eq!(fs::read(heun.path("out.onnx")).unwrap(), first);
+    // Runge-Kutta steps first, and a last step that would end where it begins.
+    let pndm = Folder::new(json!({"_class_name": "PNDMScheduler"}));
+    let (said, _) = pndm.succeeds(&["--steps", "8", "--save-plan", "plan.json"]);
+    assert!(said.contains("8 steps of pndm in 16 rows"), "{said}");
+    let first = fs::read(pndm.path("out.onnx")).unwrap();
+    pndm.succeeds(&["--plan", "plan.json"]);
+    assert_eq!(fs::read(pndm.path("out.onnx")).unwrap(), first);
     for (class, evaluations) in [("PNDMScheduler", 6), ("IPNDMScheduler", 4), ("EDMEulerScheduler", 5)] {
         let folder = Folder::new(json!({"_class_name": class, "skip_prk_steps": true, "steps_offset": 1}));
         let (_, report) = folder.succeeds(&["--steps", "5", "--save-plan", "plan.json"]);

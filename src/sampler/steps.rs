@@ -32,7 +32,7 @@ pub(super) fn request(
 /// How many steps may have so many rows: as many; one more, whose evaluation reaches nothing; half of them, where each is
 /// evaluated twice; or fewer by what the first ones take besides.
 fn counts(rows: usize) -> impl Iterator<Item = usize> {
-    const BESIDES: [usize; 2] = [1, 9];
+    const BESIDES: [usize; 3] = [1, 8, 9];
     let fewer = BESIDES.into_iter().filter_map(move |more| rows.checked_sub(more));
     [rows, rows + 1, rows.div_ceil(2), rows / 2 + 1].into_iter().chain(fewer)
 }

@@ -53,6 +53,11 @@ pub(super) fn find_plan(
         );
         return Err(Failure::Usage(message));
     }
+    if !scheduler.solver.info().grids && matches!(tune, Tune::Search(_)) {
+        let message =
+            format!("solver {} makes its own timesteps, and --search looks for others", scheduler.solver.name());
+        return Err(Failure::Usage(message));
+    }
     let run = &options.run;
     let simplified = denoiser.simplified(runner, &run.progress)?;
     let evaluator = Evaluator::fast(runner, &run.load);
