@@ -4,7 +4,6 @@
 use super::{
     BetaSchedule, Error, Level, Request, Row, Scheduler, Sigmas, Spacing, Steps, exponential, grid,
     schedule::{Schedule, linspace},
-    solvers::flow_shift,
 };
 
 /// Noise levels with the final one, and the timesteps, which are one fewer.
@@ -113,7 +112,7 @@ fn flow(s: &Scheduler, request: &Request, full: bool) -> Result<Vec<f64>, Error>
     const NEARLY: f64 = 1e-6;
     let (count, least) = (request.steps.count(), 1.0 / s.num_train_timesteps as f64);
     let (first, last) = if full { (1.0, least) } else { (1.0 - least, 0.0) };
-    let shift = flow_shift(s, request)?;
+    let shift = s.flow_shift(request)?;
     let even = linspace(first, last, count + 1);
     let mut sigmas: Vec<f64> = even.iter().take(count).map(|x| shift * x / (1.0 + (shift - 1.0) * x)).collect();
     grid::stretch(&mut sigmas, s.shift_terminal)?;

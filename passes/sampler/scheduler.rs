@@ -322,7 +322,18 @@ impl Scheduler {
         Ok((scheduler, unknown.cloned().collect()))
     }
 
-    /// The same for a network that does its own preconditioning: it sees the sample plus noise as they are, and gives the
+    /// By how much the even noise levels of a flow are shifted.
+    pub(super) fn flow_shift(&self, request: &Request) -> Result<f64, Error> {
+        let Some(dynamic) = &self.dynamic_shift else { return Ok(self.shift) };
+        let tokens = request.tokens.ok_or_else(|| {
+            let message = "`use_dynamic_shifting` depends on the number of tokens, which is not given; --tokens N";
+            Error::Plan(message.to_owned())
+        })?;
+        let mu = dynamic.mu(tokens);
+        Ok(if dynamic.exponential { mu.exp() } else { mu })
+    }
+
+    /// The scheduler of a network that does its own preconditioning: it sees the sample plus noise as they are, and gives the
     /// clean sample. Fails for solvers that cannot use such a prediction.
     pub fn preconditioned(mut self) -> Result<Scheduler, Error> {
         let info = self.solver.info();

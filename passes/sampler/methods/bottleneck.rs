@@ -10,7 +10,6 @@ use crate::{
     sampler::{
         Error, Request, Schedule, Scheduler, Sizes, StepPlan, Table, Up,
         sizes::{share, side_ratio},
-        solvers,
     },
 };
 
@@ -163,7 +162,7 @@ pub fn bottleneck(
             sizes.len()
         )));
     }
-    let shift = if scheduler.solver.info().flow { solvers::flow_shift(scheduler, request)? } else { 1.0 };
+    let shift = if scheduler.solver.info().flow { scheduler.flow_shift(request)? } else { 1.0 };
     let clock = Clock { scheduler, schedule: Schedule::new(scheduler), shift };
     let level = |step: usize| share(table.rows[step].level);
     let (mut grid, mut by_step) = (Vec::with_capacity(steps), Vec::with_capacity(steps));

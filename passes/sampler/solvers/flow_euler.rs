@@ -77,7 +77,7 @@ fn sigmas(s: &Scheduler, request: &Request) -> Result<Vec<f64>, Error> {
     let mut sigmas: Vec<f64> = match &s.dynamic_shift {
         None => even.iter().map(|&sigma| shifted(sigma, s.shift)).collect(),
         Some(_) => {
-            let shift = shift(s, request)?;
+            let shift = s.flow_shift(request)?;
             even.iter().map(|&sigma| shift / (shift + (1.0 / sigma - 1.0))).collect()
         }
     };
@@ -102,17 +102,6 @@ pub(super) fn row(s: &Scheduler, sigma: f64) -> Row {
     let row = level.row(sigma * s.num_train_timesteps as f64, [1.0, -sigma]);
     // The output is the flow itself, also at the ends, where levels have no ratio.
     Row { flow: Flow { scale: 1.0, flow: [0.0, 1.0] }, ..row }
-}
-
-/// By how much even noise levels are shifted.
-pub(in super::super) fn shift(s: &Scheduler, request: &Request) -> Result<f64, Error> {
-    let Some(dynamic) = &s.dynamic_shift else { return Ok(s.shift) };
-    let tokens = request.tokens.ok_or_else(|| {
-        let message = "`use_dynamic_shifting` depends on the number of tokens, which is not given; --tokens N";
-        Error::Plan(message.to_owned())
-    })?;
-    let mu = dynamic.mu(tokens);
-    Ok(if dynamic.exponential { mu.exp() } else { mu })
 }
 
 fn rows(s: &Scheduler, request: &Request) -> Result<Vec<Row>, Error> {

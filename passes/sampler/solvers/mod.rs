@@ -40,8 +40,6 @@ use self::{
 use super::{Error, Fields, Scheduler, Solver, SolverInfo};
 use serde_json::Value;
 
-pub(super) use flow_euler::shift as flow_shift;
-
 /// Every solver. The command line, its help and the documentation list them in this order.
 pub const SOLVERS: &[&dyn Solver] = &[
     &Ddpm,
@@ -347,6 +345,18 @@ mod tests {
     fn infinities_are_words() {
         let json = json!({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": "-Infinity"});
         assert_eq!(Scheduler::parse(&json, None).unwrap().0.lambda_min_clipped, f64::NEG_INFINITY);
+    }
+
+    #[test]
+    fn the_file_of_stable_diffusion_is_read() {
+        let json = json!({
+            "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": false, "skip_prk_steps": true,
+            "steps_offset": 1, "trained_betas": null, "clip_sample": false
+        });
+        let (scheduler, warnings) = Scheduler::parse(&json, None).unwrap();
+        assert_eq!((scheduler.solver.name(), warnings), ("pndm", Vec::new()));
+        assert_eq!(Table::new(&scheduler, &Request::steps(50)).unwrap().rows.len(), 51);
     }
 
     #[test]
