@@ -21,7 +21,7 @@ mod setup;
 mod uncovered;
 mod unit_report;
 
-pub(crate) use bench::{Bench, Exact, Fitted};
+pub(crate) use bench::{Bench, Exact, Finish, Fitted, Half, Written};
 pub(crate) use budget::ADVICE;
 pub use budget::Budget;
 
@@ -78,6 +78,7 @@ pub(crate) fn compress(
         seed: run.inputs.seed,
         distance: bench.distance(exact.model, request.budget),
         inputs: bench.inputs.clone(),
+        halves: bench.finish.is_some(),
     };
     let span = |what| run.progress.stage(what);
     let calibrated = Rc::new(calibrate::calibrate(&setup, exact.model, warnings)?);

@@ -14,7 +14,7 @@ pub(crate) use self::{
 
 use crate::{
     Budget, Failure, PassRecord, Report, RunOptions, Selection, Sets,
-    compress::{self, Bench, Exact, Fitted},
+    compress::{self, Bench, Exact, Finish, Fitted},
     latency::{Latency, Measurement},
     layers,
     report::{self, Side, Verify},
@@ -24,7 +24,7 @@ use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
 use lathe_ir::{External, Loaded, Model, Staged, WriteOptions};
 use lathe_passes::{
-    PASSES, Pass, PassContext, Target,
+    PASSES, Pass, PassContext, Quantity, Target,
     lossy::{METHODS, Method, MethodContext, OLDEST_OPSET, allocate},
 };
 use lathe_runtime::{BenchInputs, ChosenSamples, RunEvent, SampleSet, SetSpec};
@@ -103,9 +103,12 @@ const LOSSY_STAGES: [(&str, f64); 6] = [
 /// Samples that exact passes are verified on where a budget is spent afterwards.
 const EXACT_SAMPLES: usize = 16;
 
-/// Why half precision and what chooses by a loss are not had at once.
-const TWO_RUNS: &str = "--dtype converts whatever may be converted, and a budget chooses where to lose what; run twice: with the \
-                        budget first, then with --dtype on its result";
+/// Why a result whose inputs change is not timed.
+const TIMED_INPUTS: &str =
+    "--latency runs both models on the same inputs, whose types :io changes; leave one of them out";
+
+/// The oldest operator set in which what is quantized can be dequantized to half precision.
+const HALF_CODES: i64 = 19;
 
 /// Why caches change in a run of their own.
 const CACHE_LAST: &str = "--kv-cache changes caches and nothing else; run it on the result of --dtype or of a budget";
@@ -142,8 +145,9 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     for &method in METHODS {
         lossy |= is_requested(options, method)?;
     }
-    if lossy && options.precision.is_some() {
-        return Err(Failure::Usage(TWO_RUNS.to_owned()));
+    let is_timed = options.budget.is_given() && options.budget.limited().contains(&Quantity::Latency);
+    if is_timed && options.precision.is_some_and(|asked| asked.precision.interface) {
+        return Err(Failure::Usage(TIMED_INPUTS.to_owned()));
     }
     if let Some(asked) = options.cache {
         if lossy || options.precision.is_some() {
@@ -164,7 +168,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
         Finished::Upgraded(used) => used,
     };
     // What was chosen can be written without the newer operators, so the model keeps its own where that works out.
-    let opset = Some(needed(&used)).filter(|&needed| old < needed);
+    let opset = Some(needed(options, &used)).filter(|&needed| old < needed);
     let job = Job { methods: Some(used), ..job };
     let kept = Job { opset, set: job.set.clone(), few: job.few.clone(), methods: job.methods.clone(), ..job };
     let finished = match kept.run(&loaded, chosen.clone(), start) {
@@ -177,10 +181,14 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     }
 }
 
-/// The operator set that these methods write.
-fn needed(methods: &[&'static str]) -> i64 {
+/// The operator set that these methods write, such that what is around it can be half precision if that is asked for.
+fn needed(options: &Options, methods: &[&'static str]) -> i64 {
     let sets = METHODS.iter().filter(|m| methods.contains(&m.info().name)).map(|m| m.operator_set());
-    sets.fold(OLDEST_OPSET, i64::max)
+    match sets.fold(OLDEST_OPSET, i64::max) {
+        OLDEST_OPSET => OLDEST_OPSET,
+        written if options.precision.is_some() => written.max(HALF_CODES),
+        written => written,
+    }
 }
 
 pub(crate) fn check_output(model: &Path, output: &Path, overwrite: bool) -> Result<(), Failure> {
@@ -262,6 +270,7 @@ struct Outcome {
     verify: Option<Verify>,
     plan: Option<report::Plan>,
     latency: Option<Latency>,
+    precision: Option<report::PrecisionReport>,
     records: Vec<PassRecord>,
 }
 
@@ -284,10 +293,9 @@ impl Job<'_> {
                 Spent::Upgraded(used) => return Ok(Finished::Upgraded(used)),
             };
         }
-        let mut half = None;
-        if let Some(asked) = self.options.precision {
-            let (converted, report) = self.to_half(&prepared, outcome, asked, &mut warnings)?;
-            (outcome, half) = (converted, Some(report));
+        // A budget has been spent on the file that is written, in half precision if that is asked for.
+        if let Some(asked) = self.options.precision.filter(|_| !self.lossy) {
+            outcome = self.to_half(&prepared, outcome, asked, &mut warnings)?;
         }
         let mut caches = None;
         if let Some((asked, given)) = self.options.cache.zip(self.options.sets.calibration.as_ref()) {
@@ -300,7 +308,7 @@ impl Job<'_> {
         if outcome.latency.is_none() && caches.is_none() {
             outcome.latency = self.measure(outcome.staged.path(), &prepared.target, &mut warnings)?;
         }
-        let Outcome { model, staged, verify, plan, latency, mut records } = outcome;
+        let Outcome { model, staged, verify, plan, latency, precision: half, mut records } = outcome;
         let written = staged.written().clone();
         let mut output = side(&prepared.target, &model, written.file_bytes + written.data_bytes);
         let files = self.commit(&prepared, &model, staged)?;
@@ -364,16 +372,18 @@ impl Job<'_> {
     ) -> Result<Spent, Failure> {
         let Prepared { input, target, write, .. } = prepared;
         let found = Exact { model: &exact.model, staged: &exact.staged, original: input, target, write };
-        let Fitted { model, staged, verify, plan, records, mut latency } = self.compress(&found, chosen, warnings)?;
-        if let Some(used) = self.upgraded_for_less(&records) {
+        let mut fitted = self.compress(&found, chosen, warnings)?;
+        if let Some(used) = self.upgraded_for_less(&fitted.records) {
             return Ok(Spent::Upgraded(used));
         }
+        let precision = fitted.half.take().map(|half| self.judge_half(&mut fitted, *half, warnings)).transpose()?;
+        let Fitted { model, staged, verify, plan, records, mut latency, .. } = fitted;
         if let Some(after) = latency.as_mut().and_then(|l| l.after.as_mut()) {
             after.path = target.display().to_string();
         }
         let verify = verify.or(exact.verify);
         let records = exact.records.into_iter().chain(records).collect();
-        Ok(Spent::Within(Box::new(Outcome { model, staged, verify, plan: Some(plan), latency, records })))
+        Ok(Spent::Within(Box::new(Outcome { model, staged, verify, plan: Some(plan), latency, precision, records })))
     }
 
     /// Writes the result where that is asked for, and says which files it wrote.
@@ -401,7 +411,7 @@ impl Job<'_> {
     fn writer(&self, opset: i64) -> Option<&'static str> {
         match &self.methods {
             None => newest(self.options).map(|method| method.info().name),
-            Some(methods) => methods.iter().copied().find(|&name| needed(&[name]) == opset),
+            Some(methods) => methods.iter().copied().find(|&name| needed(self.options, &[name]) == opset),
         }
     }
 
@@ -410,7 +420,7 @@ impl Job<'_> {
         let opset = self.opset.filter(|_| self.options.opset.is_none() && self.methods.is_none())?;
         let changed = records.iter().filter(|record| !record.outcome.changes.is_empty());
         let used: Vec<&'static str> = changed.map(|record| record.name).collect();
-        (needed(&used) < opset).then_some(used)
+        (needed(self.options, &used) < opset).then_some(used)
     }
 
     /// Chooses samples of the calibration set if that is asked for.
@@ -459,6 +469,7 @@ impl Job<'_> {
             options.selection.admits(name) && self.methods.as_ref().is_none_or(|methods| methods.contains(&name))
         };
         let passes = self.context();
+        let halving = options.precision.map(|asked| precision::Halving { job: self, asked, exact });
         let bench = Bench {
             runner: self.runner,
             run: &options.run,
@@ -471,6 +482,7 @@ impl Job<'_> {
             passes: &passes,
             set: self.set.clone(),
             verify: options.verify,
+            finish: halving.as_ref().map(|halving| halving as &dyn Finish),
         };
         let request = compress::Request {
             budget: &options.budget,

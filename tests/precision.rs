@@ -111,7 +111,10 @@ fn a_tolerance_that_cannot_be_kept_to_is_refused() {
 fn what_does_not_go_together_is_one_sentence() {
     let bench = bench(&model(17, "y = MatMul (c, w)"));
     for (options, expected) in [
-        (&["--dtype", "float16", "--size", "0.5", "--calib", "set.npz"][..], "run twice: with the budget first"),
+        (
+            &["--dtype", "float16:io", "--latency", "0.5", "--calib", "set.npz"][..],
+            "--latency runs both models on the same inputs, whose types :io changes",
+        ),
         (&["--dtype", "float32"], "expected float16, bfloat16, float16:io or bfloat16:io"),
         (&["--dtype", "float16", "--rtol=-1"], "--rtol is a relative error"),
         (&["--dtype", "float16", "--auto", "--calib", "set.npz"], "run --dtype on its result"),
@@ -121,6 +124,95 @@ fn what_does_not_go_together_is_one_sentence() {
         assert_eq!(output.status.code(), Some(2), "{}", said(&output));
         assert!(said(&output).contains(expected), "{}", said(&output));
     }
+}
+
+/// Three layers that can each be written in other numbers.
+fn layers() -> Model {
+    let mut noise = Noise(7);
+    let weights: Vec<String> = ["a", "b", "c"]
+        .iter()
+        .map(|name| format!("float[64, 64] w{name} = {{{}}}", noise.list(64 * 64, 0.2)))
+        .collect();
+    text::parse(&format!(
+        "<ir_version: 10, opset_import: [\"\" : 17]> g (float[n, 64] x) => (float[n, 64] y) <{}> \
+         {{ a = MatMul (x, wa) b = Relu (a) c = MatMul (b, wb) d = Relu (c) y = MatMul (d, wc) }}",
+        weights.join(", ")
+    ))
+    .unwrap()
+}
+
+#[test]
+fn a_budget_is_kept_by_the_file_in_half_precision() {
+    let bench = bench(&layers());
+    let report = bench.report(&["-o", "half.onnx", "--dtype", "float16", "--size", "0.3", "--calib", "set.npz"]);
+    let size = |report: &serde_json::Value, side: &str| report[side]["file_bytes"].as_f64().unwrap();
+    assert!(size(&report, "output") <= 0.3 * size(&report, "input"));
+    assert_eq!(size(&report, "output"), std::fs::metadata(bench.path("half.onnx")).unwrap().len() as f64);
+    let used = report["plan"]["budget"]["size"]["used"].as_f64().unwrap();
+    assert_eq!(used, size(&report, "output"));
+    let precision = &report["precision"];
+    assert!(precision["nodes"].as_u64().unwrap() >= 5 && precision["loaded"].is_string(), "{precision}");
+    let simulated = precision["simulated_error"].as_f64().unwrap();
+    assert!(simulated > 0.0 && simulated < 2e-3, "{simulated}");
+    let runtime = report["verify"]["runtime"].as_str().unwrap();
+    assert!(runtime.contains("float16 simulated in float32"), "{runtime}");
+    let model = Model::read(&bench.path("half.onnx")).unwrap().model;
+    let graph = &model.graph;
+    let restored = graph.all_nodes().into_iter().filter(|&id| graph.node(id).is("DequantizeLinear"));
+    let scales: Vec<DataType> =
+        restored.map(|id| graph.constant(graph.node(id).input(1).unwrap()).unwrap().dtype()).collect();
+    assert!(!scales.is_empty() && scales.iter().all(|&dtype| dtype == DataType::Float16), "{scales:?}");
+    let codes = graph.initializers(lathe_ir::ScopeId::MAIN).filter_map(|value| graph.constant(value));
+    assert!(codes.into_iter().any(|tensor| matches!(tensor.dtype(), DataType::Int4 | DataType::Int8)));
+}
+
+/// What is not quantized takes 2 bytes a number in the file, and so it is priced: one layer of three is quantized.
+#[test]
+fn floats_that_stay_count_two_bytes() {
+    let bench = bench(&layers());
+    let report = bench.report(&["-o", "out.onnx", "--size", "0.45", "--calib", "set.npz", "--dtype", "float16"]);
+    let size = |side: &str| report[side]["file_bytes"].as_f64().unwrap();
+    assert!(size("output") <= 0.45 * size("input"));
+    let choices = report["plan"]["choices"].as_array().unwrap();
+    let (stay, change): (Vec<_>, Vec<_>) = choices.iter().partition(|choice| choice["option"] == "as it is");
+    assert_eq!((stay.len(), change.len()), (2, 1), "{choices:?}");
+    for choice in stay {
+        assert_eq!(choice["cost"]["bytes"].as_u64(), Some(2 * 64 * 64));
+    }
+}
+
+/// The rounding of half precision counts against the drop that is allowed: a processor alone would not see it.
+#[test]
+fn the_drop_is_that_of_the_simulation() {
+    let bench = bench(&layers());
+    let lost = |dtype: &str| {
+        let options = ["--size", "0.3", "--calib", "set.npz", "-o", "out.onnx", "--dtype", dtype, "--opset", "21"];
+        bench.report(&options)["verify"]["drop"].as_f64().unwrap()
+    };
+    let (fine, coarse) = (lost("float16"), lost("bfloat16"));
+    assert!(coarse > fine, "{fine} {coarse}");
+    let refused = ["--size", "0.3", "--calib", "set.npz", "-o", "no.onnx", "--dtype", "bfloat16", "--max-drop", "1e-6"];
+    let output = bench.run(&[&refused[..], &["--time", "0s"]].concat());
+    assert_eq!((output.status.code(), bench.path("no.onnx").exists()), (Some(3), false), "{}", said(&output));
+}
+
+#[test]
+fn what_is_around_pairs_of_a_quantized_model_converts() {
+    let numbers = Noise(7).list(64 * 64, 0.2);
+    let source = format!(
+        "<ir_version: 10, opset_import: [\"\" : 21]> g (float[n, 64] x) => (float[n, 64] y) \
+         <float[64, 64] w = {{{numbers}}}, float s = {{0.01}}, int8 z = {{0}}> \
+         {{ a = MatMul (x, w) b = Relu (a) q = QuantizeLinear (b, s, z) d = DequantizeLinear (q, s, z) [first] c = MatMul (d, w) \
+         e = MatMul (c, w) y = Relu (e) }}"
+    );
+    let bench = bench(&text::parse(&source).unwrap());
+    let report = bench.report(&["-o", "half.onnx", "--dtype", "float16"]);
+    let precision = &report["precision"];
+    assert!(precision["nodes"].as_u64().unwrap() >= 2, "{precision}");
+    assert_eq!(precision["limit"], 2e-2);
+    let kept = precision["kept"].to_string();
+    assert!(kept.contains("it is quantized") && kept.contains("`first`"), "{kept}");
+    assert!(report["verify"]["passed"].as_bool().unwrap());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::{
     cut::{Choice, End, Value},
+    quantized::is_restored,
     survey::Survey,
 };
 use lathe_analysis::Cost;
@@ -13,6 +14,9 @@ const START: u64 = 64;
 
 /// Operations that take as long as moving one element.
 const PER_ELEMENT: u64 = 8;
+
+/// What a cast costs that does not belong where it would be.
+const NEVER: u64 = 1 << 55;
 
 /// The nodes that compute in half precision: of those that may, the ones for which casts at the borders pay.
 pub(super) fn choose(survey: &mut Survey) -> BTreeSet<NodeId> {
@@ -81,7 +85,11 @@ fn of_value(survey: &Survey, numbers: &BTreeMap<NodeId, usize>, value: ValueId) 
     let free = survey.producer(value).is_some_and(|(_, node)| {
         node.is("Cast") && node.input(0).and_then(|v| survey.facts.elem(v)) == Some(survey.precision.dtype)
     });
-    let cost = if free { 0 } else { START + survey.elements(value) };
+    let cost = match (free, is_restored(survey.graph, value)) {
+        (true, _) => 0,
+        (false, true) => NEVER,
+        (false, false) => START + survey.elements(value),
+    };
     Value { cost, producer, consumers }
 }
 

@@ -1,12 +1,15 @@
 //! Constants that half precision cannot hold keep what reads them in float32.
 
-use super::{Precision, survey::Survey};
+use super::{Precision, quantized::is_scale, survey::Survey};
 use lathe_ir::{AttributeValue, DataType, Node, NodeId, Tensor, ValueId};
 use std::collections::BTreeMap;
 
 /// Constants with no more elements than this are parameters of a formula, of which every one counts; weights lose their
 /// smallest numbers without harm.
 const PARAMETERS: usize = 16;
+
+/// How much smaller the scale of codes may be than what keeps all its digits: codes are as coarse by themselves.
+const COARSER: f64 = 8.0;
 
 /// What the numbers of a constant are like.
 #[derive(Debug, Clone, Copy, Default)]
@@ -53,8 +56,10 @@ pub(super) fn keep(survey: &mut Survey) {
                 let reason = format!("its constant `{}` holds {:.3e}", survey.name(value), numbers.largest);
                 survey.keep(id, format!("{reason}, which is beyond the range of {}", survey.precision.dtype));
             }
-            let smallest = numbers.smallest.filter(|_| numbers.count <= PARAMETERS);
-            if let Some(smallest) = smallest.filter(|&x| x < survey.precision.smallest_normal()) {
+            let is_scale = is_scale(survey.graph, id, at);
+            let smallest = numbers.smallest.filter(|_| numbers.count <= PARAMETERS || is_scale);
+            let least = survey.precision.smallest_normal() / if is_scale { COARSER } else { 1.0 };
+            if let Some(smallest) = smallest.filter(|&x| x < least) {
                 keep_small(survey, id, value, smallest);
             }
         }

@@ -13,6 +13,7 @@ mod decisions;
 mod magnitudes;
 mod masks;
 mod ports;
+mod quantized;
 mod rewrite;
 mod simulate;
 mod sums;
@@ -26,6 +27,7 @@ pub use check::{TypeFault, check_types};
 pub use choices::Choices;
 pub use magnitudes::{Magnitude, Magnitudes};
 pub use masks::Prepared;
+pub use quantized::reads_codes;
 pub use rewrite::{Converted, by_reason};
 pub use simulate::{Simulation, simulate, simulate_some, watch_errors};
 pub use survey::Kept;
@@ -41,7 +43,8 @@ pub static INFO: Info = Info {
     summary: "compute in 16-bit floats wherever that is allowed",
     doc: "Converts every node whose operator set allows it to float16 or bfloat16, with casts at the borders of maximal \
           regions (a minimum cut). Choices and coordinates, whole numbers carried in floats, long sums, subgraphs, \
-          quantized parts and what comes near the end of float16's range stay in float32.",
+          what stands between QuantizeLinear and DequantizeLinear and what comes near the end of float16's range stay in \
+          float32.",
     options: &[],
     kind: Kind::Lossy,
     lowers: &[Saving::Parameters],
@@ -114,12 +117,13 @@ pub fn convert(
 ) -> Result<Converted, Error> {
     let mut survey = survey::Survey::new(prepared, precision, magnitudes);
     kept.iter().for_each(|(&node, reason)| survey.keep(node, reason.clone()));
-    survey.keep_quantized();
+    quantized::keep(&mut survey);
     decisions::keep(&mut survey);
     whole_numbers::keep(&mut survey);
     constants::keep(&mut survey);
     sums::keep(&mut survey);
     magnitudes::keep(&mut survey);
+    quantized::tie(&mut survey);
     let halves = borders::choose(&mut survey);
     rewrite::rewrite(survey, &halves)
 }

@@ -170,45 +170,7 @@ impl<'a> Survey<'a> {
             self.keep(id, reason);
         }
     }
-
-    /// Quantized parts stay what they are: what reads a dequantized value or is quantized behind it belongs to them.
-    pub fn keep_quantized(&mut self) {
-        const REASON: &str = "it is quantized: it stands between QuantizeLinear and DequantizeLinear";
-        let is = |id: NodeId, op: &str| self.graph.node(id).op_type == op;
-        let mut found = Vec::new();
-        for id in self.candidates() {
-            let node = self.graph.node(id);
-            let reads = node
-                .inputs()
-                .iter()
-                .flatten()
-                .any(|&v| self.graph.producer(v).is_some_and(|p| is(p, "DequantizeLinear")));
-            let gives = || {
-                let outputs = node.outputs().iter().flatten();
-                outputs.flat_map(|&v| self.readers(v)).any(|(reader, _)| is(reader, "QuantizeLinear"))
-            };
-            let own = QUANTIZED.iter().any(|op| is(id, op)) || node.op_type.starts_with("QLinear");
-            if own || reads || gives() {
-                found.push(id);
-            }
-        }
-        found.into_iter().for_each(|id| self.keep(id, REASON));
-    }
 }
-
-/// Operators that are quantized themselves.
-const QUANTIZED: &[&str] = &[
-    "DequantizeLinear",
-    "DynamicQuantizeLinear",
-    "DynamicQuantizeLSTM",
-    "DynamicQuantizeMatMul",
-    "MatMulIntegerToFloat",
-    "QAttention",
-    "QGemm",
-    "QMoE",
-    "QOrderedMatMul",
-    "QuantizeLinear",
-];
 
 /// Whether a node hands elements on or computes each from the elements at its place.
 pub(super) fn carries(node: &Node) -> bool {

@@ -388,6 +388,58 @@ fn quantized_parts_are_left_alone() {
     assert_eq!(in_half(&found), ["MatMul", "MatMul"]);
 }
 
+/// `codes` of 64 times 64 whole numbers with a scale for each column.
+fn codes(scale: &str) -> String {
+    let codes: Vec<String> = (0..64 * 64).map(|at| (at * 37 % 101 - 50).to_string()).collect();
+    format!("int8[64, 64] codes = {{{}}}, float[64] scales = {{{}}}", codes.join(", "), vec![scale; 64].join(", "))
+}
+
+#[test]
+fn a_weight_of_codes_is_restored_to_what_reads_it() {
+    let body =
+        "[d] d = DequantizeLinear <axis = 1> (codes, scales) [h] h = MatMul (x, d) r = Relu (h) y = MatMul (r, w)";
+    let convert = |opset: i64, scale: &str| {
+        half_of(&parse(opset, "float[n, 64] x", "float[n, 64] y", &codes(scale), body), FLOAT16)
+    };
+    let found = convert(21, "0.003");
+    assert_eq!(in_half(&found), ["DequantizeLinear", "MatMul", "Relu", "MatMul"]);
+    assert_eq!((found.casts, count(&found, "Cast")), (2, 2));
+    let graph = &found.model.graph;
+    let tensor = |name: &str| graph.constant(graph.find_value(name).unwrap()).unwrap();
+    assert_eq!((tensor("scales").dtype(), tensor("codes").dtype()), (DataType::Float16, DataType::Int8));
+    // Both stay together: no cast comes between codes and the product.
+    let old = convert(17, "0.003");
+    assert!(reason(&old, "d").contains("--opset 19 upgrades"));
+    assert_eq!(reason(&old, "h"), "it reads a weight that is dequantized to float32");
+    let tiny = convert(21, "1e-6");
+    assert!(reason(&tiny, "d").contains("its constant `scales` holds 1.0e-6"));
+    assert!(tiny.kept.iter().any(|kept| kept.node.contains("`h`")));
+}
+
+#[test]
+fn what_is_around_pairs_converts() {
+    let body = "a = MatMul (x, w) b = Relu (a) q = QuantizeLinear (b, s, z) [p] p = DequantizeLinear (q, s, z) \
+                [d] d = DequantizeLinear <axis = 1> (codes, scales) [h] h = MatMul (p, d) o = QuantizeLinear (h, s, z) \
+                u = DequantizeLinear (o, s, z) [first] c = MatMul (u, w) e = MatMul (c, w) y = Relu (e)";
+    let constants = format!("{}, float s = {{0.02}}, int8 z = {{0}}", codes("0.003"));
+    let model = parse(21, "float[n, 64] x", "float[n, 64] y", &constants, body);
+    assert!(reads_codes(&model));
+    let (_, found) = converted(&model, FLOAT16);
+    // Before a quantizer rounding moves codes by a step.
+    let claim = Claim::Within { rtol: 10.0 * FLOAT16.tolerance() };
+    lathe_testkit::equivalent(&model, &simulate(&found).model, claim, 1).unwrap();
+    assert_eq!(in_half(&found), ["MatMul", "MatMul", "Relu"]);
+    for label in ["p", "h", "first"] {
+        assert!(reason(&found, label).starts_with("it is quantized"), "{label}");
+    }
+    assert_eq!(reason(&found, "d"), "what reads the weight that it dequantizes stays in float32");
+    // Nothing stands between a quantized product and its pairs.
+    let graph = &found.model.graph;
+    let product = graph.producer(graph.find_value("h").unwrap()).unwrap();
+    let read = graph.node(product).inputs().iter().flatten();
+    assert!(read.into_iter().all(|&v| graph.node(graph.producer(v).unwrap()).is("DequantizeLinear")));
+}
+
 #[test]
 fn the_operator_set_of_the_model_decides() {
     let body = "a = Conv (x, k) [r] r = Relu (a) y = Conv (r, k)";

@@ -4,7 +4,7 @@ use super::Budget;
 use crate::{
     Failure, PassRecord, RunOptions,
     latency::{Latency, Measurement},
-    report::{Plan, Side, Verify},
+    report::{Plan, PrecisionReport, Side, Verify},
     runner::Runner,
     validate::{Bound, validate},
 };
@@ -14,15 +14,57 @@ use lathe_ir::{Model, Staged, ValueId, WriteOptions};
 use lathe_passes::{
     Pass, PassContext, Quantity,
     exact::{DropDead, DropNoopLayout},
+    precision::Choices,
 };
 use lathe_runtime::{BenchInputs, Distance, SampleSet, SetSpec, Timings, metrics};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
 
 /// How often sessions are made anew to time one of several attempts.
 const ATTEMPT_SITTINGS: usize = 3;
 
 /// What an error of timing is about.
 const UNTIMED: &str = "the latency cannot be measured";
+
+/// What a result becomes before it is written, timed and judged: half precision where it may.
+pub(crate) trait Finish {
+    /// The model as it is written, staged.
+    fn finish(&self, model: &Model) -> Result<Written, Failure>;
+}
+
+/// A result as it is written.
+pub(crate) struct Written {
+    pub staged: Staged,
+    /// What half precision made of it, if that was asked for.
+    pub half: Option<Box<Half>>,
+}
+
+/// A result in half precision.
+pub(crate) struct Half {
+    pub model: Model,
+    /// The file that rounds in float32 wherever the result is half precision, and the result before it was converted.
+    pub simulation: PathBuf,
+    pub float: PathBuf,
+    /// Holds both.
+    pub folder: TempDir,
+    pub report: PrecisionReport,
+    pub record: PassRecord,
+    pub warnings: Vec<String>,
+    /// What hangs on choices.
+    pub choices: Choices,
+}
+
+impl Written {
+    /// The model that is written, of one that was given.
+    pub fn model<'m>(&'m self, given: &'m Model) -> &'m Model {
+        self.half.as_ref().map_or(given, |half| &half.model)
+    }
+}
+
+/// What is run where a loss is measured: a processor computes half precision in float32, so that a simulation stands for it.
+pub(super) fn judged<'m>(staged: &'m Staged, half: &'m Option<Box<Half>>) -> &'m Path {
+    half.as_ref().map_or(staged.path(), |half| &half.simulation)
+}
 
 /// Runs, times and judges models beside the original.
 #[derive(Clone)]
@@ -40,6 +82,8 @@ pub(crate) struct Bench<'a> {
     pub set: Option<(SetSpec, &'static str)>,
     /// Whether results are measured there.
     pub verify: bool,
+    /// What becomes of a result before it is written; `None` where it is written as it is.
+    pub finish: Option<&'a dyn Finish>,
 }
 
 /// What the exact passes left.
@@ -55,15 +99,33 @@ pub(crate) struct Exact<'a> {
 
 /// A result within the budgets, before it is written.
 pub(crate) struct Fitted {
+    /// In float32 where it is not quantized.
     pub model: Model,
     pub staged: Staged,
+    /// What is staged, where that is half precision.
+    pub half: Option<Box<Half>>,
     pub verify: Option<Verify>,
     pub plan: Plan,
     pub records: Vec<PassRecord>,
     pub latency: Option<Latency>,
 }
 
+impl Fitted {
+    /// The file that is run where the loss is measured.
+    pub fn judged(&self) -> &Path {
+        judged(&self.staged, &self.half)
+    }
+}
+
 impl Bench<'_> {
+    /// A model as it would be written.
+    pub fn write(&self, model: &Model, exact: &Exact<'_>) -> Result<Written, Failure> {
+        match self.finish {
+            Some(finish) => finish.finish(model),
+            None => Ok(Written { staged: model.stage(exact.target, exact.write)?, half: None }),
+        }
+    }
+
     /// The times of the original and of a candidate in turns.
     pub fn time(&self, candidate: &Path) -> Result<Timings, Failure> {
         let _span = self.run.progress.span("time an attempt");
@@ -113,10 +175,15 @@ impl Bench<'_> {
 
     /// What the original and the exact result take of a quantity.
     pub fn totals(&self, quantity: Quantity, exact: &Exact<'_>) -> Result<(f64, f64), Failure> {
+        let finished = self.finish.map(|finish| finish.finish(exact.model)).transpose()?;
+        let (model, staged) = match &finished {
+            Some(written) => (written.model(exact.model), &written.staged),
+            None => (exact.model, exact.staged),
+        };
         Ok(match exact.original.figure(quantity) {
-            Some(original) => (original as f64, counted(quantity, exact.model, exact.staged)),
+            Some(original) => (original as f64, counted(quantity, model, staged)),
             None => {
-                let timings = self.time(exact.staged.path())?;
+                let timings = self.time(staged.path())?;
                 let [before, after] = [0, 1].map(|model| timings.quartiles(model)[0] * 1e6);
                 (before, after)
             }

@@ -5,7 +5,7 @@ mod attempts;
 
 use super::{
     Request,
-    bench::{Bench, Exact, Fitted, counted},
+    bench::{Bench, Exact, Fitted, Written, counted, judged},
     candidates::Candidates,
     plain,
 };
@@ -228,21 +228,23 @@ pub(super) fn measured(
 ) -> Result<(Fitted, Vec<f64>), Failure> {
     let mut applied = candidates.apply(exact.model, plan)?;
     bench.tidy(&mut applied.model)?;
-    let staged = applied.model.stage(exact.target, exact.write)?;
+    let written = bench.write(&applied.model, exact)?;
+    let staged = &written.staged;
     let timings = match limits.iter().any(|l| l.quantity == Quantity::Latency) {
         true => Some(bench.time(staged.path())?),
         false => None,
     };
     let took = |limit: &Limit| match &timings {
         Some(timings) if limit.quantity == Quantity::Latency => timings.ratio().unwrap_or(f64::NAN),
-        _ => counted(limit.quantity, &applied.model, &staged) / limit.original,
+        _ => counted(limit.quantity, written.model(&applied.model), staged) / limit.original,
     };
     let shares: Vec<f64> = limits.iter().map(took).collect();
     let row = |(limit, &share): (&Limit, &f64)| (limit.quantity.key().to_owned(), limit.row(share));
     let latency = timings.map(|timings| bench.latency(staged.path(), &timings)).transpose()?;
-    let used = used(&applied.model, &staged, latency.as_ref());
+    let used = used(written.model(&applied.model), staged, latency.as_ref());
     let plan = report::Plan { budget: limits.iter().zip(&shares).map(row).collect(), used, ..applied.plan };
-    Ok((Fitted { model: applied.model, staged, verify: None, plan, records: applied.records, latency }, shares))
+    let (model, Written { staged, half }) = (applied.model, written);
+    Ok((Fitted { model, staged, half, verify: None, plan, records: applied.records, latency }, shares))
 }
 
 /// Candidates that were timed, for a search among plans of which latency is the last limit.
@@ -346,8 +348,9 @@ impl Fit<'_> {
         let Ok((plan, _)) = self.candidates.choose(&attempts.budget(), self.request.solver) else { return Ok(false) };
         let mut applied = self.candidates.apply(self.exact.model, &plan)?;
         self.bench.tidy(&mut applied.model)?;
-        let staged = applied.model.stage(self.exact.target, self.exact.write)?;
-        Ok(self.bench.measure(staged.path(), self.request.budget)?.is_none_or(|v| v.passed))
+        let written = self.bench.write(&applied.model, self.exact)?;
+        let judged = judged(&written.staged, &written.half);
+        Ok(self.bench.measure(judged, self.request.budget)?.is_none_or(|v| v.passed))
     }
 
     /// A result within the limits that loses about what was predicted, where it is run on samples that no fit has seen or no
@@ -428,7 +431,7 @@ impl Fit<'_> {
             }
         }
         let Some(mut fitted) = attempts.best else { return Err(attempts.missed()) };
-        fitted.verify = self.bench.measure(fitted.staged.path(), self.request.budget)?;
+        fitted.verify = self.bench.measure(fitted.judged(), self.request.budget)?;
         let solver = match self.request.solver {
             Solver::Auto if limits.len() < 2 => Solver::Pareto,
             Solver::Auto => Solver::Ilp,

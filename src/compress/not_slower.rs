@@ -43,8 +43,9 @@ impl Settled<'_, '_> {
         warnings: &mut Vec<String>,
     ) -> Result<Fitted, Failure> {
         let is_limited = self.goal.shares.iter().any(|&(quantity, _)| quantity == Quantity::Latency);
-        // What is not run is not timed either.
-        if is_limited || self.request.budget.allow_slower || !bench.verify || !self.goal.may_stop_early() {
+        // What is not run is not timed either, and half precision is for another device unless time is limited on this one.
+        let elsewhere = bench.finish.is_some();
+        if elsewhere || is_limited || self.request.budget.allow_slower || !bench.verify || !self.goal.may_stop_early() {
             return Ok(fitted);
         }
         let bench = &bench.at_one_sample(exact.model);

@@ -106,7 +106,7 @@ pub(super) fn beside(
             let loses = candidates.loss_of(&found.model)?.unwrap_or(f64::INFINITY);
             row = Alternative { takes: told(&takes), loses, measured: true, keeps: keeps(&takes), ..row };
             if row.keeps && loses < mine {
-                found.verify = bench.measure(found.staged.path(), budget)?;
+                found.verify = bench.measure(found.judged(), budget)?;
             }
             // A result that keeps to the allowed drop is not given up for one that does not.
             let passes = |fitted: &Fitted| fitted.verify.as_ref().is_none_or(|verify| verify.passed);

@@ -6,8 +6,8 @@ use super::{
     setup::Setup,
 };
 use crate::{Failure, PassRecord};
-use lathe_ir::{Model, ValueId};
-use lathe_passes::lossy::{self, Candidate, Method};
+use lathe_ir::{DataType, Model, ValueId};
+use lathe_passes::lossy::{self, Candidate, Method, Site};
 use lathe_runtime::RunEvent;
 use std::{collections::BTreeMap, time::Instant};
 
@@ -43,13 +43,16 @@ pub(super) fn propose(
         let proposal = lossy::propose(method, model, &cx)?;
         let mut outcome = proposal.outcome;
         unmet.extend(proposal.unmet.map(|reason| (method.info().name, reason)));
-        for site in proposal.sites {
+        for mut site in proposal.sites {
             if regions.keys().any(|other| overlap(other, &site.footprint)) {
                 outcome.refuse("it shares a part with what another method would change as a whole", site.name);
                 continue;
             }
             if let (Some(weight), 1) = (site.weight, site.footprint.len()) {
                 cx.incumbents.entry(weight).or_default().extend(site.candidates.iter().cloned());
+            }
+            if setup.halves {
+                price_halves(&mut site, model);
             }
             let sensitivities = &calibrated.sensitivities.values;
             let offer = Offer {
@@ -66,6 +69,19 @@ pub(super) fn propose(
         records.insert(method.info().name, record(method, outcome, start));
     }
     Ok(Proposed { regions, records, unmet, incumbents: cx.incumbents })
+}
+
+/// Prices floats that stay as they are written in half precision: 2 bytes each, in a site as it is and in candidates of which
+/// every number is a float.
+fn price_halves(site: &mut Site, model: &Model) {
+    let floats = site.footprint.iter().filter_map(|&value| model.graph.constant(value));
+    let numbers = floats.filter(|tensor| tensor.dtype() == DataType::Float).map(|tensor| tensor.len() as u64);
+    site.baseline.bytes = site.baseline.bytes.saturating_sub(2 * numbers.sum::<u64>());
+    for Candidate { cost, .. } in &mut site.candidates {
+        if cost.bytes >= 4 * cost.parameters {
+            cost.bytes -= 2 * cost.parameters;
+        }
+    }
 }
 
 /// Why methods are not asked whose gain nobody would notice.

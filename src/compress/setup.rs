@@ -24,6 +24,8 @@ pub(super) struct Setup<'a> {
     pub distance: Distance,
     /// The inputs of runs that are timed.
     pub inputs: BenchInputs,
+    /// Whether floats that stay are written in half precision.
+    pub halves: bool,
 }
 
 /// Whether an execution provider, which may be `NAME=path` of a plugin, computes in half precision.

@@ -2,6 +2,7 @@
 //! [`Report`]; the JSON report lies in the page too.
 
 mod charts;
+mod numbers;
 mod plan;
 
 use crate::{
@@ -57,6 +58,8 @@ pub(crate) fn page(report: &Report) -> String {
                     @if let Some(verify) = &report.verify { (outputs(verify)) }
                     @if let Some(latency) = &report.latency { (timings(latency)) }
                     @if let Some(plan) = &report.plan { (plan::section(plan)) }
+                    @if let Some(precision) = &report.precision { (numbers::precision(precision)) }
+                    @if let Some(caches) = &report.kv_cache { (numbers::caches(caches)) }
                     (passes(&report.passes))
                     @if !report.layers.is_empty() { (layers(report)) }
                     h2 { "Reproduce" }

@@ -1,7 +1,10 @@
 use super::*;
 use crate::{
     latency::{Latency, LatencySide},
-    report::{BudgetRow, OutputLine, OutputScores, Plan, PlanChoice, PlanCost, Refusal, Side},
+    report::{
+        BudgetRow, CachePort, CacheReport, KeptNode, OutputLine, OutputScores, Plan, PlanChoice, PlanCost,
+        PrecisionReport, Refusal, Side,
+    },
 };
 use scraper::{Html, Selector};
 
@@ -124,6 +127,57 @@ fn sections_without_data_are_absent() {
     let bare = Report { verify: None, layers: Vec::new(), warnings: Vec::new(), ..report() };
     let headings = texts(&parsed(&bare), "h2");
     assert_eq!(headings, ["Before and after", "Passes", "Reproduce"]);
+}
+
+#[test]
+fn half_precision_and_caches_have_sections() {
+    let kept = |node: &str, reason: &str| KeptNode { node: format!("`{node}` {NASTY}"), reason: reason.to_owned() };
+    let precision = PrecisionReport {
+        dtype: "float16".to_owned(),
+        interface: false,
+        nodes: 1234,
+        kept: vec![kept("a", "it counts"), kept("b", NASTY), kept("c", NASTY)],
+        casts: 7,
+        dropped_casts: 2,
+        masks: vec![NASTY.to_owned()],
+        ranges: "not proven".to_owned(),
+        simulated_error: Some(4.5e-4),
+        limit: 2e-3,
+        loaded: Some("ONNX Runtime 1.2.3".to_owned()),
+        refused_by_runtime: None,
+    };
+    let caches = CacheReport {
+        dtype: "int8".to_owned(),
+        scales: "per channel".to_owned(),
+        nodes: 30,
+        kept: Vec::new(),
+        ports: vec![CachePort {
+            name: NASTY.to_owned(),
+            before: "float[1,P]".to_owned(),
+            after: "int8[1,P]".to_owned(),
+        }],
+        bytes_before: 46_080,
+        bytes_after: 11_520,
+        compared: None,
+        limit: 5e-2,
+    };
+    let page = parsed(&Report { precision: Some(precision), kv_cache: Some(caches), ..report() });
+    let headings = texts(&page, "h2");
+    assert!(
+        ["Half precision", "Key-value caches"].iter().all(|heading| headings.iter().any(|h| h == heading)),
+        "{headings:?}"
+    );
+    let cells = texts(&page, "#precision td");
+    for text in
+        ["1,234", "3", "7", "4.50e-4", "2.00e-3", "not proven (--calib measures them)", "ONNX Runtime 1.2.3", NASTY]
+    {
+        assert!(cells.iter().any(|cell| cell == text), "{text}: {cells:?}");
+    }
+    // The most frequent reason comes first, with the first node that has it.
+    assert_eq!(texts(&page, "#kept td")[..3], [NASTY, "2", &format!("`b` {NASTY}")]);
+    assert_eq!(texts(&page, "#caches td"), [NASTY, "float[1,P]", "int8[1,P]"]);
+    assert!(texts(&page, "#cacheskept td").is_empty());
+    assert!(texts(&page, ".caption").iter().any(|text| text.contains("11,520 bytes in place of 46,080")));
 }
 
 /// A plan within one budget and beyond another.

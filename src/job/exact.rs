@@ -70,7 +70,7 @@ impl Job<'_> {
                     }
                 }
             }
-            let outcome = Outcome { model, staged, verify, plan: None, latency: None, records };
+            let outcome = Outcome { model, staged, verify, plan: None, latency: None, precision: None, records };
             return Ok(Proven { outcome, dropped });
         }
     }

@@ -7,16 +7,18 @@ mod load;
 use super::{Job, Outcome, Prepared as Start, lines};
 use crate::{
     Failure, PassRecord,
+    compress::{Exact, Finish, Fitted, Half, Written},
     pipeline::{node_count, weight_bytes},
     report::{KeptNode, PrecisionReport},
 };
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{DataType, Model, NodeId};
 use lathe_passes::precision::{
-    self, Choices, Converted, Magnitudes, Precision, Prepared, Simulation, check_types, convert, simulate, watch,
+    self, Choices, Converted, Magnitudes, Precision, Prepared, Simulation, check_types, convert, reads_codes, simulate,
+    watch,
 };
 use lathe_runtime::{Claim, Fault, Inputs, Verdict};
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, path::Path, time::Instant};
 
 /// What `--dtype` asks for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,7 +33,16 @@ impl PrecisionOptions {
     fn tolerance(&self) -> f64 {
         self.rtol.unwrap_or_else(|| self.precision.tolerance())
     }
+
+    /// What is asked of a model that rounds activations to codes: rounding before them moves codes by a step.
+    fn beside_codes(self, model: &Model) -> PrecisionOptions {
+        let wider = reads_codes(model).then(|| AROUND_CODES * self.precision.tolerance());
+        PrecisionOptions { rtol: self.rtol.or(wider), ..self }
+    }
 }
+
+/// How many times as far outputs may be off where activations are rounded to codes.
+const AROUND_CODES: f64 = 10.0;
 
 /// Places that are taken back to float32 one after another before the tool gives up.
 const MOST_CULPRITS: usize = 8;
@@ -48,6 +59,42 @@ struct Form {
     magnitudes: Magnitudes,
     /// Where that was seen, as the report says it.
     origin: &'static str,
+}
+
+/// Half precision for every result of a budget.
+pub(super) struct Halving<'a> {
+    pub job: &'a Job<'a>,
+    pub asked: PrecisionOptions,
+    pub exact: &'a Exact<'a>,
+}
+
+impl Finish for Halving<'_> {
+    /// The simulation is held against the result before it is converted: what that loses is another matter.
+    fn finish(&self, model: &Model) -> Result<Written, Failure> {
+        let Halving { job, exact, .. } = *self;
+        let begin = Instant::now();
+        let _span = job.options.run.progress.span("half precision");
+        let asked = self.asked.beside_codes(model);
+        require_opset(model, asked.precision)?;
+        let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+        let (float, simulation) = (folder.path().join("float.onnx"), folder.path().join("simulation.onnx"));
+        model.write_linked(&float)?;
+        let mut warnings = Vec::new();
+        let (form, attempt) = job.proven(model, &float, asked, &mut warnings)?;
+        let Attempt { converted, simulation: simulated, report: found } = attempt;
+        simulated.model.write_linked(&simulation)?;
+        let mut report = report_of(&converted, asked, &form);
+        if converted.nodes.is_empty() && !asked.precision.interface {
+            warnings.push(nothing_converted(&converted, asked.precision));
+        }
+        report.simulated_error = found.and_then(|found| found.comparison.worst().map(|output| output.rel_l2));
+        let record = PassRecord { error: report.simulated_error, ..record_of(&converted, model, asked, begin) };
+        let choices = Choices::of(&form.prepared.model);
+        let model = converted.model;
+        let staged = model.stage(exact.target, exact.write)?;
+        let half = Half { model, simulation, float, folder, report, record, warnings, choices };
+        Ok(Written { staged, half: Some(Box::new(half)) })
+    }
 }
 
 /// A conversion, and what its simulation came to.
@@ -86,23 +133,19 @@ impl Job<'_> {
         exact: Outcome,
         asked: PrecisionOptions,
         warnings: &mut Vec<String>,
-    ) -> Result<(Outcome, PrecisionReport), Failure> {
+    ) -> Result<Outcome, Failure> {
         let begin = Instant::now();
+        let asked = asked.beside_codes(&exact.model);
         require_opset(&exact.model, asked.precision)?;
-        let (form, attempt) = self.proven(&exact.model, asked, warnings)?;
+        let original = &self.options.model;
+        let (form, attempt) = self.proven(&exact.model, original, asked, warnings)?;
         let Attempt { converted, report: simulated, .. } = attempt;
         let mut report = report_of(&converted, asked, &form);
         if converted.nodes.is_empty() && !asked.precision.interface {
             warnings.push(nothing_converted(&converted, asked.precision));
-            return Ok((exact, report));
+            return Ok(Outcome { precision: Some(report), ..exact });
         }
-        let mut record = PassRecord::new(&precision::INFO);
-        for &id in &converted.nodes {
-            record.outcome.change(asked.precision.dtype.name(), converted.model.graph.describe(id));
-        }
-        converted.kept.iter().for_each(|kept| record.outcome.refuse(kept.reason.clone(), kept.node.clone()));
-        record.nodes_delta = node_count(&converted.model) as i64 - node_count(&exact.model) as i64;
-        record.weight_bytes_delta = weight_bytes(&converted.model) as i64 - weight_bytes(&exact.model) as i64;
+        let mut record = record_of(&converted, &exact.model, asked, begin);
         let model = converted.model;
         let staged = model.stage(&start.target, &start.write)?;
         let mut verify = exact.verify;
@@ -112,31 +155,54 @@ impl Job<'_> {
             found.runtime = format!("{}, {} simulated in float32", found.runtime, asked.precision.dtype);
             report.simulated_error = found.worst.is_some().then_some(found.after);
             let choices = Choices::of(&form.prepared.model);
-            self.load(staged.path(), asked, &choices, &mut report, warnings)?;
+            self.load([original, staged.path()], asked, &choices, &mut report, warnings)?;
             record.error = report.simulated_error;
             verify = Some(found);
         }
         record.time = begin.elapsed();
         let records = exact.records.into_iter().chain([record]).collect();
-        Ok((Outcome { model, staged, verify, records, ..exact }, report))
+        Ok(Outcome { model, staged, verify, records, precision: Some(report), ..exact })
     }
 
-    /// What can be converted such that the simulation keeps to the tolerance.
+    /// Loads what a budget has come to as it is written, and gives `fitted` the model that is.
+    pub(super) fn judge_half(
+        &self,
+        fitted: &mut Fitted,
+        half: Half,
+        warnings: &mut Vec<String>,
+    ) -> Result<PrecisionReport, Failure> {
+        let Half { model, float, folder, mut report, record, warnings: said, choices, .. } = half;
+        warnings.extend(said);
+        let asked = self.options.precision.expect("half precision was asked for").beside_codes(&fitted.model);
+        if self.options.verify && report.nodes > 0 {
+            self.load([&float, fitted.staged.path()], asked, &choices, &mut report, warnings)?;
+        }
+        drop(folder);
+        if let Some(verify) = &mut fitted.verify {
+            verify.runtime = format!("{}, {} simulated in float32", verify.runtime, report.dtype);
+        }
+        fitted.records.push(record);
+        fitted.model = model;
+        Ok(report)
+    }
+
+    /// What can be converted such that the simulation keeps to the tolerance beside the file of a reference.
     fn proven(
         &self,
         model: &Model,
+        reference: &Path,
         asked: PrecisionOptions,
         warnings: &mut Vec<String>,
     ) -> Result<(Form, Attempt), Failure> {
         let mut kept: BTreeMap<NodeId, String> = BTreeMap::new();
         let mut form = self.form(model, asked.precision, true, warnings)?;
-        let mut attempt = self.attempt(&form, asked, &kept)?;
+        let mut attempt = self.attempt(&form, reference, asked, &kept)?;
         let masks = !form.prepared.masks.is_empty();
         let holding = form.prepared.masks_hold(&form.magnitudes);
         if masks && !(holding && attempt.holds()) {
             // A row that is masked throughout is uniform only where the mask is so large that scores vanish beside it.
             let plain = self.form(model, asked.precision, false, &mut Vec::new())?;
-            let other = self.attempt(&plain, asked, &kept)?;
+            let other = self.attempt(&plain, reference, asked, &kept)?;
             if !holding || other.error() < attempt.error() {
                 warnings
                     .push(format!("masks keep their numbers: {}", if holding { MASKED_ROWS } else { LARGE_SCORES }));
@@ -149,7 +215,7 @@ impl Job<'_> {
                 break;
             }
             let culprit = match round < MOST_CULPRITS {
-                true => self.culprit(&form.prepared.model, &attempt, asked)?,
+                true => self.culprit(&form.prepared.model, reference, &attempt, asked)?,
                 false => None,
             };
             let Some(culprit) = culprit else { return Err(refused(&attempt, round)) };
@@ -160,7 +226,7 @@ impl Job<'_> {
             };
             warnings.push(format!("{first}{others} kept in float32 because {}", culprit.reason));
             kept.extend(culprit.nodes.into_iter().map(|id| (id, culprit.reason.clone())));
-            attempt = self.attempt(&form, asked, &kept)?;
+            attempt = self.attempt(&form, reference, asked, &kept)?;
             if attempt.converted.nodes.is_empty() {
                 return Err(Failure::Refused(format!(
                     "nothing can be {} within a relative error of {:.0e}: rounding in every node exceeds it",
@@ -172,10 +238,11 @@ impl Job<'_> {
         Ok((form, attempt))
     }
 
-    /// Converts all but what is kept, and runs the simulation beside the original.
+    /// Converts all but what is kept, and runs the simulation beside the reference.
     fn attempt(
         &self,
         form: &Form,
+        reference: &Path,
         asked: PrecisionOptions,
         kept: &BTreeMap<NodeId, String>,
     ) -> Result<Attempt, Failure> {
@@ -187,23 +254,24 @@ impl Job<'_> {
         let simulation = simulate(&converted);
         let is_run = self.options.verify && (!converted.nodes.is_empty() || asked.precision.interface);
         let report = match is_run {
-            true => Some(self.simulated(&form.prepared.model, &simulation, asked.tolerance())?),
+            true => Some(self.simulated(&form.prepared.model, reference, &simulation, asked.tolerance())?),
             false => None,
         };
         Ok(Attempt { converted, simulation, report })
     }
 
-    /// The original beside a simulation of the result, which was prepared in this form.
+    /// The reference beside a simulation of the result, which was prepared in this form.
     fn simulated(
         &self,
         prepared: &Model,
+        reference: &Path,
         simulation: &Simulation,
         rtol: f64,
     ) -> Result<lathe_runtime::Report, Failure> {
         let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
         let path = folder.path().join("simulation.onnx");
         simulation.model.write_linked(&path)?;
-        match self.runner.compare(&self.options.model, &path, &self.inputs(), Claim::Within { rtol })? {
+        match self.runner.compare(reference, &path, &self.inputs(), Claim::Within { rtol })? {
             Verdict::Compared(mut report) => {
                 if !report.comparison.holds() {
                     self.compare_before_choices(prepared, simulation, rtol, &mut report)?;
@@ -284,6 +352,19 @@ fn nothing_converted(converted: &Converted, precision: Precision) -> String {
             format!("nothing was converted to {dtype}: of {count} nodes, first {first}, because {reason}")
         }
     }
+}
+
+/// What the report says of the conversion as of a pass.
+fn record_of(converted: &Converted, before: &Model, asked: PrecisionOptions, begin: Instant) -> PassRecord {
+    let mut record = PassRecord::new(&precision::INFO);
+    for &id in &converted.nodes {
+        record.outcome.change(asked.precision.dtype.name(), converted.model.graph.describe(id));
+    }
+    converted.kept.iter().for_each(|kept| record.outcome.refuse(kept.reason.clone(), kept.node.clone()));
+    record.nodes_delta = node_count(&converted.model) as i64 - node_count(before) as i64;
+    record.weight_bytes_delta = weight_bytes(&converted.model) as i64 - weight_bytes(before) as i64;
+    record.time = begin.elapsed();
+    record
 }
 
 fn report_of(converted: &Converted, asked: PrecisionOptions, form: &Form) -> PrecisionReport {

@@ -2,7 +2,7 @@
 
 use super::{
     super::{
-        bench::{Fitted, counted},
+        bench::{Fitted, Written, counted},
         budget_search::BudgetSearch,
     },
     Fit, Limit, used,
@@ -93,7 +93,8 @@ impl<'a> Attempts<'a> {
         let applying = span("apply");
         let mut applied = candidates.apply(exact.model, &plan)?;
         bench.tidy(&mut applied.model)?;
-        let staged = applied.model.stage(exact.target, exact.write)?;
+        let written = bench.write(&applied.model, exact)?;
+        let staged = &written.staged;
         drop(applying);
         let timings = match self.limits.iter().any(|l| l.quantity == Quantity::Latency) {
             true => Some(bench.time(staged.path())?),
@@ -103,7 +104,7 @@ impl<'a> Attempts<'a> {
             Some(timings) if limit.quantity == Quantity::Latency => {
                 timings.ratio().unwrap_or(f64::NAN) * limit.original
             }
-            _ => counted(limit.quantity, &applied.model, &staged),
+            _ => counted(limit.quantity, written.model(&applied.model), staged),
         };
         let took: Vec<f64> = self.limits.iter().map(took).collect();
         let Progress { over, loosened } = self.learn(&plan.used, &took);
@@ -115,9 +116,9 @@ impl<'a> Attempts<'a> {
             bench.run.progress.tell(&RunEvent::Best(reached.collect::<Vec<_>>().join(", ")));
             plan.budget = rows.map(|(l, &share)| (l.quantity.key().to_owned(), l.row(share))).collect();
             let latency = timings.map(|timings| bench.latency(staged.path(), &timings)).transpose()?;
-            plan.used = used(&applied.model, &staged, latency.as_ref());
-            let model = applied.model;
-            self.best = Some(Fitted { model, staged, verify: None, plan, records: applied.records, latency });
+            plan.used = used(written.model(&applied.model), staged, latency.as_ref());
+            let (model, Written { staged, half }) = (applied.model, written);
+            self.best = Some(Fitted { model, staged, half, verify: None, plan, records: applied.records, latency });
         }
         if self.best.is_some() {
             if !loosened {

@@ -6,7 +6,10 @@ use anyhow::Context as _;
 use lathe_ir::{Model, NodeId, ScopeId, ValueId};
 use lathe_passes::precision::{simulate_some, watch_errors};
 use lathe_runtime::Verdict;
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 /// A value whose error is so many times that of what it is computed from is where the error comes from.
 const JUMP: f64 = 10.0;
@@ -28,6 +31,7 @@ impl Job<'_> {
     pub(super) fn culprit(
         &self,
         model: &Model,
+        reference: &Path,
         attempt: &Attempt,
         asked: PrecisionOptions,
     ) -> Result<Option<Culprit>, Failure> {
@@ -38,7 +42,7 @@ impl Job<'_> {
         let values: Vec<ValueId> = order.iter().flat_map(made).filter(is_half).collect();
         match self.jump(model, attempt, asked, &values)? {
             Some(culprit) => Ok(Some(culprit)),
-            None => self.largest_part(model, attempt, asked, &values),
+            None => self.largest_part(model, reference, attempt, (asked, &values)),
         }
     }
 
@@ -92,9 +96,9 @@ impl Job<'_> {
     fn largest_part(
         &self,
         model: &Model,
+        reference: &Path,
         attempt: &Attempt,
-        asked: PrecisionOptions,
-        values: &[ValueId],
+        (asked, values): (PrecisionOptions, &[ValueId]),
     ) -> Result<Option<Culprit>, Failure> {
         let mut seen = BTreeSet::new();
         let makers = values.iter().filter_map(|&value| model.graph.producer(value));
@@ -104,7 +108,7 @@ impl Job<'_> {
         for part in makers.chunks(makers.len().div_ceil(PARTS).max(1)) {
             let chosen: BTreeSet<NodeId> = part.iter().copied().collect();
             let simulation = simulate_some(&attempt.converted, model, &chosen);
-            let report = self.simulated(model, &simulation, asked.tolerance())?;
+            let report = self.simulated(model, reference, &simulation, asked.tolerance())?;
             let alone = Attempt::error_of(&report);
             if worst.is_none_or(|(most, _)| alone > most) {
                 worst = Some((alone, part));

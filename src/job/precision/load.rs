@@ -7,13 +7,13 @@ use lathe_runtime::{Claim, Inputs, Provider, Verdict};
 use std::path::Path;
 
 impl Job<'_> {
-    /// Loads the file itself and runs it. The report says who did, or what a runtime says that has no kernels for the type.
+    /// Loads the file itself and runs it beside a reference. The report says who did, or what a runtime says that has no kernels for the type.
     ///
     /// The tolerance counts where devices compute in half precision. The CPU provider computes it in float32, so that there
     /// a difference is told and no more.
     pub(super) fn load(
         &self,
-        staged: &Path,
+        [reference, staged]: [&Path; 2],
         asked: PrecisionOptions,
         choices: &Choices,
         report: &mut PrecisionReport,
@@ -26,7 +26,7 @@ impl Job<'_> {
                 let inputs = Inputs::Random(self.options.run.inputs.clone());
                 self.runner.compare(staged, staged, &inputs, Claim::Equivalent { rtol: None })?
             }
-            false => self.runner.compare(&self.options.model, staged, &self.inputs(), claim)?,
+            false => self.runner.compare(reference, staged, &self.inputs(), claim)?,
         };
         let reason = verdict.describe();
         let dtype = asked.precision.dtype;
