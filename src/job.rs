@@ -111,7 +111,8 @@ const TIMED_INPUTS: &str =
 const HALF_CODES: i64 = 19;
 
 /// Why caches change in a run of their own.
-const CACHE_LAST: &str = "--kv-cache changes caches and nothing else; run it on the result of --dtype or of a budget";
+const CACHE_ALONE: &str = "--kv-cache changes caches and nothing else: give a budget to its result, with a set whose caches have the new \
+                           type; --dtype does not go with it";
 
 /// Whether settings ask for a lossy method, budget or not.
 fn is_requested(options: &Options, method: &dyn Method) -> Result<bool, Failure> {
@@ -151,7 +152,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     }
     if let Some(asked) = options.cache {
         if lossy || options.precision.is_some() {
-            return Err(Failure::Usage(CACHE_LAST.to_owned()));
+            return Err(Failure::Usage(CACHE_ALONE.to_owned()));
         }
         kv_cache::check(asked, &options.run.load.provider, options.sets.calibration.as_ref())?;
     }
