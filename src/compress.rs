@@ -17,6 +17,7 @@ mod plain;
 mod position_weights;
 mod price;
 mod propose;
+mod seen_before;
 mod setup;
 mod uncovered;
 mod unit_report;

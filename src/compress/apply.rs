@@ -4,6 +4,7 @@ use super::{
     calibration::Calibration,
     candidates::{Candidates, Region},
     choose::Decision,
+    seen_before::SeenBefore,
     unit_report::{Applied as AppliedTo, units},
 };
 use crate::{
@@ -92,15 +93,21 @@ fn edit(
     edits: &[Decision<'_>],
     cx: &MethodContext,
 ) -> Result<(), Failure> {
+    let mut seen = cx.calibration.map(|seen| SeenBefore::new(seen, result));
     for edit in edits {
         let Some((offer, candidate)) = edit.candidate() else { continue };
+        let cx = &seen.as_ref().map_or_else(|| cx.clone(), |seen| cx.with_calibration(seen));
         let outcome = offer.method.apply(result, &offer.site, candidate, cx)?;
         if outcome.changes.is_empty() {
+            let why: String = outcome.refusals.keys().map(|reason| format!(": {reason}")).collect();
             return Err(Failure::Error(anyhow!(
-                "`{}` could not be made {} as planned; this is a fault of this program",
+                "`{}` could not be made {} as planned{why}; this is a fault of this program",
                 offer.site.name,
                 candidate.label
             )));
+        }
+        if let Some(seen) = seen.as_mut().filter(|_| offer.site.weight.is_none()) {
+            seen.follow(result);
         }
         let record = records.get_mut(offer.method.info().name).expect("a method that proposes has a record");
         let (before, after) = (edit.before(), edit.after());
