@@ -81,6 +81,12 @@ fn read_directly(graph: &mut Graph, weight: &Weight, layout: Layout, scheme: Sch
     let codes = Tensor::new(DataType::Uint8, dims, codes).expect("every block has its bytes");
     let codes = store(graph, "quantized", codes);
     let scales = store(graph, "scale", Tensor::from_f32s(&[outputs, count], &scales));
+    let zeros = scheme.zero_points.then(|| {
+        let packed = packed_zeros(layout, count, scheme, &blocks.zeros);
+        let dims = vec![outputs, packed.len() / outputs];
+        let zeros = Tensor::new(DataType::Uint8, dims, packed).expect("every row has its bytes");
+        store(graph, "zero_point", zeros)
+    });
     let mut blobs = (!picks).then_some(codes);
     for (tap, reads) in weight.taps.iter().zip(uses) {
         let data = graph.node(tap.node).input(usize::from(*reads == Reads::Rows)).expect("a tap has data");
@@ -88,7 +94,8 @@ fn read_directly(graph: &mut Graph, weight: &Weight, layout: Layout, scheme: Sch
         let mut whole = match reads {
             Reads::Rows => {
                 let node = own("GatherBlockQuantized", scheme).with("gather_axis", 0i64).with("quantize_axis", 1i64);
-                graph.append(ScopeId::MAIN, node, &[codes, data, scales], &format!("{name}_picked"))
+                let read: Vec<ValueId> = [codes, data, scales].into_iter().chain(zeros).collect();
+                graph.append(ScopeId::MAIN, node, &read, &format!("{name}_picked"))
             }
             Reads::Product => {
                 let blobs = *blobs.get_or_insert_with(|| {
@@ -99,7 +106,8 @@ fn read_directly(graph: &mut Graph, weight: &Weight, layout: Layout, scheme: Sch
                 });
                 let node = own("MatMulNBits", scheme).with("K", k as i64).with("N", outputs as i64);
                 let node = node.with("accuracy_level", ACCURACY_LEVEL);
-                graph.append(ScopeId::MAIN, node, &[data, blobs, scales], &format!("{name}_product"))
+                let read: Vec<ValueId> = [data, blobs, scales].into_iter().chain(zeros).collect();
+                graph.append(ScopeId::MAIN, node, &read, &format!("{name}_product"))
             }
         };
         if let Some(added) = added {
@@ -127,26 +135,44 @@ fn own(op: &str, scheme: Scheme) -> Node {
 /// Codes above their zero point, row by row of inputs; the rest of the last block of a row stands for zeros.
 fn packed(layout: Layout, scheme: Scheme, blocks: &Blocks) -> Vec<u8> {
     let zero = 1i16 << (scheme.bits - 1);
-    let length = layout.length.next_multiple_of(scheme.block);
+    let (length, count) = (layout.length.next_multiple_of(scheme.block), layout.length.div_ceil(scheme.block));
     let mut bytes = Vec::with_capacity(layout.outer * layout.inner * length * scheme.bits / 8);
     let mut row = vec![zero as u8; length];
     for outer in 0..layout.outer {
         for inner in 0..layout.inner {
+            if scheme.zero_points {
+                let last = blocks.zeros[(outer * count + count - 1) * layout.inner + inner];
+                row[layout.length..].fill((i16::from(last) + zero) as u8);
+            }
             for (at, code) in row.iter_mut().enumerate().take(layout.length) {
                 let stored = blocks.codes[(outer * layout.length + at) * layout.inner + inner];
                 *code = (i16::from(stored) + zero) as u8;
             }
-            match scheme.bits {
-                8 => bytes.extend_from_slice(&row),
-                _ => bytes.extend(row.chunks(2).map(|pair| pair[0] | pair[1] << 4)),
-            }
+            pack(&row, scheme.bits, &mut bytes);
         }
     }
     bytes
 }
 
-/// Scales as `[n, blocks]`.
-fn turned(layout: Layout, count: usize, scales: &[f32]) -> Vec<f32> {
+/// Appends numbers of so many bits from the lowest bits of a byte on.
+fn pack(numbers: &[u8], bits: usize, bytes: &mut Vec<u8>) {
+    let byte = |few: &[u8]| few.iter().enumerate().fold(0, |byte, (at, number)| byte | number << (at * bits));
+    bytes.extend(numbers.chunks(8 / bits).map(byte));
+}
+
+/// Zero points row by row of inputs, each row to the end of its last byte.
+fn packed_zeros(layout: Layout, count: usize, scheme: Scheme, zeros: &[i8]) -> Vec<u8> {
+    let middle = 1i16 << (scheme.bits - 1);
+    let mut bytes = Vec::new();
+    for row in turned(layout, count, zeros).chunks(count) {
+        let row: Vec<u8> = row.iter().map(|&zero| (i16::from(zero) + middle) as u8).collect();
+        pack(&row, scheme.bits, &mut bytes);
+    }
+    bytes
+}
+
+/// What every block has, as `[n, blocks]`.
+fn turned<T: Copy>(layout: Layout, count: usize, scales: &[T]) -> Vec<T> {
     let at = |row: usize, block: usize| {
         let (outer, inner) = (row / layout.inner, row % layout.inner);
         scales[(outer * count + block) * layout.inner + inner]
@@ -156,10 +182,11 @@ fn turned(layout: Layout, count: usize, scales: &[f32]) -> Vec<f32> {
 
 /// Stores codes and scales in the shape of the constant, and a node that puts it together again.
 fn restore(graph: &mut Graph, weight: &Weight, layout: Layout, scheme: Scheme, blocks: &Blocks) {
-    let (dtype, bytes) = match scheme.bits {
-        8 => (DataType::Int8, blocks.codes.iter().map(|&c| c as u8).collect::<Vec<u8>>()),
-        _ => (DataType::Int4, blocks.codes.chunks(2).map(nibbles).collect()),
+    let stored = |codes: &[i8]| match scheme.bits {
+        8 => (DataType::Int8, codes.iter().map(|&c| c as u8).collect::<Vec<u8>>()),
+        _ => (DataType::Int4, codes.chunks(2).map(nibbles).collect()),
     };
+    let (dtype, bytes) = stored(&blocks.codes);
     let per_channel = scheme.block == usize::MAX;
     let codes = Tensor::new(dtype, weight.dims.clone(), bytes).expect("there is a code for every number");
     let mut scale_dims = weight.dims.clone();
@@ -169,12 +196,17 @@ fn restore(graph: &mut Graph, weight: &Weight, layout: Layout, scheme: Scheme, b
         scale_dims[layout.axis] = layout.length.div_ceil(scheme.block);
     }
     let scales = Tensor::from_f32s(&scale_dims, &blocks.scales);
+    let zeros = scheme.zero_points.then(|| {
+        let (dtype, bytes) = stored(&blocks.zeros);
+        Tensor::new(dtype, scale_dims, bytes).expect("there is a zero point for every scale")
+    });
     let name = graph.value(weight.value).name.clone();
     let store = |graph: &mut Graph, part: &str, tensor: Tensor| -> ValueId {
         let fresh = graph.fresh_name(&format!("{name}_{part}"));
         graph.add_initializer(ScopeId::MAIN, &fresh, tensor)
     };
     let (codes, scales) = (store(graph, "quantized", codes), store(graph, "scale", scales));
+    let zeros = zeros.map(|zeros| store(graph, "zero_point", zeros));
     // A table is not restored as a whole for the rows that are picked of it. No operator picks rows of 4-bit numbers.
     let picks = weight.taps.iter().filter(|tap| tap.rows.is_none() && scheme.bits == 8 && !per_channel);
     for tap in picks {
@@ -197,7 +229,8 @@ fn restore(graph: &mut Graph, weight: &Weight, layout: Layout, scheme: Scheme, b
         true => node.with("axis", 0i64),
         false => node.with("axis", layout.axis as i64).with("block_size", scheme.block as i64),
     };
-    let restored = graph.append(ScopeId::MAIN, node, &[codes, scales], &format!("{name}_dequantized"));
+    let read: Vec<ValueId> = [codes, scales].into_iter().chain(zeros).collect();
+    let restored = graph.append(ScopeId::MAIN, node, &read, &format!("{name}_dequantized"));
     graph.replace_uses(weight.value, restored);
     graph.remove_initializer(weight.value);
 }
@@ -221,9 +254,18 @@ mod tests {
         let (codes, scales) = (constant(1).bytes(), constant(2).to_f32s().unwrap());
         let block = node.int("block_size").unwrap() as usize;
         let (count, padded) = (k.div_ceil(block), k.next_multiple_of(block));
-        let code = |row: usize, at: usize| match bits {
-            8 => f32::from(codes[row * padded + at]) - 128.0,
-            _ => f32::from(codes[(row * padded + at) / 2] >> (4 * (at % 2)) & 15) - 8.0,
+        let unpacked = |bytes: &[u8], at: usize| {
+            let per_byte = 8 / bits;
+            f32::from(bytes[at / per_byte] >> (bits * (at % per_byte)) & (0xff >> (8 - bits)))
+        };
+        let zeros = node.input(3).map(|zeros| graph.constant(zeros).unwrap().bytes().to_vec());
+        let code = |row: usize, at: usize| {
+            let zero = zeros.as_ref().map_or((1 << (bits - 1)) as f32, |zeros| {
+                let rows = codes.len() * 8 / bits / padded;
+                let row = &zeros[zeros.len() / rows * row..][..zeros.len() / rows];
+                unpacked(row, at / block)
+            });
+            unpacked(codes, row * padded + at) - zero
         };
         let rows = scales.len() / count;
         (0..rows).flat_map(|r| (0..padded).map(move |at| (r, at))).fold(Vec::new(), |mut all, (row, at)| {
@@ -248,10 +290,13 @@ mod tests {
                  {{ h = {product} y = Relu (h) }}",
                 numbers.join(", ")
             );
-            for (bits, block) in [(8, 32), (4, 32), (4, 128)] {
+            let plain = [(8, 32), (4, 32), (4, 128), (2, 32)].map(|(bits, block)| Scheme::new(bits, block));
+            let own = [(4, 32), (4, 128), (2, 32)].map(|(bits, block)| Scheme::with_zero_points(bits, block));
+            for scheme in plain.into_iter().chain(own) {
+                let Scheme { bits, block, .. } = scheme;
                 let mut model = text::parse(&source).unwrap();
                 let weight = weights(&model.graph).0.remove(0);
-                let coded = Coded::of(&model.graph, &weight, Scheme { bits, block }, &[1.0; 72]).unwrap();
+                let coded = Coded::of(&model.graph, &weight, scheme, &[1.0; 72]).unwrap();
                 let stored = coded.restored();
                 coded.emit(&mut model, &weight, Target::Ort);
                 model.check().unwrap();
@@ -287,11 +332,14 @@ mod tests {
                 numbers.join(", ")
             );
             let model = text::parse(&source).unwrap();
-            for (bits, block) in [(8, 32), (4, 32), (4, 64), (4, 128)] {
+            let plain = [(8, 32), (4, 32), (4, 64), (4, 128), (2, 32)].map(|(bits, block)| Scheme::new(bits, block));
+            let own = [(4, 32), (4, 64), (4, 128), (2, 64)].map(|(bits, block)| Scheme::with_zero_points(bits, block));
+            for scheme in plain.into_iter().chain(own) {
+                let Scheme { bits, block, .. } = scheme;
                 let weight = weights(&model.graph).0.remove(0);
-                let coded = Coded::of(&model.graph, &weight, Scheme { bits, block }, &[1.0; 72]).unwrap();
+                let coded = Coded::of(&model.graph, &weight, scheme, &[1.0; 72]).unwrap();
                 let reference = rounded(&model, &coded);
-                for target in [Target::Portable, Target::Ort] {
+                for target in [Target::Portable, Target::Ort].into_iter().skip(usize::from(bits == 2)) {
                     let mut changed = model.clone();
                     coded.emit(&mut changed, &weight, target);
                     let products: Vec<_> = changed
@@ -332,7 +380,7 @@ mod tests {
                 model.graph.value_mut(y).ty = None;
             }
             let weight = weights(&model.graph).0.remove(0);
-            let coded = Coded::of(&model.graph, &weight, Scheme { bits, block: 32 }, &[1.0; 64]).unwrap();
+            let coded = Coded::of(&model.graph, &weight, Scheme::new(bits, 32), &[1.0; 64]).unwrap();
             let reference = rounded(&model, &coded);
             let mut changed = model.clone();
             coded.emit(&mut changed, &weight, Target::Portable);
@@ -347,6 +395,21 @@ mod tests {
             };
             assert_eq!((count("DequantizeLinear"), count("Gather")), expected);
             lathe_testkit::equivalent(&reference, &changed, Some(1e-6), 1).unwrap();
+        }
+        // One constant for rows and products.
+        for scheme in [Scheme::new(4, 32), Scheme::with_zero_points(4, 32), Scheme::with_zero_points(2, 32)] {
+            let weight = weights(&model.graph).0.remove(0);
+            let coded = Coded::of(&model.graph, &weight, scheme, &[1.0; 64]).unwrap();
+            let reference = rounded(&model, &coded);
+            let mut changed = model.clone();
+            coded.emit(&mut changed, &weight, Target::Ort);
+            for id in changed.graph.nodes(ScopeId::MAIN).collect::<Vec<_>>() {
+                if changed.graph.node(id).op_type == "MatMulNBits" {
+                    changed.graph.node_mut(id).set_attribute("accuracy_level", 0i64);
+                }
+            }
+            lathe_testkit::equivalent(&reference, &changed, Some(1e-5), 1)
+                .unwrap_or_else(|why| panic!("{scheme:?}: {why}"));
         }
     }
 }

@@ -35,7 +35,7 @@ const RANKS: [usize; 3] = [8, 16, 32];
 
 /// What is quantized, how far it is off, and the directions of that.
 fn coded(graph: &Graph, weight: &Weight, layer: &Layer) -> Result<(Coded, Mat<f64>, Spectrum), &'static str> {
-    let coded = Coded::fitted(graph, weight, Scheme { bits: 4, block: 128 }, &layer.joint)?;
+    let coded = Coded::fitted(graph, weight, Scheme::new(4, 128), &layer.joint)?;
     let (k, n) = (layer.matrix.nrows(), layer.matrix.ncols());
     let restored = coded.restored();
     let turned = weight.inputs_axis() == 1;

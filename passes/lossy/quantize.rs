@@ -1,4 +1,4 @@
-//! Weights as whole numbers of 8 or 4 bits with one scale per block, dequantized where they are used.
+//! Weights as whole numbers of 8, 4 or 2 bits with one scale per block, dequantized where they are used.
 
 mod coded;
 mod importance;
@@ -11,7 +11,7 @@ use super::{
     Candidate, Edit, EditCodec, Loss, Method, MethodContext, Proposal, Site, Weight, batches, blocks,
     factors::{self, LayerStatistics},
     gptq::Gptq,
-    integers::{Layout, Scheme, losses, quantize},
+    integers::{Layout, Scheme, losses, quantize, zero_points_gain},
     stored::{self, Storage, Stored},
     weights, within_memory,
 };
@@ -22,14 +22,15 @@ use lathe_ir::{Graph, Model};
 use sample::{Sample, joint_moments};
 use std::collections::BTreeMap;
 
-/// Stores weights as 4-bit or 8-bit blocks.
+/// Stores weights as blocks of 2, 4 or 8 bits.
 pub struct Quantize;
 
 static INFO: Info = Info {
     name: "quantize",
-    summary: "store weights as blocks of 4-bit or 8-bit whole numbers",
-    doc: "Offers every float32 matrix that products or table look-ups use as int4 or int8 with one float32 scale per 32, \
-          64 or 128 numbers along the axis that products are summed over, and the \
+    summary: "store weights as blocks of 2-bit, 4-bit or 8-bit whole numbers",
+    doc: "Offers every float32 matrix that products or table look-ups use as int4 or int8 (under `--target ort` int2 too) with \
+          one float32 scale per 32, 64 or 128 numbers along the axis that products are summed over, int4 and int2 with a zero \
+          point per block as well where that gains more than its bits would elsewhere, and the \
           weights of ungrouped convolutions with one scale per output channel. Scales are chosen to lose least on what the calibration set multiplies the weight with. \
           Where second moments of it were collected, numbers are rounded one after the other so that later ones make up for \
           what earlier ones lose of the product (GPTQ), if that loses less on samples that are held out. \
@@ -50,24 +51,44 @@ static INFO: Info = Info {
 pub(super) const OPSET: i64 = 21;
 
 /// Kernels have axes that blocks cannot run over: one scale per output channel.
-const KERNEL_SCHEMES: [Scheme; 2] = [Scheme { bits: 8, block: usize::MAX }, Scheme { bits: 4, block: usize::MAX }];
+const KERNEL_SCHEMES: [Scheme; 2] = [Scheme::new(8, usize::MAX), Scheme::new(4, usize::MAX)];
 
-/// The schemes for a weight.
-fn schemes(weight: &Weight) -> &'static [Scheme] {
-    if weight.dims.len() > 2 { &KERNEL_SCHEMES } else { &SCHEMES }
+/// Numbers that share a scale.
+const BLOCKS: [usize; 3] = [32, 64, 128];
+
+/// The schemes for a weight; zero points where they gain more than as many bits elsewhere would.
+fn schemes(graph: &Graph, weight: &Weight, target: Target, gain: impl Fn(usize) -> f64) -> Vec<Scheme> {
+    if weight.dims.len() > 2 {
+        return KERNEL_SCHEMES.to_vec();
+    }
+    let mut schemes = SCHEMES.to_vec();
+    let mut lowest = vec![4];
+    // A standard operator restores 2 bits from operator set 25 on only; the runtime's own ones read them.
+    if target == Target::Ort && blocks::contrib(graph, weight, BLOCKS[0]).is_some() {
+        schemes.extend(BLOCKS.map(|block| Scheme::new(2, block)));
+        lowest.push(2);
+    }
+    for bits in lowest {
+        // A bit more of every number quarters what is lost.
+        let worth = 0.25f64.powf(bits as f64 / BLOCKS[0] as f64);
+        if gain(bits) < worth {
+            schemes.extend(BLOCKS.map(|block| Scheme::with_zero_points(bits, block)));
+        }
+    }
+    schemes
 }
 
 const SCHEMES: [Scheme; 6] = [
-    Scheme { bits: 8, block: 32 },
-    Scheme { bits: 8, block: 64 },
-    Scheme { bits: 8, block: 128 },
-    Scheme { bits: 4, block: 32 },
-    Scheme { bits: 4, block: 64 },
-    Scheme { bits: 4, block: 128 },
+    Scheme::new(8, 32),
+    Scheme::new(8, 64),
+    Scheme::new(8, 128),
+    Scheme::new(4, 32),
+    Scheme::new(4, 64),
+    Scheme::new(4, 128),
 ];
 
 /// What tools without an allocator store.
-const PLAIN: Coding = Coding { scheme: Scheme { bits: 4, block: 32 }, fitted: false };
+const PLAIN: Coding = Coding { scheme: Scheme::new(4, 32), fitted: false };
 
 /// What every scheme would make of a weight.
 fn site(graph: &Graph, work: &Work<'_>, target: Target) -> Result<Site, &'static str> {
@@ -83,8 +104,8 @@ fn site(graph: &Graph, work: &Work<'_>, target: Target) -> Result<Site, &'static
     let mut candidates = Vec::new();
     let sample = seen.as_ref().and_then(|seen| Sample::of(&matrix, work, seen, &joint));
     // Blocks of other sizes gain about as much.
-    let mut gains: BTreeMap<usize, Option<Vec<f64>>> = BTreeMap::new();
-    for &scheme in schemes(weight) {
+    let mut gains: BTreeMap<(usize, bool), Option<Vec<f64>>> = BTreeMap::new();
+    for scheme in schemes(graph, weight, target, |bits| zero_points_gain(&matrix, layout, bits, &joint)) {
         let cost = scheme.cost(&layout, blocks::are_whole(graph, weight, scheme.block, target));
         if cost.bytes >= baseline {
             continue;
@@ -96,7 +117,8 @@ fn site(graph: &Graph, work: &Work<'_>, target: Target) -> Result<Site, &'static
             total / tap.output
         };
         let plain: Vec<f64> = importances.iter().map(lost).collect();
-        let gains = gains.entry(scheme.bits).or_insert_with(|| Some(sample.as_ref()?.gains(scheme)));
+        let gains =
+            gains.entry((scheme.bits, scheme.zero_points)).or_insert_with(|| Some(sample.as_ref()?.gains(scheme)));
         let fitted = gains.as_ref().map(|gains| plain.iter().zip(gains).map(|(lost, gain)| lost * gain));
         let fitted: Option<Vec<f64>> = fitted.map(Iterator::collect);
         let fitted = fitted.filter(|fitted| fitted.iter().sum::<f64>() < plain.iter().sum());

@@ -30,7 +30,7 @@ static INFO: Info = Info {
 };
 
 /// Pairs of products of 8 and 7 bits fit 16 bits: processors without dot products of bytes add them so.
-const SCHEME: Scheme = Scheme { bits: 7, block: usize::MAX };
+const SCHEME: Scheme = Scheme::new(7, usize::MAX);
 
 const NAME: &str = "int8 products";
 

@@ -85,12 +85,12 @@ impl Coded {
     /// The numbers it stands for, in the order of the stored constant.
     pub fn restored(&self) -> Vec<f32> {
         let (layout, count) = (self.layout, self.layout.length.div_ceil(self.scheme.block));
-        let scale = |at: usize| {
+        let grid = |at: usize| {
             let (inner, row, outer) =
                 (at % layout.inner, at / layout.inner % layout.length, at / layout.inner / layout.length);
-            self.blocks.scales[(outer * count + row / self.scheme.block) * layout.inner + inner]
+            self.blocks.grid((outer * count + row / self.scheme.block) * layout.inner + inner)
         };
-        self.blocks.codes.iter().enumerate().map(|(at, &code)| f32::from(code) * scale(at)).collect()
+        self.blocks.codes.iter().enumerate().map(|(at, &code)| grid(at).number(f32::from(code))).collect()
     }
 
     /// The codes as they are stored, one byte each, in the order of the stored constant, and the scales.

@@ -89,8 +89,8 @@ impl Sample {
         let Layout { outer: columns, length: k, .. } = self.layout;
         let count = k.div_ceil(scheme.block);
         let off = Mat::from_fn(k, columns, |row, column| {
-            let scale = blocks.scales[column * count + row / scheme.block];
-            f64::from(self.numbers[column * k + row] - f32::from(blocks.codes[column * k + row]) * scale)
+            let grid = blocks.grid(column * count + row / scheme.block);
+            f64::from(self.numbers[column * k + row] - grid.number(f32::from(blocks.codes[column * k + row])))
         });
         let lost = |judge: &Option<Mat<f64>>| match judge {
             Some(moments) => spectrum::energies(off.as_ref(), moments.as_ref()).iter().sum::<f64>().max(0.0),
