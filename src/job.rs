@@ -1,12 +1,13 @@
 //! The main job: read, simplify, prove, write, report.
 
 mod exact;
+mod interface;
 mod kv_cache;
 mod lines;
 mod precision;
 mod prepare;
 
-pub use self::{kv_cache::CacheOptions, precision::PrecisionOptions};
+pub use self::{interface::Interface, kv_cache::CacheOptions, precision::PrecisionOptions};
 pub(crate) use self::{
     lines::{pass_line, side, verify},
     prepare::prepare,
@@ -68,6 +69,8 @@ pub struct Options {
     pub sets: Sets,
     /// What lossy methods may spend; without a budget none runs.
     pub budget: Budget,
+    /// Inputs and outputs that the result has instead of the model's.
+    pub interface: Interface,
     /// The half precision that the result is converted to.
     pub precision: Option<PrecisionOptions>,
     /// The numbers in which key-value caches are kept.
@@ -138,7 +141,10 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     }
     let chosen = options.selection.of(PASSES)?;
     check_settings(options)?;
-    let loaded = Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
+    let mut loaded =
+        Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
+    let changed = options.interface.change(&mut loaded.model, &options.model)?;
+    let reference = changed.as_ref().map_or(options.model.as_path(), |changed| changed.path());
     let set = options.sets.check(&loaded.model)?;
     let old = loaded.model.opset();
     let opset = options.opset.or_else(|| Some(newest(options)?.operator_set()).filter(|&o| old < o));
@@ -163,7 +169,7 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
         None => None,
     };
     let runner = Runner::new(&options.run)?;
-    let job = Job { options, set, lossy, few, runner: &runner, opset, methods: None };
+    let job = Job { options, reference, set, lossy, few, runner: &runner, opset, methods: None };
     let used = match job.run(&loaded, chosen.clone(), start)? {
         Finished::Done(done) => return Ok(*done),
         Finished::Upgraded(used) => used,
@@ -239,6 +245,8 @@ enum Spent {
 
 struct Job<'a> {
     options: &'a Options,
+    /// What results are run beside: the model, or a copy of it with the interface that was asked for.
+    reference: &'a Path,
     /// The set that the result is compared on, and which one it is; random inputs without one.
     set: Option<(SetSpec, &'static str)>,
     runner: &'a Runner,
@@ -429,7 +437,7 @@ impl Job<'_> {
         let Some((set, count)) = self.options.sets.calibration.as_ref().zip(self.options.calib_select) else {
             return Ok(None);
         };
-        Ok(Some(self.runner.select(&self.options.model, set, count, self.options.run.inputs.seed)?))
+        Ok(Some(self.runner.select(self.reference, set, count, self.options.run.inputs.seed)?))
     }
 
     fn context(&self) -> PassContext<'_> {
@@ -474,7 +482,7 @@ impl Job<'_> {
         let bench = Bench {
             runner: self.runner,
             run: &options.run,
-            original: &options.model,
+            original: self.reference,
             seconds: options.bench.unwrap_or(0.0),
             inputs: match options.run.inputs.shapes.is_empty() {
                 true => BenchInputs::Set(calibration.clone()),
@@ -504,7 +512,7 @@ impl Job<'_> {
             Some((spec, _)) => BenchInputs::Set(spec.clone()),
             None => BenchInputs::Random(self.options.run.inputs.clone()),
         };
-        let models = [self.options.model.as_path(), candidate];
+        let models = [self.reference, candidate];
         let measurement = Measurement {
             run: &self.options.run,
             models: &models,

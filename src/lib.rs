@@ -35,7 +35,7 @@ pub use call::{Call, Event};
 pub use commands::{Answer, sets::Sets};
 pub use compress::Budget;
 pub use failure::Failure;
-pub use job::{CacheOptions, Done, Options, PrecisionOptions, optimize};
+pub use job::{CacheOptions, Done, Interface, Options, PrecisionOptions, optimize};
 pub use latency::{Latency, LatencySide};
 pub use lathe_runtime::{PROVIDERS, Provider};
 pub use layers::LayerLine;

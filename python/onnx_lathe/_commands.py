@@ -53,6 +53,9 @@ def optimize(
     set: Mapping[str, object] | None = None,
     target: Literal["portable", "ort", "tensorrt", "openvino", "qnn"] | None = None,
     opset: int | None = None,
+    fix_dim: Mapping[str, int] | None = None,
+    outputs: Iterable[str] | None = None,
+    rename: Mapping[str, str] | None = None,
     max_growth: str | int | None = None,
     external_data: Literal["auto", "always"] | None = None,
     overwrite: bool = False,
@@ -111,6 +114,9 @@ def optimize(
         set: Options of passes: ``{"prune-units.attention": 3}``.
         target: ``"ort"`` lets the result use ``com.microsoft`` operators; the others say whose whole numbers it uses.
         opset: Upgrade to this operator set first.
+        fix_dim: Sizes of open dimensions: ``{"batch": 1, "x[1]": 128}``.
+        outputs: The outputs of the result; any value that the model computes may be one.
+        rename: New names of inputs and outputs: ``{"logits": "scores"}``. Sets have the new names.
         max_growth: Let folding enlarge the model by this much: ``"512MB"``.
         external_data: ``"always"`` puts weights beside the model.
         overwrite: Let the result replace the model itself.
@@ -505,7 +511,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
         if name == "input_shape":
             shapes = (value or {}).items()
             arguments += [f"{flag}={key}:{','.join(str(int(size)) for size in shape)}" for key, shape in shapes]
-        elif name == "set":
+        elif name in ("set", "fix_dim", "rename"):
             arguments += [f"{flag}={key}={_text(setting)}" for key, setting in (value or {}).items()]
         elif value is True:
             arguments.append(flag)

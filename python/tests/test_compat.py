@@ -120,6 +120,15 @@ def test_a_check_that_fails_is_false(classifier: Path) -> None:
     assert not onnxsim.simplify(open_model(), check_n=1, check_rtol=1e-12)[1]
 
 
+def test_outputs_are_those_that_are_chosen(classifier: Path) -> None:
+    model = onnx.load(classifier)
+    inner = model.graph.node[0].output[0]
+    found = onnxslim.slim(model, outputs=[inner])
+    assert [output.name for output in found.graph.output] == [inner]
+    with pytest.raises(onnx_lathe.UsageError, match="the model has no value `z:fp16`"):
+        onnxslim.slim(model, outputs=["z:fp16"])
+
+
 def test_providers_are_those_of_the_program() -> None:
     assert onnxsim.PROVIDERS["CPUExecutionProvider"] == "cpu"
     assert onnxsim.PROVIDERS["DmlExecutionProvider"] == "directml"
@@ -131,7 +140,7 @@ UNUSUAL = {
     "mutable_initializer": True, "initializers_as_constants": False, "extra_optimizers": ["x"],
     "custom_rewriter": print, "function_rewrite_rules": [1], "check_atol": 1.0, "input_fill": "ones",
     "gemm_fusion_backend": "webgpu", "profile": "p.json", "ort_profile": "p", "merge_ort_profile": True,
-    "external_data_threshold": "1GB", "inputs": ["x:fp16"], "outputs": ["y"], "no_shape_infer": True, "dtype": "fp16",
+    "external_data_threshold": "1GB", "inputs": ["x:fp16"], "no_shape_infer": True, "dtype": "fp16",
     "skip_fusion_patterns": ["FusionGelu"], "dump_to_disk": True,
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ pub(crate) mod args;
 use self::args::{ExternalArg, OptimizeArgs, TargetArg};
 use super::Answer;
 use crate::{
-    AutoOptions, Budget, CacheOptions, Failure, Options, PrecisionOptions, Report, RunOptions, Selection, Sets,
+    AutoOptions, Budget, CacheOptions, Failure, Interface, Options, PrecisionOptions, Report, RunOptions, Selection, Sets,
     compress::ADVICE,
     progress::Meter,
     quantities::{size, time},
@@ -163,12 +163,32 @@ fn options(args: &OptimizeArgs, command: &[OsString], progress: Listener) -> Res
             thorough: args.thorough,
             allow_slower: args.allow_slower,
         },
+        interface: interface(args)?,
         precision: precision(args)?,
         cache: cache(args)?,
         calib_select: args.calib_select,
         run,
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
+}
+
+/// `--fix-dim`, `--outputs` and `--rename`.
+fn interface(args: &OptimizeArgs) -> Result<Interface, Failure> {
+    let pair = |text: &String| {
+        let (left, right) = text.rsplit_once('=').filter(|(left, _)| !left.is_empty())?;
+        Some((left.to_owned(), right.to_owned()))
+    };
+    let wrong = |flag: &str, form: &str, text: &String| Failure::Usage(format!("{flag} {text}: expected {form}"));
+    let mut sizes = Vec::new();
+    for text in &args.fix_dim {
+        let found = pair(text).and_then(|(name, size)| Some((name, size.trim().parse().ok()?)));
+        sizes.push(found.ok_or_else(|| wrong("--fix-dim", "NAME=SIZE", text))?);
+    }
+    let mut names = Vec::new();
+    for text in &args.rename {
+        names.push(pair(text).ok_or_else(|| wrong("--rename", "OLD=NEW", text))?);
+    }
+    Ok(Interface { sizes, outputs: args.outputs.clone(), names })
 }
 
 /// `--rtol`, where something asks for it.

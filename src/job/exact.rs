@@ -145,14 +145,14 @@ impl Job<'_> {
     /// Whether a model found on the way to the result still does what the original does.
     fn holds(&self, model: &Model, target: &Path, write: &WriteOptions) -> anyhow::Result<bool> {
         let staged = model.stage(target, write)?;
-        let verdict = self.runner.compare(&self.options.model, staged.path(), &self.inputs(), WHOLE)?;
+        let verdict = self.runner.compare(self.reference, staged.path(), &self.inputs(), WHOLE)?;
         Ok(verdict.holds())
     }
 
     fn judge(&self, candidate: &Path) -> Result<Judgement, Failure> {
         let verdict = self
             .runner
-            .compare(&self.options.model, candidate, &self.inputs(), WHOLE)
+            .compare(self.reference, candidate, &self.inputs(), WHOLE)
             .context("the result cannot be run beside the original (--no-verify writes it without proof)")?;
         let reason = verdict.describe();
         match verdict {

@@ -137,7 +137,7 @@ impl Job<'_> {
         let begin = Instant::now();
         let asked = asked.beside_codes(&exact.model);
         require_opset(&exact.model, asked.precision)?;
-        let original = &self.options.model;
+        let original = self.reference;
         let (form, attempt) = self.proven(&exact.model, original, asked, warnings)?;
         let Attempt { converted, report: simulated, .. } = attempt;
         let mut report = report_of(&converted, asked, &form);

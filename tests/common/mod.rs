@@ -48,6 +48,7 @@ pub fn options(model: &Path, output: &Path) -> Options {
         budget: Default::default(),
         precision: None,
         cache: None,
+        interface: onnx_lathe::Interface::default(),
         calib_select: None,
         run: RunOptions {
             ort: Some(lathe_testkit::engine().library().path.clone()),

@@ -26,7 +26,6 @@ OPTIMIZATIONS = {
 # Arguments that can only have their default.
 DEFAULTS: dict[str, Any] = {
     "inputs": None,
-    "outputs": None,
     "no_shape_infer": False,
     "dtype": None,
     "skip_fusion_patterns": None,
@@ -75,6 +74,7 @@ def slim(
         own,
         output_model,
         skip=skip or None,
+        outputs=outputs or None,
         max_growth=size_threshold or None,
         external_data="always" if save_as_external_data else None,
         validate=validate,

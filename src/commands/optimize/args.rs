@@ -73,6 +73,18 @@ pub(crate) struct OptimizeArgs {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub opset: Option<i64>,
+    /// Sizes of open dimensions, comma-separated: of a name, or INPUT[AXIS] where it has none.
+    #[arg(long, value_delimiter = ',', value_name = "NAME=SIZE,...")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fix_dim: Vec<String>,
+    /// The outputs of the result, comma-separated; any value that the model computes may be one.
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub outputs: Vec<String>,
+    /// New names of inputs and outputs, comma-separated.
+    #[arg(long, value_delimiter = ',', value_name = "OLD=NEW,...")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rename: Vec<String>,
     /// Let folding enlarge the model by this much (512MB); larger folds are skipped and named.
     #[arg(long, value_name = "SIZE", default_value = "0")]
     pub max_growth: String,
