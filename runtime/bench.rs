@@ -428,7 +428,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("relu.onnx");
         std::fs::write(&path, unary(Node::new("Relu")).to_bytes()).unwrap();
-        let inputs = BenchInputs::Random(InputSpec { seed: 0, shapes: vec![("x".into(), vec![64, 3])] });
+        let inputs = BenchInputs::Random(InputSpec { shapes: vec![("x".into(), vec![64, 3])], ..InputSpec::default() });
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
         let ask = |models: &[PathBuf], task: BenchTask| {
             bench(engine(), models, &inputs, &task, &options, &mut |_: &str| {}).unwrap()
@@ -453,7 +453,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("odd.onnx");
         std::fs::write(&path, unary(Node::new("NoSuchOperator")).to_bytes()).unwrap();
-        let inputs = BenchInputs::Random(InputSpec { seed: 0, shapes: Vec::new() });
+        let inputs = BenchInputs::Random(InputSpec::default());
         let options = LoadOptions::default();
         let error = bench(engine(), &[path], &inputs, &BenchTask::Load, &options, &mut |_: &str| {}).unwrap_err();
         assert!(error.to_string().contains("odd.onnx`: ONNX Runtime"), "{error}");

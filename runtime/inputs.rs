@@ -77,6 +77,8 @@ pub struct InputSpec {
     pub seed: u64,
     /// Shapes by input name, as `--input-shape` gives them.
     pub shapes: Vec<(String, Vec<usize>)>,
+    /// Sizes of open dimensions by name, as `--fix-dim` gives them.
+    pub sizes: Vec<(String, usize)>,
 }
 
 /// The inputs that must be given: those without a default.
@@ -331,7 +333,10 @@ mod tests {
     #[test]
     fn stated_shapes_win_and_are_checked() {
         let model = ids_model();
-        let spec = |name: &str, dims: &[usize]| InputSpec { seed: 0, shapes: vec![(name.into(), dims.to_vec())] };
+        let spec = |name: &str, dims: &[usize]| InputSpec {
+            shapes: vec![(name.into(), dims.to_vec())],
+            ..InputSpec::default()
+        };
         let given = spec("input_ids", &[2, 9]);
         let inputs = generate(&model, &given, &sizes_to_try(&model, &given)[0]).unwrap();
         assert_eq!((inputs[0].1.dims(), inputs[2].1.dims()), (&[2, 9][..], &[2, 2, 4, 4][..]));

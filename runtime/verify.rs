@@ -408,7 +408,7 @@ mod tests {
 
     fn check(reference: &Model, candidate: &Model, claim: Claim) -> Verdict {
         let (a, b) = (reference.to_bytes(), candidate.to_bytes());
-        let inputs = Inputs::Random(InputSpec { seed: 1, shapes: Vec::new() });
+        let inputs = Inputs::Random(InputSpec { seed: 1, ..InputSpec::default() });
         let options = LoadOptions { threads: 1, ..LoadOptions::default() };
         let (inputs, options) = (&inputs, &options);
         let (a, b) = (Source::Bytes(&a), Source::Bytes(&b));

@@ -42,7 +42,7 @@ pub struct Call {
 
 impl Call {
     /// Starts `arguments`, the name of the program included: those of the main job, or of `sampler`, `inspect`,
-    /// `verify`, `bench` or `passes`.
+    /// `verify`, `diff`, `bench` or `passes`.
     pub fn start(arguments: Vec<OsString>) -> io::Result<Call> {
         cli::silence_panics();
         let (sender, events) = channel();

@@ -43,6 +43,8 @@ enum Command {
     /// mask masked throughout, and with whole numbers at the ends of their types. What A does not run on is not compared and is
     /// named with --json (left_out). Sizes follow from an estimate of the work, so that a comparison takes seconds.
     Verify(Box<commands::verify::VerifyArgs>),
+    /// What differs between two models: inputs and outputs, operators, nodes, weights. Nothing is run.
+    Diff(commands::diff::DiffArgs),
     /// Collect calibration statistics of tensors inside a model.
     Stats(Box<commands::stats::StatsArgs>),
     /// Time a model, or two in turns.
@@ -125,6 +127,7 @@ pub(crate) fn answer(arguments: &[OsString], progress: Listener) -> Result<Answe
         Some(Command::Inspect(args)) => commands::inspect::answer(args, progress),
         Some(Command::Verify(args)) => commands::verify::answer(args, progress),
         Some(Command::Bench(args)) => commands::bench::answer(args, progress),
+        Some(Command::Diff(args)) => commands::diff::answer(args),
         Some(Command::Passes(_)) => Ok(commands::catalogue::answer()),
         Some(_) => Err(Failure::Usage("only the command line has this command".to_owned())),
         None => commands::optimize::answer(&cli.optimize, arguments, progress),
@@ -137,6 +140,7 @@ fn perform(arguments: Vec<OsString>) -> Result<(), Failure> {
         Some(Command::Sampler(args)) => commands::sampler::run(args, &arguments),
         Some(Command::Inspect(args)) => commands::inspect::run(args),
         Some(Command::Verify(args)) => commands::verify::run(args),
+        Some(Command::Diff(args)) => commands::diff::run(args),
         Some(Command::Stats(args)) => commands::stats::run(args),
         Some(Command::Bench(args)) => commands::bench::run(args),
         Some(Command::Cache(args)) => commands::cache::run(args),

@@ -28,7 +28,7 @@ use lathe_passes::{
     PASSES, Pass, PassContext, Quantity, Target,
     lossy::{METHODS, Method, MethodContext, OLDEST_OPSET, allocate},
 };
-use lathe_runtime::{BenchInputs, ChosenSamples, RunEvent, SampleSet, SetSpec};
+use lathe_runtime::{BenchInputs, ChosenSamples, InputSpec, RunEvent, SampleSet, SetSpec};
 use std::{
     collections::BTreeMap,
     io::Write as _,
@@ -144,7 +144,9 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let mut loaded =
         Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
     let changed = options.interface.change(&mut loaded.model, &options.model)?;
-    let reference = changed.as_ref().map_or(options.model.as_path(), |changed| changed.path());
+    let reference = changed.reference.as_ref().map_or(options.model.as_path(), |changed| changed.path());
+    let inputs = InputSpec { sizes: changed.sizes, ..options.run.inputs.clone() };
+    let options = &Options { run: RunOptions { inputs, ..options.run.clone() }, ..options.clone() };
     let set = options.sets.check(&loaded.model)?;
     let old = loaded.model.opset();
     let opset = options.opset.or_else(|| Some(newest(options)?.operator_set()).filter(|&o| old < o));

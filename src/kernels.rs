@@ -129,7 +129,7 @@ pub(crate) fn measure(options: &RunOptions) -> anyhow::Result<Vec<Verdict>> {
         let sizes = |name: &str, sizes: &[usize]| (name.to_owned(), sizes.to_vec());
         let inputs = [sizes("x", &[1, 128, 384]), sizes("z", &[1, 128, 384]), sizes("mask", &[1, 1, 128, 128])];
         let shapes = inputs.into_iter().filter(|(name, _)| kernel.head.contains(&format!("] {name}"))).collect();
-        let inputs = BenchInputs::Random(InputSpec { seed: 0, shapes });
+        let inputs = BenchInputs::Random(InputSpec { shapes, ..InputSpec::default() });
         let models: Vec<&std::path::Path> = paths.iter().map(PathBuf::as_path).collect();
         let latency = Measurement { run: options, models: &models, inputs: &inputs, seconds: 2.0 }.run(&mut |_| {})?;
         found.push(Verdict {

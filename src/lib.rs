@@ -11,6 +11,7 @@ mod call;
 pub mod cli;
 mod commands;
 mod compress;
+mod diff;
 mod failure;
 mod html;
 mod job;

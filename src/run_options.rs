@@ -129,7 +129,7 @@ impl RunArgs {
     /// The options that these arguments ask for. `progress` hears how far the work is.
     pub(crate) fn options(&self, progress: Listener) -> Result<RunOptions, Failure> {
         let shapes = self.input_shape.iter().map(|text| input_shape(text)).collect::<Result<_, _>>()?;
-        let inputs = InputSpec { seed: self.seed, shapes };
+        let inputs = InputSpec { seed: self.seed, shapes, sizes: Vec::new() };
         Ok(RunOptions { inputs, ..self.engine.options(&self.limits, progress)? })
     }
 }

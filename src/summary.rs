@@ -21,15 +21,20 @@ fn right(text: impl ToString) -> Cell {
     Cell::new(text.to_string()).set_alignment(CellAlignment::Right)
 }
 
+/// Figures of two models, and what changed.
+pub(crate) fn sides([before, after]: [&str; 2], rows: Vec<[String; 4]>) -> String {
+    let mut sides = table();
+    sides.set_header(vec![Cell::new(""), right(before), right(after), right("change")]);
+    for [name, before, after, change] in rows {
+        sides.add_row(vec![Cell::new(name), right(before), right(after), right(change)]);
+    }
+    format!("{sides}\n")
+}
+
 /// The before/after table with one line per pass that did something.
 pub(crate) fn text(report: &Report, verbose: bool) -> String {
-    let mut out = String::new();
-    let mut before_after = table();
-    before_after.set_header(vec![Cell::new(""), right("before"), right("after"), right("change")]);
-    for [name, before, after, change] in rows(&report.input, &report.output) {
-        before_after.add_row(vec![Cell::new(name), right(before), right(after), right(change)]);
-    }
-    out.push_str(&format!("{before_after}\n\n"));
+    let mut out = sides(["before", "after"], rows(&report.input, &report.output));
+    out.push('\n');
     let mut passes = table();
     passes.set_header(vec![Cell::new("pass"), right("changes"), right("nodes"), right("bytes"), right("seconds")]);
     let shown = |p: &&PassLine| p.changes > 0 || p.dropped.is_some() || verbose;

@@ -79,7 +79,7 @@ pub fn equivalent(reference: &Model, candidate: &Model, claim: impl Into<Claim>,
 /// What comes of running both models on seeded inputs.
 pub fn verdict(reference: &Model, candidate: &Model, claim: Claim, seed: u64) -> Result<Verdict, String> {
     let (expected, found) = (reference.to_bytes(), candidate.to_bytes());
-    let inputs = Inputs::Random(InputSpec { seed, shapes: Vec::new() });
+    let inputs = Inputs::Random(InputSpec { seed, ..InputSpec::default() });
     let options = LoadOptions { threads: 1, ..LoadOptions::default() };
     let task = VerifyTask {
         model: reference,

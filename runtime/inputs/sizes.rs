@@ -152,7 +152,8 @@ impl Open {
             let pinned = roles::pinned(graph, id, Some(shape.dims.len())).filter(|p| p.ndim == shape.dims.len());
             for (axis, dim) in shape.dims.iter().enumerate() {
                 let Some(key) = key(dim, axis, shape.dims.len()) else { continue };
-                if let Some(&size) = stated.and_then(|dims| dims.get(axis)) {
+                let fixed = spec.sizes.iter().find(|(name, _)| *name == key).map(|(_, size)| size);
+                if let Some(&size) = stated.and_then(|dims| dims.get(axis)).or(fixed) {
                     given.insert(key.clone(), size);
                 }
                 let pin = pinned.as_ref().and_then(|p| p.sizes.iter().find(|(at, _)| *at == axis));
@@ -390,7 +391,7 @@ mod tests {
         let all = sizes_to_try(&model, &InputSpec::default());
         assert!(all.iter().all(|sizes| sizes.of("channels") == Some(3)), "{:?}", described(&all));
         // What the user states comes first.
-        let spec = InputSpec { seed: 0, shapes: vec![("x".to_owned(), vec![1, 4, 8, 8])] };
+        let spec = InputSpec { shapes: vec![("x".to_owned(), vec![1, 4, 8, 8])], ..InputSpec::default() };
         assert_eq!(sizes_to_try(&model, &spec)[0].of("channels"), Some(4));
     }
 
@@ -417,7 +418,7 @@ mod tests {
         );
         // What is stated is no size to choose.
         let model = identity(&["batch", "seq_len", "4"]);
-        let stated = InputSpec { seed: 0, shapes: vec![("x".to_owned(), vec![1, 8, 4])] };
+        let stated = InputSpec { shapes: vec![("x".to_owned(), vec![1, 8, 4])], ..InputSpec::default() };
         assert!(edge_sizes(&model, &stated, &sizes_to_try(&model, &stated)).is_empty());
         let closed = identity(&["2", "3"]);
         assert!(edge_sizes(&closed, &spec, &sizes_to_try(&closed, &spec)).is_empty());
@@ -439,7 +440,7 @@ mod tests {
         );
         let edges = described(&edge_sizes(&model, &spec, &all[..2]));
         assert!(edges.contains(&"s21 = 3, s50 = 5, s57 = 0, s6 = 3, s81 = 5".to_owned()), "{edges:?}");
-        let stated = InputSpec { seed: 0, shapes: vec![("input_ids".to_owned(), vec![2, 3])] };
+        let stated = InputSpec { shapes: vec![("input_ids".to_owned(), vec![2, 3])], ..InputSpec::default() };
         assert_eq!(sizes_to_try(&model, &stated)[0].describe(), "s21 = 2, s50 = 3, s57 = 4, s6 = 1, s81 = 7");
         // Without a past the mask is as long as the sequence.
         let mut build = Build::new();

@@ -142,7 +142,7 @@ fn time_fragment(
             save(index + 1, &changed)?;
         }
     }
-    let inputs = BenchInputs::Random(InputSpec { seed: setup.seed, shapes: Vec::new() });
+    let inputs = BenchInputs::Random(InputSpec { seed: setup.seed, ..InputSpec::default() });
     let measured = setup.runner.bench(&files, &inputs, BenchTask::Each)?;
     let BenchResult::Each(medians) = measured else {
         return Err(Failure::Error(anyhow!("the worker measured something else")));

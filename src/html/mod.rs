@@ -2,6 +2,7 @@
 //! [`Report`]; the JSON report lies in the page too.
 
 mod charts;
+pub(crate) mod diff;
 mod numbers;
 mod plan;
 
@@ -33,6 +34,40 @@ pub(crate) fn page(report: &Report) -> String {
     let name = title.rsplit(['/', '\\']).next().unwrap_or(title);
     // `<` cannot end the script element inside a string of JSON.
     let json = report.to_json().replace('<', "\\u003c");
+    let body = html! {
+        header {
+            h1 { (name) }
+            p { (verdict(report)) " From " code.name { (report.input.path) } ", opset " (report.output.opset) "." }
+        }
+        main {
+            (overview(report))
+            @if !report.warnings.is_empty() {
+                h2 { "Warnings" }
+                ul.warnings { @for warning in &report.warnings { li { (warning) } } }
+            }
+            (sizes(report))
+            @if let Some(verify) = &report.verify { (outputs(verify)) }
+            @if let Some(latency) = &report.latency { (timings(latency)) }
+            @if let Some(plan) = &report.plan { (plan::section(plan)) }
+            @if let Some(precision) = &report.precision { (numbers::precision(precision)) }
+            @if let Some(caches) = &report.kv_cache { (numbers::caches(caches)) }
+            (passes(&report.passes))
+            @if !report.layers.is_empty() { (layers(report)) }
+            h2 { "Reproduce" }
+            p.caption { "Seed " (report.seed) ". Paths are relative to the folder it ran in." }
+            pre { (shell(&report.command)) }
+        }
+        footer {
+            "onnx-lathe " (report.version) " · " (format!("{:.2} s", report.seconds)) " · "
+            (mib(report.peak_rss_bytes)) " peak memory"
+        }
+        script #report type="application/json" { (PreEscaped(json)) }
+    };
+    document(name, body)
+}
+
+/// A page that needs nothing else.
+fn document(name: &str, body: Markup) -> String {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -43,35 +78,7 @@ pub(crate) fn page(report: &Report) -> String {
                 link rel="icon" href="data:,";
                 style { (PreEscaped(STYLE)) }
             }
-            body {
-                header {
-                    h1 { (name) }
-                    p { (verdict(report)) " From " code.name { (report.input.path) } ", opset " (report.output.opset) "." }
-                }
-                main {
-                    (overview(report))
-                    @if !report.warnings.is_empty() {
-                        h2 { "Warnings" }
-                        ul.warnings { @for warning in &report.warnings { li { (warning) } } }
-                    }
-                    (sizes(report))
-                    @if let Some(verify) = &report.verify { (outputs(verify)) }
-                    @if let Some(latency) = &report.latency { (timings(latency)) }
-                    @if let Some(plan) = &report.plan { (plan::section(plan)) }
-                    @if let Some(precision) = &report.precision { (numbers::precision(precision)) }
-                    @if let Some(caches) = &report.kv_cache { (numbers::caches(caches)) }
-                    (passes(&report.passes))
-                    @if !report.layers.is_empty() { (layers(report)) }
-                    h2 { "Reproduce" }
-                    p.caption { "Seed " (report.seed) ". Paths are relative to the folder it ran in." }
-                    pre { (shell(&report.command)) }
-                }
-                footer {
-                    "onnx-lathe " (report.version) " · " (format!("{:.2} s", report.seconds)) " · "
-                    (mib(report.peak_rss_bytes)) " peak memory"
-                }
-                script #report type="application/json" { (PreEscaped(json)) }
-            }
+            body { (body) }
         }
     }
     .into_string()

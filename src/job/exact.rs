@@ -1,6 +1,6 @@
 //! The exact part of a job: the passes, the run beside the original, and what is left out until that holds.
 
-use super::{Job, Outcome, Prepared, cost, lines, prepare::state_outputs};
+use super::{Job, Outcome, Prepared, cost, interface::state_sizes, lines, prepare::state_outputs};
 use crate::{
     Failure, PassRecord,
     pipeline::{self, Broken, Run},
@@ -52,6 +52,9 @@ impl Job<'_> {
                 }
             };
             state_outputs(&mut model);
+            if !self.options.interface.sizes.is_empty() {
+                state_sizes(&mut model);
+            }
             model.check().context("the result is not a valid model; this is a fault of this program")?;
             let staged = model.stage(target, write)?;
             let mut verify = None;

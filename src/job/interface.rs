@@ -22,6 +22,15 @@ pub struct Interface {
     pub names: Vec<(String, String)>,
 }
 
+/// What a change of a model's interface leaves to run results beside it.
+#[derive(Default)]
+pub(super) struct Changed {
+    /// The model with the same outputs and names; `None` where the file has them.
+    pub reference: Option<Reference>,
+    /// The sizes that its open dimensions take, by name.
+    pub sizes: Vec<(String, usize)>,
+}
+
 /// A model on disk with another interface than the file it was read from; its weights are links to that.
 pub(super) struct Reference {
     path: PathBuf,
@@ -40,45 +49,83 @@ impl Interface {
         self.sizes.is_empty() && self.outputs.is_empty() && self.names.is_empty()
     }
 
-    /// Changes a model, and writes a copy with the weights of its file to run results beside.
-    pub(super) fn change(&self, model: &mut Model, file: &Path) -> Result<Option<Reference>, Failure> {
+    /// Changes a model that was read from `file`. What it is compared with has the same outputs and names, but its sizes stay
+    /// open: what a branch that is never taken would make of them keeps runtimes from loading some models.
+    pub(super) fn change(&self, model: &mut Model, file: &Path) -> Result<Changed, Failure> {
         if self.is_empty() {
-            return Ok(None);
+            return Ok(Changed::default());
         }
         self.choose_outputs(model)?;
-        self.fix_sizes(model)?;
         self.rename(model)?;
+        let (sizes, named) = self.name_sizes(&mut model.graph)?;
         model.check().context("the model cannot have these inputs and outputs")?;
-        let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
-        let path = folder.path().join(file.file_name().unwrap_or_else(|| "model.onnx".as_ref()));
-        model.write_linked(&path)?;
-        Ok(Some(Reference { path, _folder: folder }))
+        let mut reference = None;
+        if named || !self.outputs.is_empty() || !self.names.is_empty() {
+            let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+            let path = folder.path().join(file.file_name().unwrap_or_else(|| "model.onnx".as_ref()));
+            model.write_linked(&path)?;
+            reference = Some(Reference { path, _folder: folder });
+        }
+        for (name, size) in &sizes {
+            fix(&mut model.graph, name, *size as i64);
+        }
+        if !sizes.is_empty() {
+            state_sizes(model);
+        }
+        Ok(Changed { reference, sizes })
     }
 
-    /// Gives open dimensions their sizes, wherever their names stand.
-    fn fix_sizes(&self, model: &mut Model) -> Result<(), Failure> {
-        if self.sizes.is_empty() {
-            return Ok(());
-        }
-        let mut seen = BTreeSet::new();
+    /// The sizes by names of dimensions, and whether one without a name was given one.
+    fn name_sizes(&self, graph: &mut Graph) -> Result<(Vec<(String, usize)>, bool), Failure> {
+        let (mut sizes, mut named) = (Vec::new(), false);
         for (dimension, size) in &self.sizes {
-            if !seen.insert(dimension) {
+            if *size == 0 {
+                return Err(wrong(format!("--fix-dim {dimension}=0: a size is at least 1")));
+            }
+            let open = self.open(graph, dimension)?;
+            let name = match open {
+                OpenDim::Named(name) => name,
+                OpenDim::Known(known) if known == *size as i64 => continue,
+                OpenDim::Known(known) => {
+                    return Err(wrong(format!("--fix-dim {dimension}={size}: it is {known} already")));
+                }
+                OpenDim::Unnamed(input, axis) => {
+                    let dims = graph.value_mut(input).ty.as_mut().and_then(dims_of);
+                    if let Some(dim) = dims.and_then(|dims| dims.get_mut(axis)) {
+                        *dim = Dim::Symbol(dimension.clone());
+                    }
+                    named = true;
+                    dimension.clone()
+                }
+            };
+            if sizes.iter().any(|(other, _)| *other == name) {
                 return Err(wrong(format!("--fix-dim gives `{dimension}` two sizes")));
             }
-            let size = i64::try_from(*size).ok().filter(|&size| size > 0);
-            let size = size.ok_or_else(|| wrong(format!("--fix-dim {dimension}=0: a size is at least 1")))?;
-            fix(&mut model.graph, dimension, size)?;
+            sizes.push((name, *size));
         }
-        let facts = Facts::infer(model);
-        for output in model.graph.main().outputs().to_vec() {
-            let open = |ty: &Type| ty.shape().is_none_or(|shape| shape.sizes().is_none());
-            if model.graph.value(output).ty.as_ref().is_none_or(open)
-                && let Some(ty) = facts.ty(output)
-            {
-                model.graph.value_mut(output).ty = Some(ty);
-            }
+        Ok((sizes, named))
+    }
+
+    /// The dimension of an input that goes by this name, or stands at this place.
+    fn open(&self, graph: &Graph, dimension: &str) -> Result<OpenDim, Failure> {
+        let inputs = graph.main().inputs();
+        let shape = |id: ValueId| graph.value(id).ty.as_ref().and_then(|ty| ty.shape());
+        let mut dims = inputs.iter().filter_map(|&id| shape(id)).flat_map(|shape| &shape.dims);
+        if dims.any(|dim| dim.name() == Some(dimension)) {
+            return Ok(OpenDim::Named(dimension.to_owned()));
         }
-        Ok(())
+        let place = dimension.strip_suffix(']').and_then(|text| text.rsplit_once('['));
+        let place = place.and_then(|(input, axis)| {
+            let id = inputs.iter().copied().find(|&v| graph.value(v).name == input)?;
+            let axis = axis.parse::<usize>().ok()?;
+            let dim = shape(id)?.dims.get(axis)?;
+            Some(match (dim.known(), dim.name()) {
+                (Some(known), _) => OpenDim::Known(known),
+                (None, Some(name)) => OpenDim::Named(name.to_owned()),
+                (None, None) => OpenDim::Unnamed(id, axis),
+            })
+        });
+        place.ok_or_else(|| no_such(graph, dimension))
     }
 
     /// Makes these values the outputs, and no others.
@@ -162,46 +209,39 @@ fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
     names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
-/// Gives an open dimension a size. One without a name is told by its place among the inputs.
-fn fix(graph: &mut Graph, dimension: &str, size: i64) -> Result<(), Failure> {
-    let place = dimension.strip_suffix(']').and_then(|text| text.rsplit_once('['));
-    let place = place.and_then(|(input, axis)| Some((input, axis.parse::<usize>().ok()?)));
-    let inputs = graph.main().inputs().to_vec();
-    let name = match place {
-        None => dimension.to_owned(),
-        Some((input, axis)) => {
-            let id = inputs.iter().copied().find(|&v| graph.value(v).name == input);
-            let dims = id.and_then(|id| graph.value(id).ty.as_ref()?.shape()).map(|shape| &shape.dims);
-            match (id, dims.and_then(|dims| dims.get(axis))) {
-                (_, Some(Dim::Symbol(name))) => name.clone(),
-                (Some(id), Some(Dim::Unknown)) => {
-                    if let Some(dim) = graph.value_mut(id).ty.as_mut().and_then(|ty| dims_of(ty)?.get_mut(axis)) {
-                        *dim = Dim::Known(size);
-                    }
-                    return Ok(());
-                }
-                (_, Some(Dim::Known(known))) if *known == size => return Ok(()),
-                (_, Some(Dim::Known(known))) => {
-                    return Err(wrong(format!("--fix-dim {dimension}={size}: it is {known} already")));
-                }
-                _ => return Err(no_such(graph, dimension)),
-            }
-        }
-    };
-    let is_open = |dim: &Dim| dim.name() == Some(&name);
+/// A dimension of an input.
+enum OpenDim {
+    Named(String),
+    /// The input and the axis of one without a name.
+    Unnamed(ValueId, usize),
+    Known(i64),
+}
+
+/// Gives a dimension a size wherever its name stands.
+fn fix(graph: &mut Graph, name: &str, size: i64) {
+    let is_open = |dim: &Dim| dim.name() == Some(name);
     let has = |&id: &ValueId| {
         let shape = graph.value(id).ty.as_ref().and_then(|ty| ty.shape());
         shape.is_some_and(|shape| shape.dims.iter().any(is_open))
     };
-    if !inputs.iter().any(has) {
-        return Err(no_such(graph, dimension));
-    }
     let stated: Vec<ValueId> = values(graph).into_iter().filter(has).collect();
     for id in stated {
         let dims = graph.value_mut(id).ty.as_mut().and_then(dims_of);
         dims.into_iter().flatten().filter(|dim| is_open(dim)).for_each(|dim| *dim = Dim::Known(size));
     }
-    Ok(())
+}
+
+/// States sizes of outputs that follow from those of the inputs.
+pub(super) fn state_sizes(model: &mut Model) {
+    let facts = Facts::infer(model);
+    for output in model.graph.main().outputs().to_vec() {
+        let open = |ty: &Type| ty.shape().is_none_or(|shape| shape.sizes().is_none());
+        if model.graph.value(output).ty.as_ref().is_none_or(open)
+            && let Some(ty) = facts.ty(output)
+        {
+            model.graph.value_mut(output).ty = Some(ty);
+        }
+    }
 }
 
 /// All values that something gives, subgraphs included.

@@ -91,7 +91,7 @@ impl<'a> SeededInputs<'a> {
             }
             (name.clone(), dims)
         };
-        let spec = InputSpec { seed: inputs.seed, shapes: shapes.iter().map(single).collect() };
+        let spec = InputSpec { seed: inputs.seed, shapes: shapes.iter().map(single).collect(), ..InputSpec::default() };
         let sizes =
             sizes_to_try(model, &spec).into_iter().next().ok_or_else(|| anyhow!("the model accepts no sizes"))?;
         let made = generate(model, &spec, &sizes).context("no inputs can be made up")?;

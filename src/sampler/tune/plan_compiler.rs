@@ -64,8 +64,8 @@ impl<'a> PlanCompiler<'a> {
             let name = if *name == roles.latent { "noise" } else { name.as_str() };
             (name != roles.time).then(|| (name.to_owned(), dims.clone()))
         };
-        let InputSpec { seed, shapes } = self.plans.inputs;
-        InputSpec { seed: *seed, shapes: shapes.iter().filter_map(named).collect() }
+        let InputSpec { seed, shapes, .. } = self.plans.inputs;
+        InputSpec { seed: *seed, shapes: shapes.iter().filter_map(named).collect(), ..InputSpec::default() }
     }
 
     /// Runs networks that are no samplers.

@@ -85,7 +85,7 @@ impl PlanRunner<'_> {
         let seed = self.inputs.seed.wrapping_add(batch.wrapping_mul(0x9e37_79b9));
         let shapes = self.shapes()?;
         let make = |seed: u64| {
-            let spec = InputSpec { seed, shapes: shapes.clone() };
+            let spec = InputSpec { seed, shapes: shapes.clone(), ..InputSpec::default() };
             let sizes = sizes_to_try(self.denoiser, &spec);
             let sizes = sizes.first().ok_or_else(|| anyhow!("the denoiser accepts no sizes"))?;
             generate(self.denoiser, &spec, sizes).context("no inputs for the denoiser can be made up")
