@@ -54,7 +54,7 @@ pub use compare::{Claim, Comparison, Excuse, Fault, OutputError, compare, defaul
 pub use content::ContentIds;
 pub use datum::{Datum, Sample};
 pub use distribution::{FeatureError, Features, Kernel, frechet, kernel, sliced};
-pub use doctor::{Diagnosis, InstallError, Library, diagnose, install};
+pub use doctor::{Diagnosis, InstallError, Kind, Library, devices_of, diagnose, install};
 pub use engine::{Engine, LoadOptions, RuntimeError, Session, Source, Timed};
 pub use executor::{Executor, ExecutorError, Task};
 pub use in_process::{InProcess, start};
@@ -65,7 +65,7 @@ pub use machine::machine;
 pub use measure::{MeasureError, Measured, Scores};
 pub use metrics::{Column, Metric, MetricError, Score, metric_columns, metrics};
 pub use npz::NpzWriter;
-pub use ort_engine::{OrtEngine, PROVIDERS, Provider, provider_name};
+pub use ort_engine::{InstalledPlugin, OrtEngine, PROVIDERS, Provider, provider_name};
 pub use paired::{Pair, bootstrap, feature_distances, pairs};
 pub use profile::{NodeTime, Placement, Profile, ProfileError};
 pub use progress::{Listener, Progress, RunEvent, Talk};

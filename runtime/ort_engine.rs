@@ -1,10 +1,12 @@
 //! ONNX Runtime: the only module that mentions `ort`.
 
+mod plugins;
 mod providers;
 mod registration;
 mod timed;
 mod values;
 
+pub use plugins::InstalledPlugin;
 pub use providers::{PROVIDERS, Provider, provider_name};
 
 use self::values::{ValueError, from_ort, to_ort};
@@ -26,7 +28,7 @@ use ort::{
 use std::{
     borrow::Cow,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
@@ -37,6 +39,7 @@ pub struct OrtEngine {
     library: FoundLibrary,
     version: String,
     tried: Vec<String>,
+    plugins: Vec<InstalledPlugin>,
 }
 
 static ENGINE: OnceLock<OrtEngine> = OnceLock::new();
@@ -60,7 +63,12 @@ impl OrtEngine {
         };
         let version = version_in(ort::info()).or_else(|| version_in(&library.path.to_string_lossy()));
         let version = version.unwrap_or_else(|| "of unknown version".to_owned());
-        Ok(ENGINE.get_or_init(|| OrtEngine { environment, library, version, tried }))
+        // Packages lie beside that of the library, or where `doctor` installs them.
+        let packages = library.path.ancestors().nth(3).map(Path::to_owned);
+        let beside = library.path.parent().map(Path::to_owned);
+        let folders: Vec<PathBuf> = packages.into_iter().chain(beside).chain(search.data_dir.clone()).collect();
+        let plugins = plugins::installed(&folders);
+        Ok(ENGINE.get_or_init(|| OrtEngine { environment, library, version, tried, plugins }))
     }
 
     /// The library and how it was found.
@@ -76,6 +84,19 @@ impl OrtEngine {
     /// The version of the library: `1.32.0`.
     pub fn version(&self) -> &str {
         &self.version
+    }
+
+    /// Providers that are installed as libraries of their own.
+    pub fn plugins(&self) -> &[InstalledPlugin] {
+        &self.plugins
+    }
+
+    /// The devices that a plugin offers, one line each. Loads it into this process.
+    pub fn devices_of(&self, plugin: &InstalledPlugin) -> Result<Vec<String>, String> {
+        let named = registration::plugin(&self.environment, &plugin.name, &plugin.path);
+        let named = named.map_err(|error| error.to_string())?;
+        let own = format!("{named}: ");
+        Ok(self.devices().iter().filter_map(|line| line.strip_prefix(&own).map(str::to_owned)).collect())
     }
 
     /// The devices the library sees, one line each: `CPUExecutionProvider: Intel CPU`.
@@ -103,7 +124,8 @@ impl OrtEngine {
             .and_then(|b| if options.lean { b.with_execution_providers([unpooled()]) } else { Ok(b) })
             .and_then(|b| b.with_log_level(LogLevel::Fatal));
         let builder = configured.map_err(|e| refused(sentence(e.message())))?;
-        registration::register(&self.environment, builder, options, &self.name(), &self.library.path, timing)
+        let engine = (self.name(), self.library.path.as_path());
+        registration::register(&self.environment, builder, options, (&engine.0, engine.1), &self.plugins, timing)
     }
 
     fn commit(&self, mut builder: SessionBuilder, source: Source<'_>) -> Result<ort::session::Session, RuntimeError> {

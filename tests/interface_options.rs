@@ -109,3 +109,27 @@ fn what_cannot_be_is_said_in_one_sentence_and_nothing_is_written() {
         assert!(!out.exists());
     }
 }
+
+#[test]
+fn differences_are_told_and_can_end_a_script() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = model(folder.path());
+    let diff = |other: &Path, options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+        command.arg("diff").arg(&path).arg(other).args(options).output().unwrap()
+    };
+    let same = diff(&path, &["--exit-code"]);
+    assert!(same.status.success());
+    assert!(String::from_utf8_lossy(&same.stdout).starts_with("the models are equal: "));
+    let (_, _) = written(&path, &["--outputs", "z"]);
+    let out = path.with_file_name("out.onnx");
+    let page = folder.path().join("page.html");
+    let differ = diff(&out, &["--json", "--exit-code", "--html", page.to_str().unwrap()]);
+    assert_eq!(differ.status.code(), Some(1));
+    assert_eq!(String::from_utf8_lossy(&differ.stderr).trim(), "error: the models differ");
+    let found: serde_json::Value = serde_json::from_slice(&differ.stdout).unwrap();
+    assert_eq!(found["equal"], false);
+    assert_eq!(found["interface"][0]["name"], "y");
+    assert!(std::fs::read_to_string(&page).unwrap().contains("Nodes only in the first"));
+    assert!(diff(&out, &[]).status.success());
+}

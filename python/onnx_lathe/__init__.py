@@ -16,7 +16,7 @@ from typing import Any
 
 from onnx_lathe import _host
 from onnx_lathe._answers import Answer, Comparison, Result
-from onnx_lathe._commands import bench, inspect, optimize, passes, sampler, verify
+from onnx_lathe._commands import bench, diff, inspect, optimize, passes, sampler, verify
 from onnx_lathe._native import Error, InputError, Refused, RuntimeMissing, UsageError, __version__
 
 _host.announce()
@@ -40,6 +40,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "bench",
+    "diff",
     "inspect",
     "optimize",
     "passes",

@@ -320,6 +320,25 @@ def verify(
         return Comparison(found.report, found.text, found.notes, found.refused)
 
 
+def diff(a: Model, b: Model, *, html: StrPath | None = None, exit_code: bool = False) -> Answer:
+    """What differs between two models, without running them: inputs and outputs, operators, nodes, weights.
+
+    Args:
+        a: One model.
+        b: The other.
+        html: Also write a page with everything.
+        exit_code: Raise :class:`InputError` where the models differ.
+
+    ``report["equal"]`` says whether anything differs.
+    """
+    options = dict(locals())
+    for name in ("a", "b"):
+        del options[name]
+    with _Job("comparing", False, {}) as job:
+        first, second = job.model("a", a), job.model("b", b)
+        return job.call(["diff", str(first), str(second), *_flags(options)]).answer()
+
+
 def bench(
     a: Model,
     b: Model | None = None,

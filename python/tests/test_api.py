@@ -188,6 +188,17 @@ def test_bench_times_one_or_two(classifier: Path) -> None:
     assert two.report["ratio"] > 0 and len(two.report["profile"]) == 2
 
 
+def test_diff_tells_what_differs(classifier: Path, tmp_path: Path) -> None:
+    assert onnx_lathe.diff(classifier, onnx.load(classifier)).report["equal"]
+    onnx_lathe.optimize(classifier, tmp_path / "out.onnx", rename={"x": "pixels"}, progress=False)
+    page = tmp_path / "page.html"
+    found = onnx_lathe.diff(classifier, tmp_path / "out.onnx", html=page)
+    assert [(port["name"], port["a"] is None) for port in found.report["interface"]] == [("pixels", True), ("x", False)]
+    assert not found.report["equal"] and "pixels" in page.read_text()
+    with pytest.raises(onnx_lathe.InputError, match="the models differ"):
+        onnx_lathe.diff(classifier, tmp_path / "out.onnx", exit_code=True)
+
+
 def test_inspect_and_passes_tell(transformer: Path) -> None:
     found = onnx_lathe.inspect(transformer, units=True)
     assert found.report["model"]["nodes"] == 212 and "encoder/layer.1/attention" in str(found)
@@ -252,7 +263,7 @@ def test_a_recipe_of_the_command_line_works_here(transformer: Path, tmp_path: Pa
 NO_KEYWORDS = {"output", "help", "version", "verbose", "quiet", "json"}
 
 
-@pytest.mark.parametrize("command", ["optimize", "sampler", "verify", "bench", "inspect"])
+@pytest.mark.parametrize("command", ["optimize", "sampler", "verify", "diff", "bench", "inspect"])
 def test_every_option_of_the_command_line_is_a_keyword(command: str) -> None:
     words = [] if command == "optimize" else [command]
     call = [sys.executable, "-m", "onnx_lathe", *words, "--help"]

@@ -66,6 +66,8 @@ pub struct Provider {
     pub remedy: &'static str,
     /// What must be installed besides; empty where nothing must.
     pub needs: &'static str,
+    /// The folder of the Python package that its plugin library comes in; empty where there is none.
+    pub package: &'static str,
     /// Whether the loaded library was built with it.
     pub(super) available: fn() -> ort::Result<bool>,
     /// What is appended to a session for a device, and whether for timing.
@@ -121,6 +123,7 @@ pub const PROVIDERS: &[Provider] = &[
         elsewhere: false,
         remedy: "it is in every build",
         needs: "",
+        package: "",
         available: has::<ep::CPU>,
         append: |_, _| Vec::new(),
         memory: None,
@@ -134,6 +137,7 @@ pub const PROVIDERS: &[Provider] = &[
         elsewhere: false,
         remedy: GPU,
         needs: "an NVIDIA driver, and the CUDA and cuDNN libraries where the loader finds them (LD_LIBRARY_PATH)",
+        package: "",
         available: has::<ep::CUDA>,
         append: |device, timing| vec![cuda(device, timing)],
         memory: Some(AllocationDevice::CUDA),
@@ -148,11 +152,26 @@ pub const PROVIDERS: &[Provider] = &[
         remedy: GPU,
         needs: "an NVIDIA driver, and the TensorRT, CUDA and cuDNN libraries where the loader finds them \
                 (LD_LIBRARY_PATH)",
+        package: "",
         available: has::<ep::TensorRT>,
         // What TensorRT does not take belongs on the same device, not on the CPU.
         append: |device, timing| {
             vec![ep::TensorRT::default().with_device_id(device).build().error_on_failure(), cuda(device, timing)]
         },
+        memory: Some(AllocationDevice::CUDA),
+    },
+    Provider {
+        name: "tensorrt-rtx",
+        runtime_name: "NvTensorRTRTXExecutionProvider",
+        half: true,
+        integers: false,
+        elsewhere: false,
+        remedy: "install the plugin onnxruntime-ep-nv-tensorrt-rtx beside it, or give its library with --ep tensorrt-rtx=PATH",
+        needs: "an NVIDIA RTX GPU with its driver",
+        package: "onnxruntime_ep_nv_tensorrt_rtx",
+        // No library is built with it.
+        available: || Ok(false),
+        append: |_, _| Vec::new(),
         memory: Some(AllocationDevice::CUDA),
     },
     Provider {
@@ -164,6 +183,7 @@ pub const PROVIDERS: &[Provider] = &[
         elsewhere: false,
         remedy: "install the plugin onnxruntime-ep-webgpu beside it, or give its library with --ep webgpu=PATH",
         needs: "a GPU with a Vulkan, Metal or Direct3D 12 driver",
+        package: "onnxruntime_ep_webgpu",
         available: has::<ep::WebGPU>,
         append: |device, _| vec![ep::WebGPU::default().with_device_id(device).build().error_on_failure()],
         memory: Some(AllocationDevice::WEBGPU_BUFFER),
@@ -175,8 +195,10 @@ pub const PROVIDERS: &[Provider] = &[
         integers: false,
         quantized_caches: false,
         elsewhere: false,
-        remedy: "install onnxruntime-openvino and name its library with --ort",
-        needs: "the OpenVINO libraries where the loader finds them",
+        remedy: "install the plugin onnxruntime-ep-openvino beside it (Intel devices), or onnxruntime-openvino and name its \
+                 library with --ort",
+        needs: "the OpenVINO libraries where the loader finds them; its plugin an Intel processor, GPU or NPU",
+        package: "onnxruntime_ep_openvino",
         available: has::<ep::OpenVINO>,
         append: |device, _| vec![openvino(device)],
         memory: None,
@@ -190,6 +212,7 @@ pub const PROVIDERS: &[Provider] = &[
         elsewhere: false,
         remedy: "it is in the builds for macOS",
         needs: "macOS",
+        package: "",
         available: has::<ep::CoreML>,
         append: |_, _| vec![ep::CoreML::default().with_subgraphs(true).build().error_on_failure()],
         memory: None,
@@ -203,6 +226,7 @@ pub const PROVIDERS: &[Provider] = &[
         elsewhere: false,
         remedy: "install onnxruntime-directml on Windows and name its library with --ort",
         needs: "Windows with a Direct3D 12 device",
+        package: "",
         available: has::<ep::DirectML>,
         append: |device, _| vec![ep::DirectML::default().with_device_id(device).build().error_on_failure()],
         memory: Some(AllocationDevice::DIRECTML),
@@ -214,8 +238,10 @@ pub const PROVIDERS: &[Provider] = &[
         integers: false,
         quantized_caches: false,
         elsewhere: false,
-        remedy: BUILD,
+        remedy: "install the plugin onnxruntime-ep-migraphx beside it, or build ONNX Runtime with it and name the library with \
+                 --ort",
         needs: "an AMD GPU with ROCm and MIGraphX",
+        package: "onnxruntime_ep_migraphx",
         available: has::<ep::MIGraphX>,
         append: |device, _| vec![ep::MIGraphX::default().with_device_id(device).build().error_on_failure()],
         memory: Some(AllocationDevice::HIP),
@@ -229,6 +255,7 @@ pub const PROVIDERS: &[Provider] = &[
         elsewhere: false,
         remedy: BUILD,
         needs: "an AMD GPU with ROCm",
+        package: "",
         available: has::<ep::ROCm>,
         append: |device, _| {
             vec![ep::ROCm::default().with_arbitrary_config("device_id", device).build().error_on_failure()]
@@ -242,8 +269,9 @@ pub const PROVIDERS: &[Provider] = &[
         integers: false,
         quantized_caches: false,
         elsewhere: true,
-        remedy: "install onnxruntime-qnn and name its library with --ort",
+        remedy: "install the plugin onnxruntime-qnn beside it, or name a library that was built with it with --ort",
         needs: "the Qualcomm AI Engine Direct libraries",
+        package: "onnxruntime_qnn",
         available: has::<ep::QNN>,
         append: |_, _| vec![ep::QNN::default().build().error_on_failure()],
         memory: None,
@@ -257,6 +285,7 @@ pub const PROVIDERS: &[Provider] = &[
         elsewhere: true,
         remedy: BUILD,
         needs: "",
+        package: "",
         available: has::<ep::XNNPACK>,
         append: |_, _| vec![ep::XNNPACK::default().build().error_on_failure()],
         memory: None,
@@ -270,6 +299,7 @@ pub const PROVIDERS: &[Provider] = &[
         elsewhere: false,
         remedy: BUILD,
         needs: "",
+        package: "",
         available: has::<ep::OneDNN>,
         append: |_, _| vec![ep::OneDNN::default().build().error_on_failure()],
         memory: None,

@@ -2,7 +2,10 @@
 //!
 //! A provider that cannot be used is an error that says what is missing; nothing falls back to the CPU in silence.
 
-use super::providers::{Asked, PROVIDERS, Provider, available, parse};
+use super::{
+    plugins::InstalledPlugin,
+    providers::{Asked, PROVIDERS, Provider, available, parse},
+};
 use crate::{LoadOptions, RuntimeError};
 use ort::{environment::Environment, logging::LogLevel, session::builder::SessionBuilder};
 use std::{
@@ -13,7 +16,7 @@ use std::{
 
 /// Why a provider cannot be used.
 #[derive(Debug, thiserror::Error)]
-enum ProviderError {
+pub(super) enum ProviderError {
     #[error("{engine} (`{}`) was built with {available} only; {remedy}", .library.display())]
     NotBuilt { engine: String, library: PathBuf, available: String, remedy: &'static str },
     #[error("{said}{}", if .needs.is_empty() { String::new() } else { format!("; it needs {needs}") })]
@@ -29,10 +32,10 @@ enum ProviderError {
     #[error("`{}` is not a provider that can be loaded: {said}", .path.display())]
     Foreign { path: PathBuf, said: String },
     #[error(
-        "`{}` was loaded but offers no device: there is no hardware or driver here that it supports",
-        .0.display()
+        "`{}` was loaded but offers no device: there is no hardware or driver here that it supports{}", .path.display(),
+        if .needs.is_empty() { String::new() } else { format!("; it needs {needs}") }
     )]
-    NoHardware(PathBuf),
+    NoHardware { path: PathBuf, needs: &'static str },
 }
 
 /// What the library complained about last. Its errors often name less than its log does.
@@ -52,29 +55,30 @@ static PLUGINS: Mutex<Vec<(PathBuf, String)>> = Mutex::new(Vec::new());
 
 /// Hands the sessions of `builder` to the provider of `options`, and returns ONNX Runtime's name of it.
 ///
-/// `library` is the loaded ONNX Runtime; plugin libraries installed beside it are found by their short name.
+/// `library` is the loaded ONNX Runtime; `installed` plugins are found by their name.
 pub(super) fn register(
     environment: &Environment,
     builder: SessionBuilder,
     options: &LoadOptions,
-    engine: &str,
-    library: &Path,
+    (engine, library): (&str, &Path),
+    installed: &[InstalledPlugin],
     timing: bool,
 ) -> Result<(SessionBuilder, String), RuntimeError> {
     let unavailable =
         |why: ProviderError| RuntimeError::Unavailable { provider: options.provider.clone(), message: why.to_string() };
+    let plugin_of = |name: &str| installed.iter().find(|plugin| plugin.name == name).map(|plugin| plugin.path.clone());
     let (name, path) = match parse(&options.provider) {
-        Asked::Named(name) => match PROVIDERS.iter().find(|known| known.name == name) {
-            Some(known) if known.is_built_in() => {
+        Asked::Named(name) => match (PROVIDERS.iter().find(|known| known.name == name), plugin_of(&name)) {
+            (Some(known), _) if known.is_built_in() => {
                 let builder = built_in(environment, builder, known, options.device, timing).map_err(unavailable)?;
                 return Ok((builder, known.runtime_name.to_owned()));
             }
-            Some(known) => match beside(library, &name) {
-                Some(path) => (name, path),
-                None => return Err(unavailable(lacking(known, engine, library))),
-            },
-            None => {
-                let (provider, available) = (name, available().join(", "));
+            (_, Some(path)) => (name, path),
+            (Some(known), None) => return Err(unavailable(lacking(known, engine, library))),
+            (None, None) => {
+                let mut all = available();
+                all.extend(installed.iter().map(|plugin| plugin.name.clone()));
+                let (provider, available) = (name, all.join(", "));
                 return Err(RuntimeError::Provider { engine: engine.to_owned(), provider, available });
             }
         },
@@ -130,17 +134,8 @@ fn lacking(known: &Provider, engine: &str, library: &Path) -> ProviderError {
     }
 }
 
-/// The library of a provider that is a Python package beside ONNX Runtime's.
-fn beside(library: &Path, short: &str) -> Option<PathBuf> {
-    let (prefix, suffix) = (std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
-    let file = format!("{prefix}onnxruntime_providers_{short}{suffix}");
-    let packages = library.parent()?.parent()?.parent()?;
-    let path = packages.join(format!("onnxruntime_ep_{short}")).join(file);
-    path.is_file().then_some(path)
-}
-
 /// Loads a plugin library, once, and says which provider is in it.
-fn plugin(environment: &Environment, name: &str, path: &Path) -> Result<String, ProviderError> {
+pub(super) fn plugin(environment: &Environment, name: &str, path: &Path) -> Result<String, ProviderError> {
     let mut plugins = PLUGINS.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, provider)) = plugins.iter().find(|(known, _)| known == path) {
         return Ok(provider.clone());
@@ -158,7 +153,8 @@ fn plugin(environment: &Environment, name: &str, path: &Path) -> Result<String, 
     environment.set_log_level(LogLevel::Fatal);
     registered.map_err(|e| ProviderError::Foreign { path: path.to_owned(), said: said(e.message()) })?;
     let provider = names().into_iter().find(|name| !before.contains(name));
-    let provider = provider.ok_or_else(|| ProviderError::NoHardware(path.to_owned()))?;
+    let needs = PROVIDERS.iter().find(|known| known.name == name).map_or("", |known| known.needs);
+    let provider = provider.ok_or_else(|| ProviderError::NoHardware { path: path.to_owned(), needs })?;
     plugins.push((path.to_owned(), provider.clone()));
     Ok(provider)
 }
@@ -178,7 +174,7 @@ mod tests {
     #[test]
     fn what_the_library_lacks_is_an_error_with_a_remedy() {
         let missing = PROVIDERS.iter().filter(|known| !known.is_built_in());
-        for known in missing.filter(|known| known.name != "webgpu") {
+        for known in missing.filter(|known| known.package.is_empty()) {
             let error = refused(known.name, 0);
             assert!(error.starts_with(&format!("the execution provider `{}` cannot be used", known.name)), "{error}");
             assert!(error.contains("was built with") && error.ends_with(known.remedy), "{error}");

@@ -39,22 +39,36 @@ pub(crate) struct DiffArgs {
 }
 
 pub(crate) fn run(args: &DiffArgs) -> Result<(), Failure> {
+    let found = written(args)?;
+    Answer::new(&found, text(&found), Vec::new()).show(args.json);
+    args.end(&found)
+}
+
+pub(crate) fn answer(args: &DiffArgs) -> Result<Answer, Failure> {
+    let found = written(args)?;
+    args.end(&found)?;
+    Ok(Answer::new(&found, text(&found), Vec::new()))
+}
+
+impl DiffArgs {
+    /// How the command ends.
+    fn end(&self, found: &Diff) -> Result<(), Failure> {
+        match self.exit_code && !found.equal {
+            true => Err(Failure::Error(anyhow!("the models differ"))),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The differences, with a page of them where one is asked for.
+fn written(args: &DiffArgs) -> Result<Diff, Failure> {
     let found = differences(args)?;
     if let Some(path) = &args.html {
         let page = html::diff::page(&found);
         lathe_ir::write_whole(path, |out| out.write_all(page.as_bytes()))
             .with_context(|| format!("cannot write `{}`", path.display()))?;
     }
-    Answer::new(&found, text(&found), Vec::new()).show(args.json);
-    match args.exit_code && !found.equal {
-        true => Err(Failure::Error(anyhow!("the models differ"))),
-        false => Ok(()),
-    }
-}
-
-pub(crate) fn answer(args: &DiffArgs) -> Result<Answer, Failure> {
-    let found = differences(args)?;
-    Ok(Answer::new(&found, text(&found), Vec::new()))
+    Ok(found)
 }
 
 fn differences(args: &DiffArgs) -> Result<Diff, Failure> {
