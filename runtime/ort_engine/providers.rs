@@ -165,6 +165,7 @@ pub const PROVIDERS: &[Provider] = &[
         runtime_name: "NvTensorRTRTXExecutionProvider",
         half: true,
         integers: false,
+        quantized_caches: false,
         elsewhere: false,
         remedy: "install the plugin onnxruntime-ep-nv-tensorrt-rtx beside it, or give its library with --ep tensorrt-rtx=PATH",
         needs: "an NVIDIA RTX GPU with its driver",

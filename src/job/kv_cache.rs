@@ -150,7 +150,7 @@ impl Job<'_> {
         let name = asked.cache.name();
         // A loss is measured on all samples, of which exact passes see a few.
         let inputs = self.set.as_ref().map_or_else(|| self.inputs(), |(spec, _)| Inputs::Set(spec.clone()));
-        let verdict = self.runner.compare(&self.options.model, &path, &inputs, claim)?;
+        let verdict = self.runner.compare(self.reference, &path, &inputs, claim)?;
         let reason = verdict.describe();
         let report = match verdict {
             Verdict::Compared(report) if report.comparison.holds() => report,
