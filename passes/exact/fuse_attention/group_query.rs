@@ -109,9 +109,9 @@ pub(super) fn write_cached(m: &Match, g: &mut Patch, attention: &Attention) -> R
         node = node.with("softcap", cap);
     }
     let near = [q.value, k.value];
-    let unknown = "the sizes of batch and keys cannot be read off an input";
-    let total = size(m, g, &k.length, &near).ok_or(unknown)?;
-    let batch = size(m, g, &q.batch()?, &near).ok_or(unknown)?;
+    // Queries and keys have these sizes themselves.
+    let total = size(m, g, &k.length, &near).ok_or(Refusal::NoMatch)?;
+    let batch = size(m, g, &q.batch()?, &near).ok_or(Refusal::NoMatch)?;
     let total = g.node(Node::new("Cast").with("to", DataType::Int32), &[total]);
     let one = g.constant("one", Tensor::from_f64s(DataType::Int32, &[1], &[1.0]).ok_or(Refusal::NoMatch)?);
     let last = g.node(Node::new("Sub"), &[total, one]);
