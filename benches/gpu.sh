@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Exact optimization, a budget of latency and planned samplers on a CUDA device: a trained vision transformer at batch 64,
+# Exact optimization, half precision, int8 and int4 weights, a budget of latency and planned samplers on a CUDA device: a
+# trained residual network and a trained vision transformer at batch 64,
 # a model of the shape of SmolLM2-135M with random weights (so for latency only), and 20 steps of a trained denoiser at
 # batch 64.
 #
-#   gpu.sh pack FOLDER PROGRAM VIT.onnx SMOLLM2.onnx CALIB.npz DIT.onnx   where the models are: gathers what is needed
+#   gpu.sh pack FOLDER PROGRAM VIT.onnx SMOLLM2.onnx CALIB.npz DIT.onnx RESNET.onnx IMAGES.npz
+#                                                          where the models are: gathers what is needed; IMAGES.npz calibrates
+#                                                          vit and resnet (x, label)
 #   gpu.sh run FOLDER                                      where the GPU is: optimizes, times, writes FOLDER/out/*
 #
 # The big weights do not travel: `run` makes random ones of the same size, with the standard library alone. ONNX Runtime
@@ -22,6 +25,8 @@ pack)
   stat -c %s "$5.data" > "$2/smollm2.bytes"
   cp "$6" "$2/calib.npz"
   cp "$7" "$2/dit.onnx"
+  cp "$8" "$2/resnet.onnx"
+  cp "$9" "$2/images.npz"
   du -sh "$2" ;;
 run)
   cd "$2"
@@ -74,12 +79,25 @@ PY
   echo "== a vision transformer, exact, batch 64"
   ./optimize vit.onnx -o vit_exact.onnx --overwrite --ep cuda --input-shape x:64,1,28,28 -q
   timed vit vit.onnx vit_exact.onnx x:64,1,28,28
+  echo "== float16 and int8, batch 64: whole models in half precision, weights in codes, static int8 as TensorRT reads it"
+  ./optimize smollm2.onnx -o smollm2.float16.onnx --overwrite --ep cuda --dtype float16 --no-verify -q
+  timed smollm2.float16 smollm2.onnx smollm2.float16.onnx input_ids:8,256
+  for name in resnet vit; do
+    ./optimize $name.onnx -o $name.float16.onnx --overwrite --ep cuda --dtype float16 --calib images.npz --labels label \
+      --report "out/$name.float16.report.json" -q && timed $name.float16 $name.onnx $name.float16.onnx x:64,1,28,28 || true
+    ./optimize $name.onnx -o $name.int8.onnx --overwrite --ep cuda --size 0.27 --allow-slower --calib images.npz \
+      --labels label --report "out/$name.int8.report.json" -q && timed $name.int8 $name.onnx $name.int8.onnx x:64,1,28,28 || true
+    # The CUDA provider has no kernels for pairs: this is for TensorRT, timed where its provider is there.
+    ./optimize $name.onnx -o $name.trt.onnx --overwrite --target tensorrt --set quantize-static.everywhere=true \
+      --calib images.npz --labels label -q && ./optimize bench $name.onnx $name.trt.onnx --ep tensorrt \
+      --input-shape x:64,1,28,28 --json > "out/$name.trt.json" && cat "out/$name.trt.json" || true
+  done
   echo "== a language model, latency 0.7, 8 x 256"
   lossy smollm2 smollm2.onnx input_ids:8,256 --latency 0.7
   echo "== the same in half precision"
   lossy half smollm2.onnx input_ids:8,256 --size 0.52 --passes convert-floats
   [ ! -f half.onnx ] || lossy fewer half.onnx input_ids:8,256 --latency 0.8 ;;
 *)
-  sed -n '2,12p' "$0"
+  sed -n '2,15p' "$0"
   exit 2 ;;
 esac

@@ -262,7 +262,8 @@ fn under_target_ort_one_table_serves_look_ups_and_the_head() {
     assert_eq!(choices(&portable), choices(&own));
     let drop = |report: &Value| report["verify"]["drop"].as_f64().unwrap();
     // Measured as deployed: the kernels of ONNX Runtime's own operators round what they read to fewer bits.
-    assert!(drop(&own) < 2.5 * drop(&portable) && drop(&own) < 0.01, "{} {}", drop(&portable), drop(&own));
+    let (portable, own) = (drop(&portable), drop(&own));
+    assert!(own < 2.5 * portable.max(0.0) + 1e-3 && own < 0.01, "{portable} {own}");
 }
 
 #[test]
