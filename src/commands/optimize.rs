@@ -5,7 +5,8 @@ pub(crate) mod args;
 use self::args::{ExternalArg, OptimizeArgs, TargetArg};
 use super::Answer;
 use crate::{
-    AutoOptions, Budget, CacheOptions, Failure, Interface, Options, PrecisionOptions, Report, RunOptions, Selection, Sets,
+    AutoOptions, Budget, CacheOptions, Failure, Interface, Options, PrecisionOptions, Report, RunOptions, Selection,
+    Sets,
     compress::ADVICE,
     progress::Meter,
     quantities::{size, time},
