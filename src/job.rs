@@ -143,7 +143,8 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     check_settings(options)?;
     let mut loaded =
         Model::read(&options.model).with_context(|| format!("cannot use `{}`", options.model.display()))?;
-    let changed = options.interface.change(&mut loaded.model, &options.model)?;
+    let on_set = options.sets.calibration.is_some() || options.sets.validation.is_some();
+    let changed = options.interface.change(&mut loaded.model, &options.model, on_set)?;
     let reference = changed.reference.as_ref().map_or(options.model.as_path(), |changed| changed.path());
     let inputs = InputSpec { sizes: changed.sizes, ..options.run.inputs.clone() };
     let options = &Options { run: RunOptions { inputs, ..options.run.clone() }, ..options.clone() };

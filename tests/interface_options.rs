@@ -80,6 +80,25 @@ fn fixed_sizes_fold_what_follows_from_them_and_are_proven() {
     assert!(said.contains("`x`") && said.lines().count() == 1, "{said}");
 }
 
+/// As many samples run at a time as the result takes, for the original too.
+#[test]
+fn sets_are_run_at_the_sizes_that_are_fixed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = model(folder.path());
+    let set = folder.path().join("set.npz");
+    let mut npz = lathe_runtime::NpzWriter::create(&set).unwrap();
+    npz.add("pixels", &lathe_ir::Tensor::from_f32s(&[16, 5, 8], &[0.5; 640])).unwrap();
+    npz.add("ids", &lathe_ir::Tensor::from_i64s(&[16, 3], &[1; 48])).unwrap();
+    npz.finish().unwrap();
+    for batch in [1, 4, 16] {
+        let fixed = format!("batch={batch},seq=5,ids[1]=3");
+        let options = ["--fix-dim", &fixed, "--rename", "x=pixels", "--overwrite", "--validate", set.to_str().unwrap()];
+        let (found, said) = written(&path, &options);
+        assert_eq!(interface(&found)[0], format!("pixels[{batch},5,8]"));
+        assert!(said.contains("of the validation set"), "{said}");
+    }
+}
+
 #[test]
 fn outputs_and_names_are_those_that_are_asked_for() {
     let folder = tempfile::tempdir().unwrap();

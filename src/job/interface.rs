@@ -25,7 +25,7 @@ pub struct Interface {
 /// What a change of a model's interface leaves to run results beside it.
 #[derive(Default)]
 pub(super) struct Changed {
-    /// The model with the same outputs and names; `None` where the file has them.
+    /// The model with the same outputs and names, and sizes where a set has them; `None` where the file has them.
     pub reference: Option<Reference>,
     /// The sizes that its open dimensions take, by name.
     pub sizes: Vec<(String, usize)>,
@@ -49,9 +49,10 @@ impl Interface {
         self.sizes.is_empty() && self.outputs.is_empty() && self.names.is_empty()
     }
 
-    /// Changes a model that was read from `file`. What it is compared with has the same outputs and names, but its sizes stay
-    /// open: what a branch that is never taken would make of them keeps runtimes from loading some models.
-    pub(super) fn change(&self, model: &mut Model, file: &Path) -> Result<Changed, Failure> {
+    /// Changes a model that was read from `file`. What it is compared with has the same outputs and names. Its sizes stay
+    /// open where inputs are made up: what a branch that is never taken would make of them keeps runtimes from loading some
+    /// models. On a set (`on_set`) it takes as many samples at a time as the result.
+    pub(super) fn change(&self, model: &mut Model, file: &Path, on_set: bool) -> Result<Changed, Failure> {
         if self.is_empty() {
             return Ok(Changed::default());
         }
@@ -60,17 +61,19 @@ impl Interface {
         let (sizes, named) = self.name_sizes(&mut model.graph)?;
         model.check().context("the model cannot have these inputs and outputs")?;
         let mut reference = None;
-        if named || !self.outputs.is_empty() || !self.names.is_empty() {
-            let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
-            let path = folder.path().join(file.file_name().unwrap_or_else(|| "model.onnx".as_ref()));
-            model.write_linked(&path)?;
-            reference = Some(Reference { path, _folder: folder });
-        }
+        let open = (!on_set).then(|| model.clone());
         for (name, size) in &sizes {
             fix(&mut model.graph, name, *size as i64);
         }
         if !sizes.is_empty() {
             state_sizes(model);
+        }
+        let differs = named || !self.outputs.is_empty() || !self.names.is_empty() || (on_set && !sizes.is_empty());
+        if differs {
+            let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+            let path = folder.path().join(file.file_name().unwrap_or_else(|| "model.onnx".as_ref()));
+            open.as_ref().unwrap_or(model).write_linked(&path)?;
+            reference = Some(Reference { path, _folder: folder });
         }
         Ok(Changed { reference, sizes })
     }
@@ -304,7 +307,10 @@ mod tests {
     fn changed(interface: &Interface) -> Result<Vec<String>, String> {
         let mut model = text::parse(SOURCE).unwrap();
         model.graph.sort().unwrap();
-        interface.change(&mut model, Path::new("a/m.onnx")).map(|_| shapes(&model)).map_err(|error| error.to_string())
+        interface
+            .change(&mut model, Path::new("a/m.onnx"), false)
+            .map(|_| shapes(&model))
+            .map_err(|error| error.to_string())
     }
 
     fn sizes(sizes: &[(&str, usize)]) -> Interface {
