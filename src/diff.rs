@@ -2,7 +2,7 @@
 
 use crate::report::Side;
 use lathe_analysis::Facts;
-use lathe_ir::{Graph, Initializer, Model, NodeId, Tensor, ValueId};
+use lathe_ir::{Graph, Initializer, Model, NodeId, ScopeId, Tensor, ValueId};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -46,7 +46,7 @@ pub(crate) struct OperatorCount {
     pub b: usize,
 }
 
-/// Nodes by the name of their first output.
+/// Nodes by the name of their first output; those of branches that share one, in their order.
 #[derive(Debug, Clone, Default, Serialize)]
 pub(crate) struct Nodes {
     /// How many are the same in both.
@@ -66,7 +66,7 @@ pub(crate) struct NodeLine {
 pub(crate) struct ChangedNode {
     pub output: String,
     pub op: String,
-    /// What of it: `operator`, `inputs`, `outputs`, or names of attributes.
+    /// What of it: `operator`, `place` (the subgraph it is in), `inputs`, `outputs`, or names of attributes.
     pub what: Vec<String>,
 }
 
@@ -145,6 +145,23 @@ fn joined<'m, K: Ord, V>(
     keys.into_iter().map(|key| (key, a.get(key), b.get(key)))
 }
 
+/// Things by name, and the first, second, … of a name: branches of one node may use the same names.
+fn by_name<T>(named: impl Iterator<Item = (String, T)>) -> BTreeMap<(String, usize), T> {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    let mut found = BTreeMap::new();
+    for (name, thing) in named {
+        let count = counts.entry(name.clone()).or_default();
+        found.insert((name, *count), thing);
+        *count += 1;
+    }
+    found
+}
+
+/// Names of values.
+fn names(graph: &Graph, values: &[ValueId]) -> Vec<String> {
+    values.iter().map(|&v| graph.value(v).name.clone()).collect()
+}
+
 fn interface(a: &Model, b: &Model) -> Vec<Port> {
     let ports = |model: &Model, outputs: bool| -> BTreeMap<String, String> {
         let (facts, main) = (Facts::infer(model), model.graph.main());
@@ -181,7 +198,20 @@ fn properties(a: &Model, b: &Model) -> Vec<Property> {
         let version = std::iter::once(("ir_version".to_owned(), model.ir_version.to_string()));
         version.chain(opsets).chain(metadata).collect()
     };
-    let (a, b) = (all(a), all(b));
+    let orders = |model: &Model| {
+        let main = model.graph.main();
+        [names(&model.graph, main.inputs()), names(&model.graph, main.outputs())]
+    };
+    let (mut own, mut other) = (all(a), all(b));
+    // Which there are is told by name.
+    for (what, (x, y)) in ["order of inputs", "order of outputs"].into_iter().zip(orders(a).into_iter().zip(orders(b)))
+    {
+        if x != y && x.iter().collect::<BTreeSet<_>>() == y.iter().collect() {
+            own.insert(what.to_owned(), x.join(", "));
+            other.insert(what.to_owned(), y.join(", "));
+        }
+    }
+    let (a, b) = (own, other);
     let differ = joined(&a, &b).filter(|(_, a, b)| a != b);
     differ.map(|(name, a, b)| Property { name: name.clone(), a: a.cloned(), b: b.cloned() }).collect()
 }
@@ -214,17 +244,11 @@ fn operators(a: &Model, b: &Model) -> Vec<OperatorCount> {
 }
 
 fn nodes(a: &Graph, b: &Graph) -> Nodes {
-    let by_output = |graph: &Graph| -> BTreeMap<String, NodeId> {
-        let first = |id: NodeId| {
-            let output = graph.node(id).outputs().iter().flatten().next();
-            (output.map_or_else(|| graph.describe(id), |&v| graph.value(v).name.clone()), id)
-        };
-        graph.all_nodes().into_iter().map(first).collect()
-    };
+    let by_output = |graph: &Graph| by_name(graph.all_nodes().into_iter().map(|id| (output_of(graph, id), id)));
     let line =
         |graph: &Graph, output: &str, id: NodeId| NodeLine { output: output.to_owned(), op: operator(graph, id) };
     let mut found = Nodes::default();
-    for (output, of_a, of_b) in joined(&by_output(a), &by_output(b)) {
+    for ((output, _), of_a, of_b) in joined(&by_output(a), &by_output(b)) {
         match (of_a, of_b) {
             (Some(&id), None) => found.only_a.push(line(a, output, id)),
             (None, Some(&id)) => found.only_b.push(line(b, output, id)),
@@ -238,9 +262,15 @@ fn nodes(a: &Graph, b: &Graph) -> Nodes {
     found
 }
 
+/// The name of a node's first output.
+fn output_of(graph: &Graph, id: NodeId) -> String {
+    let output = graph.node(id).outputs().iter().flatten().next();
+    output.map_or_else(|| graph.describe(id), |&v| graph.value(v).name.clone())
+}
+
 /// What two nodes of one output differ in.
 fn changed((a, of_a): (&Graph, NodeId), (b, of_b): (&Graph, NodeId)) -> Vec<String> {
-    let names = |graph: &Graph, values: &[Option<ValueId>]| -> Vec<Option<String>> {
+    let named = |graph: &Graph, values: &[Option<ValueId>]| -> Vec<Option<String>> {
         values.iter().map(|value| value.map(|v| graph.value(v).name.clone())).collect()
     };
     let (x, y) = (a.node(of_a), b.node(of_b));
@@ -248,17 +278,29 @@ fn changed((a, of_a): (&Graph, NodeId), (b, of_b): (&Graph, NodeId)) -> Vec<Stri
     if operator(a, of_a) != operator(b, of_b) || x.overload != y.overload {
         what.push("operator".to_owned());
     }
-    if names(a, x.inputs()) != names(b, y.inputs()) {
+    let place =
+        |graph: &Graph, node: &lathe_ir::Node| graph.scope(node.scope()).owner().map(|owner| output_of(graph, owner));
+    if place(a, x) != place(b, y) {
+        what.push("place".to_owned());
+    }
+    if named(a, x.inputs()) != named(b, y.inputs()) {
         what.push("inputs".to_owned());
     }
-    if names(a, x.outputs()) != names(b, y.outputs()) {
+    if named(a, x.outputs()) != named(b, y.outputs()) {
         what.push("outputs".to_owned());
     }
-    // What a subgraph holds is told node by node.
-    let inner = |name: &String| x.subgraph(name).is_some() && y.subgraph(name).is_some();
+    // What a subgraph holds is told node by node; what it takes and returns belongs to its owner.
+    let ports = |graph: &Graph, scope: ScopeId| {
+        let scope = graph.scope(scope);
+        [names(graph, scope.inputs()), names(graph, scope.outputs())]
+    };
+    let differs = |name: &String| match (x.subgraph(name), y.subgraph(name)) {
+        (Some(p), Some(q)) => ports(a, p) != ports(b, q),
+        _ => x.attribute(name) != y.attribute(name),
+    };
     let of = |node: &lathe_ir::Node| -> BTreeSet<String> { node.attributes.iter().map(|a| a.name.clone()).collect() };
-    let names = &of(x) | &of(y);
-    what.extend(names.into_iter().filter(|name| !inner(name) && x.attribute(name) != y.attribute(name)));
+    let all = &of(x) | &of(y);
+    what.extend(all.into_iter().filter(differs));
     what
 }
 
@@ -298,18 +340,18 @@ fn described(tensor: &Tensor) -> String {
 }
 
 fn weights(a: &Graph, b: &Graph) -> Weights {
-    let by_name = |graph: &Graph| -> BTreeMap<String, ValueId> {
+    let constants = |graph: &Graph| {
         let defaults = graph.main().inputs().iter().copied().filter(|&v| graph.value(v).initializer().is_some());
         let all = graph.scopes().into_iter().flat_map(|scope| graph.initializers(scope).collect::<Vec<_>>());
-        defaults.chain(all).map(|value| (graph.value(value).name.clone(), value)).collect()
+        by_name(defaults.chain(all).map(|value| (graph.value(value).name.clone(), value)))
     };
-    let (of_a, of_b) = (by_name(a), by_name(b));
+    let (of_a, of_b) = (constants(a), constants(b));
     let mut found = Weights::default();
     let (mut only_a, mut only_b) = (Vec::new(), Vec::new());
-    for (name, x, y) in joined(&of_a, &of_b) {
+    for (key @ (name, _), x, y) in joined(&of_a, &of_b) {
         match (x.map(|&v| a.value(v).initializer()), y.map(|&v| b.value(v).initializer())) {
-            (Some(x), None) => only_a.push((name, x)),
-            (None, Some(y)) => only_b.push((name, y)),
+            (Some(x), None) => only_a.push((key, x)),
+            (None, Some(y)) => only_b.push((key, y)),
             (Some(x), Some(y)) => match change(name, x, y) {
                 None => found.same += 1,
                 Some(change) => found.changed.push(change),
@@ -324,13 +366,13 @@ fn weights(a: &Graph, b: &Graph) -> Weights {
         match twin {
             Some((other, _)) => {
                 taken.insert(*other);
-                found.renamed.push(Renamed { a: (*name).clone(), b: (*other).clone() });
+                found.renamed.push(Renamed { a: name.0.clone(), b: other.0.clone() });
             }
-            None => found.only_a.extend(line(name, *x)),
+            None => found.only_a.extend(line(&name.0, *x)),
         }
     }
     let left = only_b.iter().filter(|(name, _)| !taken.contains(name));
-    found.only_b = left.filter_map(|(name, y)| line(name, *y)).collect();
+    found.only_b = left.filter_map(|(name, y)| line(&name.0, *y)).collect();
     let by_bytes = |lines: &mut Vec<WeightLine>| lines.sort_by_key(|line| std::cmp::Reverse(line.bytes));
     by_bytes(&mut found.only_a);
     by_bytes(&mut found.only_b);
@@ -449,6 +491,33 @@ mod tests {
             (weight.name.as_str(), weight.rel_l2, weight.max_abs, weight.share),
             ("w", Some(0.1), Some(0.5), Some(0.5))
         );
+    }
+
+    /// Branches that use the same names, return another value, or models with inputs in another order are not equal.
+    #[test]
+    fn what_branches_hold_and_the_order_of_inputs_count() {
+        let model = |first: &str, second: &str, returned: &str, inputs: &str| {
+            format!(
+                "<ir_version: 8, opset_import: [\"\" : 17]> g ({inputs}) => (float[2] y) {{ y = If (c)
+                    <then_branch = t () => (float[2] r) {{ r = {first} (x) }},
+                     else_branch = e () => (float[2] {returned}) {{ r = {second} (x) s = Neg (r) }}> }}"
+            )
+        };
+        let usual = "bool c, float[2] x";
+        let whole = model("Relu", "Abs", "s", usual);
+        assert!(diff(&whole, &whole).equal);
+        for (other, what) in [
+            (model("Exp", "Abs", "s", usual), "operator"),
+            (model("Relu", "Exp", "s", usual), "operator"),
+            (model("Relu", "Abs", "r", usual), "else_branch"),
+        ] {
+            let found = diff(&whole, &other);
+            assert!(!found.equal, "{other}");
+            assert_eq!(found.nodes.changed.iter().flat_map(|node| &node.what).collect::<Vec<_>>(), [what]);
+        }
+        let turned = diff(&whole, &model("Relu", "Abs", "s", "float[2] x, bool c"));
+        assert!(!turned.equal);
+        assert_eq!(turned.properties[0].name, "order of inputs");
     }
 
     #[test]

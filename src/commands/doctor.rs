@@ -55,6 +55,9 @@ pub(crate) struct DoctorArgs {
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     if let Some(what) = args.install {
+        if args.gpu && !matches!(what, InstallArg::Cpu | InstallArg::Gpu) {
+            return Err(Failure::Usage("--gpu is about ONNX Runtime itself; leave it out for a plugin".to_owned()));
+        }
         let kind = match what {
             InstallArg::Gpu => Kind::Gpu,
             InstallArg::Cpu if args.gpu => Kind::Gpu,
