@@ -50,6 +50,13 @@ pub struct Guidance {
     pub batched: bool,
 }
 
+impl Guidance {
+    /// Whether it makes the conditional prediction.
+    pub fn is_plain(&self) -> bool {
+        self.scale == Scale::Constant(1.0)
+    }
+}
+
 /// The shape of the control flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {

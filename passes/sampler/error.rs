@@ -31,6 +31,9 @@ pub enum Error {
     /// The denoiser cannot be taken apart.
     #[error("{0}")]
     Network(String),
+    /// The parts of a pipeline are not what its class needs.
+    #[error("{0}")]
+    Pipeline(String),
     /// The form cannot express the plan.
     #[error("{0}")]
     Form(String),

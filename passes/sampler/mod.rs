@@ -12,6 +12,7 @@ mod grid;
 mod levels;
 pub mod methods;
 mod network;
+pub mod pipelines;
 mod plan;
 pub mod planner;
 mod polynomials;

@@ -109,6 +109,23 @@ pub struct RoleOptions {
 }
 
 impl RoleOptions {
+    /// These where they say something, else those.
+    pub fn or(self, others: RoleOptions) -> RoleOptions {
+        let plain = RoleOptions::default();
+        RoleOptions {
+            latent: self.latent.or(others.latent),
+            time: self.time.or(others.time),
+            time_value: if self.time_value == plain.time_value { others.time_value } else { self.time_value },
+            time_scale: self.time_scale.or(others.time_scale),
+            time_offset: if self.time_offset == plain.time_offset { others.time_offset } else { self.time_offset },
+            preconditioned: self.preconditioned || others.preconditioned,
+            output: self.output.or(others.output),
+            conditions: [others.conditions, self.conditions].concat(),
+            // What is said last counts.
+            uncond: [others.uncond, self.uncond].concat(),
+        }
+    }
+
     /// Reads what the user said.
     pub fn parse(texts: &[String]) -> Result<RoleOptions, Error> {
         let mut options = RoleOptions::default();
