@@ -44,4 +44,7 @@ pub use pipeline::{PassRecord, Selection, UnknownPass};
 pub use report::{AutoPoint, AutoReport, Report};
 pub use run_options::RunOptions;
 pub use runner::{Host, set_host};
-pub use sampler::{ImageReference, SamplerDone, SamplerOptions, SamplerReport, SamplerSide, Search, Tune, compile};
+pub use sampler::{
+    ImageReference, NegativeText, PipelineOptions, SamplerDone, SamplerOptions, SamplerReport, SamplerSide, Search,
+    Tune, compile,
+};

@@ -1,35 +1,43 @@
 //! The sampler compiler's job: read a denoiser, simplify it, compile its sampling loop, prove it step by step, write it.
 
+mod around;
 mod check;
 mod compare;
 mod denoiser;
 mod evaluator;
 mod features;
+mod folder;
 mod form;
 mod picture;
 mod preview;
 mod report;
 mod seeded_inputs;
+mod source;
+mod stages;
 mod steps;
 mod tune;
 
 use crate::{Failure, RunOptions, job, report as contract, runner::Runner};
 use anyhow::{Context as _, anyhow};
+use around::{Around, Prepared};
 use check::Checked;
 use denoiser::Denoiser;
-use lathe_ir::{Model, Staged, WriteOptions};
+use lathe_ir::{External, Model, Staged, WriteOptions};
 use lathe_passes::sampler::{Error, Form, Guidance, Request, RoleOptions, Sampler, Scheduler, Solver, StepPlan};
 use serde_json::Value;
+use stages::Stages;
 use std::{path::PathBuf, time::Instant};
 
+pub use around::{NegativeText, PipelineOptions};
 pub(crate) use compare::{LEAST_SEEDS, SamplerComparison, compare_samplers};
+pub(crate) use folder::Folder;
 pub use report::{SamplerReport, SamplerSide};
 pub use tune::{ImageReference, Search, Tune};
 
 /// What to compile.
 #[derive(Debug, Clone)]
 pub struct SamplerOptions {
-    /// The denoiser.
+    /// The denoiser, or the folder of a whole pipeline.
     pub denoiser: PathBuf,
     /// Where the sampler goes.
     pub output: PathBuf,
@@ -49,6 +57,8 @@ pub struct SamplerOptions {
     pub guidance: Option<Guidance>,
     /// What the user said about inputs.
     pub roles: RoleOptions,
+    /// What the user said about a pipeline besides its loop.
+    pub pipeline: PipelineOptions,
     /// The form; `None` chooses.
     pub form: Option<Form>,
     /// Whether a picture is drawn of samples of the result, beside those of the denoiser with every step computed.
@@ -78,7 +88,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         match error {
             Error::Evaluate(error) => Failure::Error(anyhow!("the denoiser cannot be run: {error}")),
-            Error::Network(message) => Failure::Error(anyhow!(message)),
+            Error::Network(message) | Error::Pipeline(message) => Failure::Error(anyhow!(message)),
             // What was asked for does not fit the model or itself.
             other => Failure::Usage(other.to_string()),
         }
@@ -89,12 +99,17 @@ impl From<Error> for Failure {
 pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     let start = Instant::now();
     job::check_output(&options.denoiser, &options.output, options.overwrite)?;
+    let folder = options;
+    let Prepared { options, denoiser, around } = prepare(folder)?;
+    let options = &options;
     let (scheduler, mut warnings) = Scheduler::parse(&options.scheduler, options.solver)?;
-    let denoiser = Denoiser::read(&options.denoiser, &options.roles)?;
     let roles = &denoiser.roles;
     let scheduler = if roles.preconditioned { scheduler.preconditioned()? } else { scheduler };
     if options.preview {
-        preview::check(&denoiser.original, roles)?;
+        match &around {
+            Some(around) => preview::check_pipeline(around.pipeline)?,
+            None => preview::check(&denoiser.original, roles)?,
+        }
     }
     let runner = Runner::new(&options.run)?;
     let (plan, sentence) = match &options.tune {
@@ -113,8 +128,14 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     warnings.extend(denoiser.warnings.iter().cloned());
     let sized = denoiser.sized(&plan, &options.run.inputs.shapes)?;
     let simplified = denoiser.simplified(&runner, &options.run.progress)?;
-    let (original, write) = (&denoiser.original, WriteOptions { external: denoiser.external });
-    let job = Job { options, original, sized: &sized, runner: &runner, write };
+    let data = denoiser.data || around.as_ref().is_some_and(Around::data);
+    let write = WriteOptions { external: if data { External::Always } else { External::Auto } };
+    let mut job = Job { options, original: &denoiser.original, sized: &sized, runner: &runner, write, stages: None };
+    if let Some(around) = &around {
+        let (stages, found) = around.stages(options, &denoiser, table.noises(), &runner)?;
+        job.stages = Some(stages);
+        warnings.extend(around.warnings.iter().cloned().chain(found));
+    }
     let guidance = options.guidance.unwrap_or(check::UNGUIDED);
     let mut sampler = Sampler { denoiser: &simplified.model, roles, table: &table, plan: &plan, guidance };
     check::check_sizes(&job, &sampler)?;
@@ -125,6 +146,7 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         warnings.push(format!("the denoiser was not simplified: with it simplified {reason}"));
         unsimplified = denoiser.upgraded(&runner)?;
         sampler = Sampler { denoiser: &unsimplified, ..sampler };
+        job.stages = job.stages.as_ref().map(Stages::unsimplified);
         compiled = job.compile(&sampler, &mut warnings)?;
     }
     let output = SamplerSide::of(&options.output, &compiled, &sampler);
@@ -139,11 +161,16 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
     };
     Failure::if_stopped(&options.run.progress)?;
     compiled.staged.commit()?;
+    let (input, parts) = match &around {
+        Some(around) => around.sides(folder, &denoiser.side),
+        None => (denoiser.side.clone(), Vec::new()),
+    };
     let report = SamplerReport {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         command: options.command.clone(),
         seed: options.run.inputs.seed,
-        input: denoiser.side.clone(),
+        input,
+        parts,
         output,
         solver: scheduler.solver.name().to_owned(),
         steps: table.steps,
@@ -165,6 +192,25 @@ struct Job<'a> {
     sized: &'a Model,
     runner: &'a Runner,
     write: WriteOptions,
+    /// What stands around the loop of a pipeline.
+    stages: Option<Stages>,
+}
+
+/// Reads the denoiser, or all that a pipeline is made of.
+fn prepare(asked: &SamplerOptions) -> Result<Prepared, Failure> {
+    if asked.denoiser.is_dir() {
+        return around::prepare(asked);
+    }
+    if asked.pipeline != PipelineOptions::default() {
+        let message = format!(
+            "--size, --frames, --negative and --only are about the folder of a pipeline, and `{}` is a denoiser alone",
+            asked.denoiser.display()
+        );
+        return Err(Failure::Usage(message));
+    }
+    let denoiser = Denoiser::read(&asked.denoiser, &asked.roles)?;
+    let guidance = asked.guidance.filter(|guidance| !guidance.is_plain());
+    Ok(Prepared { options: SamplerOptions { guidance, ..asked.clone() }, denoiser, around: None })
 }
 
 /// A sampler that is not yet in place.

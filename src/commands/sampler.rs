@@ -1,11 +1,11 @@
-//! `optimize sampler DENOISER -o OUT`: a whole diffusion sampling loop as one model.
+//! `optimize sampler DENOISER -o OUT`: a whole diffusion sampling loop as one model, or with a folder a whole pipeline.
 
 use super::Answer;
 use crate::{
-    Failure, ImageReference, SamplerDone, SamplerOptions, Search, Tune,
+    Failure, ImageReference, NegativeText, PipelineOptions, SamplerDone, SamplerOptions, Search, Tune,
     progress::Meter,
     run_options::RunArgs,
-    sampler,
+    sampler::{self, Folder},
     terminal::{TalkArgs, print, say},
 };
 use anyhow::Context as _;
@@ -43,7 +43,8 @@ enum PassesArg {
 /// What to compile.
 #[derive(Debug, Args)]
 pub(crate) struct SamplerArgs {
-    /// The denoiser.
+    /// The denoiser, or the folder of a whole pipeline as diffusers and Optimum lay it out: token ids and noise in, pixels out.
+    #[arg(value_name = "DENOISER|FOLDER")]
     denoiser: PathBuf,
     /// Where the sampler goes.
     #[arg(short, long, value_name = "OUT")]
@@ -51,9 +52,9 @@ pub(crate) struct SamplerArgs {
     /// Let it replace the denoiser itself.
     #[arg(long)]
     overwrite: bool,
-    /// The scheduler_config.json that came with the denoiser.
+    /// The scheduler_config.json that came with the denoiser; a folder has one.
     #[arg(long, value_name = "FILE")]
-    scheduler: PathBuf,
+    scheduler: Option<PathBuf>,
     #[arg(long, value_name = "NAME", value_parser = solver, help = solver_help())]
     solver: Option<&'static dyn Solver>,
     /// How many steps.
@@ -71,7 +72,8 @@ pub(crate) struct SamplerArgs {
     /// Flow noise levels linspace(1, 1/N, N), as FLUX pipelines pass them, instead of the scheduler's own.
     #[arg(long)]
     explicit_sigmas: bool,
-    /// Classifier-free guidance: its scale, or `input` for a scale that is an input of the sampler.
+    /// Classifier-free guidance: its scale, or `input` for a scale that is an input of the sampler. Of a pipeline whose
+    /// denoiser is told the scale, that.
     #[arg(long, value_name = "G")]
     guidance: Option<String>,
     /// Pull a guided prediction to the deviation of the conditional one, 0 to 1.
@@ -104,11 +106,14 @@ pub(crate) struct SamplerArgs {
     latency: Option<f64>,
     #[command(flatten)]
     search: SearchArgs,
+    #[command(flatten)]
+    pipeline: PipelineArgs,
     /// Write the plan of this run.
     #[arg(long, value_name = "FILE")]
     save_plan: Option<PathBuf>,
     /// Draw eight samples into a picture: left with the denoiser step by step and every step computed (for --search, 100
-    /// steps), right with the result. For images of 1 or 3 channels from −1 to 1.
+    /// steps), right with the result. For images of 1 or 3 channels from −1 to 1, and for folders, whose images come from
+    /// the decoder.
     #[arg(long, value_name = "FILE.png")]
     preview: Option<PathBuf>,
     /// Write the result without running it.
@@ -125,6 +130,41 @@ pub(crate) struct SamplerArgs {
     #[command(flatten)]
     talk: TalkArgs,
 }
+
+/// What goes with the folder of a pipeline.
+#[derive(Debug, Args)]
+struct PipelineArgs {
+    /// Of a folder: the size of images in pixels, 512x768. Sizes stay open without it where the pipeline allows that.
+    #[arg(long, value_name = "HxW", value_parser = size)]
+    size: Option<[usize; 2]>,
+    /// Of a folder: how many frames videos have.
+    #[arg(long, value_name = "N")]
+    frames: Option<usize>,
+    /// Of a folder, what stands for the text in the unconditional pass: `input` for token ids of its own, `zeros`, or a .json
+    /// file with token ids by the names of the inputs, as tokenizers give them.
+    #[arg(long, value_name = "TEXT")]
+    negative: Option<String>,
+    /// Of a folder: compile this alone.
+    #[arg(long, value_enum, value_name = "PART")]
+    only: Option<OnlyArg>,
+}
+
+/// What alone is compiled of a pipeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnlyArg {
+    /// The sampling loop: noise and what the text encoders give in, a latent out.
+    Loop,
+}
+
+/// `512x768`.
+fn size(text: &str) -> Result<[usize; 2], NoSize> {
+    text.split_once('x').and_then(|(h, w)| Some([h.parse().ok()?, w.parse().ok()?])).ok_or(NoSize)
+}
+
+/// What is no size.
+#[derive(Debug, thiserror::Error)]
+#[error("expected height and width in pixels, as 512x768")]
+struct NoSize;
 
 /// The search for timesteps.
 #[derive(Debug, Args)]
@@ -293,8 +333,14 @@ fn perform(args: &SamplerArgs, options: SamplerOptions) -> Result<SamplerDone, F
 fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Result<SamplerOptions, Failure> {
     let text =
         |path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()));
-    let scheduler: Value = read_python_json(&text(&args.scheduler)?)
-        .with_context(|| format!("`{}` is not JSON", args.scheduler.display()))?;
+    let scheduler: Value = match &args.scheduler {
+        Some(path) => read_python_json(&text(path)?).with_context(|| format!("`{}` is not JSON", path.display()))?,
+        None if args.denoiser.is_dir() => Folder::open(&args.denoiser)?.scheduler()?,
+        None => {
+            let message = "--scheduler is missing: the scheduler_config.json that came with the denoiser";
+            return Err(Failure::Usage(message.to_owned()));
+        }
+    };
     let tune = tune(args)?;
     let mut plan = match args.plan.as_ref().filter(|plan| is_file(plan)) {
         Some(_) if args.steps.is_some() || !args.grid.is_empty() => {
@@ -320,7 +366,8 @@ fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Resu
         return Err(Failure::Usage(message.to_owned()));
     }
     if args.form == FormArg::Adaptive && plan.is_none() {
-        plan = Some(adaptive(args, &scheduler, &request, guidance.is_some())?);
+        let guided = guidance.is_some_and(|guidance| !guidance.is_plain());
+        plan = Some(adaptive(args, &scheduler, &request, guided)?);
     }
     Ok(SamplerOptions {
         denoiser: args.denoiser.clone(),
@@ -333,6 +380,7 @@ fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Resu
         tune,
         guidance,
         roles: RoleOptions::parse(&args.io)?,
+        pipeline: pipeline(&args.pipeline)?,
         form: match args.form {
             FormArg::Auto => None,
             FormArg::Unrolled => Some(Form::Unrolled),
@@ -347,6 +395,28 @@ fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Resu
     })
 }
 
+/// What was said about a pipeline.
+fn pipeline(args: &PipelineArgs) -> Result<PipelineOptions, Failure> {
+    let negative = match args.negative.as_deref() {
+        None => None,
+        Some("input") => Some(NegativeText::Input),
+        Some("zeros") => Some(NegativeText::Zeros),
+        Some(file) if file.ends_with(".json") => {
+            let text = std::fs::read_to_string(file).with_context(|| format!("cannot read `{file}`"))?;
+            let ids: Value = serde_json::from_str(&text).with_context(|| format!("`{file}` is not JSON"))?;
+            let Value::Object(ids) = ids else {
+                return Err(Failure::Usage(format!("`{file}` holds no object with token ids by name")));
+            };
+            Some(NegativeText::Ids(ids))
+        }
+        Some(other) => {
+            let message = format!("--negative is `{other}`, expected `input`, `zeros` or a .json file");
+            return Err(Failure::Usage(message));
+        }
+    };
+    Ok(PipelineOptions { size: args.size, frames: args.frames, negative, only_loop: args.only.is_some() })
+}
+
 fn guidance(args: &SamplerArgs) -> Result<Option<Guidance>, Failure> {
     let Some(text) = &args.guidance else { return Ok(None) };
     let number = || text.parse().ok().filter(|g: &f64| g.is_finite()).map(Scale::Constant);
@@ -356,10 +426,6 @@ fn guidance(args: &SamplerArgs) -> Result<Option<Guidance>, Failure> {
         return Err(Failure::Usage(format!("--guidance-rescale is {}, expected 0 to 1", args.guidance_rescale)));
     }
     let batched = args.guidance_passes == PassesArg::Batched;
-    // A guided prediction of scale 1 is the conditional one.
-    if scale == Scale::Constant(1.0) {
-        return Ok(None);
-    }
     Ok(Some(Guidance { scale, rescale: args.guidance_rescale, batched }))
 }
 

@@ -28,23 +28,45 @@ pub(super) enum Checked {
 /// Runs a sampler that was written on seeded noise, and the denoiser step by step on the same.
 pub(super) fn check(job: &Job, sampler: &Sampler, path: &Path) -> Result<Checked, Failure> {
     let options = job.options;
-    let inputs = inputs(job, sampler)?;
+    let scale_is_input = sampler.guidance.scale == Scale::Input;
+    let sizes = match &job.stages {
+        Some(stages) => stages.inputs(scale_is_input)?,
+        None => vec![inputs(job, sampler)?],
+    };
     let evaluator = Evaluator::new(job.runner, &options.run.load);
     let written = Model::read(path).context("the sampler that was written cannot be read")?.model;
-    let found = match job.runner.child().run_file(path, &[named(&written, &inputs)], &options.run.load) {
-        Ok(mut found) => found.pop().unwrap_or_default(),
-        Err(error) => return Ok(Checked::Fails(format!("the sampler cannot be run: {error}"))),
+    let mut trouble = None;
+    let mut tried = sizes.into_iter().map(|whole| {
+        match job.runner.child().run_file(path, &[named(&written, &whole)], &options.run.load) {
+            Ok(mut found) => Some((whole, found.pop().unwrap_or_default())),
+            Err(error) => {
+                trouble.get_or_insert(error);
+                None
+            }
+        }
+    });
+    let Some((whole, found)) = tried.find_map(|tried| tried) else {
+        let error = trouble.map_or_else(|| "it accepts no sizes".to_owned(), |error| error.to_string());
+        return Ok(Checked::Fails(format!("the sampler cannot be run: {error}")));
     };
     let steps = sampler.table.rows.len();
     let tell = |done: usize| options.run.progress.hear(&Progress::new(done, steps, "steps of the reference"));
+    let inputs = match &job.stages {
+        Some(stages) => stages.of_loop(&whole, job.original, sampler.roles, &evaluator)?,
+        None => whole,
+    };
     let expected = sampler::sample(sampler, job.original, &inputs, &evaluator, &tell)?;
+    let (output, reference) = match &job.stages {
+        Some(stages) => (stages.pipeline.output, stages.decoded(expected.sample.clone(), &evaluator)?),
+        None => ("sample", expected.sample.clone()),
+    };
     let sample = |outputs: &[(String, Tensor)], name: &str| {
         outputs.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor.clone())
     };
-    let claim = Claim::Equivalent { rtol: Some(options.rtol.unwrap_or_else(|| default_rtol(precision(sampler)))) };
-    let got = sample(&found, "sample").ok_or_else(|| anyhow!("the sampler gives no `sample`"))?;
-    let reference = [("sample".to_owned(), Datum::Tensor(expected.sample.clone()))];
-    let comparison = compare(&reference, &[("sample".to_owned(), Datum::Tensor(got))], claim);
+    let claim = Claim::Equivalent { rtol: Some(options.rtol.unwrap_or_else(|| default_rtol(precision(job, sampler)))) };
+    let got = sample(&found, output).ok_or_else(|| anyhow!("the sampler gives no `{output}`"))?;
+    let reference = [(output.to_owned(), Datum::Tensor(reference))];
+    let comparison = compare(&reference, &[(output.to_owned(), Datum::Tensor(got))], claim);
     if let Some(computed) = sample(&found, "computed") {
         let computed: Vec<bool> = computed.to_i64s().unwrap_or_default().iter().map(|&c| c != 0).collect();
         if comparison.holds() && computed != expected.computed {
@@ -68,10 +90,14 @@ pub(super) fn check(job: &Job, sampler: &Sampler, path: &Path) -> Result<Checked
 }
 
 /// The type that limits how well two samples can agree.
-fn precision(sampler: &Sampler) -> DataType {
+fn precision(job: &Job, sampler: &Sampler) -> DataType {
     let graph = &sampler.denoiser.graph;
     let latent = graph.find_value(&sampler.roles.latent);
-    latent.and_then(|v| graph.value(v).ty.as_ref()).and_then(Type::elem).unwrap_or(DataType::Float)
+    let own = latent.and_then(|v| graph.value(v).ty.as_ref()).and_then(Type::elem).unwrap_or(DataType::Float);
+    match &job.stages {
+        Some(stages) if own == DataType::Float => stages.precision(),
+        _ => own,
+    }
 }
 
 /// The inputs that a model takes.

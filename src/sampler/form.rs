@@ -72,7 +72,11 @@ impl Job<'_> {
     }
 
     fn compile_as(&self, sampler: &Sampler, form: Form) -> Result<Compiled, Failure> {
-        let model = emit(sampler, form, self.runner)?;
+        let inner = emit(sampler, form, self.runner)?;
+        let model = match &self.stages {
+            Some(stages) => stages.around(&inner)?,
+            None => inner,
+        };
         let staged = model.stage(&self.options.output, &self.write)?;
         let checked = if self.options.verify { check::check(self, sampler, staged.path())? } else { Checked::Not };
         Ok(Compiled { model, staged, form, checked })

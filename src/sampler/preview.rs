@@ -6,14 +6,26 @@ use super::{
     evaluator::Evaluator,
     picture::{self, Half},
     seeded_inputs::{SCALE, SeededInputs},
+    stages::Stages,
     steps, tune,
 };
 use crate::Failure;
 use anyhow::{Context as _, anyhow};
-use lathe_ir::{Dim, Model, Type};
-use lathe_passes::sampler::{self, Mode, Request, Roles, Sampler, Scale, Scheduler, StepPlan, Steps, Table, Uncond};
+use lathe_ir::{Dim, Model, Tensor, Type};
+use lathe_passes::sampler::{
+    self, Mode, Request, Roles, Sampler, Scale, Scheduler, StepPlan, Steps, Table, Uncond, pipelines::Pipeline,
+};
 use lathe_runtime::{LoadOptions, Progress};
 use std::path::Path;
+
+/// Fails unless a pipeline makes images: known before any work.
+pub(super) fn check_pipeline(pipeline: &Pipeline) -> Result<(), Failure> {
+    if pipeline.output == "image" {
+        return Ok(());
+    }
+    let (class, output) = (pipeline.classes[0], pipeline.output);
+    Err(Failure::Usage(format!("--preview draws images, and pipelines of class `{class}` give `{output}`")))
+}
 
 /// Fails unless samples are images: known before any work.
 pub(super) fn check(model: &Model, roles: &Roles) -> Result<(), Failure> {
@@ -53,10 +65,64 @@ pub(super) fn full(asked: &SamplerOptions, scheduler: &Scheduler) -> Result<Tabl
 
 /// Draws the same seeds with the denoiser step by step (left) and with the sampler at `path` (right), as a PNG.
 pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> Result<Vec<u8>, Failure> {
-    let (options, roles) = (job.options, sampler.roles);
-    let mode = if options.guidance.is_some() { Mode::Guided } else { Mode::Conditional };
+    let mode = if job.options.guidance.is_some() { Mode::Guided } else { Mode::Conditional };
     let plan = StepPlan::plain("", full.rows.iter().map(|row| row.time).collect(), mode);
     let whole = Sampler { table: full, plan: &plan, ..*sampler };
+    match &job.stages {
+        Some(stages) => draw_pipeline(job, stages, sampler, &whole, path),
+        None => draw_samples(job, sampler, &whole, path),
+    }
+}
+
+/// What a pipeline makes of made-up ids: beside the parts run one after the other, what is at `path`.
+fn draw_pipeline(
+    job: &Job,
+    stages: &Stages,
+    sampler: &Sampler,
+    whole: &Sampler,
+    path: &Path,
+) -> Result<Vec<u8>, Failure> {
+    let options = job.options;
+    let written = Model::read(path).context("the pipeline that was written cannot be read")?.model;
+    let seeded = SeededInputs::new(&stages.reference.encode, "noise", &stages.spec())?;
+    let evaluator = Evaluator::fast(job.runner, &options.run.load);
+    let load = LoadOptions { optimize: true, ..options.run.load.clone() };
+    let (mut left, mut right) = (Half::default(), Half::default());
+    let (count, batch) = (picture::ROWS * picture::COLUMNS, seeded.batch(picture::ROWS * picture::COLUMNS));
+    let (own, all) = (sampler.table.noises(), whole.table.noises());
+    if own != all && stages.pipeline.packed {
+        let message =
+            "--preview of a pipeline of patches draws all steps beside as many that add noise; leave out the plan";
+        return Err(Failure::Usage(message.to_owned()));
+    }
+    for start in (0..count).step_by(batch) {
+        let samples = start..start + batch;
+        let inputs = seeded.of_sampler(&written, samples.clone())?;
+        let mut inner = stages.of_loop(&inputs, job.original, sampler.roles, &evaluator)?;
+        if own != all {
+            inner.retain(|(name, _)| name != "step_noise");
+            inner.push(("step_noise".to_owned(), seeded.step_noise(all, samples)));
+        }
+        let steps = whole.table.rows.len();
+        let tell = |done: usize| options.run.progress.hear(&Progress::new(done, steps, "steps of the picture"));
+        let drawn = sampler::sample(whole, job.original, &inner, &evaluator, &tell)?;
+        left.push(&spread(&stages.decoded(drawn.sample, &evaluator)?)?)?;
+        let mut outputs = job.runner.child().run_file(path, &[inputs], &load)?;
+        let outputs = outputs.pop().unwrap_or_default();
+        let found = outputs.iter().find(|(name, _)| name == stages.pipeline.output);
+        right.push(&spread(&found.ok_or_else(|| anyhow!("the pipeline gives no image"))?.1)?)?;
+    }
+    Ok(picture::encode(&left, &right)?)
+}
+
+/// Pixels from 0 to 1 as numbers from -1 to 1.
+fn spread(image: &Tensor) -> anyhow::Result<Tensor> {
+    let values = image.to_f32s().context("pixels are no real numbers")?;
+    Ok(Tensor::from_f32s(image.dims(), &values.iter().map(|v| 2.0 * v - 1.0).collect::<Vec<f32>>()))
+}
+
+fn draw_samples(job: &Job, sampler: &Sampler, whole: &Sampler, path: &Path) -> Result<Vec<u8>, Failure> {
+    let (options, roles) = (job.options, sampler.roles);
     let written = Model::read(path).context("the sampler that was written cannot be read")?.model;
     let seeded = SeededInputs::new(job.sized, &roles.latent, &options.run.inputs)?;
     let evaluator = Evaluator::fast(job.runner, &options.run.load);
@@ -77,7 +143,7 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
             inputs.push((condition.name.clone(), value));
         }
         if sampler.guidance.scale == Scale::Input {
-            inputs.push(("guidance".to_owned(), lathe_ir::Tensor::from_f32s(&[], &[SCALE])));
+            inputs.push(("guidance".to_owned(), Tensor::from_f32s(&[], &[SCALE])));
         }
         let with_noise = |steps: usize| {
             let mut all = inputs.clone();
@@ -86,9 +152,9 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
             }
             all
         };
-        let steps = full.rows.len();
+        let steps = whole.table.rows.len();
         let tell = |done: usize| options.run.progress.hear(&Progress::new(done, steps, "steps of the picture"));
-        let drawn = sampler::sample(&whole, job.original, &with_noise(full.noises()), &evaluator, &tell)?;
+        let drawn = sampler::sample(whole, job.original, &with_noise(whole.table.noises()), &evaluator, &tell)?;
         left.push(&drawn.sample)?;
         let inputs = named(&written, &with_noise(sampler.table.noises()));
         let mut outputs = job.runner.child().run_file(path, &[inputs], &load)?;

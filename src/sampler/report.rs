@@ -51,8 +51,11 @@ pub struct SamplerReport {
     pub command: Vec<String>,
     /// The seed of noise and conditions.
     pub seed: u64,
-    /// The denoiser.
+    /// The denoiser, or all parts of a pipeline together.
     pub input: Side,
+    /// The parts of a pipeline, the denoiser first; left out where there is a denoiser alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Side>,
     /// The sampler.
     pub output: SamplerSide,
     /// The solver: `ddim`.
@@ -101,7 +104,8 @@ pub(super) fn summary(report: &SamplerReport) -> String {
     let right = |text: &str| Cell::new(text).set_alignment(CellAlignment::Right);
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    table.set_header(vec![Cell::new(""), right("denoiser"), right("sampler"), right("change")]);
+    let names = if report.parts.is_empty() { ["denoiser", "sampler"] } else { ["parts", "pipeline"] };
+    table.set_header(vec![Cell::new(""), right(names[0]), right(names[1]), right("change")]);
     for [name, before, after, change] in super::sides(report) {
         table.add_row(vec![Cell::new(name), right(&before), right(&after), right(&change)]);
     }
@@ -120,8 +124,12 @@ pub(super) fn summary(report: &SamplerReport) -> String {
     ));
     match &report.verify {
         Some(verify) => out.push_str(&format!(
-            "\nverified against the denoiser run step by step on {}: {} samples, relative L2 error {:.1e} (limit {:.0e})\n",
-            verify.runtime, verify.samples, verify.after, verify.limit
+            "\nverified against the {} run step by step on {}: {} samples, relative L2 error {:.1e} (limit {:.0e})\n",
+            if report.parts.is_empty() { "denoiser" } else { "parts, the denoiser" },
+            verify.runtime,
+            verify.samples,
+            verify.after,
+            verify.limit
         )),
         None => out.push_str("\nnot verified (--no-verify)\n"),
     }

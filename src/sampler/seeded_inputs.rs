@@ -18,6 +18,13 @@ pub(super) fn step_noises(sampler: &Model) -> Option<usize> {
     usize::try_from(dims.first()?.known()?).ok()
 }
 
+/// Normal numbers of a seed, others for every name.
+pub(super) fn normal(seed: u64, name: &str, dims: &[usize]) -> Tensor {
+    let mut random = Random::named(seed, name);
+    let numbers: Vec<f32> = (0..dims.iter().product::<usize>()).map(|_| random.normal() as f32).collect();
+    Tensor::from_f32s(dims, &numbers)
+}
+
 /// What a sampling loop takes besides the denoiser: noise, conditions and, where that is an input, the scale of guidance.
 pub(super) struct LoopInputs<'a> {
     pub roles: &'a Roles,
@@ -40,11 +47,7 @@ impl LoopInputs<'_> {
             found.ok_or_else(|| anyhow!("no value for `{name}` could be made up"))
         };
         let latent = find(&given, &self.roles.latent)?.dims().to_vec();
-        let normal = |name: &str, dims: &[usize]| {
-            let mut random = Random::named(seed, name);
-            let numbers: Vec<f32> = (0..dims.iter().product::<usize>()).map(|_| random.normal() as f32).collect();
-            (name.to_owned(), Tensor::from_f32s(dims, &numbers))
-        };
+        let normal = |name: &str, dims: &[usize]| (name.to_owned(), normal(seed, name, dims));
         let mut inputs = vec![normal("noise", &latent)];
         if self.noises > 0 {
             inputs.push(normal("step_noise", &[&[self.noises], &latent[..]].concat()));
@@ -124,7 +127,9 @@ impl<'a> SeededInputs<'a> {
             let value = match name.as_str() {
                 "noise" => self.noise(samples.clone()),
                 "step_noise" => self.step_noise(step_noises(sampler).unwrap_or(0), samples.clone()),
-                "guidance" if ty.and_then(Type::shape).is_some_and(|shape| shape.dims.is_empty()) => {
+                "guidance" | "guidance_scale"
+                    if ty.and_then(Type::shape).is_some_and(|shape| shape.dims.is_empty()) =>
+                {
                     Tensor::from_f32s(&[], &[SCALE])
                 }
                 other => {

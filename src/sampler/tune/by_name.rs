@@ -35,7 +35,7 @@ pub(super) fn find(plans: &PlanRunner, text: &str) -> Result<(StepPlan, Option<S
 
 #[cfg(test)]
 mod tests {
-    use lathe_passes::sampler::{SOLVERS, methods::METHODS};
+    use lathe_passes::sampler::{SOLVERS, methods::METHODS, pipelines::PIPELINES};
 
     /// The rows of the table after a line of the documentation.
     fn rows(header: &str) -> Vec<String> {
@@ -55,6 +55,15 @@ mod tests {
             rows("| method | what it does | options and their defaults |"),
             METHODS.iter().map(row).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn the_documentation_lists_every_pipeline() {
+        let row = |pipeline: &&lathe_passes::sampler::pipelines::Pipeline| {
+            let classes: Vec<String> = pipeline.classes.iter().map(|class| format!("`{class}`")).collect();
+            format!("| {} | {} |", classes.join(", "), pipeline.summary)
+        };
+        assert_eq!(rows("| classes | what they make |"), PIPELINES.iter().map(row).collect::<Vec<_>>());
     }
 
     #[test]
