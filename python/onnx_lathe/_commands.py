@@ -166,7 +166,7 @@ def sampler(
     denoiser: Model,
     output: StrPath | None = None,
     *,
-    scheduler: Any,
+    scheduler: Any = None,
     solver: str | None = None,
     steps: int | None = None,
     grid: Sequence[float] | None = None,
@@ -176,6 +176,10 @@ def sampler(
     guidance: float | Literal["input"] | None = None,
     guidance_rescale: float | None = None,
     guidance_passes: Literal["batched", "separate"] | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    negative: StrPath | Mapping[str, object] | None = None,
+    only: Literal["loop"] | None = None,
     io: Mapping[str, object] | None = None,
     form: Literal["auto", "unrolled", "loop", "adaptive"] | None = None,
     threshold: float | None = None,
@@ -213,10 +217,13 @@ def sampler(
 ) -> Result:
     """Compiles a whole diffusion sampling loop into one model: noise in, sample out.
 
+    With the folder of a pipeline the result is the whole pipeline: token ids and noise in, pixels out.
+
     Args:
-        denoiser: The network that one step runs, in any form that :func:`optimize` takes.
+        denoiser: The network that one step runs, in any form that :func:`optimize` takes, or the folder of a pipeline as
+            diffusers and Optimum lay it out.
         output: Where the sampler goes; a temporary folder without it.
-        scheduler: ``scheduler_config.json``, its content as a mapping, or a scheduler of diffusers.
+        scheduler: ``scheduler_config.json``, its content as a mapping, or a scheduler of diffusers; a folder has one.
         solver: Another solver than the configuration names.
         steps: How many steps.
         grid: The timesteps themselves, noisy ones first.
@@ -226,6 +233,11 @@ def sampler(
         guidance: The scale of classifier-free guidance, or ``"input"``.
         guidance_rescale: Pull a guided prediction to the deviation of the conditional one.
         guidance_passes: How the two passes of a guided step run.
+        size: Of a folder: height and width of images in pixels.
+        frames: Of a folder: how many frames videos have.
+        negative: Of a folder, what stands for the text in the unconditional pass: ``"input"`` for token ids of its own,
+            ``"zeros"``, or token ids by the names of the inputs, as a mapping or a .json file.
+        only: Of a folder: ``"loop"`` compiles the sampling loop alone.
         io: Roles of the denoiser's inputs where they are not plain: ``{"latent": "x", "uncond:label": 10}``;
             ``{"time-value": "sigma", "predicts": "clean"}`` for networks that do their own preconditioning.
         form: The control flow of the result.
@@ -257,8 +269,10 @@ def sampler(
     with _Job("compiling", progress, options) as job:
         given = _models.put(denoiser, job.folder)
         target = job.output(given, output)
-        options["scheduler"] = job.scheduler(scheduler)
+        options["scheduler"] = None if scheduler is None else job.scheduler(scheduler)
         options["plan"] = job.json("plan", plan) if isinstance(plan, Mapping) else plan
+        options["negative"] = job.json("negative", negative) if isinstance(negative, Mapping) else negative
+        options["size"] = None if size is None else f"{size[0]}x{size[1]}"
         features = None if reference is None else Path(reference)
         options["real"] = job.set("real", real, features)
         roles = [f"--io={role}={value}" for role, value in (io or {}).items()]
@@ -516,7 +530,8 @@ class _Job:
         if output is not None:
             return Path(output)
         self.kept = self.temporary()
-        return Path(self.kept.name) / given.path.name
+        name = f"{given.path.name}.onnx" if given.path.is_dir() else given.path.name
+        return Path(self.kept.name) / name
 
     def result(self, found: _Found, given: _models.Given, path: Path | None, page: str | None) -> Result:
         return Result(page, found.report, found.text, found.notes, path, given.load, self.kept)
