@@ -361,7 +361,7 @@ impl Bench<'_> {
             let json = std::fs::read(&file).map_err(|source| BenchError::Unreadable { path: file.clone(), source })?;
             // The folder is the caller's and goes with everything in it.
             let _ = std::fs::remove_file(&file);
-            let profile = Profile::parse(&json, timed.provider())?;
+            let profile = Profile::parse(&json, timed.provider(), &timed.left_because())?;
             let placement = &profile.placement;
             if placement.taken == 0 && !placement.elsewhere.is_empty() {
                 let (provider, nodes) = (placement.provider.clone(), placement.elsewhere.len());

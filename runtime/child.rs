@@ -6,7 +6,7 @@ mod worker;
 
 use crate::{
     BenchInputs, BenchResult, BenchTask, ChosenSamples, Claim, ContentIds, Executor, Gates, Inputs, KeptResults,
-    Listener, LoadOptions, Measured, RuntimeError, Sample, SetSpec, Verdict, machine,
+    LayersJob, LayersReport, Listener, LoadOptions, Measured, ModelOn, RuntimeError, Sample, SetSpec, Verdict, machine,
     verify::{AT_EDGE, RESULT_AT_EDGE},
     wire::{GatherJob, Gathered, InputHeads, MeasureJob, SelectJob, TrialJob, WorkerAnswer, WorkerRequest, framing},
 };
@@ -208,11 +208,10 @@ impl Child {
     /// Compares two models on disk, with [`crate::verify`], entirely inside the worker.
     pub fn verify(
         &self,
-        reference: &Path,
-        candidate: &Path,
+        reference: ModelOn<'_>,
+        candidate: ModelOn<'_>,
         inputs: &Inputs,
         claim: Claim,
-        options: &LoadOptions,
     ) -> Result<Verdict, RuntimeError> {
         let mut data = Vec::new();
         let inputs = match inputs {
@@ -224,9 +223,15 @@ impl Child {
                 InputHeads::Given(heads)
             }
         };
-        let (reference, candidate) = (reference.to_owned(), candidate.to_owned());
-        let options = options.clone();
-        let mut request = WorkerRequest::Verify { reference, candidate, inputs, claim, options, left_out: Vec::new() };
+        let mut request = WorkerRequest::Verify {
+            reference: reference.path.to_owned(),
+            candidate: candidate.path.to_owned(),
+            inputs,
+            claim,
+            reference_options: reference.options.clone(),
+            options: candidate.options.clone(),
+            left_out: Vec::new(),
+        };
         let payload: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
         loop {
             let ended = match self.ask(&request, &payload) {
@@ -235,12 +240,15 @@ impl Child {
                 Err(error) => error,
             };
             let RuntimeError::Ended { stage, message, .. } = &ended else { return Err(ended) };
-            if let Some(sizes) = stage.strip_prefix(RESULT_AT_EDGE) {
+            let result_at_edge = stage.strip_prefix(RESULT_AT_EDGE);
+            let two_providers = reference.options.provider != candidate.options.provider;
+            if let Some(sizes) = result_at_edge.filter(|_| !two_providers) {
                 let (message, sizes) = (message.clone(), sizes.to_owned());
                 return Ok(Verdict::CandidateRefused { message, sizes });
             }
-            // An engine that the original crashes on some inputs refuses them; the others are still to run.
-            match (stage.strip_prefix(AT_EDGE), &mut request) {
+            // An engine that the original crashes on some inputs refuses them; the others are still to run. So does a
+            // provider on which only the candidate runs.
+            match (stage.strip_prefix(AT_EDGE).or(result_at_edge), &mut request) {
                 (Some(at), WorkerRequest::Verify { left_out, .. })
                     if !left_out.iter().any(|(known, _)| known == at) =>
                 {
@@ -248,6 +256,14 @@ impl Child {
                 }
                 _ => return Err(ended),
             }
+        }
+    }
+
+    /// Compares two models value by value, with [`crate::compare_layers`], entirely inside the worker.
+    pub fn layers(&self, job: LayersJob) -> Result<LayersReport, RuntimeError> {
+        match self.ask(&WorkerRequest::Layers(Box::new(job)), &[])? {
+            (WorkerAnswer::Layers(report), _) => Ok(*report),
+            (other, _) => Err(unexpected(&other)),
         }
     }
 
@@ -409,7 +425,9 @@ mod tests {
         let inputs = Inputs::Random(crate::InputSpec::default());
         let claim = Claim::Equivalent { rtol: None };
         let child = shell(&script, Limits::default());
-        child.verify(Path::new("a"), Path::new("b"), &inputs, claim, &LoadOptions::default())
+        let options = LoadOptions::default();
+        let on = |path: &'static str| ModelOn { path: Path::new(path), options: &options };
+        child.verify(on("a"), on("b"), &inputs, claim)
     }
 
     #[test]

@@ -247,7 +247,8 @@ mod tests {
         let claim = Claim::Equivalent { rtol: None };
         let options = LoadOptions::default();
         let (reference, candidate, inputs, options) = (source(), source(), &inputs, &options);
-        let task = VerifyTask { model: &model, reference, candidate, inputs, claim, options };
+        let task =
+            VerifyTask { model: &model, reference, candidate, inputs, claim, reference_options: options, options };
         let verdict = verify(&Embedded, &task, &mut |_: &str| {}).unwrap();
         assert!(verdict.holds(), "{}", verdict.describe());
     }

@@ -5,6 +5,7 @@ use lathe_analysis::EvaluateError;
 use lathe_ir::Tensor;
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -16,6 +17,15 @@ pub enum Source<'a> {
     Bytes(&'a [u8]),
     /// A file, whose external data lies beside it.
     Path(&'a Path),
+}
+
+/// A model on disk, and how it is run.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelOn<'a> {
+    /// The file.
+    pub path: &'a Path,
+    /// The provider and the rest of how it is loaded.
+    pub options: &'a LoadOptions,
 }
 
 /// How a model is loaded.
@@ -177,6 +187,11 @@ pub trait Timed {
 
     /// Ends the profile that was asked for and returns where it is; `None` where there is none.
     fn profile(&mut self) -> Result<Option<PathBuf>, RuntimeError>;
+
+    /// Why nodes were left to other providers, by their names, as far as the engine says so where it profiles.
+    fn left_because(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
 
     /// The name that nodes of the execution provider carry in a profile.
     fn provider(&self) -> &str;

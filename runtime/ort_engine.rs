@@ -1,5 +1,6 @@
 //! ONNX Runtime: the only module that mentions `ort`.
 
+mod assignment;
 mod plugins;
 mod providers;
 mod registration;

@@ -39,10 +39,29 @@ pub struct Placement {
     pub provider: String,
     /// How many nodes it took.
     pub taken: usize,
+    /// Groups of nodes that it ran without a node of another provider between them.
+    #[serde(default)]
+    pub partitions: usize,
     /// The nodes that others run: "`/Shape` (Shape) on CPUExecutionProvider".
     pub elsewhere: Vec<String>,
+    /// The same nodes with what the runtime says about them.
+    #[serde(default)]
+    pub left: Vec<LeftNode>,
     /// Nodes that the runtime added to copy values between memories.
     pub copies: usize,
+}
+
+/// A node that the provider left to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftNode {
+    /// Its name.
+    pub name: String,
+    /// Its operator.
+    pub op: String,
+    /// The provider that runs it.
+    pub provider: String,
+    /// Why, where the runtime says so.
+    pub why: Option<String>,
 }
 
 impl Placement {
@@ -96,8 +115,9 @@ struct Arguments {
 const CONTAINERS: [&str; 3] = ["If", "Loop", "Scan"];
 
 impl Profile {
-    /// Reads the JSON that a session wrote. `provider` is the name of the provider that was asked for.
-    pub fn parse(json: &[u8], provider: &str) -> Result<Profile, ProfileError> {
+    /// Reads the JSON that a session wrote. `provider` is the name of the provider that was asked for, and `reasons` say why
+    /// it left nodes, by their names.
+    pub fn parse(json: &[u8], provider: &str, reasons: &BTreeMap<String, String>) -> Result<Profile, ProfileError> {
         let events: Vec<Event> = serde_json::from_slice(json)?;
         let mut runs: Vec<&Event> = events.iter().filter(|e| e.cat == "Session" && e.name == "model_run").collect();
         runs.sort_by(|a, b| a.ts.total_cmp(&b.ts));
@@ -134,16 +154,27 @@ impl Profile {
             node.calls = (node.calls * 1000.0).round() / 1000.0;
         }
         let mut placement = Placement { provider: provider.to_owned(), ..Placement::default() };
-        let mut named = BTreeSet::new();
+        let (mut named, mut taken_before) = (BTreeSet::new(), false);
         for node in &order {
             let first = named.insert((&node.name, &node.op, &node.provider));
             if node.op.starts_with("Memcpy") {
                 placement.copies += 1;
-            } else if node.provider == provider {
+                continue;
+            }
+            let takes = node.provider == provider;
+            placement.partitions += usize::from(takes && !taken_before);
+            taken_before = takes;
+            if takes {
                 placement.taken += 1;
             } else if first {
                 let name = if node.name.is_empty() { "unnamed" } else { &node.name };
                 placement.elsewhere.push(format!("`{name}` ({}) on {}", node.op, node.provider));
+                placement.left.push(LeftNode {
+                    name: node.name.clone(),
+                    op: node.op.clone(),
+                    provider: node.provider.clone(),
+                    why: reasons.get(&node.name).cloned(),
+                });
             }
         }
         Ok(Profile { runs: measured.len(), run_ms, nodes: order, placement })
@@ -183,9 +214,13 @@ mod tests {
         {"cat":"Node","name":"branch_kernel_time","ts":2046,"dur":9,
          "args":{"op_name":"If","provider":"CUDAExecutionProvider","node_index":"3"}}]"#;
 
+    fn reasons() -> BTreeMap<String, String> {
+        BTreeMap::from([("pick".to_owned(), "no kernel".to_owned())])
+    }
+
     #[test]
     fn the_first_run_is_not_counted() {
-        let profile = Profile::parse(SHARED.as_bytes(), "CUDAExecutionProvider").unwrap();
+        let profile = Profile::parse(SHARED.as_bytes(), "CUDAExecutionProvider", &reasons()).unwrap();
         assert_eq!((profile.runs, profile.run_ms), (1, 0.06));
         let ops: Vec<_> = profile.by_operator().into_iter().map(|(op, _, ms)| (op, ms)).collect();
         let expected = [("Conv", 0.03), ("Unique", 0.006), ("MemcpyToHost", 0.004), ("If", 0.0)];
@@ -194,19 +229,22 @@ mod tests {
 
     #[test]
     fn nodes_left_to_the_cpu_are_named() {
-        let profile = Profile::parse(SHARED.as_bytes(), "CUDAExecutionProvider").unwrap();
+        let profile = Profile::parse(SHARED.as_bytes(), "CUDAExecutionProvider", &reasons()).unwrap();
         assert_eq!(
             profile.placement.note().unwrap(),
             "CUDAExecutionProvider left 1 of 3 nodes to others: `pick` (Unique) on CPUExecutionProvider; \
              1 copies between memories"
         );
-        let all = Profile::parse(SHARED.as_bytes(), "TensorrtExecutionProvider").unwrap();
+        let left = &profile.placement.left[0];
+        assert_eq!((left.name.as_str(), left.why.as_deref()), ("pick", Some("no kernel")));
+        assert_eq!(profile.placement.partitions, 2);
+        let all = Profile::parse(SHARED.as_bytes(), "TensorrtExecutionProvider", &BTreeMap::new()).unwrap();
         assert_eq!(all.placement.taken, 0);
     }
 
     #[test]
     fn what_is_no_profile_is_an_error() {
-        assert!(Profile::parse(b"[{", "x").is_err());
-        assert_eq!(Profile::parse(b"[]", "x").unwrap().runs, 0);
+        assert!(Profile::parse(b"[{", "x", &BTreeMap::new()).is_err());
+        assert_eq!(Profile::parse(b"[]", "x", &BTreeMap::new()).unwrap().runs, 0);
     }
 }

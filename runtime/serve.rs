@@ -3,7 +3,7 @@
 use crate::{
     Engine, Inputs, Progress, RuntimeError, Session as _, Source, Talk, VerifyTask, bench,
     datum::only_tensors,
-    measure, select,
+    layers, measure, select,
     sessions::SessionStore,
     statistics, trials,
     verify::{Edges, verify_at},
@@ -122,7 +122,7 @@ fn answer(
             let (heads, parts) = framing::pack_all(&outputs);
             Ok((WorkerAnswer::Ran(heads), parts))
         }
-        WorkerRequest::Verify { reference, candidate, inputs, claim, options, left_out } => {
+        WorkerRequest::Verify { reference, candidate, inputs, claim, reference_options, options, left_out } => {
             let inputs = match inputs {
                 InputHeads::Random(spec) => Inputs::Random(spec),
                 InputHeads::Set(spec) => Inputs::Set(spec),
@@ -136,10 +136,15 @@ fn answer(
                 candidate: Source::Path(&candidate),
                 inputs: &inputs,
                 claim,
+                reference_options: &reference_options,
                 options: &options,
             };
             let verdict = verify_at(Edges::AllBut(&left_out), engine, &task, &mut talk)?;
             Ok((WorkerAnswer::Verdict(verdict), Vec::new()))
+        }
+        WorkerRequest::Layers(job) => {
+            let report = layers::compare_layers(engine, &job, &mut talk)?;
+            Ok((WorkerAnswer::Layers(Box::new(report)), Vec::new()))
         }
         WorkerRequest::Select(job) => Ok((WorkerAnswer::Selected(select::serve(engine, &job, &mut talk)?), Vec::new())),
         WorkerRequest::Gather(job) => {

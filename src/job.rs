@@ -83,6 +83,35 @@ pub struct Options {
     pub command: Vec<String>,
 }
 
+impl Options {
+    /// All exact passes on `model`, and nothing else: the result is written to `output` without being run.
+    pub fn exact(model: PathBuf, output: PathBuf, run: RunOptions) -> Options {
+        Options {
+            model,
+            output: Some(output),
+            overwrite: false,
+            selection: Selection::default(),
+            settings: BTreeMap::new(),
+            target: Target::Portable,
+            opset: None,
+            max_growth: 0,
+            external: External::Auto,
+            verify: false,
+            bench: None,
+            paranoid: false,
+            detailed: false,
+            sets: Sets::default(),
+            budget: Budget::default(),
+            interface: Interface::default(),
+            precision: None,
+            cache: None,
+            calib_select: None,
+            run,
+            command: Vec::new(),
+        }
+    }
+}
+
 /// What a successful job leaves.
 #[derive(Debug)]
 pub struct Done {

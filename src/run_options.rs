@@ -135,6 +135,11 @@ impl RunArgs {
 }
 
 impl EngineArgs {
+    /// Whether nothing was said.
+    pub(crate) fn is_default(&self) -> bool {
+        self.ep == "cpu" && self.device == 0 && self.threads == 0 && self.ort.is_none()
+    }
+
     /// The options of a command that makes up no inputs.
     pub(crate) fn options(&self, limits: &LimitArgs, progress: Listener) -> Result<RunOptions, Failure> {
         let load = LoadOptions {
@@ -174,6 +179,14 @@ impl EngineArgs {
     }
 }
 
+impl LimitArgs {
+    /// Whether nothing was said.
+    pub(crate) fn is_default(&self) -> bool {
+        let named = self.memory.is_some() || self.store.is_some() || self.on.is_some() || self.trace.is_some();
+        !named && self.timeout == TIMEOUT_SECONDS && self.jobs == 1
+    }
+}
+
 /// Makes a folder if need be and finds out whether files can be put into it.
 fn usable(folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
@@ -181,7 +194,7 @@ fn usable(folder: &Path) -> io::Result<()> {
 }
 
 /// `NAME:1,3,224,224`.
-fn input_shape(text: &str) -> Result<(String, Vec<usize>), Failure> {
+pub(crate) fn input_shape(text: &str) -> Result<(String, Vec<usize>), Failure> {
     let wrong = || Failure::Usage(format!("`{text}` is no input shape, expected NAME:1,3,224,224"));
     let (name, sizes) = text.rsplit_once(':').ok_or_else(wrong)?;
     let sizes: Result<Vec<usize>, _> =

@@ -6,7 +6,7 @@ use lathe_analysis::{Evaluate, EvaluateError};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
     BenchInputs, BenchResult, BenchTask, Child, ChosenSamples, Claim, CollectOptions, ContentIds, Inputs, KeptResults,
-    LibrarySearch, Limits, LoadOptions, Measured, Request, SetSpec, Statistics, StatisticsError, Verdict,
+    LibrarySearch, Limits, LoadOptions, Measured, ModelOn, Request, SetSpec, Statistics, StatisticsError, Verdict,
 };
 use std::{
     ffi::OsString,
@@ -174,7 +174,8 @@ impl Runner {
         inputs: &Inputs,
         claim: Claim,
     ) -> anyhow::Result<Verdict> {
-        Ok(self.child.verify(reference, candidate, inputs, claim, &self.load)?)
+        let on = |path| ModelOn { path, options: &self.load };
+        Ok(self.child.verify(on(reference), on(candidate), inputs, claim)?)
     }
 
     /// Times one or two model files.

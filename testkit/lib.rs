@@ -59,7 +59,9 @@ pub fn kernels(model: &Model, inputs: &[(String, Tensor)]) -> BTreeMap<String, u
     session.bind(&inputs.to_vec()).expect("the inputs fit the model");
     session.run().unwrap_or_else(|error| panic!("the model does not run: {error}"));
     let path = session.profile().expect("a profile is written").expect("the runtime has a profiler");
-    let profile = Profile::parse(&std::fs::read(path).expect("it is there"), session.provider()).expect("it is one");
+    let profile =
+        Profile::parse(&std::fs::read(path).expect("it is there"), session.provider(), &session.left_because())
+            .expect("it is one");
     let mut kernels = BTreeMap::new();
     for node in profile.nodes {
         *kernels.entry(node.op).or_insert(0) += 1;
@@ -87,6 +89,7 @@ pub fn verdict(reference: &Model, candidate: &Model, claim: Claim, seed: u64) ->
         candidate: Source::Bytes(&found),
         inputs: &inputs,
         claim,
+        reference_options: &options,
         options: &options,
     };
     verify(engine(), &task, &mut |_: &str| {}).map_err(|e| e.to_string())

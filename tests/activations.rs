@@ -83,7 +83,7 @@ fn a_set_is_needed_and_nothing_is_ignored() {
     for options in [
         &["--activations"][..],
         &["--calib", "set.npz"],
-        &["--ep", "cpu"],
+        &["--threads", "2"],
         &["--memory", "1GB"],
         &["--activations", "--calib", "s", "--batch", "0"],
     ] {

@@ -1,16 +1,18 @@
 //! Runs whose inputs and outputs stay on the device, for timing.
 
-use super::{OrtEngine, PROVIDERS, Provider, sentence, values::to_ort};
+use super::{OrtEngine, PROVIDERS, Provider, assignment::Assignment, sentence, values::to_ort};
 use crate::{
     RuntimeError, Sample,
     engine::{LoadOptions, Source, Timed},
 };
 use ort::{
+    logging::LogLevel,
     memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType},
     session::IoBinding,
     value::DynValue,
 };
 use std::{
+    collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -28,6 +30,7 @@ struct OrtTimed {
     device: i32,
     copies_in_run: bool,
     profiled: bool,
+    assignment: Assignment,
     provider: String,
     engine: String,
 }
@@ -40,10 +43,13 @@ pub(super) fn load(
 ) -> Result<Box<dyn Timed>, RuntimeError> {
     let name = crate::Engine::name(engine);
     let refused = |e: &ort::Error| RuntimeError::Load { engine: name.clone(), message: sentence(e.message()) };
+    let assignment = Assignment::default();
     let (mut builder, provider) = engine.builder(options, true)?;
     if let Some(folder) = profile {
         builder = builder
             .with_profiling(folder.join("profile"))
+            .and_then(|b| b.with_logger(assignment.logger()))
+            .and_then(|b| b.with_log_level(LogLevel::Info))
             .map_err(|e| RuntimeError::Load { engine: name.clone(), message: sentence(e.message()) })?;
     }
     let session = engine.commit(builder, source)?;
@@ -60,6 +66,7 @@ pub(super) fn load(
         // A plugin may have memory of any name.
         copies_in_run: !built_in.is_some_and(Provider::is_built_in),
         profiled: profile.is_some(),
+        assignment,
         provider,
         engine: name,
     }))
@@ -171,6 +178,10 @@ impl Timed for OrtTimed {
         }
         let path = self.session.end_profiling().map_err(|e| self.failed(&e))?;
         Ok(Some(path.into()))
+    }
+
+    fn left_because(&self) -> BTreeMap<String, String> {
+        self.assignment.reasons()
     }
 
     fn provider(&self) -> &str {

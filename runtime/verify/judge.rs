@@ -32,7 +32,7 @@ impl<'a> Judge<'a> {
             unsteady: Unsteadies::new(),
             varying: BTreeSet::new(),
             drawn: BTreeSet::new(),
-            rounding: Rounding::new(verification.engine, verification.task.model, &verification.options),
+            rounding: Rounding::new(verification.engine, verification.task.model, &verification.reference_options),
         }
     }
 

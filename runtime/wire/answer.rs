@@ -1,7 +1,7 @@
 //! What the worker answers.
 
 use super::{framing::Head, jobs::Gathered};
-use crate::{BenchResult, ChosenSamples, Measured, Progress, Verdict};
+use crate::{BenchResult, ChosenSamples, LayersReport, Measured, Progress, Verdict};
 use serde::{Deserialize, Serialize};
 
 /// What the worker answers.
@@ -19,6 +19,8 @@ pub(crate) enum WorkerAnswer {
     Ran(Vec<Vec<Head>>),
     /// The result of a comparison.
     Verdict(Verdict),
+    /// The result of a comparison value by value.
+    Layers(Box<LayersReport>),
     /// The samples that were chosen.
     Selected(ChosenSamples),
     /// What came of gathering statistics.

@@ -4,7 +4,7 @@ use super::{
     framing::Head,
     jobs::{GatherJob, MeasureJob, SelectJob, TrialJob},
 };
-use crate::{BenchInputs, BenchTask, Claim, InputSpec, LoadOptions, SetSpec, verify::LeftOut};
+use crate::{BenchInputs, BenchTask, Claim, InputSpec, LayersJob, LoadOptions, SetSpec, verify::LeftOut};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -23,9 +23,12 @@ pub(crate) enum WorkerRequest {
         candidate: PathBuf,
         inputs: InputHeads,
         claim: Claim,
+        reference_options: LoadOptions,
         options: LoadOptions,
         left_out: Vec<LeftOut>,
     },
+    /// Compare two models on disk value by value.
+    Layers(Box<LayersJob>),
     /// Choose some samples of a set.
     Select(SelectJob),
     /// Run a model that computes statistics over a set.
@@ -58,6 +61,7 @@ impl WorkerRequest {
             WorkerRequest::Evaluate { .. } => "evaluate",
             WorkerRequest::Run { .. } => "run",
             WorkerRequest::Verify { .. } => "verify",
+            WorkerRequest::Layers(_) => "compare layers",
             WorkerRequest::Select(_) => "select",
             WorkerRequest::Gather(_) => "gather statistics",
             WorkerRequest::Trials(_) => "try variants",

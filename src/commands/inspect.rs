@@ -3,6 +3,7 @@
 mod activations;
 mod anatomy;
 mod ceilings;
+mod placement;
 mod text;
 
 use super::Answer;
@@ -10,7 +11,7 @@ use crate::{
     Failure, job,
     progress::Meter,
     report::Side,
-    run_options::{EngineArgs, LimitArgs},
+    run_options::{EngineArgs, LimitArgs, RunOptions, input_shape},
     runner::Runner,
 };
 use activations::{Activations, Sources};
@@ -19,6 +20,7 @@ use clap::Args;
 use lathe_analysis::{Facts, NodeCost, UnitId};
 use lathe_ir::{Model, ValueId};
 use lathe_runtime::{Listener, SetSpec};
+use placement::{Placements, Question};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -27,8 +29,6 @@ const DEAREST: usize = 8;
 
 /// What to look at. How models are run is of use only where some are.
 #[derive(Debug, Args)]
-#[command(mut_group("EngineArgs", |group| group.requires("activations")))]
-#[command(mut_group("LimitArgs", |group| group.requires("activations")))]
 pub(crate) struct InspectArgs {
     /// The model.
     model: PathBuf,
@@ -41,6 +41,9 @@ pub(crate) struct InspectArgs {
     /// The calibration set: .npz, a folder of .npz or .npy, or of test_data_set_*.
     #[arg(long, value_name = "SET", requires = "activations")]
     calib: Option<PathBuf>,
+    /// With --ep: the shape of an input in the run; may be given several times.
+    #[arg(long, value_name = "NAME:1,3,224,224", requires = "ep")]
+    input_shape: Vec<String>,
     #[command(flatten)]
     runs: RunsOfSet,
     /// As JSON.
@@ -64,14 +67,13 @@ struct RunsOfSet {
 }
 
 impl RunsOfSet {
-    fn measure(&self, model: &Model, calib: &Path, progress: Listener) -> Result<Activations, Failure> {
-        let options = self.engine.options(&self.limits, progress)?;
+    fn measure(&self, model: &Model, calib: &Path, options: &RunOptions) -> Result<Activations, Failure> {
         let set = SetSpec {
             unread: self.labels.clone(),
             batch: self.batch.map(|batch| batch as usize),
             ..SetSpec::all(calib)
         };
-        let runner = Runner::new(&options)?;
+        let runner = Runner::new(options)?;
         Sources { runner: &runner, set: &set, load: &options.load, memory: options.memory }.activations(model)
     }
 }
@@ -98,10 +100,35 @@ struct Found<'a> {
     outputs: Vec<(String, String)>,
     warnings: Vec<String>,
     activations: Option<Activations>,
+    placement: Option<Placements>,
+}
+
+/// The provider that takes everything.
+const CPU: &str = "cpu";
+
+impl InspectArgs {
+    /// How models are run; an error where that is said and none is.
+    fn run_options(&self, progress: Listener) -> Result<RunOptions, Failure> {
+        let (engine, limits) = (&self.runs.engine, &self.runs.limits);
+        let runs = self.activations || engine.ep != CPU;
+        if !runs && !(engine.is_default() && limits.is_default()) {
+            let message = "nothing is run without --activations or an --ep other than cpu, so there is no use for how it \
+                           would be";
+            return Err(Failure::Usage(message.to_owned()));
+        }
+        if self.activations && !self.input_shape.is_empty() {
+            let message = "--activations runs the samples of --calib, which have shapes; leave --input-shape out";
+            return Err(Failure::Usage(message.to_owned()));
+        }
+        let mut run = engine.options(limits, progress)?;
+        run.inputs.shapes = self.input_shape.iter().map(|text| input_shape(text)).collect::<Result<_, _>>()?;
+        Ok(run)
+    }
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let meter = Meter::new(if args.activations { "measuring activations" } else { "inspecting" }, false);
+    let doing = if args.activations { "measuring activations" } else { "inspecting" };
+    let meter = Meter::new(doing, false);
     let found = answer(args, meter.listener())?;
     drop(meter);
     found.show(args.json);
@@ -120,8 +147,11 @@ pub(crate) fn answer(args: &InspectArgs, progress: Listener) -> Result<Answer, F
         values.iter().map(|&v| value_line(&model, &facts, v)).collect()
     };
     let (inputs, outputs) = (lines(model.graph.main().inputs()), lines(model.graph.main().outputs()));
-    let activations = args.calib.as_deref().map(|calib| args.runs.measure(&model, calib, progress)).transpose()?;
-    let found = Found { side, anatomy: Anatomy::of(&model, &facts), inputs, outputs, warnings, activations };
+    let run = args.run_options(progress)?;
+    let activations = args.calib.as_deref().map(|calib| args.runs.measure(&model, calib, &run)).transpose()?;
+    let asked = args.runs.engine.ep != CPU && !args.activations;
+    let placement = asked.then(|| Question { path: &args.model, run: &run }.answer(&model)).transpose()?;
+    let found = Found { side, anatomy: Anatomy::of(&model, &facts), inputs, outputs, warnings, activations, placement };
     Ok(Answer::new(&as_json(&found), text::page(&found, args.units), Vec::new()))
 }
 
@@ -168,7 +198,7 @@ fn as_json(found: &Found) -> Value {
         "units": anatomy.units.iter().map(|(id, _)| with(unit_json(anatomy, id), cost(&anatomy.of_unit[id.index()])))
             .collect::<Vec<_>>(),
         "rejected_sums": rejected.collect::<Vec<_>>(), "ceilings": ceilings::ceilings(anatomy),
-        "activations": found.activations, "warnings": found.warnings,
+        "activations": found.activations, "placement": found.placement, "warnings": found.warnings,
     })
 }
 

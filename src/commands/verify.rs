@@ -1,6 +1,8 @@
 //! `optimize verify A B`: whether two models compute the same, or how much the second loses on a set or, of samplers, on
 //! seeds. Without --metric, --max-drop and --labels the values of outputs are compared, on a set as on random inputs.
 
+mod layers;
+
 use super::{Answer, sets::SetArgs};
 use crate::{
     Failure, Sets, job,
@@ -17,16 +19,29 @@ use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser},
 };
-use lathe_runtime::{BenchInputs, Claim, InputSpec, Inputs, Listener, Verdict, metric_columns};
-use std::{fmt::Write as _, path::PathBuf};
+use lathe_runtime::{
+    BenchInputs, Claim, InputSpec, Inputs, LayersJob, Listener, LoadOptions, ModelOn, Verdict, metric_columns,
+};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
 
 /// What to compare.
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
     /// The reference.
     a: PathBuf,
-    /// The candidate.
-    b: PathBuf,
+    /// The candidate; with --against it may be left out: A on both providers.
+    #[arg(required_unless_present = "against")]
+    b: Option<PathBuf>,
+    /// Run A on this execution provider and B on that of --ep, with the runtime's optimizations on as where it is deployed.
+    #[arg(long, value_name = "PROVIDER", conflicts_with_all = ["metric", "max_drop", "labels", "seeds"])]
+    against: Option<String>,
+    /// Compare values inside the models too, in their order: which is the first that differs, and is it its node that
+    /// computes something else?
+    #[arg(long, conflicts_with_all = ["metric", "max_drop", "labels", "seeds"])]
+    layers: bool,
     /// The largest relative L2 error of an output; by default 1e-4 for float32 and what other types allow, or what
     /// rounding that is measured in A accounts for.
     #[arg(long, conflicts_with_all = ["metric", "max_drop"])]
@@ -58,6 +73,13 @@ pub(crate) struct VerifyArgs {
     run: RunArgs,
 }
 
+impl VerifyArgs {
+    /// The second model; where two providers are compared it may be the first.
+    fn candidate(&self) -> &Path {
+        self.b.as_ref().unwrap_or(&self.a)
+    }
+}
+
 pub(crate) fn metric_names() -> PossibleValuesParser {
     let auto = PossibleValue::new("auto").help("what fits the model; the choice is explained");
     let named =
@@ -80,8 +102,13 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
     }
     let run = args.run.options(progress)?;
     let sets = sets(args, &run.inputs)?;
-    let model = super::read(&args.a)?.model;
-    super::read(&args.b)?;
+    let (model, b) = (super::read(&args.a)?.model, args.candidate());
+    super::read(b)?;
+    if args.b.is_none() && args.against.as_ref() == Some(&run.load.provider) {
+        let message =
+            format!("--against {0} beside --ep {0} would compare `{1}` with itself", run.load.provider, b.display());
+        return Err(Failure::Usage(message));
+    }
     let runner = Runner::new(&run)?.afresh();
     // Values are compared, on a set as on random inputs, unless something is to be measured.
     let measured = args.metric.is_some() || args.max_drop.is_some() || args.sets.labels.is_some();
@@ -90,7 +117,7 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
         Some((set, _)) => BenchInputs::Set(set.clone()),
         None => BenchInputs::Random(run.inputs.clone()),
     };
-    let placed = Measurement { run: &run, models: &[&args.b], inputs: &fed, seconds: 0.0 };
+    let placed = Measurement { run: &run, models: &[b], inputs: &fed, seconds: 0.0 };
     let notes = placed.left_behind()?;
     let (inputs, set_name) = match set {
         Some((set, set_name)) if measured => {
@@ -105,7 +132,15 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
         Some(rtol) => Claim::Within { rtol },
         None => Claim::Equivalent { rtol: None },
     };
-    let verdict = runner.compare(&args.a, &args.b, &inputs, claim)?;
+    let reference_options = LoadOptions {
+        provider: args.against.clone().unwrap_or_else(|| run.load.provider.clone()),
+        device: if args.against.is_some() { 0 } else { run.load.device },
+        ..run.load.clone()
+    };
+    // A provider is judged as it will run.
+    let options = LoadOptions { optimize: args.against.is_some(), ..run.load.clone() };
+    let reference = ModelOn { path: &args.a, options: &reference_options };
+    let verdict = runner.child().verify(reference, ModelOn { path: b, options: &options }, &inputs, claim)?;
     let sentence = verdict.describe();
     let report = match verdict {
         Verdict::Compared(report) => report,
@@ -113,9 +148,36 @@ pub(crate) fn answer(args: &VerifyArgs, progress: Listener) -> Result<Answer, Fa
         _ => return Err(Failure::Refused(sentence)),
     };
     let passed = report.comparison.holds();
-    let found = job::verify(report, claim, set_name);
-    let answer = Answer::new(&found, text(&found, &sentence), notes);
-    Ok(Answer { refused: (!passed).then_some(sentence), ..answer })
+    let mut found = job::verify(report, claim, set_name);
+    if let Some(against) = &args.against {
+        found.runtime = format!("{} ({} against {against})", found.runtime, run.load.provider);
+    }
+    let mut answer = Answer::new(&found, text(&found, &sentence), notes);
+    if args.against.is_some() {
+        found.left_out.iter().for_each(|line| answer.text.push_str(&format!("  not run: {line}\n")));
+    }
+    if args.layers {
+        let job = LayersJob {
+            reference: args.a.clone(),
+            candidate: b.to_owned(),
+            set: if let Inputs::Set(set) = &inputs { Some(set.clone()) } else { None },
+            inputs: run.inputs.clone(),
+            rtol: if args.bits { Some(0.0) } else { args.rtol },
+            bytes: layers::bytes(run.memory),
+            reference_options,
+            // Values inside are seen only where the runtime leaves them alone.
+            options: LoadOptions { optimize: false, ..run.load.clone() },
+        };
+        let found = layers::compare(&runner, job)?;
+        answer.json["layers"] = found.json;
+        answer.text.push_str(&found.text);
+        // Outputs may agree all the same: the CPU computes half precision in float32 where it may.
+        answer.refused = found.culprit.map(|node| format!("the outputs agree, but {node} computes something else"));
+    }
+    if !passed {
+        answer.refused = Some(sentence);
+    }
+    Ok(answer)
 }
 
 /// Compares two samplers.
@@ -137,7 +199,7 @@ fn samplers(args: &VerifyArgs, seeds: usize, progress: Listener) -> Result<Answe
     }
     let pair = SamplerComparison {
         a: args.a.clone(),
-        b: args.b.clone(),
+        b: args.candidate().to_owned(),
         seeds,
         features: args.features.clone(),
         metric: metric.to_owned(),
@@ -167,7 +229,7 @@ fn sets(args: &VerifyArgs, inputs: &InputSpec) -> Result<Sets, Failure> {
 }
 
 fn measure(args: &VerifyArgs, runner: &Runner, notes: Vec<String>, bound: &Bound) -> Result<Answer, Failure> {
-    let found = validate::validate(runner, &args.a, &args.b, bound)?;
+    let found = validate::validate(runner, &args.a, args.candidate(), bound)?;
     let sentence = validate::describe(&found);
     let limit = if found.limit.is_finite() { "" } else { ", and no limit is set (--max-drop)" };
     let answer = Answer::new(&found, text(&found, &format!("{sentence}{limit}")), notes);

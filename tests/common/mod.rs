@@ -4,10 +4,9 @@
 
 pub mod pairs;
 
-use lathe_ir::{External, Model, Tensor};
-use lathe_passes::Target;
+use lathe_ir::{Model, Tensor};
 use lathe_runtime::NpzWriter;
-use onnx_lathe::{Options, RunOptions, Selection};
+use onnx_lathe::{Options, RunOptions};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -30,34 +29,13 @@ pub fn fixture(name: &str) -> PathBuf {
 
 /// The default options for one model, without the comparison at the end: tests compare for themselves.
 pub fn options(model: &Path, output: &Path) -> Options {
-    Options {
-        model: model.to_owned(),
-        output: Some(output.to_owned()),
-        overwrite: false,
-        selection: Selection::default(),
-        settings: BTreeMap::new(),
-        target: Target::Portable,
-        opset: None,
-        max_growth: 0,
-        external: External::Auto,
-        verify: false,
-        paranoid: false,
-        bench: None,
-        detailed: false,
-        sets: Default::default(),
-        budget: Default::default(),
-        precision: None,
-        cache: None,
-        interface: onnx_lathe::Interface::default(),
-        calib_select: None,
-        run: RunOptions {
-            ort: Some(lathe_testkit::engine().library().path.clone()),
-            timeout: Duration::from_secs(60),
-            worker: Some(env!("CARGO_BIN_EXE_optimize").into()),
-            ..RunOptions::default()
-        },
-        command: Vec::new(),
-    }
+    let run = RunOptions {
+        ort: Some(lathe_testkit::engine().library().path.clone()),
+        timeout: Duration::from_secs(60),
+        worker: Some(env!("CARGO_BIN_EXE_optimize").into()),
+        ..RunOptions::default()
+    };
+    Options::exact(model.to_owned(), output.to_owned(), run)
 }
 
 /// Optimizes a file with default options and reads the result. A pass that was left out is a failure that names it.

@@ -5,6 +5,7 @@ use super::{
     activations::{Activations, LIMITS, Skipped},
     anatomy::{Anatomy, node_name},
     ceilings,
+    placement::{Placed, Placements, Trial},
 };
 use crate::report::{grouped, mib};
 use comfy_table::{Cell, CellAlignment, Table, presets};
@@ -74,10 +75,47 @@ pub(super) fn page(found: &Found, list: bool) -> String {
     units(&mut out, anatomy, list);
     savings(&mut out, anatomy);
     found.activations.iter().for_each(|found| activations(&mut out, found));
+    found.placement.iter().for_each(|found| placement(&mut out, found));
     for warning in &found.warnings {
         let _ = writeln!(out, "warning: {warning}");
     }
     out
+}
+
+fn placement(out: &mut String, found: &Placements) {
+    let _ = writeln!(out, "\n{} takes {}", found.provider, found.model.describe());
+    left(out, &found.model);
+    let mut tried = |what: &str, trial: &Trial| {
+        let _ = match trial {
+            Trial::Placed(placed) => writeln!(out, "after {what} it takes {}", placed.describe()),
+            Trial::Failed(why) => writeln!(out, "{what} could not be tried: {why}"),
+        };
+        if let Trial::Placed(placed) = trial {
+            left(out, placed);
+        }
+    };
+    tried("`optimize MODEL`", &found.optimized);
+    if let Some(fixed) = &found.fixed {
+        tried(&format!("`optimize MODEL --fix-dim {}`", fixed.sizes), &fixed.trial);
+    }
+}
+
+/// The nodes that a provider left, by operator, types and reason.
+fn left(out: &mut String, placed: &Placed) {
+    if placed.left.is_empty() {
+        return;
+    }
+    let mut rows = table(&["  left", "nodes", "reads", "runs on", "for example", "why"], 1);
+    for group in &placed.left {
+        let why = group.why.clone().unwrap_or_else(|| "the runtime does not say".to_owned());
+        let provider = group.provider.trim_end_matches("ExecutionProvider").to_owned();
+        let op = format!("  {}", group.op);
+        rows.add_row(cells(
+            vec![op, group.count.to_string(), group.reads.clone(), provider, group.example.clone(), why],
+            1,
+        ));
+    }
+    let _ = writeln!(out, "{}", trimmed(&rows));
 }
 
 fn trimmed(table: &Table) -> String {

@@ -1,0 +1,202 @@
+//! A GPU provider for real: the WebGPU plugin on a software Vulkan device, which `./test` puts into `target/vulkan`.
+//!
+//! Where there is none (`./test` says so) these tests say that they are left out.
+
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+use lathe_ir::text;
+use lathe_runtime::NpzWriter;
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    sync::OnceLock,
+};
+use tempfile::TempDir;
+
+/// What is needed to see the software device, for a command.
+fn program() -> Command {
+    let vulkan = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/vulkan");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
+    command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
+    command.env("VK_ICD_FILENAMES", vulkan.join("vk_swiftshader_icd.json"));
+    command.env("LD_LIBRARY_PATH", &vulkan).env("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1");
+    command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
+    command
+}
+
+/// Whether there is a device.
+fn has_device() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let output = program().args(["doctor", "--json"]).output().unwrap();
+        let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let plugins = found["plugins"].as_array().cloned().unwrap_or_default();
+        let webgpu = plugins.iter().find(|plugin| plugin["name"] == "webgpu");
+        let devices = webgpu.is_some_and(|plugin| !plugin["devices"].as_array().unwrap().is_empty());
+        if !devices {
+            eprintln!("left out: no software Vulkan device for the WebGPU plugin; ./test says how it looks for one");
+        }
+        devices
+    })
+}
+
+/// A folder in which the program runs.
+struct Folder(TempDir);
+
+impl Folder {
+    /// `None` where there is no device.
+    fn new() -> Option<Folder> {
+        has_device().then(|| Folder(tempfile::tempdir().unwrap()))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn model(&self, name: &str, graph: &str) {
+        fs::write(self.path(name), text::parse(graph).unwrap().to_bytes()).unwrap();
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        program().current_dir(self.0.path()).args(arguments).output().unwrap()
+    }
+
+    /// The standard output of what has to succeed.
+    fn says(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {said}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.says(&[arguments, &["--json"]].concat())).unwrap()
+    }
+
+    fn report(&self, arguments: &[&str]) -> Value {
+        self.says(&[arguments, &["--report", "report.json"]].concat());
+        serde_json::from_slice(&fs::read(self.path("report.json")).unwrap()).unwrap()
+    }
+}
+
+/// Sizes are computed from those of the input as exporters do, which WebGPU has no kernels for; all that count are known.
+const EXPORTED: &str = "<ir_version: 8, opset_import: [\"\" : 17]>
+g (float[n,8,16] x) => (float[n,8,16] y) <
+    int64[1] one = {1}, int64[1] four = {4}, int64 axis = {2}, int64[1] rest = {-1}, float[16,16] w = {WEIGHTS}
+> {
+    [sizes] s = Shape (x)
+    [width] k = Gather (s, axis)
+    [wide] w1 = Unsqueeze (k, zero)
+    [part] q = Div (w1, four)
+    [target] t = Concat <axis = 0> (rest, four, q)
+    [split] h = Reshape (x, t)
+    r = Relu (h)
+    [join] j = Reshape (r, s)
+    y = MatMul (j, w)
+}";
+
+fn exported() -> String {
+    let weights: Vec<String> = (0..256).map(|i| format!("{:.3}", ((i * 37 % 101) as f32 - 50.0) / 100.0)).collect();
+    EXPORTED.replace("WEIGHTS", &weights.join(", ")).replace("int64[1] one = {1}", "int64[1] zero = {0}")
+}
+
+#[test]
+fn nodes_that_are_left_are_named_and_exact_passes_remove_them() {
+    let Some(folder) = Folder::new() else { return };
+    folder.model("model.onnx", &exported());
+    let found = folder.json(&["inspect", "model.onnx", "--ep", "webgpu"]);
+    let placement = &found["placement"];
+    assert_eq!(placement["provider"], "WebGpuExecutionProvider");
+    let left = placement["model"]["left"].as_array().unwrap();
+    let why = "the provider has no kernel for these types";
+    for op in ["Unsqueeze", "Div"] {
+        let group = left.iter().find(|group| group["op"] == op).unwrap_or_else(|| panic!("{op}: {placement}"));
+        assert_eq!((&group["reads"], &group["why"]), (&json!("int64"), &json!(why)), "{group}");
+    }
+    assert_eq!(placement["optimized"]["placed"]["left"], json!([]), "{placement}");
+    assert_eq!(placement["fixed"], Value::Null);
+    let text = folder.says(&["inspect", "model.onnx", "--ep", "webgpu"]);
+    assert!(text.contains("after `optimize MODEL` it takes all "), "{text}");
+}
+
+#[test]
+fn the_main_job_is_proven_there_and_agrees_with_the_cpu() {
+    let Some(folder) = Folder::new() else { return };
+    folder.model("model.onnx", &exported());
+    let report = folder.report(&["model.onnx", "-o", "out.onnx", "--ep", "webgpu", "--target", "ort"]);
+    assert_eq!(report["verify"]["passed"], true);
+    let layers = folder.json(&["verify", "model.onnx", "out.onnx", "--ep", "webgpu", "--against", "cpu", "--layers"]);
+    assert_eq!((&layers["passed"], &layers["layers"]["first"]), (&json!(true), &Value::Null), "{layers}");
+    assert!(layers["runtime"].as_str().unwrap().ends_with("(webgpu against cpu)"), "{layers}");
+    let timed = folder.json(&["bench", "model.onnx", "out.onnx", "--ep", "webgpu", "--seconds", "1"]);
+    let side = &timed["after"];
+    assert!(side["median_ms"].as_f64().unwrap() > 0.0 && side["placement"]["taken"].as_u64().unwrap() > 0, "{timed}");
+    assert_eq!(side["placement"]["elsewhere"], json!([]), "{timed}");
+}
+
+#[test]
+fn a_budget_is_spent_with_statistics_from_there() {
+    let Some(folder) = Folder::new() else { return };
+    folder.model("model.onnx", &exported());
+    let mut set = NpzWriter::create(&folder.path("set.npz")).unwrap();
+    let values: Vec<f32> = (0..16 * 8 * 16).map(|i| ((i * 29 % 83) as f32 - 41.0) / 20.0).collect();
+    set.add("x", &lathe_ir::Tensor::from_f32s(&[16, 8, 16], &values)).unwrap();
+    set.finish().unwrap();
+    let budget =
+        ["model.onnx", "-o", "out.onnx", "--ep", "webgpu", "--calib", "set.npz", "--size", "0.8", "--opset", "21"];
+    let report = folder.report(&budget);
+    assert!(!report["plan"].is_null() && report["verify"]["passed"] == true, "{report}");
+    let drop = report["verify"]["drop"].as_f64().unwrap();
+    assert!(drop < 0.05, "{}", report["verify"]);
+}
+
+/// The denoiser of `tests/sampler.rs`.
+const DENOISER: &str = "<ir_version: 8, opset_import: [\"\" : 17]>
+g (float[n,1,2,2] x, float[n] t) => (float[n,1,2,2] eps) <
+    float[1] speed = {0.004}, int64[4] shape = {-1, 1, 1, 1}, float[2,2] w = {0.4, -0.3, 0.2, 0.5}
+> {
+    angle = Mul (t, speed)
+    wave = Sin (angle)
+    time = Reshape (wave, shape)
+    p = MatMul (x, w)
+    a = Tanh (p)
+    m = Mul (a, time)
+    eps = Add (x, m)
+}";
+
+#[test]
+fn compiled_samplers_run_there_in_every_form() {
+    let Some(folder) = Folder::new() else { return };
+    folder.model("denoiser.onnx", DENOISER);
+    let scheduler = json!({"_class_name": "DDIMScheduler", "clip_sample": false});
+    fs::write(folder.path("scheduler.json"), scheduler.to_string()).unwrap();
+    for form in ["unrolled", "loop", "adaptive"] {
+        let out = format!("{form}.onnx");
+        let options = ["sampler", "denoiser.onnx", "-o", &out, "--scheduler", "scheduler.json", "--steps", "8"];
+        let said = folder.says(&[&options[..], &["--form", form, "--ep", "webgpu"]].concat());
+        assert!(said.contains("verified against the denoiser run step by step"), "{said}");
+    }
+}
+
+#[test]
+fn what_the_device_cannot_do_is_one_sentence_and_nothing_is_written() {
+    let Some(folder) = Folder::new() else { return };
+    // 16 GiB in one value: more than a device of WebGPU holds.
+    folder.model(
+        "large.onnx",
+        "<ir_version: 8, opset_import: [\"\" : 17]> g (float[1] x) => (float[1] y) <
+            int64[2] sizes = {65536, 65536}, int64[2] axes = {0, 1}
+        > { big = Expand (x, sizes)  more = Exp (big)  sum = ReduceSum <keepdims = 0> (more, axes)  z = Add (x, sum)  y = Exp (z) }",
+    );
+    let output = folder.run(&["large.onnx", "-o", "out.onnx", "--ep", "webgpu", "--device", "7"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("there is no device 7") && said.lines().count() == 1, "{said}");
+    let output = folder.run(&["large.onnx", "-o", "out.onnx", "--ep", "webgpu", "--memory", "4GB"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(matches!(output.status.code(), Some(1 | 3)), "{said}");
+    assert!(said.starts_with("error: ") && said.lines().count() == 1, "{said}");
+    assert!(!folder.path("out.onnx").exists());
+}
