@@ -78,7 +78,7 @@ def main() -> None:
         for target in targets:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out.onnx"
-                made = run(arguments.program, str(model), "-o", str(out), "--target", target, "--no-verify")
+                made = run(arguments.program, str(model), "-o", str(out), "--target", target, "--ep", "webgpu", "--no-verify")
                 if made.returncode:
                     row += ["", "", made.stderr.strip().splitlines()[-1][:120]]
                     continue

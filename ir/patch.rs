@@ -80,6 +80,11 @@ impl Patch {
         inputs.filter(|&value| !self.makes(value)).collect()
     }
 
+    /// The operators of its nodes, those of other domains with theirs: `Add`, `com.microsoft.Gelu`.
+    pub fn operators(&self) -> impl Iterator<Item = String> + '_ {
+        self.nodes.iter().map(|new| new.node.operator())
+    }
+
     /// How many nodes it adds.
     pub fn node_count(&self) -> usize {
         self.nodes.len()

@@ -119,6 +119,19 @@ impl Driver<'_> {
         }
     }
 
+    /// What the provider has no kernel for is not written, unless it was there before.
+    fn require_kernels(&self, nodes: &[NodeId], patch: &Patch) -> Result<(), Refusal> {
+        let missing = &self.cx.missing_kernels;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let there: BTreeSet<String> = nodes.iter().map(|&id| self.graph.node(id).operator()).collect();
+        match patch.operators().find(|op| missing.contains(op) && !there.contains(op)) {
+            Some(op) => Err(format!("the provider has no kernel for {op}").into()),
+            None => Ok(()),
+        }
+    }
+
     /// Tries one rule at one node. Returns the nodes worth another look if it acted.
     fn try_rule(&mut self, rule: &Rule, id: NodeId) -> Option<Vec<NodeId>> {
         let bindings = rule.pattern.find(self.graph, id)?;
@@ -137,6 +150,7 @@ impl Driver<'_> {
                 self.require_private(&nodes)?;
             }
             self.require_complete(id, &replacement)?;
+            self.require_kernels(&nodes, &patch)?;
             Ok(replacement)
         });
         match result {

@@ -130,6 +130,9 @@ pub struct PassContext<'a> {
     /// Operators of ONNX Runtime's own domain whose kernels are slower, where the result will run, than the nodes they
     /// take the place of.
     pub slow_kernels: BTreeSet<String>,
+    /// Operators that the provider on which the result will run has no kernel for, those of other domains with theirs:
+    /// `IsNaN`, `com.microsoft.Gelu`, `Pad:reflect` for a mode. They are not written.
+    pub missing_kernels: BTreeSet<String>,
     settings: Settings,
     /// Facts of graphs that have not changed since they were inferred.
     pub facts: FactsCache,
@@ -223,6 +226,12 @@ impl<'a> PassContext<'a> {
     #[must_use]
     pub fn with_slow_kernels(self, slow_kernels: BTreeSet<String>) -> Self {
         PassContext { slow_kernels, ..self }
+    }
+
+    /// With operators that the provider has no kernel for.
+    #[must_use]
+    pub fn with_missing_kernels(self, missing_kernels: BTreeSet<String>) -> Self {
+        PassContext { missing_kernels, ..self }
     }
 
     /// With values of options.

@@ -16,6 +16,7 @@ pub(crate) use self::{
 use crate::{
     Budget, Failure, PassRecord, Report, RunOptions, Selection, Sets,
     compress::{self, Bench, Exact, Finish, Fitted},
+    kernels,
     latency::{Latency, Measurement},
     layers,
     report::{self, Side, Verify},
@@ -23,14 +24,14 @@ use crate::{
 };
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
-use lathe_ir::{External, Loaded, Model, Staged, WriteOptions};
+use lathe_ir::{DataType, External, Loaded, Model, Staged, WriteOptions};
 use lathe_passes::{
     PASSES, Pass, PassContext, Quantity, Target,
     lossy::{METHODS, Method, MethodContext, OLDEST_OPSET, allocate},
 };
 use lathe_runtime::{BenchInputs, ChosenSamples, InputSpec, RunEvent, SampleSet, SetSpec};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::Write as _,
     path::{Path, PathBuf},
     time::Instant,
@@ -162,6 +163,14 @@ fn newest(options: &Options) -> Option<&'static dyn Method> {
     admitted.rev().max_by_key(|m| m.operator_set()).filter(|_| options.budget.is_given())
 }
 
+/// Whether a model computes anything in half precision.
+fn has_half(model: &Model) -> bool {
+    let (graph, facts) = (&model.graph, Facts::infer(model));
+    let half = |value| matches!(facts.elem(value), Some(DataType::Float16 | DataType::Bfloat16));
+    let nodes = graph.all_nodes();
+    nodes.iter().flat_map(|&id| graph.node(id).outputs().iter().flatten().copied()).any(half)
+}
+
 /// Does the main job. Nothing is written unless it succeeds.
 pub fn optimize(options: &Options) -> Result<Done, Failure> {
     let start = Instant::now();
@@ -201,7 +210,9 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
         None => None,
     };
     let runner = Runner::new(&options.run)?;
-    let job = Job { options, reference, set, lossy, few, runner: &runner, opset, methods: None };
+    let half = || options.precision.is_some() || has_half(&loaded.model);
+    let missing_kernels = kernels::missing(&options.run, half);
+    let job = Job { options, reference, set, lossy, few, runner: &runner, opset, methods: None, missing_kernels };
     let used = match job.run(&loaded, chosen.clone(), start)? {
         Finished::Done(done) => return Ok(*done),
         Finished::Upgraded(used) => used,
@@ -209,7 +220,14 @@ pub fn optimize(options: &Options) -> Result<Done, Failure> {
     // What was chosen can be written without the newer operators, so the model keeps its own where that works out.
     let opset = Some(needed(options, &used)).filter(|&needed| old < needed);
     let job = Job { methods: Some(used), ..job };
-    let kept = Job { opset, set: job.set.clone(), few: job.few.clone(), methods: job.methods.clone(), ..job };
+    let kept = Job {
+        opset,
+        set: job.set.clone(),
+        few: job.few.clone(),
+        methods: job.methods.clone(),
+        missing_kernels: job.missing_kernels.clone(),
+        ..job
+    };
     let finished = match kept.run(&loaded, chosen.clone(), start) {
         Err(Failure::Refused(_)) => job.run(&loaded, chosen, start)?,
         finished => finished?,
@@ -290,6 +308,8 @@ struct Job<'a> {
     opset: Option<i64>,
     /// The lossy methods that may act, where that is settled; `None` for all that were not skipped.
     methods: Option<Vec<&'static str>>,
+    /// Operators that the provider has no kernel for.
+    missing_kernels: BTreeSet<String>,
 }
 
 /// What a run starts from.
@@ -484,7 +504,8 @@ impl Job<'_> {
             .with_target(self.options.target)
             .with_max_growth(self.options.max_growth)
             .with_evaluator(self.runner)
-            .with_slow_kernels(crate::kernels::slower(&self.options.run.load.provider))
+            .with_slow_kernels(kernels::slower(&self.options.run.load.provider))
+            .with_missing_kernels(self.missing_kernels.clone())
             .with_settings(settings)
     }
 

@@ -3,6 +3,10 @@
 //! [`MEASURED`] holds what `optimize doctor --kernels` found on one machine; what it finds on this one is kept in the data
 //! folder and comes first. Passes ask through [`lathe_passes::PassContext::slow_kernels`].
 
+mod missing;
+
+pub(crate) use missing::missing;
+
 use crate::{RunOptions, latency::Measurement, runner};
 use anyhow::{Context as _, anyhow};
 use lathe_ir::text;
@@ -108,7 +112,12 @@ fn choose(provider: &str, kept: Vec<Verdict>) -> BTreeSet<String> {
 }
 
 fn file() -> Option<PathBuf> {
-    Some(runner::data_dir()?.join("kernels.json"))
+    folder_file("kernels.json")
+}
+
+/// A file of the data folder.
+fn folder_file(name: &str) -> Option<PathBuf> {
+    Some(runner::data_dir()?.join(name))
 }
 
 fn kept() -> Option<Vec<Verdict>> {

@@ -121,6 +121,31 @@ fn nodes_that_are_left_are_named_and_exact_passes_remove_them() {
     assert!(text.contains("after `optimize MODEL` it takes all "), "{text}");
 }
 
+/// Attention whose rows without a key are guarded as PyTorch's exporter does, with an operator that WebGPU lacks.
+const GUARDED: &str = "<ir_version: 8, opset_import: [\"\" : 17]>
+g (float[1,4,8] q, float[1,8,4] k, bool[1,4,4] mask) => (float[1,4,4] y) <float zero = {0.0}, float low = {-inf}> {
+    [scores] s = MatMul (q, k)
+    [bias] b = Where (mask, zero, low)
+    [masked] m = Add (s, b)
+    [softmax] p = Softmax <axis = -1> (m)
+    [bad] n = IsNaN (p)
+    [guard] y = Where (n, zero, p)
+}";
+
+#[test]
+fn what_the_provider_has_no_kernel_for_is_written_otherwise() {
+    let Some(folder) = Folder::new() else { return };
+    folder.model("model.onnx", GUARDED);
+    let placement = folder.json(&["inspect", "model.onnx", "--ep", "webgpu"])["placement"].clone();
+    assert_eq!(placement["model"]["left"][0]["op"], "IsNaN", "{placement}");
+    assert_eq!(placement["optimized"]["placed"]["left"], json!([]), "{placement}");
+    // The proof masks a row throughout, so that the guard is needed.
+    let report = folder.report(&["model.onnx", "-o", "out.onnx", "--ep", "webgpu"]);
+    let ran = report["passes"].as_array().unwrap().iter().any(|pass| pass["name"] == "fit-provider");
+    assert!(ran && report["verify"]["passed"] == true, "{report}");
+    folder.says(&["verify", "model.onnx", "out.onnx", "--ep", "webgpu", "--against", "cpu"]);
+}
+
 #[test]
 fn the_main_job_is_proven_there_and_agrees_with_the_cpu() {
     let Some(folder) = Folder::new() else { return };

@@ -118,6 +118,11 @@ impl Node {
         self.domain.is_empty() || self.domain == "ai.onnx"
     }
 
+    /// The operator with its domain, if that is not the standard one: `Add`, `com.microsoft.Gelu`.
+    pub fn operator(&self) -> String {
+        if self.is_standard() { self.op_type.clone() } else { format!("{}.{}", self.domain, self.op_type) }
+    }
+
     /// Whether this is the standard operator `op_type`.
     pub fn is(&self, op_type: &str) -> bool {
         self.op_type == op_type && self.is_standard()

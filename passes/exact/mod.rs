@@ -7,6 +7,7 @@ mod drop_identities;
 mod drop_neutral;
 mod drop_noop_layout;
 mod drop_trace_info;
+mod fit_provider;
 mod fold_batch_norm;
 mod fold_bias;
 mod fold_compute;
@@ -107,6 +108,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &fuse_rotary::FuseRotary,
     &fuse_skip_norm::FuseSkipNorm,
     &fold_residual_bias::FoldResidualBias,
+    &fit_provider::FitProvider,
     &slice_chains::SliceChains,
     &share_initializers::ShareInitializers,
     &merge_duplicates::MergeDuplicates,
