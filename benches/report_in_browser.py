@@ -18,6 +18,7 @@ import tempfile
 
 VIEWS = {
     "desktop": ["--window-size=1200,2400"],
+    "readme": ["--window-size=1000,720"],
     "phone": ["--window-size=500,3200"],
     "dark": ["--window-size=1200,2400", "--blink-settings=preferredColorScheme=0"],
 }

@@ -1,4 +1,4 @@
-//! The catalogue of passes agrees with the files and with the README.
+//! The catalogue of passes agrees with the files and with the book.
 
 use lathe_runtime::{PROVIDERS, metrics};
 use std::{fs, path::Path, process::Command};
@@ -14,11 +14,8 @@ fn names() -> Vec<String> {
 }
 
 #[test]
-fn the_readme_shows_the_catalogue() {
-    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("it is there");
-    let shown = readme.split("<!-- optimize passes --markdown -->\n").nth(1).expect("the table has a start");
-    let shown = shown.split("<!-- end -->").next().expect("the table has an end");
-    assert_eq!(shown, table(), "run `optimize passes --markdown` and put its output into README.md");
+fn the_book_shows_the_catalogue() {
+    shows("docs/src/passes.md", "optimize passes --markdown", &table());
 }
 
 #[test]

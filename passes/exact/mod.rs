@@ -64,7 +64,7 @@ pub use simplify_shapes::SimplifyShapes;
 
 use crate::Pass;
 
-/// Every exact pass, in default order. The help, `optimize explain`, the README table and the report are printed from
+/// Every exact pass, in default order. The help, `optimize explain`, the table of the book and the report are printed from
 /// this list.
 pub const PASSES: &[&dyn Pass] = &[
     &freeze_initializers::FreezeInitializers,

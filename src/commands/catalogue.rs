@@ -13,7 +13,7 @@ pub(crate) struct PassesArgs {
     /// As JSON.
     #[arg(long, conflicts_with = "markdown")]
     json: bool,
-    /// As the table of the README.
+    /// As the table of the book.
     #[arg(long)]
     markdown: bool,
 }
