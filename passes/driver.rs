@@ -127,7 +127,7 @@ impl Driver<'_> {
         }
         let there: BTreeSet<String> = nodes.iter().map(|&id| self.graph.node(id).operator()).collect();
         match patch.operators().find(|op| missing.contains(op) && !there.contains(op)) {
-            Some(op) => Err(format!("the provider has no kernel for {op}").into()),
+            Some(op) => Err(format!("the provider has no right kernel for {op}").into()),
             None => Ok(()),
         }
     }

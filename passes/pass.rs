@@ -130,7 +130,7 @@ pub struct PassContext<'a> {
     /// Operators of ONNX Runtime's own domain whose kernels are slower, where the result will run, than the nodes they
     /// take the place of.
     pub slow_kernels: BTreeSet<String>,
-    /// Operators that the provider on which the result will run has no kernel for, those of other domains with theirs:
+    /// Operators that the provider on which the result will run has no right kernel for, those of other domains with theirs:
     /// `IsNaN`, `com.microsoft.Gelu`, `Pad:reflect` for a mode. They are not written.
     pub missing_kernels: BTreeSet<String>,
     settings: Settings,

@@ -36,7 +36,7 @@ enum Command {
     /// Compile a whole diffusion sampling loop into one model: noise in, sample out.
     Sampler(Box<commands::sampler::SamplerArgs>),
     /// What a model is: inputs, nodes, parameters, FLOPs, operators.
-    Inspect(commands::inspect::InspectArgs),
+    Inspect(Box<commands::inspect::InspectArgs>),
     /// Compare two models on the same inputs.
     ///
     /// Without a set these are random: at two sizes of every open dimension, at sizes 1 and 0, with a row of every attention

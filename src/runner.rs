@@ -178,6 +178,20 @@ impl Runner {
         Ok(self.child.verify(on(reference), on(candidate), inputs, claim)?)
     }
 
+    /// The same on the CPU, whatever the provider: for models that are made to be looked at, not to be deployed. Providers may
+    /// compute infinities and constants otherwise.
+    pub(crate) fn compare_on_cpu(
+        &self,
+        reference: &Path,
+        candidate: &Path,
+        inputs: &Inputs,
+        claim: Claim,
+    ) -> anyhow::Result<Verdict> {
+        let options = LoadOptions { provider: "cpu".to_owned(), device: 0, ..self.load.clone() };
+        let on = |path| ModelOn { path, options: &options };
+        Ok(self.child.verify(on(reference), on(candidate), inputs, claim)?)
+    }
+
     /// Times one or two model files.
     pub(crate) fn bench(
         &self,

@@ -154,7 +154,7 @@ mod tests {
         check_refuses_in(
             &super::super::fuse_gelu::FuseGelu,
             gelu,
-            "the provider has no kernel for com.microsoft.Gelu",
+            "the provider has no right kernel for com.microsoft.Gelu",
             &ort,
         );
     }

@@ -271,7 +271,7 @@ impl Job<'_> {
         let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
         let path = folder.path().join("simulation.onnx");
         simulation.model.write_linked(&path)?;
-        match self.runner.compare(reference, &path, &self.inputs(), Claim::Within { rtol })? {
+        match self.runner.compare_on_cpu(reference, &path, &self.inputs(), Claim::Within { rtol })? {
             Verdict::Compared(mut report) => {
                 if !report.comparison.holds() {
                     self.compare_before_choices(prepared, simulation, rtol, &mut report)?;
@@ -318,7 +318,7 @@ impl Job<'_> {
         let paths = [folder.path().join("a.onnx"), folder.path().join("b.onnx")];
         a.write_linked(&paths[0])?;
         b.write_linked(&paths[1])?;
-        self.runner.compare(&paths[0], &paths[1], inputs, claim)
+        self.runner.compare_on_cpu(&paths[0], &paths[1], inputs, claim)
     }
 }
 
