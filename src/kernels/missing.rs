@@ -138,7 +138,7 @@ fn run_probes(run: &RunOptions, path: &Path, probes: &[&Probe], half: bool) -> a
     let wrong = |at: usize| {
         let output = format!("y{at}");
         let line = report.comparison.outputs.iter().find(|line| line.name == output);
-        line.is_none_or(|line| line.limit.is_some_and(|limit| !(line.rel_l2 <= limit)))
+        line.is_none_or(|line| line.limit.is_some_and(|limit| line.rel_l2.is_nan() || line.rel_l2 > limit))
     };
     let lacking = |at: usize| left.contains(label(at).as_str()) || wrong(at);
     Ok(probes.iter().enumerate().filter(|&(at, _)| lacking(at)).map(|(_, probe)| probe.name.to_owned()).collect())
