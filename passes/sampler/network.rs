@@ -162,7 +162,32 @@ fn feed(model: &Model, facts: &Facts, time: ValueId, output: ValueId) -> Result<
     single.graph.value_mut(time).ty = Some(Type::tensor(elem, vec![Dim::Known(1)]));
     let narrowed = Facts::infer(&single);
     let same = facts.shape(output).is_some_and(|shape| narrowed.shape(output) == Some(shape));
-    Ok(if same { TimeFeed::Ahead(dims) } else { TimeFeed::Batch })
+    Ok(if same && joins_alike(model, facts, &narrowed) { TimeFeed::Ahead(dims) } else { TimeFeed::Batch })
+}
+
+/// Whether what is joined has the same sizes along all other axes wherever it had before: a join does not broadcast.
+fn joins_alike(model: &Model, before: &Facts, after: &Facts) -> bool {
+    let graph = &model.graph;
+    let joined = |id: &NodeId| {
+        let node = graph.node(*id);
+        if !node.is("Concat") {
+            return true;
+        }
+        let values: Vec<ValueId> = node.inputs().iter().flatten().copied().collect();
+        let Some((&first, others)) = values.split_first() else { return true };
+        let differ = |facts: &Facts, other: ValueId, axis: usize| {
+            let sizes = facts.shape(first).and_then(|a| a.get(axis)).zip(facts.shape(other).and_then(|b| b.get(axis)));
+            sizes.map(|(a, b)| a != b)
+        };
+        let ndim = before.ndim(first).unwrap_or(0);
+        let own = node.int("axis").map_or(0, |axis| axis.rem_euclid(ndim.max(1) as i64)) as usize;
+        let axes = || (0..ndim).filter(|&axis| axis != own);
+        let broken = |other: ValueId, axis| {
+            differ(before, other, axis) == Some(false) && differ(after, other, axis) == Some(true)
+        };
+        !others.iter().any(|&other| axes().any(|axis| broken(other, axis)))
+    };
+    graph.all_nodes().iter().all(joined)
 }
 
 /// What every value of the main graph depends on; reading the shape of the latent counts, for there is no latent where

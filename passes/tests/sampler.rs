@@ -332,6 +332,28 @@ fn a_time_that_must_be_as_long_as_the_batch_is_made_so() {
 }
 
 #[test]
+fn a_time_that_is_joined_to_the_latent_is_as_long_as_the_batch() {
+    let graph = "g (float[n,4] x, float[n] t) => (float[n,4] eps) <
+        int64[1] one = {1}, float[1] speed = {0.004}, float[5,4] w = {
+            0.1, 0.2, -0.3, 0.4, 0.5, -0.6, 0.7, 0.8, -0.9, 0.1, 0.2, 0.3, 0.4, 0.5, -0.6, 0.7, 0.8, 0.9, 0.1, -0.2
+        }
+    > {
+        slow = Mul (t, speed)
+        column = Unsqueeze (slow, one)
+        both = Concat <axis = -1> (x, column)
+        h = MatMul (both, w)
+        a = Tanh (h)
+        eps = Add (a, x)
+    }";
+    // A sum with the latent has the batch's size even where the join would not have it.
+    let mut bench = Bench::new(graph, ddim(3), None);
+    bench.inputs = vec![("noise".to_owned(), Tensor::from_f32s(&[3, 4], &[0.3; 12]))];
+    for form in [Form::Unrolled, Form::Loop] {
+        assert!(count(&bench.check(form), "Expand") > 0);
+    }
+}
+
+#[test]
 fn substitutions_leave_out_what_they_replace() {
     let sub = |kind: Kind| Substitution::new("h2", kind);
     let tanhs = |kind: Kind| {
