@@ -1,5 +1,6 @@
 //! The sampler compiler's job: read a denoiser, simplify it, compile its sampling loop, prove it step by step, write it.
 
+mod action_errors;
 mod around;
 mod check;
 mod compare;
@@ -13,6 +14,7 @@ mod preview;
 mod report;
 mod seeded_inputs;
 mod source;
+mod spread;
 mod stages;
 mod steps;
 mod tune;
@@ -23,13 +25,15 @@ use around::{Around, Prepared};
 use check::Checked;
 use denoiser::Denoiser;
 use lathe_ir::{External, Model, Staged, WriteOptions};
-use lathe_passes::sampler::{Error, Form, Guidance, Request, RoleOptions, Sampler, Scheduler, Solver, StepPlan};
+use lathe_passes::sampler::{
+    Actions, Error, Form, Guidance, Request, RoleOptions, Sampler, Scheduler, Solver, StepPlan,
+};
 use serde_json::Value;
 use stages::Stages;
 use std::{path::PathBuf, time::Instant};
 
 pub use around::{NegativeText, PipelineOptions};
-pub(crate) use compare::{LEAST_SEEDS, SamplerComparison, compare_samplers};
+pub(crate) use compare::{ACTION_METRIC, LEAST_SEEDS, SamplerComparison, compare_samplers};
 pub(crate) use folder::Folder;
 pub use report::{SamplerReport, SamplerSide};
 pub use tune::{ImageReference, Search, Tune};
@@ -59,6 +63,8 @@ pub struct SamplerOptions {
     pub roles: RoleOptions,
     /// What the user said about a pipeline besides its loop.
     pub pipeline: PipelineOptions,
+    /// How actions are read off the sample of a policy.
+    pub actions: Option<Actions>,
     /// The form; `None` chooses.
     pub form: Option<Form>,
     /// Whether a picture is drawn of samples of the result, beside those of the denoiser with every step computed.
@@ -135,6 +141,10 @@ pub fn compile(options: &SamplerOptions) -> Result<SamplerDone, Failure> {
         let (stages, found) = around.stages(options, &denoiser, table.noises(), &runner)?;
         job.stages = Some(stages);
         warnings.extend(around.warnings.iter().cloned().chain(found));
+    }
+    if let Some(actions) = &options.actions {
+        let tail = actions.tail(denoiser.latent(), denoiser.opset())?;
+        job.stages = Some(Stages::tail("actions", tail, &options.run.inputs));
     }
     let guidance = options.guidance.unwrap_or(check::UNGUIDED);
     let mut sampler = Sampler { denoiser: &simplified.model, roles, table: &table, plan: &plan, guidance };

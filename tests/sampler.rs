@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use lathe_ir::{Model, text};
+use lathe_ir::{Model, Tensor, text};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -242,4 +242,69 @@ fn whole_times_are_told_where_steps_have_fractions() {
     let (_, report) = folder.succeeds(&["--steps", "5"]);
     let warned = report["warnings"].to_string();
     assert!(warned.contains("`t` takes whole numbers, and 6 of 9 times have fractions, which are rounded"), "{warned}");
+}
+
+/// A head as policies of flows have: a state, what was seen before with its mask, and a velocity that does not depend on the
+/// chunk. Its time goes from 1 to 0.
+const HEAD: &str = "<ir_version: 8, opset_import: [\"\" : 18]>
+g (float[n,4,3] x_t, float[n] time, float[n,2] state, float[n,s,2] prefix, bool[n,s] pad_mask) => (float[n,4,3] v) <
+    float[1] zero = {0}, float[2,2] w = {0.3, 0.1, -0.2, 0.4}, int64[1] one = {1}, int64[1] two = {2},
+    int64[3] shape = {-1, 1, 1}
+> {
+    seen = MatMul (prefix, w)
+    kept = Cast <to = 1> (pad_mask)
+    column = Unsqueeze (kept, two)
+    masked = Mul (seen, column)
+    sums = ReduceSum <keepdims = 0> (masked, one)
+    both = Add (sums, state)
+    level = ReduceSum <keepdims = 0> (both, one)
+    row = Reshape (level, shape)
+    t = Reshape (time, shape)
+    moved = Add (row, t)
+    none = Mul (x_t, zero)
+    v = Add (none, moved)
+}";
+
+#[test]
+fn a_policy_gives_actions_in_their_own_units() {
+    let folder = Folder::new(json!({"_class_name": "FlowMatchEulerDiscreteScheduler"}));
+    fs::write(folder.path("denoiser.onnx"), text::parse(HEAD).unwrap().to_bytes()).unwrap();
+    let statistics = json!({"action": {"mean": [1.0, 2.0], "std": [10.0, 100.0], "steps": 3}});
+    fs::write(folder.path("stats.json"), statistics.to_string()).unwrap();
+    let flow = ["--steps", "2", "--explicit-sigmas", "--io", "time-value=sigma", "--actions", "stats.json"];
+    for form in ["unrolled", "loop"] {
+        let (_, report) = folder.succeeds(&[&flow[..], &["--form", form]].concat());
+        assert_eq!(report["output"]["outputs"][0].as_str().unwrap().split(' ').next(), Some("actions"));
+        assert!(report["verify"]["passed"].as_bool().unwrap());
+        let model = Model::read(&folder.path("out.onnx")).unwrap().model;
+        model.check().unwrap();
+        // What was seen before is worked on once.
+        let products = model.graph.all_nodes().into_iter().filter(|&id| model.graph.node(id).is("MatMul")).count();
+        assert_eq!(products, 1);
+        let noise: Vec<f32> = (0..12).map(|k| 0.1 * k as f32).collect();
+        let inputs = [
+            ("noise", Tensor::from_f32s(&[1, 4, 3], &noise)),
+            ("state", Tensor::from_f32s(&[1, 2], &[0.5, 0.25])),
+            ("prefix", Tensor::from_f32s(&[1, 2, 2], &[1.0, 2.0, 30.0, 40.0])),
+            ("pad_mask", Tensor::from_bools(&[1, 2], &[true, false])),
+        ];
+        let inputs = inputs.map(|(name, tensor)| (name.to_owned(), tensor));
+        let found = lathe_testkit::evaluator().run(&model, &inputs).unwrap().remove(0).1;
+        assert_eq!(found.dims(), [1, 3, 2]);
+        // Of the state and the first row 0.75 + (0.3 - 0.4) + (0.1 + 0.8); of the times 1 and 0.5 half their sum.
+        let velocity = 0.75 - 0.1 + 0.9 + 0.75;
+        for (k, value) in found.to_f64s().unwrap().iter().enumerate() {
+            let (step, number) = (k / 2, k % 2);
+            let expected =
+                (f64::from(noise[3 * step + number]) - velocity) * [10.0, 100.0][number] + [1.0, 2.0][number];
+            assert!((value - expected).abs() < 1e-3, "{k}: {value}, expected {expected}");
+        }
+    }
+    fs::remove_file(folder.path("out.onnx")).unwrap();
+    fs::write(folder.path("stats.json"), json!({"mean": vec![0.0; 4], "std": vec![1.0; 4]}).to_string()).unwrap();
+    folder.refused(&flow, 2, "a step of the sample has 3 numbers, and the statistics of actions 4");
+    let images = Folder::new(ddim());
+    fs::write(images.path("stats.json"), json!({"mean": [0.0], "std": [1.0]}).to_string()).unwrap();
+    let options = ["--steps", "2", "--actions", "stats.json"];
+    images.refused(&options, 2, "actions are read off samples of three axes, and this one is [n, 1, 2, 2]");
 }

@@ -124,7 +124,7 @@ fn what_cannot_be_compared_says_why() {
     refused(&folder, &["--seeds", "2"], 3, "sample 0 of B is not finite");
     refused(&folder, &["--seeds", "0"], 2, "expected at least 1");
     refused(&folder, &["--seeds", "3", "--features", "features.onnx"], 2, "expected at least 4");
-    refused(&folder, &["--seeds", "3", "--metric", "kl"], 2, "samplers are held to rel-l2, psnr or ssim");
+    refused(&folder, &["--seeds", "3", "--metric", "kl"], 2, "samplers are held to rel-l2, psnr, ssim or action-l2");
     refused(&folder, &["--features", "features.onnx"], 2, "--seeds");
     refused(&folder, &["--seeds", "3", "--bits"], 2, "cannot be used with");
     folder.write("a.onnx", "g (float[n,3] x) => (float[n,3] y) { y = Identity (x) }");
@@ -134,4 +134,63 @@ fn what_cannot_be_compared_says_why() {
     let other = Folder::new(SAME, SAME);
     other.write("b.onnx", "g (float[n,1,4,4] noise) => (float[n,1,4,4] sample) { sample = Identity (noise) }");
     refused(&other, &["--seeds", "2"], 3, "`b.onnx`");
+}
+
+#[test]
+fn chunks_of_actions_are_held_by_their_range() {
+    let folder = Folder::new(SAME, SAME);
+    let policy = |last: &str| {
+        format!(
+            "g (float[n,5,2] noise) => (float[n,5,2] actions) <
+                float[2] scale = {{1, 50}}, float[5,1] late = {{0, 0, 0, 0, 0.1}}
+            > {{
+                unit = Sin (noise)
+                wide = Mul (unit, scale)
+                {last}
+            }}"
+        )
+    };
+    folder.write("a.onnx", &policy("actions = Identity (wide)"));
+    let later = "off = Mul (late, scale) actions = Add (wide, off)";
+    folder.write("b.onnx", &policy(later));
+    let found = folder.json(&["--seeds", "30", "--metric", "action-l2"]);
+    let number = |path: &str| found.pointer(path).unwrap().as_f64().unwrap();
+    // Both numbers of the last step are a twentieth of their range off, which is nearly 2 and nearly 100; the others are not.
+    assert!((number("/actions/worst/mean") - 0.05).abs() < 1e-3, "{found}");
+    assert!((number("/actions/chunk/mean") - 0.05 / 5f64.sqrt()).abs() < 1e-3, "{found}");
+    assert_eq!(number("/drop"), number("/actions/worst/mean"));
+    let (code, said, _) = folder.verify(&["--seeds", "30", "--metric", "action-l2", "--max-drop", "0.04"]);
+    assert_eq!(code, Some(3));
+    assert!(said.contains("the worst step median 0.05"), "{said}");
+    // Images are no actions, and a set is no pair of samplers.
+    let images = Folder::new(SAME, SMALLER);
+    let refused = |options: &[&str], sentence: &str| {
+        let (code, _, said) = images.verify(options);
+        assert_eq!(code, Some(2), "{said}");
+        assert!(said.contains(sentence), "{said}");
+    };
+    refused(&["--seeds", "3", "--metric", "action-l2"], "samples are no chunks of actions");
+    refused(&["--metric", "action-l2"], "--metric action-l2 is about samplers of actions, with --seeds");
+}
+
+#[test]
+fn pixels_are_compared_as_numbers_of_both_signs() {
+    let folder = Folder::new(SAME, SAME);
+    let pipeline = |factor: &str| {
+        format!(
+            "g (float[n,1,12,12] noise, int64[n,t] input_ids) => (float[n,1,12,12] image) <
+                float[1] half = {{0.5}}, float[1] factor = {{{factor}}}
+            > {{
+                unit = Sin (noise)
+                a = Mul (unit, factor)
+                b = Mul (a, half)
+                image = Add (b, half)
+            }}"
+        )
+    };
+    folder.write("a.onnx", &pipeline("1"));
+    folder.write("b.onnx", &pipeline("0.9"));
+    let found = folder.json(&["--seeds", "6"]);
+    let error = found.pointer("/rel_l2/mean").unwrap().as_f64().unwrap();
+    assert!((error - 0.1).abs() < 1e-6, "{found}");
 }

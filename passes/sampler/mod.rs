@@ -3,6 +3,7 @@
 //! A [`Scheduler`] gives a [`Table`] of numbers, a [`StepPlan`] says what each step computes, and one emitter turns both
 //! into a graph. Methods that make sampling faster only write plan entries or other tables.
 
+mod actions;
 mod beta;
 mod emit;
 mod error;
@@ -31,6 +32,7 @@ mod table;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use actions::Actions;
 pub use emit::{Form, Guidance, OPSET, Sampler, Scale, emit};
 pub use error::Error;
 pub use fields::Fields;

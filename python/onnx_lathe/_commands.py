@@ -181,6 +181,7 @@ def sampler(
     negative: StrPath | Mapping[str, object] | None = None,
     only: Literal["loop"] | None = None,
     io: Mapping[str, object] | None = None,
+    actions: StrPath | Mapping[str, object] | None = None,
     form: Literal["auto", "unrolled", "loop", "adaptive"] | None = None,
     threshold: float | None = None,
     warmup: int | None = None,
@@ -240,6 +241,7 @@ def sampler(
         only: Of a folder: ``"loop"`` compiles the sampling loop alone.
         io: Roles of the denoiser's inputs where they are not plain: ``{"latent": "x", "uncond:label": 10}``;
             ``{"time-value": "sigma", "predicts": "clean"}`` for networks that do their own preconditioning.
+        actions: Of a policy that draws chunks of actions: statistics of the actions, as LeRobot writes them.
         form: The control flow of the result.
         threshold: For the adaptive form: the share of change at which a step is computed.
         warmup: For the adaptive form: first steps that are always computed.
@@ -272,6 +274,7 @@ def sampler(
         options["scheduler"] = None if scheduler is None else job.scheduler(scheduler)
         options["plan"] = job.json("plan", plan) if isinstance(plan, Mapping) else plan
         options["negative"] = job.json("negative", negative) if isinstance(negative, Mapping) else negative
+        options["actions"] = job.json("actions", actions) if isinstance(actions, Mapping) else actions
         options["size"] = None if size is None else f"{size[0]}x{size[1]}"
         features = None if reference is None else Path(reference)
         options["real"] = job.set("real", real, features)

@@ -233,6 +233,18 @@ def test_a_sampler_takes_the_scheduler_as_it_comes(tmp_path: Path) -> None:
         onnx_lathe.sampler(FIXTURES / "dit.onnx", scheduler=3, steps=3)
 
 
+def test_a_pipeline_is_a_folder_with_a_scheduler_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(onnx_lathe.UsageError, match="--scheduler is missing"):
+        onnx_lathe.sampler(FIXTURES / "dit.onnx", steps=3)
+    with pytest.raises(onnx_lathe.InputError, match="is a folder and no pipeline of diffusers"):
+        onnx_lathe.sampler(tmp_path, steps=3)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioPipeline"}')
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    with pytest.raises(onnx_lathe.InputError, match="pipelines of class `AudioPipeline` are not built"):
+        onnx_lathe.sampler(tmp_path, steps=3, size=(64, 64), negative={"input_ids": [1]}, guidance=3.0)
+
+
 ROLES = {"uncond:label": 10}
 
 

@@ -11,12 +11,16 @@ use crate::{
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lathe_passes::sampler::{
-    Adaptive, Form, Guidance, Mode, Request, RoleOptions, Scale, Solver, StepPlan, Steps, Table, methods::METHODS,
-    read_python_json, solver_names,
+    Actions, Adaptive, Form, Guidance, Mode, Request, RoleOptions, Scale, Solver, StepPlan, Steps, Table,
+    methods::METHODS, read_python_json, solver_names,
 };
 use lathe_runtime::{Listener, SetSpec};
 use serde_json::Value;
-use std::{ffi::OsString, io::Write as _, path::PathBuf};
+use std::{
+    ffi::OsString,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
 
 /// Forms on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -87,6 +91,10 @@ pub(crate) struct SamplerArgs {
     /// uncond:label=10, uncond:text=input. May be given several times.
     #[arg(long, value_name = "ROLE=NAME")]
     io: Vec<String>,
+    /// Of a policy that draws chunks of actions: statistics of the actions as LeRobot writes them, a .json file with `mean`
+    /// and `std`, `min` and `max`, or `q01` and `q99`. The result then gives `actions` in their own units.
+    #[arg(long, value_name = "FILE")]
+    actions: Option<PathBuf>,
     /// The control flow of the result.
     #[arg(long, value_enum, default_value = "auto")]
     form: FormArg,
@@ -381,6 +389,7 @@ fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Resu
         guidance,
         roles: RoleOptions::parse(&args.io)?,
         pipeline: pipeline(&args.pipeline)?,
+        actions: args.actions.as_deref().map(actions).transpose()?,
         form: match args.form {
             FormArg::Auto => None,
             FormArg::Unrolled => Some(Form::Unrolled),
@@ -393,6 +402,13 @@ fn options(args: &SamplerArgs, command: &[OsString], progress: Listener) -> Resu
         run: args.run.options(progress)?,
         command: command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
     })
+}
+
+/// Statistics of actions.
+fn actions(path: &Path) -> Result<Actions, Failure> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let json = read_python_json(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
+    Ok(Actions::parse(&json)?)
 }
 
 /// What was said about a pipeline.

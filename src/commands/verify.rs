@@ -11,7 +11,7 @@ use crate::{
     report::{OutputLine, Verify},
     run_options::RunArgs,
     runner::Runner,
-    sampler::{self, LEAST_SEEDS, SamplerComparison},
+    sampler::{self, ACTION_METRIC, LEAST_SEEDS, SamplerComparison},
     validate::{self, Bound, significant},
 };
 use anyhow::anyhow;
@@ -51,14 +51,14 @@ pub(crate) struct VerifyArgs {
     bits: bool,
     /// Measure this on a set, instead of comparing values. `auto` fits the model, and is what --max-drop and --labels
     /// mean without this. In brackets: how the drop is counted, positive where B is worse.
-    #[arg(long, value_name = "METRIC", value_parser = metric_names())]
+    #[arg(long, value_name = "METRIC", value_parser = all_metric_names())]
     metric: Option<String>,
     /// The largest drop of the metric that passes; a larger one ends with exit code 3. Without this a metric is only
     /// measured.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     max_drop: Option<f64>,
     /// Compare two samplers on so many seeds, by distances of pairs (values from −1 to 1): --max-drop bounds --metric,
-    /// rel-l2, psnr or ssim.
+    /// rel-l2, psnr, ssim or action-l2.
     #[arg(long, value_name = "N", conflicts_with_all = ["rtol", "bits", "calib", "validate", "labels", "batch"])]
     seeds: Option<usize>,
     /// With --seeds: a network that gives features of images; distances by what it sees are measured too.
@@ -80,11 +80,22 @@ impl VerifyArgs {
     }
 }
 
+/// Those of sets, and what samplers of actions are held to.
+fn all_metric_names() -> PossibleValuesParser {
+    let of_sets = metric_values();
+    let help = "with --seeds: the worst step of a chunk of actions, in shares of their range [drop: itself]";
+    PossibleValuesParser::new(of_sets.into_iter().chain([PossibleValue::new(ACTION_METRIC).help(help)]))
+}
+
 pub(crate) fn metric_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(metric_values())
+}
+
+fn metric_values() -> Vec<PossibleValue> {
     let auto = PossibleValue::new("auto").help("what fits the model; the choice is explained");
     let named =
         |m: &lathe_runtime::Metric| PossibleValue::new(m.name).help(format!("{} [drop: {}]", m.summary, m.drop));
-    PossibleValuesParser::new(std::iter::once(auto).chain(lathe_runtime::metrics().map(named)))
+    std::iter::once(auto).chain(lathe_runtime::metrics().map(named)).collect()
 }
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
@@ -185,9 +196,11 @@ fn samplers(args: &VerifyArgs, seeds: usize, progress: Listener) -> Result<Answe
     let usage = |message: String| Err(Failure::Usage(message));
     let metric = match args.metric.as_deref() {
         None | Some("auto") => "rel-l2",
-        Some(metric @ ("rel-l2" | "psnr" | "ssim")) => metric,
+        Some(metric @ ("rel-l2" | "psnr" | "ssim" | ACTION_METRIC)) => metric,
         Some(other) => {
-            return usage(format!("--metric {other} is about a set; samplers are held to rel-l2, psnr or ssim"));
+            return usage(format!(
+                "--metric {other} is about a set; samplers are held to rel-l2, psnr, ssim or {ACTION_METRIC}"
+            ));
         }
     };
     let least = if args.features.is_some() { LEAST_SEEDS } else { 1 };
@@ -214,6 +227,9 @@ fn samplers(args: &VerifyArgs, seeds: usize, progress: Listener) -> Result<Answe
 /// The sets of the command line, where they go together with its other options.
 fn sets(args: &VerifyArgs, inputs: &InputSpec) -> Result<Sets, Failure> {
     let usage = |message: &str| Err(Failure::Usage(message.to_owned()));
+    if args.metric.as_deref() == Some(ACTION_METRIC) {
+        return usage("--metric action-l2 is about samplers of actions, with --seeds");
+    }
     let sets = args.sets.sets()?;
     sets.instead_of(inputs)?;
     if args.sets.calib.is_some() && args.sets.validate.is_some() {

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{Failure, report::Side, runner::Runner};
 use anyhow::{Context as _, anyhow};
-use lathe_ir::{Dim, Model, Type};
+use lathe_ir::{Dim, Model};
 use lathe_passes::sampler::{
     RoleOptions, Scheduler,
     pipelines::{Asked, Config, DECODER, Empty, Guided, Negative, Part, Pipeline, decoded, encoded},
@@ -65,15 +65,22 @@ pub(super) struct Prepared {
 
 /// Reads a pipeline's folder.
 pub(super) fn prepare(asked: &SamplerOptions) -> Result<Prepared, Failure> {
+    if asked.actions.is_some() {
+        let message = "--actions is about the denoiser of a policy, and this is the folder of a pipeline of images";
+        return Err(Failure::Usage(message.to_owned()));
+    }
     let folder = Folder::open(&asked.denoiser)?;
     let pipeline = folder.pipeline()?;
     let mut options = asked.clone();
     options.denoiser = folder.model(pipeline.denoiser)?;
     let roles: Vec<String> = pipeline.roles.iter().map(|&role| role.to_owned()).collect();
     options.roles = options.roles.or(RoleOptions::parse(&roles)?);
-    let denoiser = Denoiser::read(&options.denoiser, &options.roles)?;
+    let mut denoiser = Denoiser::read(&options.denoiser, &options.roles)?;
     let denoiser_config = Config::new(pipeline.denoiser, folder.config(pipeline.denoiser)?);
     let vae = Config::new(DECODER, folder.config(DECODER)?);
+    if let Some(channels) = denoiser_config.count("in_channels").filter(|_| !pipeline.packed) {
+        denoiser.state_channels(pipeline.channels, channels);
+    }
     let (scheduler, _) = Scheduler::parse(&options.scheduler, options.solver)?;
     let size = Size::of(asked, pipeline, &denoiser, [&denoiser_config, &vae], scheduler.dynamic_shift.is_some())?;
     let patch = pipeline.patch.or(denoiser_config.count("patch_size")).unwrap_or(1).max(1);
@@ -161,7 +168,7 @@ impl Size {
         shifted: bool,
     ) -> Result<Size, Failure> {
         let factor = vae.spatial_factor();
-        let latent = latent_dims(denoiser);
+        let latent = denoiser.latent();
         let own = match latent.as_slice() {
             [.., h, w] if !pipeline.packed && latent.len() >= 4 => known(h).zip(known(w)).map(|(h, w)| [h, w]),
             _ => None,
@@ -218,7 +225,7 @@ impl Size {
     fn noise(&self, pipeline: &Pipeline, denoiser: &Denoiser, vae: &Config) -> Vec<Option<usize>> {
         let mut dims: Vec<Option<usize>> = match pipeline.packed {
             true => vec![None, vae.count("latent_channels"), None, None],
-            false => latent_dims(denoiser).iter().map(known).collect(),
+            false => denoiser.latent().iter().map(known).collect(),
         };
         if let (Some(axis), Some(frames)) = (pipeline.frames, self.frames)
             && let Some(dim) = dims.get_mut(axis)
@@ -230,13 +237,6 @@ impl Size {
         }
         dims
     }
-}
-
-fn latent_dims(denoiser: &Denoiser) -> Vec<Dim> {
-    let graph = &denoiser.original.graph;
-    let value = graph.find_value(&denoiser.roles.latent);
-    let shape = value.and_then(|v| graph.value(v).ty.as_ref()).and_then(Type::shape);
-    shape.map(|shape| shape.dims.clone()).unwrap_or_default()
 }
 
 fn known(dim: &Dim) -> Option<usize> {
@@ -302,7 +302,8 @@ impl Around {
         let asked = self.asked(&plain, denoiser, noises, runner)?;
         let ends = |parts: &[Part]| self.ends(parts, denoiser, &asked);
         let stages = Stages {
-            pipeline: self.pipeline,
+            output: self.pipeline.output,
+            packed: self.pipeline.packed,
             reference: ends(&plain)?,
             result: ends(&simplified)?,
             noise: self.noise.clone(),
@@ -330,12 +331,12 @@ impl Around {
                 self.pipeline.classes[0]
             )));
         }
-        let mut sample = latent_dims(denoiser);
+        let mut sample = denoiser.latent();
         if let (Some([height, width]), false, [.., h, w]) = (asked.size, self.pipeline.packed, sample.as_mut_slice()) {
             (*h, *w) = (Dim::Known(height as i64), Dim::Known(width as i64));
         }
         let decode = decoded(self.pipeline, parts, sample, asked.size)?;
-        Ok(Ends { encode, decode })
+        Ok(Ends { encode: Some(encode), decode })
     }
 
     /// What is asked of encoders, once it is known how often noise is added.

@@ -29,8 +29,9 @@ pub(super) enum Checked {
 pub(super) fn check(job: &Job, sampler: &Sampler, path: &Path) -> Result<Checked, Failure> {
     let options = job.options;
     let scale_is_input = sampler.guidance.scale == Scale::Input;
-    let sizes = match &job.stages {
-        Some(stages) => stages.inputs(scale_is_input)?,
+    let sizes = job.stages.as_ref().map(|stages| stages.inputs(scale_is_input)).transpose()?.flatten();
+    let sizes = match sizes {
+        Some(sizes) => sizes,
         None => vec![inputs(job, sampler)?],
     };
     let evaluator = Evaluator::new(job.runner, &options.run.load);
@@ -57,7 +58,7 @@ pub(super) fn check(job: &Job, sampler: &Sampler, path: &Path) -> Result<Checked
     };
     let expected = sampler::sample(sampler, job.original, &inputs, &evaluator, &tell)?;
     let (output, reference) = match &job.stages {
-        Some(stages) => (stages.pipeline.output, stages.decoded(expected.sample.clone(), &evaluator)?),
+        Some(stages) => (stages.output, stages.decoded(expected.sample.clone(), &evaluator)?),
         None => ("sample", expected.sample.clone()),
     };
     let sample = |outputs: &[(String, Tensor)], name: &str| {

@@ -1,12 +1,18 @@
 //! Two samplers from the same noise: how far apart the samples of each seed are, and how far apart both sets are.
 
-use super::{evaluator::Evaluator, features::Extractor, seeded_inputs::SeededInputs};
+use super::{
+    action_errors::{ActionErrors, Chunks},
+    evaluator::Evaluator,
+    features::Extractor,
+    picture::spread as between_signs,
+    seeded_inputs::SeededInputs,
+    spread::Spread,
+};
 use crate::{Failure, RunOptions, runner::Runner, validate::significant};
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Model, Tensor};
 use lathe_runtime::{
-    FeatureError, Features, InputSpec, LoadOptions, Pair, Progress, bootstrap, feature_distances, frechet, kernel,
-    pairs, quantile, sliced,
+    FeatureError, Features, InputSpec, LoadOptions, Pair, Progress, feature_distances, frechet, kernel, pairs, sliced,
 };
 use serde::Serialize;
 use std::{
@@ -19,10 +25,14 @@ use std::{
 const BATCH: usize = 16;
 /// Bytes of noise that are sent at once.
 const MOST_SENT: usize = 64 << 20;
-/// Samples drawn anew for intervals, lines that sets are projected on, subsets of a kernel distance.
-const ROUNDS: usize = 1000;
+/// Lines that sets are projected on, subsets of a kernel distance.
 const LINES: usize = 256;
 const SUBSETS: usize = 20;
+/// The drop that is the mean over pairs of how far the worst step of a chunk of actions is off.
+pub(crate) const ACTION_METRIC: &str = "action-l2";
+/// What samplers give, and which of it are pixels from 0 to 1.
+const OUTPUTS: [&str; 4] = ["sample", "actions", "image", "video"];
+const PIXELS: [&str; 2] = ["image", "video"];
 /// Seeds that distances of sets need at least.
 pub(crate) const LEAST_SEEDS: usize = 4;
 
@@ -43,39 +53,6 @@ pub(crate) struct SamplerComparison {
     pub max_drop: Option<f64>,
     /// How the samplers are run; the seed is that of everything.
     pub run: RunOptions,
-}
-
-/// How a number is spread over pairs. What is infinite is `null` in JSON.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Spread {
-    /// The mean.
-    pub mean: f64,
-    /// The ends of its 95 % interval, by drawing pairs anew.
-    pub interval: [f64; 2],
-    /// The median.
-    pub median: f64,
-    /// What nine of ten exceed.
-    pub p10: f64,
-    /// What one of ten exceeds.
-    pub p90: f64,
-    /// The least.
-    pub least: f64,
-    /// The most.
-    pub most: f64,
-}
-
-impl Spread {
-    fn of(values: &[f64], seed: u64) -> Spread {
-        Spread {
-            mean: values.iter().sum::<f64>() / values.len().max(1) as f64,
-            interval: bootstrap(values, ROUNDS, seed),
-            median: quantile(values, 0.5),
-            p10: quantile(values, 0.1),
-            p90: quantile(values, 0.9),
-            least: quantile(values, 0.0),
-            most: quantile(values, 1.0),
-        }
-    }
 }
 
 /// Distances by what a network sees. Distances of sets are of one half of the seeds to the other, so that noise is never
@@ -125,6 +102,9 @@ pub(crate) struct Compared {
     pub rel_l2: Spread,
     /// The cosine between both.
     pub cosine: Spread,
+    /// Of chunks of actions, by the range that each number has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub actions: Option<ActionErrors>,
     /// By features, where a network was given.
     pub features: Option<FeatureDistances>,
     /// Who ran the samplers.
@@ -137,6 +117,8 @@ pub(crate) struct Compared {
 pub(super) struct SamplerFile<'a> {
     path: PathBuf,
     model: Model,
+    /// The output that samples are.
+    output: &'static str,
     runner: &'a Runner,
     load: LoadOptions,
 }
@@ -148,14 +130,21 @@ impl<'a> SamplerFile<'a> {
         let graph = &model.graph;
         let name = |v: &lathe_ir::ValueId| graph.value(*v).name.as_str();
         let takes = graph.main().inputs().iter().any(|v| name(v) == "noise");
-        if !takes || !graph.main().outputs().iter().any(|v| name(v) == "sample") {
+        let gives = |output: &&&str| graph.main().outputs().iter().any(|v| name(v) == **output);
+        let Some(&output) = OUTPUTS.iter().find(gives).filter(|_| takes) else {
             let message = format!(
-                "`{}` is no sampler, which takes `noise` and gives `sample`; --seeds compares what `optimize sampler` wrote",
+                "`{}` is no sampler, which takes `noise` and gives `sample`, `actions`, `image` or `video`; --seeds compares what `optimize sampler` wrote",
                 path.display()
             );
             return Err(Failure::Usage(message));
-        }
-        Ok(SamplerFile { path: path.to_owned(), model, runner, load: LoadOptions { optimize: true, ..load.clone() } })
+        };
+        Ok(SamplerFile {
+            path: path.to_owned(),
+            model,
+            output,
+            runner,
+            load: LoadOptions { optimize: true, ..load.clone() },
+        })
     }
 
     /// Inputs as this sampler takes them.
@@ -168,8 +157,9 @@ impl<'a> SamplerFile<'a> {
         let all: Result<Vec<_>, _> = ranges.iter().map(|r| inputs.of_sampler(&self.model, r.clone())).collect();
         let outputs = self.runner.child().run_file(&self.path, &all?, &self.load)?;
         let sample = |outputs: Vec<(String, Tensor)>| {
-            let found = outputs.into_iter().find(|(name, _)| name == "sample").map(|(_, tensor)| tensor);
-            found.ok_or_else(|| Failure::Error(anyhow!("`{}` gives no `sample`", self.path.display())))
+            let found = outputs.into_iter().find(|(name, _)| name == self.output).map(|(_, tensor)| tensor);
+            let found = found.ok_or_else(|| anyhow!("`{}` gives no `{}`", self.path.display(), self.output))?;
+            Ok(if PIXELS.contains(&self.output) { between_signs(&found)? } else { found })
         };
         outputs.into_iter().map(sample).collect()
     }
@@ -199,6 +189,7 @@ pub(crate) fn compare_samplers(pair: &SamplerComparison) -> Result<Compared, Fai
     let mut all: Vec<Pair> = Vec::new();
     let mut features = [Features::new(), Features::new()];
     let mut feature_pairs: Vec<f64> = Vec::new();
+    let mut chunks = Chunks::default();
     for group in batches(&inputs, 0..pair.seeds, noises[0].max(noises[1])) {
         let ours = a.samples(&inputs, &group).map_err(|e| Failure::Error(anyhow!("`{}`: {e}", pair.a.display())))?;
         let theirs =
@@ -216,6 +207,7 @@ pub(crate) fn compare_samplers(pair: &SamplerComparison) -> Result<Compared, Fai
                 return Err(Failure::Refused(format!("sample {} of B is not finite", range.start + at)));
             }
             all.extend(pairs(&x, &y, 2.0)?);
+            chunks.push(&x, &y);
             if let Some(extractor) = &extractor {
                 let (x, y) = (extractor.see(&x)?, extractor.see(&y)?);
                 features[0].push(&x[0])?;
@@ -228,9 +220,18 @@ pub(crate) fn compare_samplers(pair: &SamplerComparison) -> Result<Compared, Fai
     }
     let spread = |of: &dyn Fn(&Pair) -> f64| Spread::of(&all.iter().map(of).collect::<Vec<_>>(), seed);
     let ssim: Option<Vec<f64>> = all.iter().map(|p| p.ssim).collect();
+    let actions = chunks.spread(seed);
     let drop = match pair.metric.as_str() {
         // As in the catalogue of metrics: over the peak, which is 2 from −1 to 1.
         "psnr" => (all.iter().map(|p| p.rmse * p.rmse).sum::<f64>() / all.len() as f64).sqrt() / 2.0,
+        ACTION_METRIC => {
+            let worst = chunks.errors().iter().map(|[_, worst]| worst).sum::<f64>() / all.len() as f64;
+            if actions.is_none() {
+                let message = "samples are no chunks of actions, which have three axes: samples, steps and numbers";
+                return Err(Failure::Usage(message.to_owned()));
+            }
+            worst
+        }
         "ssim" => {
             let ssim = ssim.as_ref().ok_or_else(|| {
                 Failure::Error(anyhow!("ssim cannot be measured here: samples are no images of at least 11 by 11"))
@@ -255,6 +256,7 @@ pub(crate) fn compare_samplers(pair: &SamplerComparison) -> Result<Compared, Fai
         ssim: ssim.map(|values| Spread::of(&values, seed)),
         rel_l2: spread(&|p| p.rel_l2),
         cosine: spread(&|p| p.cosine),
+        actions,
         features,
         runtime: lathe_analysis::Evaluate::name(&evaluator),
         notes,
@@ -336,6 +338,10 @@ impl Compared {
         }
         line("rel L2", &self.rel_l2, "");
         line("cosine", &self.cosine, "");
+        if let Some(actions) = &self.actions {
+            line("actions", &actions.chunk, " of their range");
+            line("the worst step", &actions.worst, " of its range");
+        }
         if let Some(f) = &self.features {
             line("features", &f.paired, "");
             let sets = [
@@ -357,16 +363,6 @@ impl Compared {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn spreads_have_quantiles_and_an_interval() {
-        let found = Spread::of(&[1.0, 2.0, 3.0, 4.0, 5.0], 1);
-        assert_eq!((found.mean, found.median, found.least, found.most), (3.0, 3.0, 1.0, 5.0));
-        assert!(found.interval[0] < 3.0 && found.interval[1] > 3.0 && found.p10 < found.p90);
-        // A sample that does not differ has an infinite ratio, which JSON has no number for.
-        let endless = Spread::of(&[f64::INFINITY; 3], 1);
-        assert!(serde_json::to_string(&endless).unwrap().contains(r#""median":null"#));
-    }
 
     #[test]
     fn sets_are_compared_in_halves_of_other_noise() {

@@ -28,6 +28,27 @@ impl Denoiser {
         Ok(Denoiser { source, roles })
     }
 
+    /// Says how many channels the latent has along an axis, where the file leaves that open.
+    pub fn state_channels(&mut self, axis: usize, channels: usize) {
+        let graph = &mut self.source.original.graph;
+        let value = graph.find_value(&self.roles.latent);
+        let Some(ty) = value.and_then(|v| graph.value_mut(v).ty.as_mut()) else { return };
+        if let (Some(elem), Some(mut dims)) = (ty.elem(), ty.shape().map(|shape| shape.dims.clone()))
+            && let Some(dim) = dims.get_mut(axis).filter(|dim| dim.known().is_none())
+        {
+            *dim = Dim::Known(channels as i64);
+            *ty = Type::tensor(elem, dims);
+        }
+    }
+
+    /// The sizes of the latent, as far as the file states them.
+    pub fn latent(&self) -> Vec<Dim> {
+        let graph = &self.original.graph;
+        let value = graph.find_value(&self.roles.latent);
+        let shape = value.and_then(|v| graph.value(v).ty.as_ref()).and_then(Type::shape);
+        shape.map(|shape| shape.dims.clone()).unwrap_or_default()
+    }
+
     /// A sentence where the network takes whole times only and steps have others.
     pub fn rounded_times(&self, table: &Table) -> Option<String> {
         let graph = &self.original.graph;

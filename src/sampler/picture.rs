@@ -44,6 +44,12 @@ impl Half {
     }
 }
 
+/// Pixels from 0 to 1 as numbers from -1 to 1.
+pub(super) fn spread(image: &Tensor) -> anyhow::Result<Tensor> {
+    let values = image.to_f32s().context("pixels are no real numbers")?;
+    Ok(Tensor::from_f32s(image.dims(), &values.iter().map(|v| 2.0 * v - 1.0).collect::<Vec<f32>>()))
+}
+
 /// The picture as the bytes of a PNG. Both halves need an image for every place, of the same size.
 pub(super) fn encode(left: &Half, right: &Half) -> anyhow::Result<Vec<u8>> {
     let size = (left.channels, left.height, left.width);

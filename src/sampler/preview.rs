@@ -4,7 +4,7 @@ use super::{
     Job, SamplerOptions, Tune,
     check::named,
     evaluator::Evaluator,
-    picture::{self, Half},
+    picture::{self, Half, spread},
     seeded_inputs::{SCALE, SeededInputs},
     stages::Stages,
     steps, tune,
@@ -68,8 +68,8 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
     let mode = if job.options.guidance.is_some() { Mode::Guided } else { Mode::Conditional };
     let plan = StepPlan::plain("", full.rows.iter().map(|row| row.time).collect(), mode);
     let whole = Sampler { table: full, plan: &plan, ..*sampler };
-    match &job.stages {
-        Some(stages) => draw_pipeline(job, stages, sampler, &whole, path),
+    match job.stages.as_ref().and_then(|stages| Some((stages, stages.reference.encode.as_ref()?))) {
+        Some((stages, encode)) => draw_pipeline(job, (stages, encode), sampler, &whole, path),
         None => draw_samples(job, sampler, &whole, path),
     }
 }
@@ -77,20 +77,20 @@ pub(super) fn draw(job: &Job, sampler: &Sampler, full: &Table, path: &Path) -> R
 /// What a pipeline makes of made-up ids: beside the parts run one after the other, what is at `path`.
 fn draw_pipeline(
     job: &Job,
-    stages: &Stages,
+    (stages, encode): (&Stages, &Model),
     sampler: &Sampler,
     whole: &Sampler,
     path: &Path,
 ) -> Result<Vec<u8>, Failure> {
     let options = job.options;
     let written = Model::read(path).context("the pipeline that was written cannot be read")?.model;
-    let seeded = SeededInputs::new(&stages.reference.encode, "noise", &stages.spec())?;
+    let seeded = SeededInputs::new(encode, "noise", &stages.spec())?;
     let evaluator = Evaluator::fast(job.runner, &options.run.load);
     let load = LoadOptions { optimize: true, ..options.run.load.clone() };
     let (mut left, mut right) = (Half::default(), Half::default());
     let (count, batch) = (picture::ROWS * picture::COLUMNS, seeded.batch(picture::ROWS * picture::COLUMNS));
     let (own, all) = (sampler.table.noises(), whole.table.noises());
-    if own != all && stages.pipeline.packed {
+    if own != all && stages.packed {
         let message =
             "--preview of a pipeline of patches draws all steps beside as many that add noise; leave out the plan";
         return Err(Failure::Usage(message.to_owned()));
@@ -109,16 +109,10 @@ fn draw_pipeline(
         left.push(&spread(&stages.decoded(drawn.sample, &evaluator)?)?)?;
         let mut outputs = job.runner.child().run_file(path, &[inputs], &load)?;
         let outputs = outputs.pop().unwrap_or_default();
-        let found = outputs.iter().find(|(name, _)| name == stages.pipeline.output);
+        let found = outputs.iter().find(|(name, _)| name == stages.output);
         right.push(&spread(&found.ok_or_else(|| anyhow!("the pipeline gives no image"))?.1)?)?;
     }
     Ok(picture::encode(&left, &right)?)
-}
-
-/// Pixels from 0 to 1 as numbers from -1 to 1.
-fn spread(image: &Tensor) -> anyhow::Result<Tensor> {
-    let values = image.to_f32s().context("pixels are no real numbers")?;
-    Ok(Tensor::from_f32s(image.dims(), &values.iter().map(|v| 2.0 * v - 1.0).collect::<Vec<f32>>()))
 }
 
 fn draw_samples(job: &Job, sampler: &Sampler, whole: &Sampler, path: &Path) -> Result<Vec<u8>, Failure> {

@@ -7,10 +7,13 @@ use lathe_analysis::Evaluate;
 use lathe_ir::{DataType, Dim, Model, ScopeId, Tensor, Type, ValueId};
 use lathe_passes::sampler::{
     Roles,
-    pipelines::{Link, PACKED_NOISES, Pipeline, chain},
+    pipelines::{Link, PACKED_NOISES, chain},
 };
 use lathe_runtime::{InputSpec, Sizes, generate, required_inputs, sizes_to_try};
 use serde_json::{Map, Value};
+
+/// Tensors by name.
+type Tensors = Vec<(String, Tensor)>;
 
 /// Sizes that are tried until a pipeline takes one: how long texts may be is not always said by its parts.
 const MOST_SIZES: usize = 6;
@@ -22,14 +25,18 @@ const NOISES: [&str; 2] = ["noise", "step_noise"];
 /// What stands in front of a loop and behind it.
 #[derive(Debug, Clone)]
 pub(super) struct Ends {
-    pub encode: Model,
+    /// Gives conditions; `None` where the loop is given its own.
+    pub encode: Option<Model>,
     pub decode: Model,
 }
 
 /// What stands around a loop.
 #[derive(Clone)]
 pub(super) struct Stages {
-    pub pipeline: &'static Pipeline,
+    /// What the decoder gives.
+    pub output: &'static str,
+    /// Whether the noise is packed in front of the loop.
+    pub packed: bool,
     /// With the parts as they are.
     pub reference: Ends,
     /// With the parts that go into the result.
@@ -41,6 +48,13 @@ pub(super) struct Stages {
 }
 
 impl Stages {
+    /// A loop whose sample becomes something else.
+    pub fn tail(output: &'static str, decode: Model, inputs: &InputSpec) -> Stages {
+        let ends = Ends { encode: None, decode };
+        let (reference, result) = (ends.clone(), ends);
+        Stages { output, packed: false, reference, result, noise: Vec::new(), inputs: inputs.clone() }
+    }
+
     /// The same with the parts as they are.
     pub fn unsimplified(&self) -> Stages {
         Stages { result: self.reference.clone(), ..self.clone() }
@@ -49,24 +63,29 @@ impl Stages {
     /// One model of what stands around a loop and the loop.
     pub fn around(&self, inner: &Model) -> Result<Model, Failure> {
         let mut inner = inner.clone();
-        let packed: Vec<String> = names(&self.result.encode, self.result.encode.graph.main().outputs());
+        let Ends { encode, decode } = &self.result;
+        let packed: Vec<String> =
+            encode.as_ref().map(|encode| names(encode, encode.graph.main().outputs())).unwrap_or_default();
         for (name, new) in NOISES.iter().zip(PACKED_NOISES) {
             if let Some(value) = inner.graph.find_value(name).filter(|_| packed.iter().any(|p| p == new)) {
                 inner.graph.rename(value, new);
             }
         }
-        let Ends { encode, decode } = &self.result;
-        let links = [
-            Link { name: "encode", what: "the text encoders", model: encode },
-            Link { name: "loop", what: "the denoiser", model: &inner },
-            Link { name: "decode", what: "the decoder", model: decode },
-        ];
-        Ok(chain(&links, &[self.pipeline.output, "computed"])?)
+        let encode = encode.as_ref().map(|model| Link { name: "encode", what: "the text encoders", model });
+        let links: Vec<Link> = encode
+            .into_iter()
+            .chain([
+                Link { name: "loop", what: "the denoiser", model: &inner },
+                Link { name: "decode", what: "the decoder", model: decode },
+            ])
+            .collect();
+        Ok(chain(&links, &[self.output, "computed"])?)
     }
 
-    /// Made-up inputs of the whole, of the sizes that are to be tried one after the other.
-    pub fn inputs(&self, scale_is_input: bool) -> Result<Vec<Vec<(String, Tensor)>>, Failure> {
-        let encode = &self.reference.encode;
+    /// Made-up inputs of the whole, of the sizes that are to be tried one after the other; `None` where they are those of the
+    /// loop.
+    pub fn inputs(&self, scale_is_input: bool) -> Result<Option<Vec<Tensors>>, Failure> {
+        let Some(encode) = &self.reference.encode else { return Ok(None) };
         let spec = self.spec();
         let mut all = sizes_to_try(encode, &spec);
         // The second sizes have other tokens than the first.
@@ -89,14 +108,14 @@ impl Stages {
             }
             Ok(inputs)
         };
-        all.iter().map(make).collect()
+        all.iter().map(make).collect::<Result<_, _>>().map(Some)
     }
 
     /// What the user said about shapes; else the noise has the size that the denoiser is for.
     pub fn spec(&self) -> InputSpec {
         let mut spec = self.inputs.clone();
         if spec.shapes.iter().all(|(name, _)| name != NOISES[0]) {
-            let batch = fixed_batch(&self.reference.encode).unwrap_or(SAMPLES);
+            let batch = self.reference.encode.as_ref().and_then(fixed_batch).unwrap_or(SAMPLES);
             let dims: Option<Vec<usize>> =
                 self.noise.iter().enumerate().map(|(axis, d)| d.or((axis == 0).then_some(batch))).collect();
             spec.shapes.extend(dims.map(|dims| (NOISES[0].to_owned(), dims)));
@@ -112,7 +131,7 @@ impl Stages {
         roles: &Roles,
         evaluator: &dyn Evaluate,
     ) -> Result<Vec<(String, Tensor)>, Failure> {
-        let encode = &self.reference.encode;
+        let Some(encode) = &self.reference.encode else { return Ok(whole.to_vec()) };
         let failed = |e| anyhow!("the text encoders cannot be run: {e}");
         let outputs = evaluator.run(encode, &super::check::named(encode, whole)).map_err(failed)?;
         let mut inputs: Vec<(String, Tensor)> = Vec::new();
@@ -142,7 +161,7 @@ impl Stages {
     pub fn precision(&self) -> DataType {
         let Ends { encode, decode } = &self.reference;
         let holds = |elem: DataType| {
-            [encode, decode].into_iter().any(|model| {
+            encode.iter().chain([decode]).any(|model| {
                 let graph = &model.graph;
                 graph
                     .initializers(ScopeId::MAIN)
@@ -157,7 +176,7 @@ impl Stages {
     pub fn decoded(&self, sample: Tensor, evaluator: &dyn Evaluate) -> Result<Tensor, Failure> {
         let failed = |e| anyhow!("the decoder cannot be run: {e}");
         let outputs = evaluator.run(&self.reference.decode, &[("sample".to_owned(), sample)]).map_err(failed)?;
-        let found = outputs.into_iter().find(|(name, _)| name == self.pipeline.output).map(|(_, tensor)| tensor);
+        let found = outputs.into_iter().find(|(name, _)| name == self.output).map(|(_, tensor)| tensor);
         Ok(found.ok_or_else(|| anyhow!("the decoder gave nothing"))?)
     }
 }

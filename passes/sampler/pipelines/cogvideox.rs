@@ -16,6 +16,7 @@ pub(super) static PIPELINE: Pipeline = Pipeline {
     explicit_sigmas: false,
     patch: None,
     side: 0,
+    channels: 2,
     frames: Some(1),
     packed: false,
     encode,

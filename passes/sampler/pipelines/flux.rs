@@ -16,6 +16,7 @@ pub(super) static PIPELINE: Pipeline = Pipeline {
     explicit_sigmas: true,
     patch: Some(2),
     side: 128,
+    channels: 1,
     frames: None,
     packed: true,
     encode,

@@ -70,6 +70,8 @@ pub struct Pipeline {
     pub patch: Option<usize>,
     /// The side of the latent where neither the user nor the denoiser's configuration says it; 0 where that is an error.
     pub side: usize,
+    /// The axis of channels in the latent.
+    pub channels: usize,
     /// The axis of frames in the latent, of videos.
     pub frames: Option<usize>,
     /// Whether the denoiser is told patches, so that the size of a sample has to be known.

@@ -16,6 +16,7 @@ pub(super) static PIPELINE: Pipeline = Pipeline {
     explicit_sigmas: false,
     patch: None,
     side: 128,
+    channels: 1,
     frames: None,
     packed: false,
     encode,

@@ -1,7 +1,11 @@
 //! A model in the making: parts of a pipeline, and what stands between them.
 
 use super::{Part, merge};
-use crate::{Pass as _, PassContext, exact::DropDead, sampler::Error};
+use crate::{
+    Pass as _, PassContext,
+    exact::DropDead,
+    sampler::{Error, OPSET},
+};
 use lathe_analysis::Facts;
 use lathe_ir::{AttributeValue, DataType, Dim, Initializer, Model, Node, Pasted, ScopeId, Tensor, Type, ValueId};
 use std::collections::BTreeMap;
@@ -65,11 +69,15 @@ pub struct Stage<'a> {
 }
 
 impl<'a> Stage<'a> {
-    /// Nothing yet.
+    /// Nothing yet, in the operator set that all parts are in.
     pub fn new(name: &str, parts: &'a [Part]) -> Stage<'a> {
+        let opset = parts.iter().map(|part| part.model.opset()).max().unwrap_or(OPSET);
+        Stage::of(name, parts, opset)
+    }
+
+    /// Nothing yet, in this operator set.
+    pub fn of(name: &str, parts: &'a [Part], opset: i64) -> Stage<'a> {
         let mut model = merge::empty(name);
-        // Parts are of one operator set, and a stage without any part is too.
-        let opset = parts.iter().map(|part| part.model.opset()).max().unwrap_or(crate::sampler::OPSET);
         model.import("", opset);
         Stage { model, parts, constants: BTreeMap::new(), elems: BTreeMap::new(), runs: 0 }
     }

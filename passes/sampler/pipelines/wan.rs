@@ -16,6 +16,7 @@ pub(super) static PIPELINE: Pipeline = Pipeline {
     explicit_sigmas: false,
     patch: None,
     side: 0,
+    channels: 1,
     frames: Some(2),
     packed: false,
     encode,
