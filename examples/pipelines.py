@@ -4,7 +4,7 @@
     cargo build --release
     python examples/pipelines.py target/release/optimize [--only flux]
 
-Six pipelines with random weights are made of the classes of diffusers and exported part by part into folders as Optimum lays
+Eight pipelines with random weights are made of the classes of diffusers and exported part by part into folders as Optimum lays
 them out: `model_index.json`, `text_encoder/model.onnx`, `unet/model.onnx`, `vae_decoder/model.onnx`, a `config.json` beside
 each, `scheduler/scheduler_config.json`. `optimize sampler FOLDER` makes one model of each, token ids and noise in, pixels
 out. It runs in ONNX Runtime, and the pipeline of diffusers on the same ids and noise; the script prints the largest
@@ -310,9 +310,60 @@ def cogvideox(folder):
     return pipe, (3, 4, 4, 4), call, ["--guidance", "4"]
 
 
+def wan(folder):
+    text = t5()
+    decoder = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+    for module in decoder.modules():
+        # Twice as large, the nearest is the exact nearest, which the exporter does not know.
+        module.mode = "nearest" if isinstance(module, torch.nn.Upsample) else getattr(module, "mode", None)
+    transformer = lively(diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=32,
+        freq_dim=64, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+    ))
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    export_t5(folder, "text_encoder", text, True)
+    call = lambda model, x, t, states: model(x, t, states, return_dict=False)[0]
+    inputs = [("hidden_states", torch.randn(2, 16, 3, 4, 4)), ("timestep", torch.ones(2, dtype=torch.int64)),
+              ("encoder_hidden_states", torch.randn(2, TOKENS, 32))]
+    export(folder, "transformer", transformer, call, inputs, ["out_sample"], {name: BATCHED for name, _ in inputs})
+    export_vae(folder, decoder, 16, BATCHED, (3, 4, 4))
+    pipe = diffusers.WanPipeline(
+        tokenizer=Tokenizer(), text_encoder=text, vae=decoder, transformer=transformer, scheduler=scheduler
+    )
+    call = dict(guidance_scale=4.0, negative_prompt=NEGATIVE, max_sequence_length=TOKENS, num_frames=9, height=32, width=32)
+    # Tracing fixes the batch.
+    return pipe, (16, 3, 4, 4), call, ["--guidance", "4", "--guidance-passes", "separate"]
+
+
+def latent_consistency(folder):
+    """Stable Diffusion whose denoiser is told the scale of guidance."""
+    text, decoder = clip(), vae()
+    unet = lively(diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=8, time_cond_proj_dim=64,
+    ))
+    # One step adds no noise, which a pipeline draws by itself.
+    scheduler = diffusers.LCMScheduler()
+    export_clip(folder, "text_encoder", text)
+    call = lambda model, x, t, states, scale: model(x, t, states, timestep_cond=scale, return_dict=False)[0]
+    inputs = [("sample", torch.randn(2, 4, 16, 16)), ("timestep", torch.tensor(7)),
+              ("encoder_hidden_states", torch.randn(2, TOKENS, 32)), ("timestep_cond", torch.randn(2, 64))]
+    axes = {"sample": IMAGE, "encoder_hidden_states": IDS, "timestep_cond": BATCHED}
+    export(folder, "unet", unet, call, inputs, ["out_sample"], axes)
+    export_vae(folder, decoder, 4)
+    pipe = diffusers.LatentConsistencyModelPipeline(
+        vae=decoder, text_encoder=text, tokenizer=Tokenizer(), unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )
+    return pipe, (4, 16, 16), dict(guidance_scale=4.0, num_inference_steps=1), ["--guidance", "4", "--steps", "1"]
+
+
 PIPELINES = {
     "sd": stable_diffusion, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3, "flux": flux, "pixart": pixart,
-    "cogvideox": cogvideox,
+    "cogvideox": cogvideox, "wan": wan, "lcm": latent_consistency,
 }
 
 
@@ -368,9 +419,8 @@ def main():
             pipe.set_progress_bar_config(disable=True)
             noise = torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
-                expected = pipe(
-                    PROMPTS, num_inference_steps=STEPS, latents=packed_like(pipe, noise), output_type="pt", **call
-                )[0]
+                call = {"num_inference_steps": STEPS, **call}
+                expected = pipe(PROMPTS, latents=packed_like(pipe, noise), output_type="pt", **call)[0]
             expected = np.asarray(expected)
             np.save(folder / "noise.npy", noise.numpy()), np.save(folder / "expected.npy", expected)
             (folder / "options.json").write_text(json.dumps(options))
@@ -379,8 +429,8 @@ def main():
             files = []
             for take in ("first", "second"):
                 out = root / f"{name}.{take}.onnx"
-                command = [chosen.optimize, "sampler", str(folder), "-o", str(out), "--steps", str(STEPS), "--form",
-                           chosen.form, "-q", *options]
+                steps = [] if "--steps" in options else ["--steps", str(STEPS)]
+                command = [chosen.optimize, "sampler", str(folder), "-o", str(out), "--form", chosen.form, "-q", *steps, *options]
                 subprocess.run(command, check=True)
                 files.append(out.read_bytes())
             session = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
