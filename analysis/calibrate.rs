@@ -250,6 +250,18 @@ pub trait Calibrate {
     fn spread(&self, _rows: &Rows) -> Result<Option<Spread>, EvaluateError> {
         Ok(None)
     }
+
+    /// The least and the largest number of every feature, of what was counted for [`Calibrate::spread`]; `None` if that was
+    /// not collected.
+    fn extremes(&self, _rows: &Rows) -> Result<Option<Vec<(f64, f64)>>, EvaluateError> {
+        Ok(None)
+    }
+
+    /// How the numbers of values of `model` are spread, a variant of the one that is being compressed without gates, over the
+    /// same samples; `None` for a value with no finite number.
+    fn spreads_of(&self, _model: &Model, _rows: &[Rows]) -> Result<Vec<Option<Spread>>, EvaluateError> {
+        Err(unable())
+    }
 }
 
 #[cfg(test)]

@@ -30,6 +30,8 @@ pub struct Window {
     pub pads: Vec<i64>,
     /// `SAME_UPPER`, `SAME_LOWER`, `VALID`, or empty where `pads` counts.
     pub auto_pad: String,
+    /// Whether every channel is a row of its own, which then holds its taps alone.
+    pub apart: bool,
 }
 
 /// A value of the main graph, read as rows.
@@ -75,11 +77,27 @@ impl Rows {
             dilations: sizes("dilations"),
             pads: sizes("pads"),
             auto_pad: node.string("auto_pad").filter(|p| *p != "NOTSET").unwrap_or_default().to_owned(),
+            apart: false,
         };
         let plain = window.kernel.iter().all(|&k| k == 1)
             && window.strides.iter().all(|&s| s == 1)
             && window.pads.iter().all(|&p| p == 0);
         Some(if plain { Rows::channels(value) } else { Rows { value, view: View::Patches(window) } })
+    }
+
+    /// What a depthwise `Conv` node sees of every channel: its taps, with the channels as further rows. `None` if the node is
+    /// no convolution with one filter for every channel.
+    pub fn of_depthwise(graph: &Graph, id: NodeId) -> Option<Rows> {
+        let weight = weight_dims(graph, graph.node(id).input(1)?)?;
+        let group = graph.node(id).int("group").and_then(|group| usize::try_from(group).ok());
+        if weight.get(1) != Some(&1) || group != weight.first().copied() {
+            return None;
+        }
+        let rows = Rows::of_conv(graph, id)?;
+        match rows.view {
+            View::Patches(window) => Some(Rows { view: View::Patches(Window { apart: true, ..window }), ..rows }),
+            _ => None,
+        }
     }
 
     /// How messages and result files name it: `x`, `x axis 1`, `x at 0`, `x patches 3x3`. Distinct rows may share a label.
@@ -90,7 +108,8 @@ impl Rows {
             View::Position(position) => format!("{} at {position}", self.value),
             View::Patches(window) => {
                 let kernel: Vec<String> = window.kernel.iter().map(ToString::to_string).collect();
-                format!("{} patches {}", self.value, kernel.join("x"))
+                let apart = if window.apart { " by channel" } else { "" };
+                format!("{} patches {}{apart}", self.value, kernel.join("x"))
             }
         }
     }

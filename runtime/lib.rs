@@ -63,7 +63,7 @@ pub use inputs::{InputError, InputSpec, Sizes, Style, classes, generate, require
 pub use kept::{KeptKind, KeptResults};
 pub use layers::{Alone, Culprit, LayersError, LayersJob, LayersReport, ValueLine, compare_layers};
 pub use library::{FoundLibrary, LibrarySearch, SearchPlace};
-pub use machine::machine;
+pub use machine::{adds_bytes_in_32_bits, machine};
 pub use measure::{MeasureError, Measured, Scores};
 pub use metrics::{Column, Metric, MetricError, Score, metric_columns, metrics};
 pub use npz::NpzWriter;

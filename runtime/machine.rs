@@ -15,6 +15,14 @@ pub fn machine() -> String {
     format!("{} {model}, {cores} cores, {features}", std::env::consts::ARCH)
 }
 
+/// Whether this processor adds products of bytes in 32 bits (VNNI); `None` where all of its architecture do.
+pub fn adds_bytes_in_32_bits() -> Option<bool> {
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    return Some(std::arch::is_x86_feature_detected!("avx512vnni") || std::arch::is_x86_feature_detected!("avxvnni"));
+    #[cfg(not(any(target_arch = "x86", target_arch = "x86_64")))]
+    None
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

@@ -275,7 +275,13 @@ impl<'a> Append<'a> {
             View::Patches(window) => {
                 let dtype = self.facts.elem(value).filter(|&e| e == DataType::Double).unwrap_or(DataType::Float);
                 let value = self.as_float(value);
-                self.patches(value, window, dtype)
+                if !window.apart {
+                    return self.patches(value, window, dtype);
+                }
+                let spatial = window.kernel.iter().map(|_| 0);
+                let alone = self.ints(&[-1, 1].into_iter().chain(spatial).collect::<Vec<i64>>());
+                let alone = self.op("Reshape", &[value, alone]);
+                self.patches(alone, &Window { channels: 1, ..window.clone() }, dtype)
             }
         }
     }

@@ -202,6 +202,13 @@ impl Statistics {
         Ok((counted > 0).then_some(magnitudes))
     }
 
+    /// The least and the largest number of every feature that was counted for a spread.
+    pub fn extremes(&self, rows: &Rows) -> Result<Vec<(f64, f64)>, StatisticsError> {
+        let request = Request::Spread(rows.clone());
+        let (least, largest) = (self.field(&request, "least")?.data, self.field(&request, "largest")?.data);
+        Ok(least.into_iter().zip(largest).collect())
+    }
+
     /// How the numbers are spread; `None` if none counts.
     pub fn spread(&self, rows: &Rows) -> Result<Option<Spread>, StatisticsError> {
         let request = Request::Spread(rows.clone());

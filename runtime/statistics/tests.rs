@@ -187,6 +187,40 @@ fn patches_are_what_a_convolution_multiplies() {
     }
 }
 
+/// What a depthwise convolution reads by channel, and the extremes that a spread is counted with.
+#[test]
+fn taps_of_every_channel_are_rows_of_their_own() {
+    let mut build = Build::new();
+    let x = build.input("x", DataType::Float, &["n", "3", "9", "8"]);
+    let w = build.constant("w", floats(&[3, 1, 3, 2], 3));
+    let node = Node::new("Conv").with("group", 3i64).with("kernel_shape", vec![3i64, 2]);
+    let y = build.node(node.with("pads", vec![1i64, 0, 1, 1]), &[x, w], "y");
+    let model = build.output(y, Type::unshaped(DataType::Float)).model();
+    let id = model.graph.producer(y).unwrap();
+    let (together, apart) = (Rows::of_conv(&model.graph, id).unwrap(), Rows::of_depthwise(&model.graph, id).unwrap());
+    assert_eq!((together.label(), apart.label()), ("x patches 3x2".to_owned(), "x patches 3x2 by channel".to_owned()));
+    let numbers = floats(&[2, 3, 9, 8], 5);
+    let bench = Bench::new(model, &[("x", numbers.clone())]);
+    let rows = Rows::channels("x");
+    let requests = [together.clone(), apart.clone()].map(Request::Gram);
+    let statistics = bench.collect(&[&requests[..], &[Request::Spread(rows.clone())]].concat()).unwrap();
+    let [whole, own] = [&together, &apart].map(|rows| statistics.gram(rows).unwrap());
+    assert_eq!((whole.size(), own.size()), (18, 6));
+    let counted = requests.each_ref().map(|request| statistics.counts(request).unwrap().rows);
+    assert_eq!(counted[1], 3 * counted[0]);
+    for i in 0..6 {
+        for j in 0..6 {
+            let sum: f64 = (0..3).map(|channel| whole.get(channel * 6 + i, channel * 6 + j)).sum();
+            assert_close(&[own.get(i, j)], &[sum], own.get(0, 0));
+        }
+    }
+    let all = numbers.to_f64s().unwrap();
+    let own = |channel: usize| all.iter().enumerate().filter(move |(at, _)| at / 72 % 3 == channel).map(|(_, x)| *x);
+    let expected: Vec<(f64, f64)> =
+        (0..3).map(|c| (own(c).fold(f64::INFINITY, f64::min), own(c).fold(f64::NEG_INFINITY, f64::max))).collect();
+    assert_eq!(statistics.extremes(&rows).unwrap(), expected);
+}
+
 #[test]
 fn pairs_of_values() {
     let bench = Bench::new(linear(17, "3"), &[("x", Tensor::from_f32s(&[1, 2, 3], &[3.0, 4.0, 0.0, 0.0, 0.0, 0.0]))]);
