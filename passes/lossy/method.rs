@@ -221,6 +221,12 @@ pub trait Method: Sync {
         Needs::default()
     }
 
+    /// Values whose second moments it wants besides those of what large weights are multiplied with; they are collected before
+    /// it proposes.
+    fn grams(&self, _model: &Model, _cx: &MethodContext) -> Result<Vec<Rows>, Error> {
+        Ok(Vec::new())
+    }
+
     /// Values whose magnitudes it wants, as far as second moments tell; they are collected before it proposes.
     fn magnitudes(&self, _model: &Model, _cx: &MethodContext) -> Result<Vec<Rows>, Error> {
         Ok(Vec::new())

@@ -39,6 +39,7 @@ pub use factors::{MOST_INPUTS, gram_rows};
 pub use kept_proposal::{EditCodec, propose};
 pub use layers::{SMALLEST, Tap, Weight, weights};
 pub use method::{Method, MethodContext, Needs, NestedCost, NestedEffect, OLDEST_OPSET, Proposal, Recipe};
+pub use quantize_static::{LayersInCodes, layers_in_codes};
 pub use site::{Candidate, Cost, Edit, Loss, Site};
 
 use site::OVERHEAD;

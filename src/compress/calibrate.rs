@@ -114,7 +114,13 @@ fn statistics<'a>(
     let ranges = setup.methods.iter().any(|m| m.needs(&setup.cx).ranges);
     let widths = layers.iter().filter(|w| !gram_rows(w).is_empty()).map(Weight::inputs);
     let widest = widths.max().unwrap_or(0);
-    let (columns, grams) = requests(layers, half, ranges);
+    let (columns, mut grams) = requests(layers, half, ranges);
+    for method in &setup.methods {
+        let wanted = method.grams(model, &setup.cx).map_err(anyhow::Error::from)?;
+        let wanted: Vec<Request> = wanted.into_iter().map(Request::Gram).collect();
+        let wanted: Vec<Request> = wanted.into_iter().filter(|request| !grams.contains(request)).collect();
+        grams.extend(wanted);
+    }
     let split = Split::of(setup.set, model).map_err(anyhow::Error::from)?;
     let all = [columns.as_slice(), &grams].concat();
     let gather = |set: &SetSpec, requests: &[Request]| {
@@ -164,7 +170,8 @@ fn statistics<'a>(
         let samples = SampleSet::open(setup.set, model).map_err(anyhow::Error::from)?;
         let set = SetSpec { chosen: Some(samples.spread(MOST_SPREAD)), ..setup.set.clone() };
         let requests: Vec<Request> = spreads.into_iter().map(Request::Spread).collect();
-        calibration.spreads = Some(gather(&set, &requests)?);
+        let found = gather(&set, &requests)?;
+        calibration.spreads = Some((set, found));
     }
     if !wanted.is_empty() {
         let requests: Vec<Request> = wanted.into_iter().map(Request::Magnitudes).collect();

@@ -36,8 +36,8 @@ pub(super) struct Calibration<'a> {
     pub position_weights: PositionWeights,
     /// How large values are, where a method wants to know.
     pub magnitudes: Option<Statistics>,
-    /// How numbers are spread, where a method wants to know.
-    pub spreads: Option<Statistics>,
+    /// How numbers are spread, where a method wants to know, and over which samples.
+    pub spreads: Option<(SetSpec, Statistics)>,
     /// What all of it follows from; `None` for a variant of the model, or where nothing is kept.
     pub identity: Option<[u8; 32]>,
     pub runner: &'a Runner,
@@ -115,6 +115,12 @@ impl Calibration<'_> {
             })
         };
         requests.iter().zip(&samples).map(cross).collect::<Result<_, _>>().map_err(failed)
+    }
+
+    /// The counts of numbers, if these were asked for.
+    fn counted(&self, request: &Request) -> Option<&Statistics> {
+        let (_, found) = self.spreads.as_ref()?;
+        found.requests().any(|known| known == request).then_some(found)
     }
 
     /// Both parts, as far as there are two.
@@ -379,8 +385,20 @@ impl Calibrate for Calibration<'_> {
 
     fn spread(&self, rows: &Rows) -> Result<Option<Spread>, EvaluateError> {
         let request = Request::Spread(rows.clone());
-        let found = self.spreads.as_ref().filter(|s| s.requests().any(|r| *r == request));
+        let found = self.counted(&request);
         found.map(|found| found.spread(rows)).transpose().map(Option::flatten).map_err(failed)
+    }
+
+    fn extremes(&self, rows: &Rows) -> Result<Option<Vec<(f64, f64)>>, EvaluateError> {
+        let found = self.counted(&Request::Spread(rows.clone()));
+        found.map(|found| found.extremes(rows)).transpose().map_err(failed)
+    }
+
+    fn spreads_of(&self, model: &Model, rows: &[Rows]) -> Result<Vec<Option<Spread>>, EvaluateError> {
+        let set = self.spreads.as_ref().map_or(&self.split.fits, |(set, _)| set);
+        let requests: Vec<Request> = rows.iter().cloned().map(Request::Spread).collect();
+        let found = self.runner.collect(model, set, &requests, &self.collect).map_err(failed)?;
+        rows.iter().map(|rows| found.spread(rows)).collect::<Result<_, _>>().map_err(failed)
     }
 
     fn cosines(&self, pairs: &[(Rows, Rows)]) -> Result<Vec<f64>, EvaluateError> {

@@ -34,7 +34,7 @@ pub(super) fn computes_in_half(provider: &str) -> bool {
 }
 
 /// How what the result is for wants to be told what is rounded to whole numbers: the target, or else the execution provider.
-pub(super) fn recipe(target: Target, provider: &str) -> Recipe {
+pub(crate) fn recipe(target: Target, provider: &str) -> Recipe {
     match target {
         Target::TensorRt => Recipe::TensorRt,
         Target::OpenVino => Recipe::OpenVino,

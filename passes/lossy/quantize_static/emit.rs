@@ -1,7 +1,10 @@
 //! How a graph says what is rounded: constants of codes, and `QuantizeLinear` and `DequantizeLinear` around every unit.
 
 use super::{
+    channels::{self, Scaled},
     ranges::{Codes, Params, bias_codes, least_scale},
+    rounding::{Fits, Numbers, product_numbers},
+    smoothing,
     units::{self, Form, floats, is_row},
 };
 use crate::lossy::{Recipe, Weight, layers::Tap};
@@ -10,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Why a graph is left alone.
-const CHANGED: &str = "the nodes are no longer as they were";
+pub(super) const CHANGED: &str = "the nodes are no longer as they were";
 
 /// What is done to a graph, by the names of values.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,6 +28,12 @@ pub(super) struct StaticEdit {
     pub recipe: Recipe,
     /// Whether no layer of the region is left out.
     pub whole: bool,
+    /// What is done to constants first; the model stays the same function.
+    pub scaled: Vec<Scaled>,
+    /// Factors that what a product reads is divided by in the normalisation before it, and its weight multiplied with.
+    pub smoothed: BTreeMap<String, Vec<f32>>,
+    /// Weights whose codes make up for each other.
+    pub fitted: BTreeSet<String>,
 }
 
 /// A unit by its name.
@@ -41,42 +50,57 @@ pub(super) struct UnitEdit {
     pub correction: Vec<f32>,
 }
 
+/// A scale by its bits, or a zero point and its element type.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Constant {
+    Scale(u32),
+    Zero(u16, i32),
+}
+
 /// A graph on the way, with what it rounds already.
 struct Emitter<'a> {
     graph: &'a mut Graph,
     edit: &'a StaticEdit,
+    fits: &'a Fits,
     /// Values that stand for codes.
     restored: BTreeSet<ValueId>,
     /// What stands for a value that something else reads as it is.
     copies: BTreeMap<ValueId, ValueId>,
-    constants: BTreeMap<(u32, Option<(u8, bool)>), ValueId>,
+    constants: BTreeMap<Constant, ValueId>,
 }
 
 impl StaticEdit {
-    /// Carries out the units.
-    pub fn apply(&self, graph: &mut Graph) -> Result<(), &'static str> {
-        let mut emitter = Emitter::new(graph, self);
+    /// Scales constants so that channels are alike.
+    pub fn scale(&self, graph: &mut Graph) -> Result<(), &'static str> {
+        channels::scale(graph, &self.scaled)
+    }
+
+    /// Carries out the units in a graph whose constants are scaled, with codes that were fitted.
+    pub fn emit(&self, graph: &mut Graph, fits: &Fits) -> Result<(), &'static str> {
+        let mut emitter = Emitter::new(graph, self, fits);
         self.units.iter().try_for_each(|unit| emitter.unit(unit))
     }
 
     /// Rounds what the products with a weight read; what they give stays as it is.
-    pub fn apply_to_products(&self, graph: &mut Graph, weight: &Weight) -> Result<(), &'static str> {
-        Emitter::new(graph, self).products(weight)
+    pub fn emit_products(&self, graph: &mut Graph, weight: &Weight, fits: &Fits) -> Result<(), &'static str> {
+        Emitter::new(graph, self, fits).products(weight)
+    }
+
+    /// The node of a unit, in front of its activation.
+    pub fn layer_of(&self, graph: &Graph, unit: &UnitEdit) -> Option<NodeId> {
+        let last = graph.producer(graph.find_value(&unit.output)?)?;
+        if unit.activation { graph.producer(graph.node(last).input(0)?) } else { Some(last) }
     }
 }
 
 impl<'a> Emitter<'a> {
-    fn new(graph: &'a mut Graph, edit: &'a StaticEdit) -> Emitter<'a> {
-        Emitter { graph, edit, restored: BTreeSet::new(), copies: BTreeMap::new(), constants: BTreeMap::new() }
+    fn new(graph: &'a mut Graph, edit: &'a StaticEdit, fits: &'a Fits) -> Emitter<'a> {
+        Emitter { graph, edit, fits, restored: BTreeSet::new(), copies: BTreeMap::new(), constants: BTreeMap::new() }
     }
 
     fn unit(&mut self, edit: &UnitEdit) -> Result<(), &'static str> {
         let output = self.graph.find_value(&edit.output).ok_or(CHANGED)?;
-        let last = self.graph.producer(output).ok_or(CHANGED)?;
-        let id = match edit.activation {
-            true => self.graph.node(last).input(0).and_then(|raw| self.graph.producer(raw)).ok_or(CHANGED)?,
-            false => last,
-        };
+        let id = self.edit.layer_of(self.graph, edit).ok_or(CHANGED)?;
         let mut read = None;
         for (index, value) in units::reads(self.graph, id, edit.form) {
             let (params, restored) = self.restored(value)?;
@@ -86,7 +110,7 @@ impl<'a> Emitter<'a> {
         let read = read.ok_or(CHANGED)?;
         match edit.form {
             Form::Conv | Form::Gemm | Form::MatMul => self.layer(id, read, &edit.correction)?,
-            Form::Pair => self.constant_operand(id)?,
+            Form::Pair => self.constant_operand(id, read)?,
             Form::Rescaled | Form::Carried | Form::SpatialMean | Form::Skip | Form::Any => {}
         }
         let output = if edit.form == Form::SpatialMean { self.pooled(id, output)? } else { output };
@@ -104,15 +128,19 @@ impl<'a> Emitter<'a> {
     /// What stands for a value in codes, with what they stand for.
     fn restored(&mut self, value: ValueId) -> Result<(Params, ValueId), &'static str> {
         let params = self.params(&self.graph.value(value).name)?;
+        Ok((params, self.restored_by(value, params)))
+    }
+
+    fn restored_by(&mut self, value: ValueId, params: Params) -> ValueId {
         if self.restored.contains(&value) {
-            return Ok((params, value));
+            return value;
         }
         if let Some(&copy) = self.copies.get(&value) {
-            return Ok((params, copy));
+            return copy;
         }
         let copy = self.known_copy(value, params).unwrap_or_else(|| self.pair(value, params).1);
         self.copies.insert(value, copy);
-        Ok((params, copy))
+        copy
     }
 
     /// A pair that rounds a value to these codes already.
@@ -147,16 +175,14 @@ impl<'a> Emitter<'a> {
 
     /// A scale and its zero point.
     fn parameters(&mut self, params: Params) -> [ValueId; 2] {
-        let Params { scale, zero, signed } = params;
-        let dtype = if signed { DataType::Int8 } else { DataType::Uint8 };
-        let keys = [(scale.to_bits(), None), (0, Some((zero, signed)))];
+        let keys = [Constant::Scale(params.scale.to_bits()), Constant::Zero(params.zero, params.dtype().code())];
         keys.map(|key| {
             if let Some(&known) = self.constants.get(&key) {
                 return known;
             }
-            let (name, tensor) = match key.1 {
-                None => ("scale", Tensor::from_f32s(&[], &[scale])),
-                Some(_) => ("zero_point", Tensor::new(dtype, Vec::new(), vec![zero]).expect("one code is one byte")),
+            let (name, tensor) = match key {
+                Constant::Scale(_) => ("scale", Tensor::from_f32s(&[], &[params.scale])),
+                Constant::Zero(..) => ("zero_point", params.zero_point()),
             };
             let value = self.graph.add_initializer(ScopeId::MAIN, name, tensor);
             self.constants.insert(key, value);
@@ -184,25 +210,16 @@ impl<'a> Emitter<'a> {
     fn layer(&mut self, id: NodeId, read: Params, correction: &[f32]) -> Result<(), &'static str> {
         let node = self.graph.node(id);
         let (weight, bias) = (node.input(1).ok_or(CHANGED)?, node.input(2));
-        let axis = units::output_axis(self.graph, id);
-        let tensor = floats(self.graph, Some(weight)).ok_or(CHANGED)?;
-        let (dims, numbers) = (tensor.dims().to_vec(), tensor.to_f32s().ok_or(CHANGED)?);
-        tensor.release();
-        let outputs = dims[axis];
-        let inner: usize = dims[axis + 1..].iter().product();
+        let numbers = Numbers::of_layer(self.graph, id, self.edit.recipe).ok_or(CHANGED)?;
+        let outputs = numbers.outputs();
         let coded = matches!(self.edit.recipe, Recipe::Cpu | Recipe::Qnn);
         let bias = bias.filter(|_| coded);
         let mut added = bias.map(|bias| self.row(bias, outputs)).transpose()?;
         added.iter_mut().flatten().zip(correction).for_each(|(bias, more)| *bias += more);
-        let mut least = least_scales(added.as_deref(), read, outputs);
-        let as_one = self.edit.recipe == Recipe::Qnn && dims.len() == 2;
-        if as_one {
-            least = vec![least.into_iter().fold(0.0, f32::max)];
-        }
-        let output = |at: usize| if as_one { 0 } else { at / inner % outputs };
-        let codes = Codes::of(&numbers, output, self.edit.largest, &least).ok_or(CHANGED)?;
+        let least = least_scales(added.as_deref(), read, outputs);
         let name = self.graph.value(weight).name.clone();
-        let stored = self.stored(&name, &dims, &codes, axis);
+        let codes = numbers.codes(self.edit.largest, Some(&least), self.fits.get(&name)).ok_or(CHANGED)?;
+        let stored = self.stored(&name, &numbers.dims, &codes, numbers.axis);
         self.graph.set_input(id, 1, Some(stored));
         if let Some((bias, added)) = bias.zip(added) {
             let stored = self.stored_bias(bias, &added, read, &codes.scales);
@@ -256,8 +273,8 @@ impl<'a> Emitter<'a> {
         self.graph.append(ScopeId::MAIN, node, &[tensor, steps], &format!("{name}_dequantized"))
     }
 
-    /// Stores the constant of a sum or product in codes of its own range.
-    fn constant_operand(&mut self, id: NodeId) -> Result<(), &'static str> {
+    /// Stores the constant of a sum or product in codes of its own range, as wide as those of the other operand.
+    fn constant_operand(&mut self, id: NodeId, other: Params) -> Result<(), &'static str> {
         for index in 0..2 {
             let Some(value) = self.graph.node(id).input(index).filter(|&v| self.graph.constant(v).is_some()) else {
                 continue;
@@ -265,9 +282,9 @@ impl<'a> Emitter<'a> {
             let tensor = floats(self.graph, Some(value)).ok_or(CHANGED)?;
             let (dims, numbers) = (tensor.dims().to_vec(), tensor.to_f32s().ok_or(CHANGED)?);
             let ends = numbers.iter().map(|&x| f64::from(x));
-            let params = Params::of((ends.clone().fold(0.0, f64::min), ends.fold(0.0, f64::max)));
-            let codes: Vec<u8> = numbers.iter().map(|&x| params.code(x)).collect();
-            let codes = Tensor::new(DataType::Uint8, dims, codes).expect("there is a code for every number");
+            let range = (ends.clone().fold(0.0, f64::min), ends.fold(0.0, f64::max));
+            let params = Params::by(self.edit.recipe, other.width, range);
+            let codes = params.codes(&dims, &numbers);
             let name = self.graph.value(value).name.clone();
             let codes = self.graph.add_initializer(ScopeId::MAIN, &format!("{name}_quantized"), codes);
             let [scale, zero] = self.parameters(params);
@@ -304,21 +321,30 @@ impl<'a> Emitter<'a> {
         }
     }
 
+    /// Removes a normalisation that everything reads divided now.
+    fn drop_unread_norm(&mut self, value: Option<ValueId>) {
+        let unread = value.filter(|&value| self.graph.value(value).uses().is_empty());
+        let Some(id) = unread.and_then(|value| self.graph.producer(value)) else { return };
+        let inputs: Vec<ValueId> = self.graph.node(id).inputs().iter().flatten().copied().collect();
+        self.graph.remove_node(id);
+        inputs.into_iter().for_each(|input| self.drop_unread(input));
+    }
+
     fn products(&mut self, weight: &Weight) -> Result<(), &'static str> {
         let (k, n) = weight.sides();
         let turned = weight.inputs_axis() == 1;
-        let tensor = floats(self.graph, Some(weight.value)).ok_or(CHANGED)?;
-        let numbers = tensor.to_f32s().ok_or(CHANGED)?;
-        tensor.release();
-        let numbers: Vec<f32> = match turned {
-            true => (0..k * n).map(|at| numbers[at % n * k + at / n]).collect(),
-            false => numbers,
-        };
         let mut least = vec![0.0f32; n];
-        let mut uses = Vec::new();
+        let (mut uses, mut factors) = (Vec::new(), None);
         for tap in weight.taps.iter().filter(|tap| tap.rows.is_some()) {
             let data = self.graph.node(tap.node).input(0).ok_or(CHANGED)?;
-            let (read, restored) = self.restored(data)?;
+            let name = self.graph.value(data).name.clone();
+            let read = self.params(&name)?;
+            factors = self.edit.smoothed.get(&name);
+            let data = match factors {
+                Some(factors) => smoothing::divided(self.graph, data, factors)?,
+                None => data,
+            };
+            let restored = self.restored_by(data, read);
             let bias = bias_of(self.graph, tap, n);
             let added = bias.map(|bias| self.row(bias.value, n)).transpose()?;
             for (least, own) in least.iter_mut().zip(least_scales(added.as_deref(), read, n)) {
@@ -326,12 +352,18 @@ impl<'a> Emitter<'a> {
             }
             uses.push((tap, read, restored, bias.zip(added)));
         }
-        let codes = Codes::of(&numbers, |at| at % n, self.edit.largest, &least).ok_or(CHANGED)?;
+        let numbers = product_numbers(self.graph, weight, factors.map(Vec::as_slice))?;
+        let fitted = self.fits.get(&self.graph.value(weight.value).name);
+        let mut codes = numbers.codes(self.edit.largest, Some(&least), fitted).ok_or(CHANGED)?;
+        if turned {
+            codes.codes = (0..k * n).map(|at| codes.codes[at % n * k + at / n]).collect();
+        }
         let name = self.graph.value(weight.value).name.clone();
         let stored = self.stored(&name, &[k, n], &codes, 1);
         for (tap, read, restored, bias) in uses {
-            let before = self.graph.node(tap.node).input(1);
+            let [data, before] = [0, 1].map(|index| self.graph.node(tap.node).input(index));
             self.graph.set_input(tap.node, 0, Some(restored));
+            self.drop_unread_norm(data);
             self.graph.set_input(tap.node, 1, Some(stored));
             self.graph.node_mut(tap.node).remove_attribute("transB");
             if let Some((bias, added)) = bias {

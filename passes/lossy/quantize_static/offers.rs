@@ -3,18 +3,18 @@
 use super::{
     Options,
     emit::{StaticEdit, UnitEdit},
-    ranges::{Codes, Params, Ranges, STEPS},
+    ranges::Params,
+    refine::Plan,
     regions::Region,
+    rounding::{Fits, Numbers},
     spreads,
     units::{Unit, floats, output_axis},
 };
 use crate::{
     Error,
-    lossy::{
-        Candidate, Cost, Edit, Loss, MethodContext, OVERHEAD, Proposal, Recipe, Site, prune_units::own_values, weights,
-    },
+    lossy::{Candidate, Cost, Edit, Loss, MethodContext, OVERHEAD, Proposal, Site, prune_units::own_values, weights},
 };
-use lathe_analysis::{Bindings, Cost as ModelCost, Facts, Spread};
+use lathe_analysis::{Bindings, Cost as ModelCost, Facts};
 use lathe_ir::{Graph, Model, NodeId, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,7 +22,11 @@ use std::collections::{BTreeMap, BTreeSet};
 const LEFT_OUT: [usize; 4] = [1, 2, 4, 8];
 
 /// Floating-point operations that trying candidates in the whole model may take.
-const MOST_FLOPS: f64 = 4e12;
+const MOST_FLOPS: f64 = 8e12;
+
+/// Why a region is only rounded.
+const UNTRIED: &str =
+    "equalisation, GPTQ and corrected biases were not tried: running the model often enough takes too long";
 
 /// Losses below this, squared and relative or in nats, are hardly any.
 const NOTICEABLE: f64 = 1e-3;
@@ -31,13 +35,14 @@ const NOTICEABLE: f64 = 1e-3;
 const ADDED: u64 = 4;
 
 /// A model whose regions become sites.
-struct Work<'a> {
-    model: &'a Model,
+pub(super) struct Work<'a> {
+    pub model: &'a Model,
+    pub facts: &'a Facts,
     cost: ModelCost,
-    cx: &'a MethodContext<'a>,
-    options: Options,
+    pub cx: &'a MethodContext<'a>,
+    pub options: Options,
     /// Floating-point operations that trials may still take.
-    left: f64,
+    pub left: f64,
 }
 
 /// What a layer in codes loses of its output, squared and relative: by what it reads, and by its weight.
@@ -47,9 +52,6 @@ struct LayerLoss {
     /// Floating-point operations that are then done in whole numbers.
     flops: u64,
 }
-
-/// What rounding a weight takes of the mean of every output of its layer.
-type Corrections = BTreeMap<NodeId, Vec<f32>>;
 
 /// Proposes the regions that were found.
 pub(super) fn propose(
@@ -61,10 +63,15 @@ pub(super) fn propose(
     proposal: &mut Proposal,
 ) -> Result<(), Error> {
     let cost = ModelCost::of(model, facts, &Bindings::default());
-    let mut work = Work { model, cost, cx, options, left: MOST_FLOPS };
+    let mut work = Work { model, facts, cost, cx, options, left: MOST_FLOPS };
     for region in regions {
         match work.site(region)? {
-            Ok(site) => proposal.sites.push(site),
+            Ok(site) => {
+                if site.candidates.iter().all(|candidate| candidate.loss.measured().is_none()) {
+                    proposal.outcome.refuse(UNTRIED, format!("`{}`", work.name(region)));
+                }
+                proposal.sites.push(site);
+            }
             Err(reason) => proposal.outcome.refuse(reason, format!("`{}`", work.name(region))),
         }
     }
@@ -77,7 +84,7 @@ fn pays((whole, cut): (f64, f64)) -> bool {
 }
 
 impl Work<'_> {
-    fn graph(&self) -> &Graph {
+    pub fn graph(&self) -> &Graph {
         &self.model.graph
     }
 
@@ -93,33 +100,21 @@ impl Work<'_> {
     fn site(&mut self, region: &Region) -> Result<Result<Site, String>, Error> {
         let graph = &self.model.graph;
         let values = region.values(graph);
-        let spreads = spreads(graph, values.iter().copied(), self.cx)?;
+        let spreads = spreads((graph, self.facts), values.iter().copied(), self.cx)?;
         if let Some(&unseen) = values.iter().find(|value| !spreads.contains_key(value)) {
             let name = &graph.value(unseen).name;
             return Ok(Err(format!("no finite number of `{name}` was seen on the calibration set")));
         }
         let Some(losses) = self.losses(region) else { return Ok(Err("a weight holds a NaN or an infinity".into())) };
-        let (ranges, mut whole) = self.best_ranges(region, &spreads)?;
-        let mut corrections = self.corrections(region)?;
-        let corrected = self.edit(region, &spreads, ranges, &corrections);
-        let better = match whole {
-            Some(loss) if !corrections.is_empty() => {
-                self.measure(&[corrected])?.map(|all| all[0]).filter(|&own| own < loss)
-            }
-            _ => None,
-        };
-        match better {
-            Some(_) => whole = better,
-            None => corrections.clear(),
-        }
-        let cuts = if self.options.everywhere { Vec::new() } else { self.cuts(region, &losses, &spreads, ranges) };
-        let partial = |cut: &Region| StaticEdit { whole: false, ..self.edit(cut, &spreads, ranges, &corrections) };
+        let (plan, whole) = self.plan(region, spreads)?;
+        let cuts = if self.options.everywhere { Vec::new() } else { self.cuts(region, &losses, &plan) };
+        let partial = |cut: &Region| StaticEdit { whole: false, ..self.edit(cut, &plan) };
         let edits: Vec<StaticEdit> = cuts.iter().map(partial).collect();
         let measured = match whole {
-            Some(_) => self.measure(&edits)?,
+            Some(_) => self.measure(edits.iter().map(|edit| (edit, &plan.fits)))?,
             None => None,
         };
-        let all = std::iter::once((region, self.edit(region, &spreads, ranges, &corrections), whole));
+        let all = std::iter::once((region, self.edit(region, &plan), whole));
         let of_cut = |at: usize| measured.as_ref().map(|losses| losses[at]);
         let all = all.chain(cuts.iter().zip(edits).enumerate().map(|(at, (cut, edit))| (cut, edit, of_cut(at))));
         let taps = self.taps(region);
@@ -130,13 +125,13 @@ impl Work<'_> {
             let error = |(_, at): &(ValueId, usize)| {
                 let unit = &region.units[*at];
                 let inside = own.units.iter().any(|other| other.node == unit.node);
-                if inside { self.error(unit, &losses[at], &spreads, ranges).sqrt() } else { 0.0 }
+                if inside { self.error(unit, &losses[at], &plan).sqrt() } else { 0.0 }
             };
             let told = || Loss::PerTap(taps.iter().map(error).collect());
             let loss = measured.map_or_else(told, Loss::Measured);
             let pays = own.units.len() == region.units.len() || whole.zip(measured).is_none_or(pays);
             if measured.is_none_or(f64::is_finite) && pays {
-                let label = format!("static int8 of {} of {} layers", layers(own), layers(region));
+                let label = format!("static int8 of {} of {} layers{}", layers(own), layers(region), edit.steps());
                 candidates.push(Candidate { label, cost: self.cost(&nodes, own), loss, edit: Edit::new(edit) });
             }
         }
@@ -145,7 +140,7 @@ impl Work<'_> {
         }
         Ok(Ok(Site {
             weight: None,
-            footprint: own_values(graph, &nodes).into_iter().collect(),
+            footprint: self.footprint(&nodes, &plan),
             name: self.name(region),
             taps: taps.into_iter().map(|(tap, _)| tap).collect(),
             baseline: self.baseline(&nodes),
@@ -156,49 +151,48 @@ impl Work<'_> {
         }))
     }
 
-    /// The ranges with which the whole region loses least, and what it loses then, if that can be tried.
-    fn best_ranges(
-        &mut self,
-        region: &Region,
-        spreads: &BTreeMap<ValueId, Spread>,
-    ) -> Result<(Ranges, Option<f64>), Error> {
-        let tried = self.options.ranges.tried();
-        let edits: Vec<StaticEdit> =
-            tried.iter().map(|&ranges| self.edit(region, spreads, ranges, &Corrections::new())).collect();
-        let Some(measured) = self.measure(&edits)? else { return Ok((self.options.ranges, None)) };
-        let all = tried.into_iter().zip(measured);
-        let best = all.min_by(|a, b| a.1.total_cmp(&b.1)).expect("some ranges are tried");
-        Ok((best.0, Some(best.1)))
+    /// The values that would change, in order.
+    fn footprint(&self, nodes: &BTreeSet<NodeId>, plan: &Plan) -> Vec<ValueId> {
+        let mut all: BTreeSet<ValueId> = own_values(self.graph(), nodes).into_iter().collect();
+        all.extend(plan.scaled.iter().filter_map(|scaled| self.graph().find_value(&scaled.name)));
+        all.into_iter().collect()
     }
 
     /// What the model loses with each edit alone; `None` where trying them would take too long.
-    fn measure(&mut self, edits: &[StaticEdit]) -> Result<Option<Vec<f64>>, Error> {
+    pub fn measure<'e>(
+        &mut self,
+        edits: impl Iterator<Item = (&'e StaticEdit, &'e Fits)>,
+    ) -> Result<Option<Vec<f64>>, Error> {
         let Some(calibration) = self.cx.calibration else { return Ok(None) };
-        let takes = edits.len() as f64 * calibration.trial_flops();
-        if takes > self.left {
+        let edits: Vec<(&StaticEdit, &Fits)> = edits.collect();
+        if !self.affords(edits.len() as f64) {
             return Ok(None);
         }
-        self.left -= takes;
-        let variant = |edit: &StaticEdit| {
+        let variant = |(edit, fits): &(&StaticEdit, &Fits)| {
             let mut model = self.model.clone();
-            edit.apply(&mut model.graph).expect("an edit is made for this model");
+            let done = edit.scale(&mut model.graph).and_then(|()| edit.emit(&mut model.graph, fits));
+            done.expect("an edit is made for this model");
             model
         };
         let variants: Vec<Model> = edits.iter().map(variant).collect();
         Ok(Some(calibration.trials_of(&variants)?))
     }
 
+    /// Whether so many more runs over the samples of trials may be made, which are then counted.
+    pub fn affords(&mut self, runs: f64) -> bool {
+        let takes = runs * self.cx.calibration.map_or(0.0, |calibration| calibration.trial_flops());
+        let affords = takes <= self.left;
+        if affords {
+            self.left -= takes;
+        }
+        affords
+    }
+
     /// The region without some of its layers: the first, the last, and those that lose most for the work they save.
-    fn cuts(
-        &self,
-        region: &Region,
-        losses: &BTreeMap<usize, LayerLoss>,
-        spreads: &BTreeMap<ValueId, Spread>,
-        ranges: Ranges,
-    ) -> Vec<Region> {
+    fn cuts(&self, region: &Region, losses: &BTreeMap<usize, LayerLoss>, plan: &Plan) -> Vec<Region> {
         let mut worst: Vec<(f64, usize)> = losses
             .iter()
-            .map(|(&at, loss)| (self.error(&region.units[at], loss, spreads, ranges) / loss.flops.max(1) as f64, at))
+            .map(|(&at, loss)| (self.error(&region.units[at], loss, plan) / loss.flops.max(1) as f64, at))
             .collect();
         worst.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         let ends = [losses.keys().next(), losses.keys().next_back()];
@@ -215,16 +209,11 @@ impl Work<'_> {
         let graph = self.graph();
         let mut all = BTreeMap::new();
         for (at, unit) in region.units.iter().enumerate().filter(|(_, unit)| unit.has_weight()) {
-            let tensor = floats(graph, unit.weight(graph))?;
-            let numbers = tensor.to_f32s()?;
-            tensor.release();
-            let axis = output_axis(graph, unit.node);
-            let (outputs, inner) = (tensor.dims()[axis], tensor.dims()[axis + 1..].iter().product::<usize>());
-            let output = |at: usize| at / inner % outputs;
-            let codes = Codes::of(&numbers, output, self.options.largest, &vec![0.0; outputs])?;
+            let numbers = Numbers::of_layer(graph, unit.node, self.options.recipe)?;
+            let codes = numbers.codes(self.options.largest, None, None)?;
             let (mut lost, mut energy) = (0.0, 0.0);
-            for (at, &w) in numbers.iter().enumerate() {
-                lost += f64::from(w - codes.restored(at, output(at))).powi(2);
+            for (at, &w) in numbers.numbers.iter().enumerate() {
+                lost += f64::from(w - codes.restored(at, numbers.scale_of(at))).powi(2);
                 energy += f64::from(w).powi(2);
             }
             let weight = if energy > 0.0 { lost / energy } else { 0.0 };
@@ -233,50 +222,13 @@ impl Work<'_> {
         Some(all)
     }
 
-    /// What the biases of layers have to make up for, where it is known what they read on average and they have a bias.
-    fn corrections(&self, region: &Region) -> Result<Corrections, Error> {
-        let (graph, mut all) = (self.graph(), Corrections::new());
-        let (Some(calibration), Recipe::Cpu | Recipe::Qnn) = (self.cx.calibration, self.options.recipe) else {
-            return Ok(all);
-        };
-        let found = weights(graph).0;
-        for tap in found.iter().flat_map(|weight| &weight.taps) {
-            let unit = region.units.iter().find(|unit| unit.node == tap.node && unit.has_weight());
-            let (Some(unit), Some(rows)) = (unit, &tap.rows) else { continue };
-            if graph.node(unit.node).input(2).is_none() {
-                continue;
-            }
-            let Some(gram) = calibration.gram(rows)? else { continue };
-            all.extend(self.correction(unit, &gram.mean).map(|correction| (unit.node, correction)));
-        }
-        Ok(all)
-    }
-
-    /// The mean of what a layer reads times what rounding takes of its weight; `None` where they do not fit.
-    fn correction(&self, unit: &Unit, mean: &[f64]) -> Option<Vec<f32>> {
-        let graph = self.graph();
-        let tensor = floats(graph, unit.weight(graph))?;
-        let numbers = tensor.to_f32s()?;
-        tensor.release();
-        let axis = output_axis(graph, unit.node);
-        let (outputs, inputs) = (tensor.dims()[axis], tensor.len() / tensor.dims()[axis].max(1));
-        let place = |at: usize| if axis == 0 { (at % inputs, at / inputs) } else { (at / outputs, at % outputs) };
-        let codes = Codes::of(&numbers, |at| place(at).1, self.options.largest, &vec![0.0; outputs])?;
-        let mut sums = vec![0.0; outputs];
-        for (at, &w) in numbers.iter().enumerate() {
-            let (input, output) = place(at);
-            sums[output] += mean.get(input)? * f64::from(w - codes.restored(at, output));
-        }
-        let fits = mean.len() == inputs && sums.iter().all(|sum| sum.is_finite());
-        fits.then(|| sums.into_iter().map(|sum| sum as f32).collect())
-    }
-
     /// The squared relative error of what a layer gives.
-    fn error(&self, unit: &Unit, loss: &LayerLoss, spreads: &BTreeMap<ValueId, Spread>, ranges: Ranges) -> f64 {
+    fn error(&self, unit: &Unit, loss: &LayerLoss, plan: &Plan) -> f64 {
+        let Options { recipe, width, .. } = self.options;
         let relative = |value: ValueId| {
-            let spread = &spreads[&value];
+            let spread = &plan.spreads[&value];
             let square = spread.square();
-            let lost = spread.error(Params::by(self.options.recipe, ranges.of(spread)).range(), STEPS);
+            let lost = Params::by(recipe, width, plan.ranges.of(spread, width)).error(spread);
             if square > 0.0 { lost / square } else { 0.0 }
         };
         let read: f64 = unit.reads(self.graph()).iter().map(|&(_, value)| relative(value)).sum();
@@ -291,32 +243,29 @@ impl Work<'_> {
         taps.filter_map(|tap| Some((tap.output, unit(tap.node)?))).collect()
     }
 
-    fn edit(
-        &self,
-        region: &Region,
-        spreads: &BTreeMap<ValueId, Spread>,
-        ranges: Ranges,
-        corrections: &Corrections,
-    ) -> StaticEdit {
+    pub fn edit(&self, region: &Region, plan: &Plan) -> StaticEdit {
         let graph = self.graph();
+        let Options { recipe, width, largest, .. } = self.options;
         let name = |value: ValueId| graph.value(value).name.clone();
         let unit = |unit: &Unit| UnitEdit {
             output: name(unit.output),
             form: unit.form,
             activation: unit.activation.is_some(),
-            rounds: region.rounds(graph, unit, self.options.recipe),
-            correction: corrections.get(&unit.node).cloned().unwrap_or_default(),
+            rounds: region.rounds(graph, unit, recipe),
+            correction: plan.corrections.get(&unit.node).cloned().unwrap_or_default(),
         };
-        let params = region
-            .params(graph, spreads, ranges, self.options.recipe)
-            .into_iter()
-            .map(|(value, params)| (name(value), params));
+        let params = region.params(graph, &plan.spreads, plan.ranges, (recipe, width));
+        let params = params.into_iter().map(|(value, params)| (name(value), params));
+        let own: BTreeSet<String> = region.units.iter().filter_map(|unit| unit.weight(graph)).map(name).collect();
         StaticEdit {
             units: region.units.iter().map(unit).collect(),
             params: params.collect(),
-            largest: self.options.largest,
-            recipe: self.options.recipe,
+            largest,
+            recipe,
             whole: true,
+            scaled: plan.scaled.clone(),
+            smoothed: BTreeMap::new(),
+            fitted: plan.fits.keys().filter(|name| own.contains(*name)).cloned().collect(),
         }
     }
 

@@ -2,11 +2,39 @@
 
 use crate::lossy::Recipe;
 use lathe_analysis::Spread;
+use lathe_ir::{DataType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 
-/// Steps between the least and the largest code of 8 bits.
-pub(super) const STEPS: f64 = 255.0;
+/// Bits of what layers read and give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(super) enum Width {
+    #[default]
+    Eight,
+    Sixteen,
+}
+
+impl FromStr for Width {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Width, ()> {
+        match text {
+            "8" => Ok(Width::Eight),
+            "16" => Ok(Width::Sixteen),
+            _ => Err(()),
+        }
+    }
+}
+
+impl Width {
+    /// Steps between the least and the largest code.
+    pub fn steps(self) -> f64 {
+        match self {
+            Width::Eight => f64::from(u8::MAX),
+            Width::Sixteen => f64::from(u16::MAX),
+        }
+    }
+}
 
 /// The share of numbers that a range of percentiles holds.
 const SHARE: f64 = 0.9999;
@@ -46,12 +74,12 @@ impl Ranges {
         if self == Ranges::Auto { vec![Ranges::MinMax, Ranges::Mse] } else { vec![self] }
     }
 
-    /// The range of a value.
-    pub fn of(self, spread: &Spread) -> (f64, f64) {
+    /// The range of a value with codes of so many bits.
+    pub fn of(self, spread: &Spread, width: Width) -> (f64, f64) {
         match self {
             Ranges::MinMax => spread.whole(),
             Ranges::Percentile => spread.percentile(SHARE),
-            Ranges::Auto | Ranges::Mse => spread.least_error(STEPS, false),
+            Ranges::Auto | Ranges::Mse => spread.least_error(width.steps(), false),
             Ranges::Entropy => spread.least_divergence(),
         }
     }
@@ -88,13 +116,14 @@ impl Cpus {
     }
 }
 
-/// What the codes of a value, of 8 bits, stand for: `scale · (code − zero)`.
+/// What the codes of a value stand for: `scale · (code − zero)`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Params {
     pub scale: f32,
-    pub zero: u8,
+    pub zero: u16,
     /// Whether codes have a sign; zero is then in the middle.
     pub signed: bool,
+    pub width: Width,
 }
 
 /// The least range that Qualcomm's HTP takes.
@@ -103,31 +132,43 @@ const LEAST_RANGE: f64 = 1e-4;
 impl Params {
     /// Of a range, extended so that it holds zero, which then has a code of its own. A range without extent, or one so small
     /// that steps have no normal number, is that from zero to one: what reads zeros alone still adds a bias in these steps.
-    pub fn of((low, high): (f64, f64)) -> Params {
-        let (low, high) = (low.min(0.0), high.max(0.0));
-        let scale = ((high - low) / STEPS) as f32;
+    pub fn of((low, high): (f64, f64), width: Width) -> Params {
+        let (low, high, steps) = (low.min(0.0), high.max(0.0), width.steps());
+        let scale = ((high - low) / steps) as f32;
         if !scale.is_normal() {
-            return Params { scale: (1.0 / STEPS) as f32, zero: 0, signed: false };
+            return Params { scale: (1.0 / steps) as f32, zero: 0, signed: false, width };
         }
-        Params { scale, zero: (-low / f64::from(scale)).round_ties_even().clamp(0.0, STEPS) as u8, signed: false }
+        let zero = (-low / f64::from(scale)).round_ties_even().clamp(0.0, steps) as u16;
+        Params { scale, zero, signed: false, width }
     }
 
     /// Of a range, as a recipe wants it.
-    pub fn by(recipe: Recipe, (low, high): (f64, f64)) -> Params {
+    pub fn by(recipe: Recipe, width: Width, (low, high): (f64, f64)) -> Params {
         match recipe {
             Recipe::TensorRt => {
                 let scale = (high.max(-low) / f64::from(i8::MAX)) as f32;
-                Params { scale: if scale.is_normal() { scale } else { 1.0 / 127.0 }, zero: 0, signed: true }
+                let scale = if scale.is_normal() { scale } else { 1.0 / 127.0 };
+                Params { scale, zero: 0, signed: true, width: Width::Eight }
             }
-            Recipe::Qnn if high.max(0.0) - low.min(0.0) < LEAST_RANGE => Params::of((0.0, LEAST_RANGE)),
-            _ => Params::of((low, high)),
+            Recipe::Qnn if high.max(0.0) - low.min(0.0) < LEAST_RANGE => Params::of((0.0, LEAST_RANGE), width),
+            _ => Params::of((low, high), width),
         }
+    }
+
+    /// What Qualcomm's HTP wants of an operator's output in 16 bits, whatever was seen.
+    pub fn fixed(op: &str) -> Option<Params> {
+        let (bits, zero) = match op {
+            "Sigmoid" => (16, 0),
+            "Tanh" => (15, 1 << 15),
+            _ => return None,
+        };
+        Some(Params { scale: 0.5f32.powi(bits), zero, signed: false, width: Width::Sixteen })
     }
 
     /// With the scale rounded down until no code stands for more than `most`, so that the cut at it does nothing.
     #[must_use]
     pub fn at_most(mut self, most: f32) -> Params {
-        let codes = STEPS as f32 - f32::from(self.zero);
+        let codes = self.width.steps() as f32 - f32::from(self.zero);
         let top = most / codes;
         if !self.signed && codes > 0.0 && self.scale * codes > most && top.is_normal() {
             self.scale = top;
@@ -141,17 +182,51 @@ impl Params {
     /// The range of numbers that codes stand for.
     pub fn range(self) -> (f64, f64) {
         let number = |code: f64| f64::from(self.scale) * (code - f64::from(self.zero));
-        let ends = if self.signed { (-127.0, 127.0) } else { (0.0, STEPS) };
+        let ends = if self.signed { (-127.0, 127.0) } else { (0.0, self.width.steps()) };
         (number(ends.0), number(ends.1))
     }
 
-    /// The code of a number.
-    pub fn code(self, x: f32) -> u8 {
-        (f64::from(x / self.scale).round_ties_even() + f64::from(self.zero)).clamp(0.0, STEPS) as u8
+    /// The mean square error of numbers that are so spread.
+    pub fn error(self, spread: &Spread) -> f64 {
+        // Codes with a sign have a step less.
+        spread.error(self.range(), if self.signed { 254.0 } else { self.width.steps() })
+    }
+
+    /// The code of a number without sign.
+    fn code(self, x: f32) -> u16 {
+        (f64::from(x / self.scale).round_ties_even() + f64::from(self.zero)).clamp(0.0, self.width.steps()) as u16
+    }
+
+    /// The element type of codes.
+    pub fn dtype(self) -> DataType {
+        match (self.width, self.signed) {
+            (Width::Eight, true) => DataType::Int8,
+            (Width::Eight, false) => DataType::Uint8,
+            (Width::Sixteen, _) => DataType::Uint16,
+        }
+    }
+
+    /// The codes of numbers without sign, of a shape.
+    pub fn codes(self, dims: &[usize], numbers: &[f32]) -> Tensor {
+        self.stored(dims, numbers.iter().map(|&x| self.code(x)))
+    }
+
+    /// The zero point.
+    pub fn zero_point(self) -> Tensor {
+        self.stored(&[], std::iter::once(self.zero))
+    }
+
+    fn stored(self, dims: &[usize], codes: impl Iterator<Item = u16>) -> Tensor {
+        let bytes: Vec<u8> = match self.width {
+            Width::Eight => codes.map(|code| code as u8).collect(),
+            Width::Sixteen => codes.flat_map(u16::to_le_bytes).collect(),
+        };
+        Tensor::new(self.dtype(), dims.to_vec(), bytes).expect("there is a code for every number")
     }
 }
 
 /// A weight in codes with one scale per output.
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Codes {
     pub codes: Vec<i8>,
     pub scales: Vec<f32>,
@@ -205,14 +280,18 @@ pub(super) fn bias_codes(bias: &[f32], input: f32, weights: &[f32]) -> (Vec<i32>
 mod tests {
     use super::*;
 
+    fn eight(range: (f64, f64)) -> Params {
+        Params::of(range, Width::Eight)
+    }
+
     fn restored(params: Params, x: f32) -> f32 {
         params.scale * (f32::from(params.code(x)) - f32::from(params.zero))
     }
 
     #[test]
     fn codes_hold_zero_and_the_range_is_rounded_in_even_steps() {
-        let params = Params::of((-1.0, 3.0));
-        assert_eq!(params, Params { scale: 4.0 / 255.0, zero: 64, signed: false });
+        let params = eight((-1.0, 3.0));
+        assert_eq!(params, Params { scale: 4.0 / 255.0, zero: 64, signed: false, width: Width::Eight });
         assert_eq!(restored(params, 0.0), 0.0);
         let mut square = 0.0;
         let count = 100_000;
@@ -223,31 +302,45 @@ mod tests {
         let expected = f64::from(params.scale).powi(2) / 12.0;
         assert!((square / expected - 1.0).abs() < 0.02, "{square} {expected}");
         // What lies on one side of zero has all codes there.
-        assert_eq!(Params::of((2.0, 5.1)), Params { scale: 5.1 / 255.0, zero: 0, signed: false });
-        assert_eq!(Params::of((-5.1, -2.0)), Params { scale: 5.1 / 255.0, zero: 255, signed: false });
+        assert_eq!(eight((2.0, 5.1)), Params { scale: 5.1 / 255.0, zero: 0, signed: false, width: Width::Eight });
+        assert_eq!(eight((-5.1, -2.0)), Params { scale: 5.1 / 255.0, zero: 255, signed: false, width: Width::Eight });
         for nothing in [(0.0, 0.0), (0.0, 1e-40), (-1e-44, 1e-44)] {
-            assert_eq!(Params::of(nothing), Params::of((0.0, 1.0)));
+            assert_eq!(eight(nothing), eight((0.0, 1.0)));
         }
     }
 
     #[test]
     fn recipes_have_ranges_of_their_own() {
-        let params = Params::by(Recipe::TensorRt, (-1.0, 2.54));
-        assert_eq!(params, Params { scale: 0.02, zero: 0, signed: true });
-        assert_eq!(Params::by(Recipe::TensorRt, (0.0, 0.0)).scale, 1.0 / 127.0);
+        let params = Params::by(Recipe::TensorRt, Width::Eight, (-1.0, 2.54));
+        assert_eq!(params, Params { scale: 0.02, zero: 0, signed: true, width: Width::Eight });
+        assert_eq!(Params::by(Recipe::TensorRt, Width::Eight, (0.0, 0.0)).scale, 1.0 / 127.0);
         assert!((params.range().0 + 2.54).abs() < 1e-6);
-        assert_eq!(Params::by(Recipe::Qnn, (0.0, 1e-6)), Params::of((0.0, 1e-4)));
-        assert_eq!(Params::by(Recipe::OpenVino, (-1.0, 3.0)), Params::of((-1.0, 3.0)));
+        assert_eq!(Params::by(Recipe::Qnn, Width::Eight, (0.0, 1e-6)), eight((0.0, 1e-4)));
+        assert_eq!(Params::by(Recipe::OpenVino, Width::Eight, (-1.0, 3.0)), eight((-1.0, 3.0)));
+    }
+
+    #[test]
+    fn codes_of_sixteen_bits_are_finer_and_some_are_fixed() {
+        let params = Params::of((-1.0, 3.0), Width::Sixteen);
+        assert_eq!((params.zero, params.dtype()), (16384, DataType::Uint16));
+        assert!((params.scale - 4.0 / 65535.0).abs() < 1e-9);
+        assert!((restored(params, 1.2345) - 1.2345).abs() <= params.scale / 2.0 * 1.001);
+        assert_eq!(params.zero_point().bytes(), 16384u16.to_le_bytes());
+        assert_eq!(params.codes(&[2], &[-1.0, 3.0]).bytes(), [0, 0, 255, 255]);
+        let (sigmoid, tanh) = (Params::fixed("Sigmoid").unwrap(), Params::fixed("Tanh").unwrap());
+        assert_eq!((sigmoid.scale, sigmoid.zero), (1.0 / 65536.0, 0));
+        assert_eq!((tanh.scale, tanh.zero), (1.0 / 32768.0, 32768));
+        assert_eq!(Params::fixed("Relu"), None);
     }
 
     #[test]
     fn no_code_stands_for_more_than_a_clip_lets_through() {
         for most in [6.0f32, 1.0, 0.3, 20.0, 6.1] {
-            let params = Params::of((0.0, f64::from(most))).at_most(most);
+            let params = eight((0.0, f64::from(most))).at_most(most);
             assert!(params.scale * 255.0 <= most && params.scale * 255.0 > most * 0.999_999);
         }
-        assert!(Params::of((0.0, 6.1)).scale * 255.0 > 6.0);
-        assert_eq!(Params::of((0.0, 5.0)).at_most(6.0), Params::of((0.0, 5.0)));
+        assert!(eight((0.0, 6.1)).scale * 255.0 > 6.0);
+        assert_eq!(eight((0.0, 5.0)).at_most(6.0), eight((0.0, 5.0)));
     }
 
     #[test]

@@ -63,6 +63,7 @@ impl<'a> File<'a> {
             must(codes != Some(DataType::Int32), "a bias is in codes");
             let scale = self.constant(node, 1).unwrap();
             must(scale.len() > 1 || node.attribute("axis").is_none() || codes.is_some(), "one scale has an axis");
+            must(scale.dtype() == DataType::Float, "a scale is not float32");
         }
         for (_, node) in self.nodes("QuantizeLinear") {
             let of_layer =
@@ -96,6 +97,38 @@ impl<'a> File<'a> {
             let layers = [0, 1].into_iter().filter(|&at| self.maker(node.input(at)).is_some_and(|m| m.is("Conv")));
             layers.count() == 0
         })
+    }
+
+    /// Element types of codes that a file for Qualcomm's HTP must not hold, with activations of this type.
+    fn wrong_types(&self, activations: DataType) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let is_layer = |node: &Node| ["Conv", "Gemm", "MatMul"].iter().any(|op| node.is(op));
+        for (_, node) in self.nodes("QuantizeLinear") {
+            let found = self.constant(node, 2).map(Tensor::dtype);
+            if found != Some(activations) || self.constant(node, 1).is_none_or(|scale| !scale.dims().is_empty()) {
+                wrong.push(format!("an activation is {found:?}, or has more than one scale"));
+            }
+        }
+        for (_, node) in self.nodes("DequantizeLinear") {
+            let Some(codes) = self.constant(node, 0) else {
+                let types =
+                    [self.maker(node.input(0)).and_then(|maker| self.constant(maker, 2)), self.constant(node, 2)];
+                if types[0] != types[1] {
+                    wrong.push("codes are restored with another zero point".to_owned());
+                }
+                continue;
+            };
+            let (reader, at) = self.readers(node.output(0))[0];
+            let expected = match (is_layer(reader), at) {
+                (true, 1) => DataType::Int8,
+                (true, _) => DataType::Int32,
+                (false, _) => activations,
+            };
+            if codes.dtype() != expected {
+                wrong.push(format!("a constant of {} is {:?}", reader.op_type, codes.dtype()));
+            }
+        }
+        wrong
     }
 
     /// Rules of Qualcomm's HTP that the file breaks.
@@ -144,7 +177,11 @@ const EVERYWHERE: &[(&str, &str)] = &[("quantize-static.everywhere", "true")];
 
 /// A model as a recipe wants it, in every place.
 fn written(model: &Model, seen: &Seen, recipe: Recipe) -> Model {
-    let cx = context(seen, EVERYWHERE).with_quantities(Vec::new()).with_recipe(recipe);
+    written_with(model, seen, (recipe, EVERYWHERE))
+}
+
+fn written_with(model: &Model, seen: &Seen, (recipe, settings): (Recipe, &[(&str, &str)])) -> Model {
+    let cx = context(seen, settings).with_quantities(Vec::new()).with_recipe(recipe);
     assert!(QuantizeStatic.is_requested(&cx).unwrap());
     let proposal = QuantizeStatic.propose(model, &cx).unwrap();
     let mut changed = model.clone();
@@ -193,7 +230,17 @@ fn openvino_reads_pairs_before_layers_alone() {
     assert!(distance(&model, &changed, &seen.sample) < 0.05);
     let file = File(&changed.graph);
     assert_eq!((file.nodes("QuantizeLinear").count(), file.layers().len()), (3, 3));
+    for (_, node) in file.nodes("QuantizeLinear") {
+        assert_eq!(file.constant(node, 2).unwrap().dtype(), DataType::Uint8);
+        let restored = file.readers(node.output(0)).into_iter().flat_map(|(node, _)| file.readers(node.output(0)));
+        let layers = ["Conv", "Gemm", "MatMul"];
+        assert!(
+            restored.clone().count() > 0
+                && restored.clone().all(|(reader, at)| at == 0 && layers.iter().any(|op| reader.is(op)))
+        );
+    }
     for (layer, restores) in file.layers() {
+        assert_eq!(file.constant(restores, 0).unwrap().dtype(), DataType::Int8);
         assert!(file.scales(layer, restores).1);
         assert!(layer.input(2).is_none_or(|bias| changed.graph.constant(bias).is_some()), "biases stay floats");
     }
@@ -214,6 +261,52 @@ fn qnn_reads_codes_everywhere() {
     let changed = written(&linear, &seen, Recipe::Qnn);
     assert_eq!(File(&changed.graph).broken_for_qnn(), Vec::<String>::new(), "{}", text::print(&changed));
     assert!(!File(&written(&linear, &seen, Recipe::TensorRt).graph).broken_for_qnn().is_empty());
+}
+
+const WIDE: &[(&str, &str)] = &[("quantize-static.everywhere", "true"), ("quantize-static.activations", "16")];
+
+#[test]
+fn qnn_reads_activations_of_sixteen_bits() {
+    let (image, _) = network();
+    let constants = ["float[64, 72] w", "float[72] b"];
+    let body = "h = MatMul (x, w) a = Add (h, b) t = Tanh (a) s = Sigmoid (t) y = Softmax (s)";
+    let linear = super::tests::model("float[5, 64]", "float[5, 72]", &constants, body);
+    for (mut model, dims) in [(image, DIMS.to_vec()), (linear, vec![5, 64])] {
+        model.opsets = vec![(String::new(), 21)];
+        let seen = Seen::new(&model, &dims);
+        let [wide, narrow] = [WIDE, EVERYWHERE].map(|settings| written_with(&model, &seen, (Recipe::Qnn, settings)));
+        for (changed, activations) in [(&wide, DataType::Uint16), (&narrow, DataType::Uint8)] {
+            let file = File(&changed.graph);
+            assert_eq!(file.broken_for_qnn(), Vec::<String>::new(), "{}", text::print(changed));
+            assert_eq!(file.wrong_types(activations), Vec::<String>::new(), "{}", text::print(changed));
+        }
+        assert!(!File(&narrow.graph).wrong_types(DataType::Uint16).is_empty());
+        // Weights keep their 8 bits; what activations lose is next to nothing.
+        let [fine, coarse] = [&wide, &narrow].map(|changed| distance(&model, changed, &seen.sample));
+        assert!(fine < coarse, "{fine} {coarse}");
+        for (op, scale, zero) in [("Sigmoid", 1.0 / 65536.0, 0), ("Tanh", 1.0 / 32768.0, 32768)] {
+            let file = File(&wide.graph);
+            for (_, node) in file.nodes(op) {
+                let rounds = file.readers(node.output(0))[0].0;
+                let [step, point] = [1, 2].map(|at| file.constant(rounds, at).unwrap().scalar_f64().unwrap());
+                assert_eq!((step, point), (scale, f64::from(zero)), "{op}");
+            }
+        }
+    }
+}
+
+#[test]
+fn activations_of_sixteen_bits_are_refused_where_nothing_reads_them() {
+    let (model, seen) = network();
+    let refused = |model: &Model, recipe: Recipe| {
+        let cx = context(&seen, WIDE).with_quantities(Vec::new()).with_recipe(recipe);
+        assert!(QuantizeStatic.spreads(model, &cx).unwrap().is_empty());
+        QuantizeStatic.propose(model, &cx).unwrap().outcome.refusals.into_keys().next().unwrap()
+    };
+    assert!(refused(&model, Recipe::Qnn).contains("--opset 21 upgrades"));
+    for recipe in [Recipe::Cpu, Recipe::TensorRt, Recipe::OpenVino] {
+        assert!(refused(&model, recipe).contains("for --target qnn"));
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Regions: units joined by values that carry codes, so that nothing between them is rounded twice.
 
 use super::{
-    ranges::{Params, Ranges},
+    ranges::{Params, Ranges, Width},
     units::{Form, Unit, fuses},
 };
 use crate::{Outcome, lossy::Recipe};
@@ -141,7 +141,7 @@ impl Region {
         graph: &Graph,
         spreads: &BTreeMap<ValueId, Spread>,
         ranges: Ranges,
-        recipe: Recipe,
+        (recipe, width): (Recipe, Width),
     ) -> BTreeMap<ValueId, Params> {
         let mut same: BTreeMap<ValueId, ValueId> = BTreeMap::new();
         let mut limits: BTreeMap<ValueId, f32> = BTreeMap::new();
@@ -162,7 +162,11 @@ impl Region {
             all.insert(first, known.map_or_else(|| spread.clone(), |known| known.with(spread)));
         }
         let params = |value: &ValueId| {
-            let params = Params::by(recipe, ranges.of(&all[value]));
+            let fixed = graph.producer(*value).and_then(|id| Params::fixed(&graph.node(id).op_type));
+            if let Some(fixed) = fixed.filter(|_| recipe == Recipe::Qnn && width == Width::Sixteen) {
+                return fixed;
+            }
+            let params = Params::by(recipe, width, ranges.of(&all[value], width));
             limits.get(value).map_or(params, |&most| params.at_most(most))
         };
         let of_first: BTreeMap<ValueId, Params> = all.keys().map(|value| (*value, params(value))).collect();

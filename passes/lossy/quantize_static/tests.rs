@@ -11,6 +11,8 @@ pub(super) struct Seen {
     values: BTreeMap<String, Tensor>,
     /// By how much losses that are tried are told too large.
     exaggeration: f64,
+    /// Whether second moments are told; if not, means alone.
+    fits: bool,
 }
 
 impl Seen {
@@ -20,7 +22,7 @@ impl Seen {
         Seen::on(model, Tensor::from_f32s(dims, &numbers))
     }
 
-    fn on(model: &Model, x: Tensor) -> Seen {
+    pub fn on(model: &Model, x: Tensor) -> Seen {
         let sample = vec![("x".to_owned(), x.clone())];
         let mut all = model.clone();
         let nodes = all.graph.nodes(ScopeId::MAIN).map(|id| all.graph.node(id));
@@ -32,7 +34,21 @@ impl Seen {
         }
         let mut values: BTreeMap<String, Tensor> = run(&all, &sample).into_iter().collect();
         values.insert("x".to_owned(), x);
-        Seen { model: model.clone(), sample, values, exaggeration: 1.0 }
+        Seen { model: model.clone(), sample, values, exaggeration: 1.0, fits: true }
+    }
+
+    /// Rows of a value, with their features along an axis.
+    fn rows(&self, rows: &Rows) -> Option<Vec<Vec<f64>>> {
+        let View::Axis(axis) = rows.view else { return None };
+        let tensor = self.values.get(&rows.value)?;
+        let axis = if axis < 0 { tensor.dims().len() - 1 } else { axis as usize };
+        let (features, inner) = (tensor.dims()[axis], tensor.dims()[axis + 1..].iter().product::<usize>());
+        let mut found = vec![vec![0.0; features]; tensor.len() / features];
+        for (at, x) in tensor.to_f32s()?.into_iter().enumerate() {
+            let (outer, feature) = (at / (features * inner), at / inner % features);
+            found[outer * inner + at % inner][feature] = f64::from(x);
+        }
+        Some(found)
     }
 }
 
@@ -49,14 +65,14 @@ pub(super) fn distance(one: &Model, other: &Model, sample: &[(String, Tensor)]) 
 
 impl Calibrate for Seen {
     fn gram(&self, rows: &Rows) -> Result<Option<Gram>, EvaluateError> {
-        // Convolutions with one tap read channels; others are not collected here.
-        let Some(tensor) = self.values.get(&rows.value).filter(|_| rows.view == View::Axis(1)) else { return Ok(None) };
-        let (channels, inner) = (tensor.dims()[1], tensor.dims()[2..].iter().product::<usize>());
-        let (numbers, mut mean) = (tensor.to_f32s().unwrap(), vec![0.0; channels]);
-        let count = numbers.len() / channels;
-        numbers.iter().enumerate().for_each(|(at, &x)| mean[at / inner % channels] += f64::from(x) / count as f64);
-        let matrix = SymMatrix::from_upper(channels, vec![0.0; channels * (channels + 1) / 2]).unwrap();
-        Ok(Some(Gram { matrix, mean, rows: count as u64 }))
+        // Patches are not collected here.
+        let Some(x) = self.rows(rows) else { return Ok(None) };
+        let (count, k) = (x.len() as f64, x[0].len());
+        let mean = |of: &dyn Fn(&Vec<f64>) -> f64| x.iter().map(of).sum::<f64>() / count;
+        let upper = (0..k).flat_map(|i| (i..k).map(move |j| (i, j)));
+        let upper = upper.map(|(i, j)| if self.fits { mean(&|row| row[i] * row[j]) } else { 0.0 });
+        let matrix = SymMatrix::from_upper(k, upper.collect()).unwrap();
+        Ok(Some(Gram { matrix, mean: (0..k).map(|i| mean(&|row| row[i])).collect(), rows: x.len() as u64 }))
     }
 
     fn moments(&self, rows: &Rows) -> Result<Option<Moments>, EvaluateError> {
@@ -75,6 +91,20 @@ impl Calibrate for Seen {
         let ends = numbers.iter().filter(|x| !x.is_nan()).map(|&x| f64::from(x));
         let (least, largest) = (ends.clone().fold(f64::INFINITY, f64::min), ends.fold(f64::NEG_INFINITY, f64::max));
         Ok(Spread::new(least, largest, &sums))
+    }
+
+    fn extremes(&self, rows: &Rows) -> Result<Option<Vec<(f64, f64)>>, EvaluateError> {
+        let Some(x) = self.rows(rows) else { return Ok(None) };
+        let ends = |feature: usize| {
+            let own = || x.iter().map(move |row| row[feature]);
+            (own().fold(f64::INFINITY, f64::min), own().fold(f64::NEG_INFINITY, f64::max))
+        };
+        Ok(Some((0..x[0].len()).map(ends).collect()))
+    }
+
+    fn spreads_of(&self, model: &Model, rows: &[Rows]) -> Result<Vec<Option<Spread>>, EvaluateError> {
+        let seen = Seen::on(model, self.sample[0].1.clone());
+        rows.iter().map(|rows| seen.spread(rows)).collect()
     }
 
     fn trials(&self, variant: &Model, _: &[Vec<(String, f32)>]) -> Result<Vec<f64>, EvaluateError> {
@@ -358,7 +388,7 @@ fn biases_make_up_for_what_rounding_takes_of_the_mean() {
     layer.graph.set_initializer(weight, lathe_ir::Initializer::Dense(tensor));
     let mut random = Random::new(23);
     let numbers: Vec<f32> = (0..128 * 36).map(|_| 1.0 + random.uniform() as f32 / 4.0).collect();
-    let seen = Seen::on(&layer, Tensor::from_f32s(&[1, 128, 6, 6], &numbers));
+    let seen = Seen { fits: false, ..Seen::on(&layer, Tensor::from_f32s(&[1, 128, 6, 6], &numbers)) };
     let changed = carried_out(&layer, &seen, &[]);
     let edit = |seen: &Seen| {
         let site = QuantizeStatic.propose(&layer, &context(seen, &[])).unwrap().sites.remove(0);
@@ -369,7 +399,7 @@ fn biases_make_up_for_what_rounding_takes_of_the_mean() {
     let mut plain = corrected.clone();
     plain.units[0].correction.clear();
     let mut uncorrected = layer.clone();
-    plain.apply(&mut uncorrected.graph).unwrap();
+    plain.emit(&mut uncorrected.graph, &rounding::Fits::new()).unwrap();
     let [with, without] = [&changed, &uncorrected].map(|variant| distance(&layer, variant, &seen.sample));
     assert!(with < 0.5 * without, "{with} {without}");
     // What is taken of the mean of every output is what is added.
@@ -396,8 +426,11 @@ fn what_cannot_be_done_is_said() {
     assert_eq!(refusals(&plain, &seen), ["no operator of it has a kernel of whole numbers"]);
     let layer = model(IMAGE, "float[1, 8, 10, 10]", &LAYER, "y = Conv (x, w, b)");
     let mut unseen = Seen::new(&layer, &DIMS);
-    unseen.values.insert("x".into(), Tensor::from_f32s(&[1], &[f32::NAN]));
-    assert_eq!(refusals(&layer, &unseen), ["no finite number of `x` was seen on the calibration set"]);
+    // Nothing at all, or nothing finite.
+    for numbers in [&[][..], &[f32::NAN], &[f32::INFINITY], &[f32::NEG_INFINITY, 1.0]] {
+        unseen.values.insert("x".into(), Tensor::from_f32s(&[numbers.len()], numbers));
+        assert_eq!(refusals(&layer, &unseen), ["no finite number of `x` was seen on the calibration set"]);
+    }
     let broken = model(IMAGE, "float[1, 1, 12, 12]", &["float[1, 3, 1, 1] w = {1, nan, 2}"], "y = Conv (x, w)");
     let seen = Seen::new(&broken, &DIMS);
     assert!(!refusals(&broken, &seen).is_empty());

@@ -121,7 +121,8 @@ pub(super) fn fuses(model: &Model, facts: &Facts, id: NodeId, recipe: Recipe) ->
     Ok(Unit { node: id, form, activation, most, output })
 }
 
-fn form(model: &Model, facts: &Facts, id: NodeId, recipe: Recipe) -> Result<Form, String> {
+/// How an operator works on codes, whatever reads and gives them, or why it has to stay in float.
+pub(super) fn form(model: &Model, facts: &Facts, id: NodeId, recipe: Recipe) -> Result<Form, String> {
     let graph = &model.graph;
     let node = graph.node(id);
     let outputs = node.outputs().iter().flatten().count();
@@ -225,7 +226,7 @@ fn activation(graph: &Graph, value: ValueId) -> Option<(NodeId, Option<f32>)> {
 }
 
 /// Whether a node takes the mean over the two spatial axes of an image.
-fn is_spatial_mean(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
+pub(super) fn is_spatial_mean(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
     let node = graph.node(id);
     let axes = match node.input(1) {
         Some(axes) => graph.constant(axes).and_then(Tensor::to_i64s),
