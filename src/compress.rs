@@ -32,7 +32,8 @@ use lathe_passes::lossy::{Method, MethodContext, allocate::Solver};
 use lathe_runtime::SetSpec;
 use not_slower::Settled;
 use propose::Proposed;
-use setup::{Setup, computes_in_half, recipe};
+pub(crate) use setup::recipe;
+use setup::{Setup, computes_in_half};
 use std::rc::Rc;
 
 /// What a budget run is asked to do.

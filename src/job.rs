@@ -6,6 +6,7 @@ mod kv_cache;
 mod lines;
 mod precision;
 mod prepare;
+mod quantization;
 
 pub use self::{interface::Interface, kv_cache::CacheOptions, precision::PrecisionOptions};
 pub(crate) use self::{
@@ -369,6 +370,7 @@ impl Job<'_> {
         if outcome.latency.is_none() && caches.is_none() {
             outcome.latency = self.measure(outcome.staged.path(), &prepared.target, &mut warnings)?;
         }
+        let quantization = self.quantization(&outcome.model, outcome.staged.path(), &outcome.records, &mut warnings);
         let Outcome { model, staged, verify, plan, latency, precision: half, mut records } = outcome;
         let written = staged.written().clone();
         let mut output = side(&prepared.target, &model, written.file_bytes + written.data_bytes);
@@ -389,6 +391,7 @@ impl Job<'_> {
             auto: None,
             precision: half,
             kv_cache: caches,
+            quantization,
             verify,
             latency,
             layers: layers::largest(&model, &cost(&model)),
@@ -558,13 +561,18 @@ impl Job<'_> {
         compress::compress(&bench, exact, &request, warnings)
     }
 
+    /// What models are timed on.
+    fn timed_inputs(&self) -> BenchInputs {
+        match &self.set {
+            Some((spec, _)) => BenchInputs::Set(spec.clone()),
+            None => BenchInputs::Random(self.options.run.inputs.clone()),
+        }
+    }
+
     /// Times the candidate beside the original if that was asked for. Where a provider other than the CPU runs models,
     /// nodes that it leaves to others are named in a warning, and one that takes none is an error.
     fn measure(&self, candidate: &Path, target: &Path, warnings: &mut Vec<String>) -> Result<Option<Latency>, Failure> {
-        let inputs = match &self.set {
-            Some((spec, _)) => BenchInputs::Set(spec.clone()),
-            None => BenchInputs::Random(self.options.run.inputs.clone()),
-        };
+        let inputs = self.timed_inputs();
         let models = [self.reference, candidate];
         let measurement = Measurement {
             run: &self.options.run,

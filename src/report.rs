@@ -4,12 +4,14 @@ mod auto;
 mod kv_cache;
 mod plan;
 mod precision;
+mod quantization;
 mod scores;
 
 pub use auto::{AutoPoint, AutoReport};
 pub use kv_cache::{CachePort, CacheReport};
 pub use plan::{Alternative, BudgetRow, Plan, PlanChoice, PlanCost, PlanUnit, SitesTake};
 pub use precision::{KeptNode, PrecisionReport};
+pub use quantization::{FusedKernels, QuantizationReport};
 pub use scores::OutputScores;
 
 use crate::{Latency, layers::LayerLine};
@@ -189,6 +191,9 @@ pub struct Report {
     /// Key-value caches in other numbers; not there without `--kv-cache`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub kv_cache: Option<CacheReport>,
+    /// Layers that compute in whole numbers of fixed ranges; not there without any.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub quantization: Option<QuantizationReport>,
     /// The run beside the original; `null` with `--no-verify`.
     pub verify: Option<Verify>,
     /// The measured latency; `null` where it was not measured.
@@ -248,6 +253,9 @@ impl Report {
         }
         if let Some(caches) = &self.kv_cache {
             line(format!("\n{}.", caches.describe()));
+        }
+        if let Some(quantization) = &self.quantization {
+            line(format!("\n{}.", quantization.describe()));
         }
         if let Some(verify) = &self.verify {
             let verdict = if verify.passed { "holds" } else { "does not hold" };

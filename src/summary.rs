@@ -62,6 +62,9 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     if let Some(caches) = &report.kv_cache {
         out.push_str(&format!("\n{}\n", caches.describe()));
     }
+    if let Some(quantization) = &report.quantization {
+        out.push_str(&format!("\n{}\n", quantization.describe()));
+    }
     if let Some(verify) = &report.verify {
         for left_out in verify.left_out.iter().filter(|_| verbose) {
             out.push_str(&format!("\nnot compared: {left_out}"));

@@ -51,6 +51,7 @@ pub(crate) fn page(report: &Report) -> String {
             @if let Some(plan) = &report.plan { (plan::section(plan)) }
             @if let Some(precision) = &report.precision { (numbers::precision(precision)) }
             @if let Some(caches) = &report.kv_cache { (numbers::caches(caches)) }
+            @if let Some(found) = &report.quantization { (numbers::quantization(found)) }
             (passes(&report.passes))
             @if !report.layers.is_empty() { (layers(report)) }
             h2 { "Reproduce" }

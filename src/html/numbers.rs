@@ -1,7 +1,7 @@
 //! In which numbers the result computes and keeps its caches: half precision, and quantized key-value caches.
 
 use super::scientific;
-use crate::report::{CacheReport, KeptNode, PrecisionReport, grouped};
+use crate::report::{CacheReport, KeptNode, PrecisionReport, QuantizationReport, grouped};
 use maud::{Markup, html};
 use std::collections::BTreeMap;
 
@@ -52,6 +52,31 @@ pub(super) fn caches(report: &CacheReport) -> Markup {
             } }
         } }
         (reasons("cacheskept", "keeps its cache because", &report.kept))
+    }
+}
+
+/// The section about layers in whole numbers.
+pub(super) fn quantization(report: &QuantizationReport) -> Markup {
+    html! {
+        h2 { "Whole numbers" }
+        p.caption {
+            "Layers that read codes of fixed ranges, placed for " (report.recipe) "."
+            @if report.recipe == "cpu" { " Here " (report.processor()) "." }
+        }
+        table #quantization {
+            tbody {
+                tr { td { "layers that read codes" } td.number { (grouped(report.layers as u64)) } }
+                tr { td { "layers that read floats" } td.number { (grouped(report.kept.len() as u64)) } }
+                tr { td { "multiply-adds in whole numbers" } td.number { (format!("{:.1} %", 100.0 * report.share)) } }
+                tr { td { "largest code of a weight" } td.number { (report.largest_code) } }
+                @if let Some(fused) = &report.fused {
+                    @for (kernel, count) in &fused.kernels { tr { td { code { (kernel) } } td.number { (count) } } }
+                    tr { td { code { "QuantizeLinear" } " outside of kernels" } td.number { (fused.quantize.len()) } }
+                    tr { td { code { "DequantizeLinear" } " outside of kernels" } td.number { (fused.dequantize.len()) } }
+                }
+            }
+        }
+        (reasons("floats", "reads floats because", &report.kept))
     }
 }
 

@@ -2,8 +2,8 @@ use super::*;
 use crate::{
     latency::{Latency, LatencySide},
     report::{
-        BudgetRow, CachePort, CacheReport, KeptNode, OutputLine, OutputScores, Plan, PlanChoice, PlanCost,
-        PrecisionReport, Refusal, Side,
+        BudgetRow, CachePort, CacheReport, FusedKernels, KeptNode, OutputLine, OutputScores, Plan, PlanChoice,
+        PlanCost, PrecisionReport, QuantizationReport, Refusal, Side,
     },
 };
 use scraper::{Html, Selector};
@@ -43,6 +43,7 @@ fn report() -> Report {
         auto: None,
         precision: None,
         kv_cache: None,
+        quantization: None,
         verify: Some(Verify {
             set: "random".to_owned(),
             samples: 2,
@@ -178,6 +179,32 @@ fn half_precision_and_caches_have_sections() {
     assert_eq!(texts(&page, "#caches td"), [NASTY, "float[1,P]", "int8[1,P]"]);
     assert!(texts(&page, "#cacheskept td").is_empty());
     assert!(texts(&page, ".caption").iter().any(|text| text.contains("11,520 bytes in place of 46,080")));
+}
+
+#[test]
+fn whole_numbers_have_a_section() {
+    let fused = FusedKernels {
+        kernels: [("QLinearConv".to_owned(), 40)].into(),
+        quantize: vec!["a".to_owned()],
+        dequantize: vec!["b".to_owned(), NASTY.to_owned()],
+    };
+    let quantization = QuantizationReport {
+        recipe: "cpu".to_owned(),
+        layers: 41,
+        share: 0.975,
+        kept: vec![KeptNode { node: NASTY.to_owned(), reason: NASTY.to_owned() }],
+        fused: Some(fused),
+        largest_code: 127,
+        vnni: Some(false),
+    };
+    let page = parsed(&Report { quantization: Some(quantization), ..report() });
+    assert!(texts(&page, "h2").iter().any(|heading| heading == "Whole numbers"));
+    let cells = texts(&page, "#quantization td");
+    for text in ["41", "97.5 %", "127", "QLinearConv", "40", "DequantizeLinear outside of kernels", "2"] {
+        assert!(cells.iter().any(|cell| cell == text), "{text}: {cells:?}");
+    }
+    assert_eq!(texts(&page, "#floats td"), [NASTY, "1", NASTY]);
+    assert!(texts(&page, ".caption").iter().any(|text| text.contains("sums may overflow here")));
 }
 
 /// A plan within one budget and beyond another.
