@@ -7,7 +7,9 @@ MODEL is made smaller by every quantizer with the first samples of CALIB, and ju
 `--ours` is one run of OPTIMIZE with these options. FOLDER keeps the results: what is there already is not made again.
 Losses are of the runtime with its optimizations on: the mean divergence in nats and the share of equal labels for logits,
 else the mean cosine and the relative error of the outputs. Latency is the median ratio to the original of interleaved
-runs, for every batch and number of threads. Needs numpy, onnx, onnxruntime and, for its rows, nncf.
+runs, for every batch and number of threads. At the end stands a table in Markdown, whose last column names a row that
+takes no more bytes and no more time (within 3 percent) and loses no more, if there is one. Needs numpy, onnx, onnxruntime,
+onnx_ir and, for its rows, nncf.
 """
 
 import argparse
@@ -55,15 +57,18 @@ def divergence(before, after):
 
 
 def loss(before, after, labels, is_logits):
+    """What the outputs lose, as a number and in words."""
     if is_logits:
-        told = f"KL {divergence(before, after):.6f}"
+        lost = divergence(before, after)
+        told = f"KL {lost:.6f}"
         if labels is not None:
             accuracy = [float((x.argmax(-1) == labels).mean()) for x in (before, after)]
             told += f", accuracy {accuracy[0]:.4f} -> {accuracy[1]:.4f}"
-        return told
+        return lost, told
     a, b = (x.reshape(-1, x.shape[-1]).astype(numpy.float64) for x in (before, after))
     cosine = (a * b).sum(-1) / (numpy.linalg.norm(a, axis=-1) * numpy.linalg.norm(b, axis=-1))
-    return f"cosine {cosine.mean():.6f}, relative error {numpy.linalg.norm(a - b) / numpy.linalg.norm(a):.5f}"
+    relative = float(numpy.linalg.norm(a - b) / numpy.linalg.norm(a))
+    return relative, f"cosine {cosine.mean():.6f}, relative error {relative:.5f}"
 
 
 def ratio(original, path, feeds, batch, threads, seconds=4.0):
@@ -82,14 +87,37 @@ def ratio(original, path, feeds, batch, threads, seconds=4.0):
             run.run(None, feed)
             took.append(time.perf_counter() - begun)
         ratios.append(took[1] / took[0])
-    low, middle, high = numpy.quantile(ratios, [0.25, 0.5, 0.75])
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+    return [float(part) for part in numpy.quantile(ratios, [0.5, 0.25, 0.75])]
 
 
 def size(path):
     path = pathlib.Path(path)
     beside = [path.parent / f"{path.name}{end}" for end in (".data", "_data")]
     return sum(p.stat().st_size for p in [path, *beside] if p.exists())
+
+
+EQUAL = 0.03
+
+
+def beaten(row, rows):
+    """The name of a row that is nowhere worse than this one and somewhere better; times within a few percent are equal."""
+    for other in rows:
+        faster = [a <= b * (1 + EQUAL) for a, b in zip(other["times"], row["times"])]
+        no_worse = other["size"] <= row["size"] and all(faster) and other["lost"] <= row["lost"]
+        better = other["size"] < row["size"] * (1 - EQUAL) or other["lost"] < row["lost"] * (1 - EQUAL)
+        better = better or any(a < b * (1 - EQUAL) for a, b in zip(other["times"], row["times"]))
+        if other is not row and no_worse and better:
+            return other["name"]
+    return ""
+
+
+def table(rows, kinds):
+    """Markdown: one line for every model."""
+    print(f"\n| model | size | {' | '.join(f'time, {kind}' for kind in kinds)} | loss | no better in anything than |")
+    print("|---|---|" + "---|" * len(kinds) + "---|---|")
+    for row in rows:
+        times = " | ".join(f"{time:.2f}" for time in row["times"])
+        print(f"| {row['name']} | {row['size']:.3f} | {times} | {row['told']} | {beaten(row, rows)} |")
 
 
 def reader(feeds, count):
@@ -178,6 +206,9 @@ def main():
     for at, options in enumerate(args.ours):
         rows.append((f"optimize {options}", args.folder / f"ours{at}.onnx", options))
     rows += [(name, args.folder / f"plain{at}.onnx", make) for at, (name, make) in enumerate(PLAIN.items()) if name not in args.skip]
+    found = []
+    settings = [(batch, threads) for batch in args.batch or [1] for threads in args.threads or [1]]
+    kinds = [f"batch {batch}, threads {threads}" for batch, threads in settings]
     for name, path, make in rows:
         start = time.time()
         if isinstance(make, str) and not path.exists():
@@ -194,9 +225,13 @@ def main():
                 continue
         took = time.time() - start
         after = outputs(path, judged)
-        times = [f"batch {b}, threads {t}: {ratio(args.model, path, judged, b, t)}" for b in args.batch or [1] for t in args.threads or [1]]
+        times = [ratio(args.model, path, judged, *setting) for setting in settings]
         share = size(path) / size(args.model)
-        print(f"{name}: size {share:.4f}; {loss(before, after, labels, is_logits)}; {'; '.join(times)}; {took:.0f} s", flush=True)
+        lost, told = loss(before, after, labels, is_logits)
+        timed = [f"{kind}: {middle:.2f} ({low:.2f}-{high:.2f})" for kind, (middle, low, high) in zip(kinds, times)]
+        print(f"{name}: size {share:.4f}; {told}; {'; '.join(timed)}; {took:.0f} s", flush=True)
+        found.append({"name": name, "size": share, "times": [time[0] for time in times], "lost": lost, "told": told})
+    table(found, kinds)
 
 
 main()
