@@ -204,6 +204,12 @@ fn stable_diffusion_is_one_model_of_ids_and_noise() {
     let first = fs::read(pipe.path("out.onnx")).unwrap();
     pipe.succeeds(&["--guidance", "3", "--form", "loop"]);
     assert_eq!(fs::read(pipe.path("out.onnx")).unwrap(), first);
+    // The image comes first, whatever else there is. A prediction that never changes gives the rule nothing to decide by, so
+    // the result is not run.
+    assert!(pipe.run(&["--guidance", "3", "--form", "adaptive", "--no-verify"]).status.success());
+    let adaptive = Model::read(&pipe.path("out.onnx")).unwrap().model;
+    let outputs = adaptive.graph.main().outputs().iter().map(|&v| adaptive.graph.value(v).name.as_str());
+    assert_eq!(outputs.collect::<Vec<_>>(), ["image", "computed"]);
     // Without guidance, of one size, and where the scale is an input.
     pipe.succeeds(&["--size", "4x4"]);
     pipe.gives(&[inputs[0].clone(), inputs[2].clone()], &[2, 2, 2, 2], &|k| {

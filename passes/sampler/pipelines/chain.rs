@@ -29,7 +29,7 @@ struct Available {
 }
 
 /// One model of several: each takes what those before it give under the same name. What none of them gives is an input, and
-/// `wanted` are the outputs, those that there are. Constants that several have are there once.
+/// `wanted` are the outputs, those that there are, in this order. Constants that several have are there once.
 ///
 /// Fails where the sizes of what one gives are not those that another takes.
 pub fn chain(links: &[Link], wanted: &[&str]) -> Result<Model, Error> {
@@ -88,10 +88,11 @@ pub fn chain(links: &[Link], wanted: &[&str]) -> Result<Model, Error> {
             available.insert(graph.value(old).name.clone(), one);
         }
     }
-    for (name, ty) in outputs.into_iter().filter(|(name, _)| wanted.contains(&name.as_str())) {
-        let Some(found) = available.get(&name) else { continue };
-        let value = out.graph.append(ScopeId::MAIN, Node::new("Identity"), &[found.value], &name);
-        out.graph.value_mut(value).ty = Some(ty);
+    for name in wanted {
+        let given = outputs.iter().find(|(known, _)| known == name);
+        let Some(((_, ty), found)) = given.zip(available.get(*name)) else { continue };
+        let value = out.graph.append(ScopeId::MAIN, Node::new("Identity"), &[found.value], name);
+        out.graph.value_mut(value).ty = Some(ty.clone());
         out.graph.add_output(ScopeId::MAIN, value);
     }
     tidy(&mut out)?;
