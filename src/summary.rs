@@ -106,7 +106,8 @@ fn alternative(other: &Alternative) -> String {
     let takes: Vec<String> = other.takes.iter().map(|(what, share)| format!("{share:.3} of the {what}")).collect();
     let keeps = if other.keeps { "" } else { ", beyond the budget" };
     let how = if other.measured { "loses" } else { "is predicted to lose" };
-    format!("{} for every layer takes {}{keeps}, and {how} {:.2e}", other.name, takes.join(", "), other.loses)
+    let takes = if takes.is_empty() { String::new() } else { format!(" takes {}{keeps}, and", takes.join(", ")) };
+    format!("{} for every layer{takes} {how} {:.2e}", other.name, other.loses)
 }
 
 /// The error that says most, with the bound that its output was held to.

@@ -64,8 +64,8 @@ def run(language: str, code: str, folder: Path) -> None:
 @pytest.mark.parametrize("page", [page.name for page in PAGES])
 def test_what_a_page_tells_to_run_runs(page: str, workshop: Path) -> None:
     found = blocks((BOOK / page).read_text())
-    # The chapter of passes is generated and has none.
-    assert found or page in ("SUMMARY.md", "passes.md")
+    # The chapter of passes is generated and has none; results are of models that take too long here.
+    assert found or page in ("SUMMARY.md", "passes.md", "results.md")
     for language, code in found:
         run(language, code, workshop)
 
