@@ -2,7 +2,10 @@
 
 use crate::{RunOptions, runner::Runner};
 use anyhow::{anyhow, bail};
-use lathe_runtime::{BenchInputs, BenchResult, BenchTask, Loading, Placement, Profile, SITTINGS, Timings};
+use lathe_runtime::{
+    BenchInputs, BenchResult, BenchTask, Loading, PROVIDERS, Placement, Profile, RuntimeError, SITTINGS, Timings,
+    provider_name,
+};
 use serde::{Deserialize, Serialize};
 use std::{
     fmt::Write as _,
@@ -153,12 +156,27 @@ impl Measurement<'_> {
         for model in self.models {
             let folder = tempfile::tempdir()?;
             let task = BenchTask::Profile { folder: folder.path().to_owned() };
-            match self.ask(&[model.to_path_buf()], task)? {
+            match self.ask(&[model.to_path_buf()], task).map_err(|error| self.explained(error))? {
                 BenchResult::Profiled(found) => profiles.extend(found),
                 _ => bail!("the worker measured something else"),
             }
         }
         Ok(profiles)
+    }
+
+    /// What a provider that ends the process most likely is, and what would help.
+    fn explained(&self, error: anyhow::Error) -> anyhow::Error {
+        let provider = &self.run.load.provider;
+        let name = provider_name(provider);
+        let known = PROVIDERS.iter().find(|known| known.name == name && !known.package.is_empty());
+        match (error.downcast_ref(), known) {
+            (Some(RuntimeError::Ended { message, killed: false, .. }), Some(known)) => anyhow!(
+                "the execution provider `{provider}` is unusable: {message}; a library for another version of ONNX Runtime \
+                 does that: {}",
+                known.remedy
+            ),
+            _ => error,
+        }
     }
 
     /// Three processes, because one start is easily disturbed; of a model that loads slowly one is enough.

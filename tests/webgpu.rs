@@ -177,6 +177,29 @@ fn a_budget_is_spent_with_statistics_from_there() {
     assert!(drop < 0.05, "{}", report["verify"]);
 }
 
+#[test]
+fn int4_products_there_are_those_of_the_cpu() {
+    let Some(folder) = Folder::new() else { return };
+    let weights: Vec<String> =
+        (0..128 * 128).map(|i| format!("{:.3}", ((i * 37 % 101) as f32 - 50.0) / 400.0)).collect();
+    let graph = "<ir_version: 8, opset_import: [\"\" : 17]> g (float[n,4,128] x) => (float[n,4,128] y) <
+        float[128,128] w = {WEIGHTS}, float[128,128] v = {WEIGHTS}
+    > { a = MatMul (x, w)  r = Relu (a)  y = MatMul (r, v) }";
+    folder.model("model.onnx", &graph.replace("WEIGHTS", &weights.join(", ")));
+    let mut set = NpzWriter::create(&folder.path("set.npz")).unwrap();
+    let values: Vec<f32> = (0..16 * 4 * 128).map(|i| ((i * 29 % 83) as f32 - 41.0) / 20.0).collect();
+    set.add("x", &lathe_ir::Tensor::from_f32s(&[16, 4, 128], &values)).unwrap();
+    set.finish().unwrap();
+    let budget =
+        ["model.onnx", "-o", "out.onnx", "--ep", "webgpu", "--calib", "set.npz", "--size", "0.2", "--target", "ort"];
+    let report = folder.report(&[&budget[..], &["--allow-slower"]].concat());
+    assert_eq!(report["verify"]["passed"], true, "{report}");
+    let operators = folder.json(&["inspect", "out.onnx"])["operators"].to_string();
+    assert!(operators.contains("MatMulNBits"), "{operators}");
+    // The CPU rounds what it multiplies to 8 bits too.
+    folder.says(&["verify", "out.onnx", "--ep", "webgpu", "--against", "cpu", "--rtol", "2e-2"]);
+}
+
 /// The denoiser of `tests/sampler.rs`.
 const DENOISER: &str = "<ir_version: 8, opset_import: [\"\" : 17]>
 g (float[n,1,2,2] x, float[n] t) => (float[n,1,2,2] eps) <

@@ -285,8 +285,10 @@ def sampler(
 
 def verify(
     a: Model,
-    b: Model,
+    b: Model | None = None,
     *,
+    against: str | None = None,
+    layers: bool = False,
     rtol: float | None = None,
     bits: bool = False,
     metric: str | None = None,
@@ -315,7 +317,9 @@ def verify(
 
     Args:
         a: The reference.
-        b: The candidate.
+        b: The candidate; with ``against`` it may be left out: ``a`` on both providers.
+        against: Run ``a`` on this execution provider, and ``b`` on that of ``ep`` as it will be deployed.
+        layers: Compare values inside the models too, down to the first node that computes something else.
         rtol: The largest relative L2 error of an output.
         bits: Expect equal bits.
         metric: What to measure on a set instead of comparing values.
@@ -330,10 +334,11 @@ def verify(
     for name in ("a", "b", "progress", "calib", "validate"):
         del options[name]
     with _Job("comparing", progress, options) as job:
-        first, second = job.model("a", a), job.model("b", b)
+        first = job.model("a", a)
+        second = [] if b is None else [str(job.model("b", b))]
         options["calib"] = job.set("calib", calib, first)
         options["validate"] = job.set("validate", validate, first)
-        found = job.call(["verify", str(first), str(second), *_flags(options)])
+        found = job.call(["verify", str(first), *second, *_flags(options)])
         return Comparison(found.report, found.text, found.notes, found.refused)
 
 
@@ -407,6 +412,7 @@ def inspect(
     calib: Samples | None = None,
     labels: str | None = None,
     batch: int | None = None,
+    input_shape: Shapes | None = None,
     ep: str | None = None,
     device: int | None = None,
     threads: int | None = None,
@@ -425,6 +431,8 @@ def inspect(
         model: The model.
         units: List every residual unit in the text; the report always does.
         activations: Also measure on ``calib`` how many inputs of every layer could be left out.
+        ep: Which nodes this execution provider takes in a run, and why it leaves others.
+        input_shape: Shapes of inputs in that run.
 
     The other arguments are those of :func:`optimize`.
     """
