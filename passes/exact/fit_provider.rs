@@ -143,6 +143,18 @@ mod tests {
         "#);
         check_refuses_in(&FitProvider, &pad("k"), "a padded size is not known", &lacking("Pad:reflect"));
         check_untouched(&FitProvider, &pad("5"));
+        let padded = |inputs: &str, pads: &str| {
+            format!(
+                "g (float[1,n,5] x{inputs}) => (float[1,n,m] y) {pads} {{ y = Pad <mode = \"reflect\"> (x, pads) }}"
+            )
+        };
+        for (graph, reason) in [
+            (padded(", int64[6] pads", ""), "the paddings are not known"),
+            (padded("", "<int64[6] pads = {0, 0, -1, 0, 0, 3}>"), "the paddings are not of every axis"),
+            (padded("", "<int64[6] pads = {0, 0, 5, 0, 0, 0}>"), "more is padded than there is to reflect"),
+        ] {
+            check_refuses_in(&FitProvider, &graph, reason, &lacking("Pad:reflect"));
+        }
     }
 
     #[test]

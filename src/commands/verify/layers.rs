@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn little_memory_means_few_values_at_a_time() {
-        assert_eq!(bytes(Some(size("800MB").unwrap())), 100_000_000);
+        assert_eq!(bytes(Some(size("800MB").unwrap())), 100 << 20);
         assert!(bytes(None) <= MOST_BYTES);
     }
 }
