@@ -84,6 +84,7 @@ fn a_set_is_needed_and_nothing_is_ignored() {
         &["--activations"][..],
         &["--calib", "set.npz"],
         &["--threads", "2"],
+        &["--ep", "cpu", "--input-shape", "x:1,4"],
         &["--memory", "1GB"],
         &["--activations", "--calib", "s", "--batch", "0"],
     ] {

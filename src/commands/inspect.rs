@@ -111,7 +111,7 @@ impl InspectArgs {
     fn run_options(&self, progress: Listener) -> Result<RunOptions, Failure> {
         let (engine, limits) = (&self.runs.engine, &self.runs.limits);
         let runs = self.activations || engine.ep != CPU;
-        let said = !engine.is_default() || !limits.is_default();
+        let said = !engine.is_default() || !limits.is_default() || !self.input_shape.is_empty();
         if said && !runs {
             let message = "nothing is run without --activations or an --ep other than cpu, so there is no use for how it \
                            would be";
