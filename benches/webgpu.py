@@ -1,8 +1,10 @@
 """Where the WebGPU provider runs models, before and after `optimize`, and whether it computes what the CPU does.
 
-    VENV/bin/python benches/webgpu.py OPTIMIZE MODEL.onnx ... [--equal N] [--targets portable,ort]
+    VENV/bin/python benches/webgpu.py OPTIMIZE MODEL.onnx ... [--equal N] [--targets portable,ort,float16]
 
-The Python needs onnxruntime and onnxruntime-ep-webgpu; the machine a Vulkan device, which may be software (./test says how).
+The Python needs onnxruntime and onnxruntime-ep-webgpu; the machine a Vulkan device, which may be software: SwiftShader (./test
+says how), or for float16, which that lacks, Mesa's lavapipe from version 25 on (VK_ICD_FILENAMES names its lvp_icd.json; that of
+version 22 is refused). The target `float16` is `--dtype float16` without a budget, held against the float32 original on the CPU.
 For every model: nodes that ONNX Runtime's session leaves to the CPU (its own assignment, recorded while it is made), of the
 model and of what `optimize` makes of it. Of the first N models `optimize verify --ep webgpu --against cpu` too. Markdown.
 """
@@ -21,6 +23,8 @@ import onnxruntime_ep_webgpu as plugin
 
 ort.set_default_logger_severity(4)
 ort.register_execution_provider_library("webgpu", plugin.get_library_path())
+# Half precision rounds to 2^-11 at every node.
+HALF = ["--rtol", "1e-2"]
 DEVICES = [device for device in ort.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
 
 
@@ -44,8 +48,8 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=1800)
 
 
-def equal(program: str, before: Path, after: Path) -> str:
-    found = run(program, "verify", str(before), str(after), "--ep", "webgpu", "--against", "cpu", "--json")
+def equal(program: str, before: Path, after: Path, bound: list[str]) -> str:
+    found = run(program, "verify", str(before), str(after), "--ep", "webgpu", "--against", "cpu", "--json", *bound)
     if not found.stdout:
         return found.stderr.strip().splitlines()[-1][:160] if found.stderr else "nothing was said"
     verdict = json.loads(found.stdout)
@@ -78,7 +82,8 @@ def main() -> None:
         for target in targets:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out.onnx"
-                made = run(arguments.program, str(model), "-o", str(out), "--target", target, "--ep", "webgpu", "--no-verify")
+                how = ["--dtype", "float16"] if target == "float16" else ["--target", target]
+                made = run(arguments.program, str(model), "-o", str(out), *how, "--ep", "webgpu", "--no-verify")
                 if made.returncode:
                     row += ["", "", made.stderr.strip().splitlines()[-1][:120]]
                     continue
@@ -88,7 +93,7 @@ def main() -> None:
                     row += ["", "", f"not loaded: {str(error).splitlines()[0][:100]}"]
                     continue
                 row += [str(nodes), str(after.total())]
-                row.append(equal(arguments.program, model, out) if index < arguments.equal else "–")
+                row.append(equal(arguments.program, model, out, HALF if target == "float16" else []) if index < arguments.equal else "–")
                 sums[f"after, {target}"] += after.total()
                 sums[f"more after, {target}"] += after.total() > others.total()
         print("| " + " | ".join(row) + " |", flush=True)

@@ -56,7 +56,11 @@ impl Default for LoadOptions {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RuntimeError {
     /// There is nothing to run models with.
-    #[error("no usable ONNX Runtime was found; tried {}", places(.tried))]
+    #[error(
+        "no usable ONNX Runtime was found; `pip install onnxruntime` or `optimize doctor --install` fetches one, --ort or \
+         ORT_DYLIB_PATH names one; tried {}",
+        places(.tried)
+    )]
     NoLibrary {
         /// Every place that was looked at and what was there.
         tried: Vec<String>,
@@ -111,6 +115,17 @@ pub enum RuntimeError {
         /// What it says.
         message: String,
     },
+    /// The device went away during a run, which says nothing about the model or its inputs.
+    #[error(
+        "the device was lost during a run ({engine}: {message}); a driver that stops or is reset does that, so run it again, \
+         with less at a time (--batch, --input-shape), or on another device (--device)"
+    )]
+    DeviceLost {
+        /// The engine.
+        engine: String,
+        /// What it says.
+        message: String,
+    },
     /// A value that this program cannot hand to the engine or take from it.
     #[error("{value} cannot be passed to or from {engine}: {message}")]
     Value {
@@ -134,6 +149,29 @@ pub enum RuntimeError {
         /// Whether another process ended it, which says nothing about what it was doing.
         killed: bool,
     },
+}
+
+/// What providers and drivers say of a device that is gone; every later run on it fails too.
+const LOST: [&str; 8] = [
+    "Device] is lost",
+    "evice lost",
+    "evice was lost",
+    "DEVICE_LOST",
+    "DEVICE_REMOVED",
+    "DEVICE_HUNG",
+    "an illegal memory access was encountered",
+    "unspecified launch failure",
+];
+
+impl RuntimeError {
+    /// Of a run that failed with this message, at a node if the engine names one.
+    pub(crate) fn of_run(engine: &str, node: Option<String>, message: String) -> RuntimeError {
+        let engine = engine.to_owned();
+        match LOST.iter().any(|sign| message.contains(sign)) {
+            true => RuntimeError::DeviceLost { engine, message },
+            false => RuntimeError::Run { engine, node, message },
+        }
+    }
 }
 
 /// The places where something was found that cannot be used; all of them if there was nothing anywhere.

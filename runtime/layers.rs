@@ -244,6 +244,7 @@ fn first_sample(engine: &dyn Engine, job: &LayersJob, reference: &Model) -> Resu
         match session.run(&sample) {
             Ok(_) if sizes.describe().is_empty() => return Ok((sample, "random inputs".to_owned())),
             Ok(_) => return Ok((sample, format!("random inputs at {}", sizes.describe()))),
+            Err(lost @ RuntimeError::DeviceLost { .. }) => return Err(lost.into()),
             Err(error) => message = error.to_string(),
         }
     }

@@ -232,7 +232,7 @@ impl Session for OrtSession {
             Ok(Ok(outputs)) => outputs,
             Ok(Err(error)) => {
                 let (node, message) = failed_node(&sentence(error.message()));
-                return Err(RuntimeError::Run { engine: self.engine.clone(), node, message });
+                return Err(RuntimeError::of_run(&self.engine, node, message));
             }
             Err(_) => {
                 let message = "an output is of a type that cannot be taken from it".to_owned();

@@ -304,11 +304,12 @@ impl Verification<'_> {
             let outputs = match session.run(&run.inputs) {
                 Ok(outputs) => outputs,
                 // Many providers do not run on what is empty, which says nothing about the model.
+                Err(lost @ RuntimeError::DeviceLost { .. }) => return Err(lost.into()),
                 Err(error) if run.edge && self.is_on_two_providers() => {
                     judge.report.left_out.push(format!("{}: {}: {error}", run.sizes, self.task.options.provider));
                     continue;
                 }
-                Err(error) => return Err(candidate_refused(&error, &run.sizes).into()),
+                Err(error) => return Err(candidate_refused(error, &run.sizes)),
             };
             judge.compare(&run.inputs, &run.outputs, &outputs, talk);
             judge.report.samples += 1;
@@ -339,20 +340,21 @@ impl Verification<'_> {
                 judge.report.left_out = left_out.collect();
                 accepted.runs
             }
-            Inputs::Given(samples) => run_given(session.as_mut(), samples)
-                .map_err(|error| Verdict::ReferenceRefused { message: error.to_string(), tried: Vec::new() })?,
+            Inputs::Given(samples) => {
+                run_given(session.as_mut(), samples).map_err(|error| reference_refused(error, ""))?
+            }
             Inputs::Set(_) => unreachable!("sets are read batch by batch"),
         };
         if self.seeded.is_some() {
             // The search for sizes has drawn numbers; the samples start over.
             session = self.load_again(session)?;
             for run in &mut runs {
-                run.outputs = session.run(&run.inputs).map_err(|error| reference_refused(&error, &run.sizes))?;
+                run.outputs = session.run(&run.inputs).map_err(|error| reference_refused(error, &run.sizes))?;
             }
         }
         session = self.load_again(session)?;
         for run in runs.iter().filter(|run| !run.edge) {
-            let again = session.run(&run.inputs).map_err(|error| reference_refused(&error, &run.sizes))?;
+            let again = session.run(&run.inputs).map_err(|error| reference_refused(error, &run.sizes))?;
             judge.repeated(&run.outputs, &again);
         }
         if let (Some(_), Some(run)) = (&self.seeded, runs.iter().rfind(|run| !run.edge))
@@ -373,12 +375,12 @@ impl Verification<'_> {
             let batch = batch?;
             let range = format!("samples {} to {} of {}", batch.first, batch.first + batch.samples - 1, set.len());
             talk.stage(&format!("running {range}"));
-            let before = original.run(&batch.inputs).map_err(|error| reference_refused(&error, &range))?;
+            let before = original.run(&batch.inputs).map_err(|error| reference_refused(error, &range))?;
             let first = judge.report.samples == 0;
             if first {
                 let mut fresh = self.seeded.as_ref().map(|_| self.load_reference()).transpose()?;
                 let session = fresh.as_mut().unwrap_or(&mut original);
-                let again = session.run(&batch.inputs).map_err(|error| reference_refused(&error, &range))?;
+                let again = session.run(&batch.inputs).map_err(|error| reference_refused(error, &range))?;
                 judge.repeated(&before, &again);
                 if let Some(session) = &mut fresh
                     && let Ok(further) = session.run(&batch.inputs)
@@ -386,7 +388,7 @@ impl Verification<'_> {
                     judge.redrawn(&before, &further);
                 }
             }
-            let after = result.run(&batch.inputs).map_err(|error| candidate_refused(&error, &range))?;
+            let after = result.run(&batch.inputs).map_err(|error| candidate_refused(error, &range))?;
             judge.compare(&batch.inputs, &before, &after, talk);
             judge.report.samples += batch.samples;
             talk.progress(judge.report.samples, set.len(), "samples");
@@ -403,12 +405,18 @@ impl Verification<'_> {
     }
 }
 
-fn reference_refused(error: &RuntimeError, at: &str) -> Verdict {
-    Verdict::ReferenceRefused { message: error.to_string(), tried: vec![at.to_owned()] }
+fn reference_refused(error: RuntimeError, at: &str) -> Stop {
+    match error {
+        RuntimeError::DeviceLost { .. } => error.into(),
+        _ => Verdict::ReferenceRefused { message: error.to_string(), tried: vec![at.to_owned()] }.into(),
+    }
 }
 
-fn candidate_refused(error: &RuntimeError, at: &str) -> Verdict {
-    Verdict::CandidateRefused { message: error.to_string(), sizes: at.to_owned() }
+fn candidate_refused(error: RuntimeError, at: &str) -> Stop {
+    match error {
+        RuntimeError::DeviceLost { .. } => error.into(),
+        _ => Verdict::CandidateRefused { message: error.to_string(), sizes: at.to_owned() }.into(),
+    }
 }
 
 fn run_given(session: &mut dyn Session, samples: &[Sample]) -> Result<Vec<ReferenceRun>, RuntimeError> {

@@ -4,7 +4,7 @@ use crate::{
     Answer, Failure,
     commands::{self, optimize::args::OptimizeArgs},
     recipe, runner,
-    terminal::say,
+    terminal::{print, say},
 };
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, parser::ValueSource};
 use lathe_runtime::Listener;
@@ -21,7 +21,13 @@ use std::{
     version,
     args_conflicts_with_subcommands = true,
     args_override_self = true,
-    after_help = "`optimize explain PASS` describes a pass and its options.\n\
+    after_help = "Examples:\n  \
+                  optimize model.onnx -o out.onnx\n  \
+                  optimize model.onnx -o out.onnx --calib calib.npz --size 0.3 --max-drop 0.01\n  \
+                  optimize model.onnx -o out.onnx --calib calib.npz --labels label --latency 0.7\n  \
+                  optimize model.onnx -o out.onnx --dtype float16 --calib calib.npz\n  \
+                  optimize sampler dit.onnx -o sampler.onnx --scheduler scheduler_config.json --steps 20\n\n\
+                  `optimize explain PASS` describes a pass and its options.\n\
                   Exit codes: 0 written and verified, 1 error, 2 usage, 3 verification refused (nothing written)."
 )]
 struct Cli {
@@ -34,31 +40,48 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Compile a whole diffusion sampling loop into one model: noise in, sample out.
+    #[command(after_help = "Examples:\n  optimize sampler dit.onnx -o sampler.onnx --scheduler scheduler_config.json --steps 20\n  optimize sampler FOLDER -o pipeline.onnx --steps 20 --guidance 7.5")]
     Sampler(Box<commands::sampler::SamplerArgs>),
     /// What a model is: inputs, nodes, parameters, FLOPs, operators.
+    #[command(after_help = "Examples:\n  optimize inspect model.onnx\n  optimize inspect model.onnx --ep webgpu")]
     Inspect(Box<commands::inspect::InspectArgs>),
     /// Compare two models on the same inputs.
     ///
     /// Without a set these are random: at two sizes of every open dimension, at sizes 1 and 0, with a row of every attention
     /// mask masked throughout, and with whole numbers at the ends of their types. What A does not run on is not compared and is
     /// named with --json (left_out). Sizes follow from an estimate of the work, so that a comparison takes seconds.
+    #[command(after_help = "Examples:\n  optimize verify model.onnx out.onnx --layers\n  optimize verify model.onnx out.onnx --validate test.npz --labels label --max-drop 0.005\n  optimize verify model.onnx --ep webgpu --against cpu")]
     Verify(Box<commands::verify::VerifyArgs>),
     /// What differs between two models: inputs and outputs, operators, nodes, weights. Nothing is run.
+    #[command(after_help = "Examples:\n  optimize diff model.onnx out.onnx\n  optimize diff model.onnx out.onnx --html differences.html --exit-code")]
     Diff(commands::diff::DiffArgs),
     /// Collect calibration statistics of tensors inside a model.
+    #[command(after_help = "Examples:\n  optimize stats model.onnx --calib calib.npz -o statistics.npz")]
     Stats(Box<commands::stats::StatsArgs>),
     /// Time a model, or two in turns.
+    #[command(after_help = "Examples:\n  optimize bench model.onnx out.onnx --threads 1\n  optimize bench model.onnx --profile --input-shape x:8,3,224,224")]
     Bench(Box<commands::bench::BenchArgs>),
     /// Show what is kept between runs, and have less of it.
+    #[command(after_help = "Examples:\n  optimize cache\n  optimize cache --limit 2GB")]
     Cache(commands::cache::CacheArgs),
     /// List the passes.
+    #[command(after_help = "Examples:\n  optimize passes\n  optimize passes --json")]
     Passes(commands::catalogue::PassesArgs),
     /// Describe a pass: what it does, needs and declines, and its options.
+    #[command(after_help = "Examples:\n  optimize explain fuse-layer-norm")]
     Explain(commands::catalogue::ExplainArgs),
     /// Print a model in the ONNX text form.
+    #[command(after_help = "Examples:\n  optimize dump model.onnx")]
     Dump(commands::dump::DumpArgs),
     /// Show which runtime is used and what it offers; install one.
+    #[command(after_help = "Examples:\n  optimize doctor\n  optimize doctor --install\n  optimize doctor --install webgpu")]
     Doctor(commands::doctor::DoctorArgs),
+    /// Print what completes these commands and options in a shell.
+    #[command(after_help = "Examples:\n  optimize completions bash > ~/.local/share/bash-completion/completions/optimize\n  optimize completions zsh > ~/.zfunc/_optimize")]
+    Completions(commands::shell::CompletionsArgs),
+    /// Print or write the manual pages.
+    #[command(after_help = "Examples:\n  optimize man | man -l -\n  optimize man --dir ~/.local/share/man/man1")]
+    Man(commands::shell::ManArgs),
     /// Run models for a parent process.
     #[command(name = runner::SERVE, hide = true)]
     Serve,
@@ -76,9 +99,14 @@ pub fn run(arguments: Vec<OsString>) -> u8 {
     }
     stop_cleanly_on_interrupt();
     silence_panics();
+    let as_json = arguments.iter().skip(1).take_while(|a| *a != "--").any(|a| a == "--json");
     match perform(arguments) {
         Ok(()) => 0,
         Err(failure) => {
+            // What was compared and turned down has printed its numbers already.
+            if as_json && !matches!(failure, Failure::Refused(_)) {
+                print(&failure.to_json());
+            }
             say(&format!("error: {failure}"));
             failure.exit_code()
         }
@@ -148,6 +176,8 @@ fn perform(arguments: Vec<OsString>) -> Result<(), Failure> {
         Some(Command::Explain(args)) => commands::catalogue::explain(args),
         Some(Command::Dump(args)) => commands::dump::run(args),
         Some(Command::Doctor(args)) => commands::doctor::run(args),
+        Some(Command::Completions(args)) => commands::shell::completions(args, Cli::command()),
+        Some(Command::Man(args)) => commands::shell::man(args, Cli::command()),
         Some(Command::Serve) => Err(Failure::Usage("only the program itself starts this command".to_owned())),
         None => commands::optimize::run(&cli.optimize, &arguments),
     }

@@ -77,6 +77,22 @@ impl Failure {
         }
     }
 
+    /// What kind of end this is, as JSON names it.
+    fn kind(&self) -> &'static str {
+        match self {
+            Failure::Error(_) => "error",
+            Failure::Usage(_) => "usage",
+            Failure::Refused(_) => "refused",
+            Failure::Interrupted => "interrupted",
+        }
+    }
+
+    /// The failure for programs, for standard output where the answer would have been JSON.
+    pub fn to_json(&self) -> String {
+        let object = serde_json::json!({"kind": self.kind(), "message": self.to_string(), "exit_code": self.exit_code()});
+        format!("{}\n", serde_json::json!({ "error": object }))
+    }
+
     /// Whether there is nothing to run models with: the library that was asked for is not to be had.
     pub fn is_missing_runtime(&self) -> bool {
         let Failure::Error(error) = self else { return false };

@@ -22,6 +22,7 @@ use crate::{
     layers,
     report::{self, Side, Verify},
     runner::Runner,
+    similar::did_you_mean,
 };
 use anyhow::{Context as _, anyhow};
 use lathe_analysis::{Bindings, Cost, Facts};
@@ -266,15 +267,15 @@ pub(crate) fn check_output(model: &Path, output: &Path, overwrite: bool) -> Resu
 
 /// Settings must name options that exist.
 fn check_settings(options: &Options) -> Result<(), Failure> {
+    let methods = METHODS.iter().map(|m| m.info()).chain([&allocate::INFO]);
+    let infos = PASSES.iter().map(|p| p.info()).chain(methods);
+    let known: Vec<String> =
+        infos.flat_map(|info| info.options.iter().map(|o| format!("{}.{}", info.name, o.name))).collect();
     for key in options.settings.keys() {
-        let methods = METHODS.iter().map(|m| m.info()).chain([&allocate::INFO]);
-        let infos = PASSES.iter().map(|p| p.info()).chain(methods);
-        let known = infos
-            .into_iter()
-            .any(|info| info.options.iter().any(|o| key.strip_prefix(info.name) == Some(&format!(".{}", o.name))));
-        if !known {
-            let message = format!("there is no option `{key}`; `optimize explain PASS` lists the options of a pass");
-            return Err(Failure::Usage(message));
+        if !known.contains(key) {
+            let meant = did_you_mean(key, known.iter().map(String::as_str));
+            let message = "`optimize explain PASS` lists the options of a pass";
+            return Err(Failure::Usage(format!("there is no option `{key}`; {message}{meant}")));
         }
     }
     Ok(())

@@ -27,6 +27,7 @@ mod report;
 mod run_options;
 mod runner;
 mod sampler;
+mod similar;
 mod summary;
 mod terminal;
 mod validate;

@@ -1,5 +1,6 @@
 //! Running the passes to a fixed point, holding them to their claims.
 
+use crate::similar::did_you_mean;
 use anyhow::{Context as _, anyhow};
 use lathe_ir::{Initializer, Model, ScopeId};
 use lathe_passes::{Info, Kind, Outcome, Pass, PassContext, lossy::METHODS};
@@ -27,7 +28,8 @@ impl Selection {
         let lossy = |name: &String| METHODS.iter().any(|m| m.info().name == name);
         let known = |name: &String| all.iter().any(|p| p.info().name == name) || lossy(name);
         if let Some(unknown) = self.only.iter().flatten().chain(&self.skip).find(|name| !known(name)) {
-            return Err(UnknownPass(unknown.clone()));
+            let names = all.iter().map(|p| p.info().name).chain(METHODS.iter().map(|m| m.info().name));
+            return Err(UnknownPass { name: unknown.clone(), meant: did_you_mean(unknown, names) });
         }
         Ok(all.iter().copied().filter(|p| self.admits(p.info().name)).collect())
     }
@@ -40,8 +42,12 @@ impl Selection {
 
 /// A name that is selected and that no pass has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no pass `{0}`; `optimize passes` lists them")]
-pub struct UnknownPass(String);
+#[error("there is no pass `{name}`; `optimize passes` lists them{meant}")]
+pub struct UnknownPass {
+    name: String,
+    /// The question whether another name was meant.
+    meant: String,
+}
 
 /// What one pass did over the whole run.
 #[derive(Debug, Clone)]

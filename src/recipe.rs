@@ -1,6 +1,6 @@
 //! Recipes: the options of a run in a TOML file.
 
-use crate::{Failure, commands::optimize::args::OptimizeArgs};
+use crate::{Failure, commands::optimize::args::OptimizeArgs, similar::did_you_mean};
 use anyhow::{Context as _, anyhow};
 use std::{ffi::OsString, io::Write as _, path::Path};
 
@@ -16,7 +16,9 @@ pub(crate) fn read(recipe: &Path, command: &clap::Command) -> Result<Vec<(String
     for (key, value) in table {
         let known = command.get_arguments().any(|a| a.get_long() == Some(&key));
         if !known || OUTSIDE.contains(&key.as_str()) {
-            return Err(Failure::Usage(format!("`{key}` in recipe `{path}` is no option of the main job")));
+            let names = command.get_arguments().filter_map(clap::Arg::get_long);
+            let meant = did_you_mean(&key, names.filter(|name| !OUTSIDE.contains(name)));
+            return Err(Failure::Usage(format!("`{key}` in recipe `{path}` is no option of the main job{meant}")));
         }
         let several = match value {
             toml::Value::Array(values) => values,

@@ -62,6 +62,7 @@ const TIMEOUT_SECONDS: u64 = 600;
 /// The arguments behind [`RunOptions`].
 #[derive(Debug, Clone, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[command(next_help_heading = "Running models")]
 pub(crate) struct RunArgs {
     /// Shape of an input in runs; may be given several times.
     #[arg(long, value_name = "NAME:1,3,224,224")]
@@ -81,6 +82,7 @@ pub(crate) struct RunArgs {
 /// What runs models.
 #[derive(Debug, Clone, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[command(next_help_heading = "Running models")]
 pub(crate) struct EngineArgs {
     /// Execution provider.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
@@ -100,6 +102,7 @@ pub(crate) struct EngineArgs {
 /// What a run may take.
 #[derive(Debug, Clone, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[command(next_help_heading = "Running models")]
 pub(crate) struct LimitArgs {
     /// Memory that runs may use (8GB).
     #[arg(long, value_name = "SIZE")]

@@ -92,6 +92,7 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     if let Some(latency) = &report.latency {
         out.push_str(&format!("latency, {}: {}\n", latency.setting(), latency.describe()));
     }
+    out.push_str(&bargain(report));
     let wrote = match (&report.auto, report.output.path.as_str()) {
         (Some(_), "") => "wrote the models that no other beats".to_owned(),
         (None, "") => "wrote nothing (--dry-run)".to_owned(),
@@ -99,6 +100,33 @@ pub(crate) fn text(report: &Report, verbose: bool) -> String {
     };
     out.push_str(&format!("{wrote} · {:.2} s · {} peak\n", report.seconds, mib(report.peak_rss_bytes)));
     out
+}
+
+/// What a budget got, and for what, in one sentence.
+fn bargain(report: &Report) -> String {
+    let (Some(plan), Some(verify)) = (&report.plan, &report.verify) else { return String::new() };
+    let mut shares: Vec<String> =
+        plan.budget.iter().map(|(what, row)| format!("{:.3} of the {what}", row.share)).collect();
+    if let Some(ratio) = report.latency.as_ref().and_then(|latency| latency.ratio)
+        && !plan.budget.contains_key("latency")
+    {
+        shares.push(format!("{ratio:.3} of the latency"));
+    }
+    let mut methods: Vec<&str> = Vec::new();
+    for method in plan.choices.iter().filter_map(|choice| choice.method.as_deref()) {
+        if !methods.contains(&method) {
+            methods.push(method);
+        }
+    }
+    let by = if methods.is_empty() { "exact passes".to_owned() } else { methods.join(", ") };
+    format!(
+        "got {} for a loss of {:.2e} in {} on {} {} samples, by {by}\n",
+        shares.join(" and "),
+        verify.drop,
+        verify.metric,
+        verify.samples,
+        verify.set,
+    )
 }
 
 /// A plain alternative to the plan, in a line.

@@ -17,13 +17,19 @@ use tempfile::TempDir;
 
 /// What is needed to see the software device, for a command.
 fn program() -> Command {
-    let vulkan = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/vulkan");
     let mut command = Command::new(env!("CARGO_BIN_EXE_optimize"));
     command.env("ORT_DYLIB_PATH", &lathe_testkit::engine().library().path).env_remove("RUST_BACKTRACE");
-    command.env("VK_ICD_FILENAMES", vulkan.join("vk_swiftshader_icd.json"));
-    command.env("LD_LIBRARY_PATH", &vulkan).env("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1");
-    command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
+    // Another driver can be named: SwiftShader has no float16.
+    if std::env::var_os("VK_ICD_FILENAMES").is_none() {
+        command.env("VK_ICD_FILENAMES", vulkan().join("vk_swiftshader_icd.json")).env("LD_LIBRARY_PATH", vulkan());
+    }
+    command.env("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1").env("XDG_RUNTIME_DIR", std::env::temp_dir());
     command
+}
+
+/// Where `./test` puts a driver in software.
+fn vulkan() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("target/vulkan")
 }
 
 /// Whether there is a device.
@@ -225,6 +231,45 @@ fn compiled_samplers_run_there_in_every_form() {
         let options = ["sampler", "denoiser.onnx", "-o", &out, "--scheduler", "scheduler.json", "--steps", "8"];
         let said = folder.says(&[&options[..], &["--form", form, "--ep", "webgpu"]].concat());
         assert!(said.contains("verified against the denoiser run step by step"), "{said}");
+    }
+}
+
+#[test]
+fn half_precision_there_is_near_the_original_on_the_cpu() {
+    let Some(folder) = Folder::new() else { return };
+    folder.model("model.onnx", &exported());
+    let output = folder.run(&["model.onnx", "-o", "out.onnx", "--dtype", "float16", "--ep", "webgpu"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    // SwiftShader is such a device; VK_ICD_FILENAMES can name a driver that has the type.
+    if said.contains("requires f16 but the device does not support it") {
+        assert_eq!((output.status.code(), sentences(&said)), (Some(3), 1), "{said}");
+        return assert!(!folder.path("out.onnx").exists());
+    }
+    assert!(output.status.success(), "{said}");
+    folder.says(&["verify", "model.onnx", "out.onnx", "--ep", "webgpu", "--against", "cpu", "--rtol", "5e-3"]);
+}
+
+#[test]
+fn a_device_that_is_lost_is_one_sentence_and_nothing_is_written() {
+    let Some(folder) = Folder::new() else { return };
+    folder.model("model.onnx", &exported());
+    let shim = folder.path("liblost.so");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/lost_device.rs");
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let build = Command::new(rustc).args(["--edition", "2024", "--crate-type", "cdylib", "-o"]).args([&shim, &source]).status();
+    assert!(build.unwrap().success());
+    let driver = json!({"file_format_version": "1.0.0", "ICD": {"library_path": shim, "api_version": "1.0.5"}});
+    fs::write(folder.path("icd.json"), driver.to_string()).unwrap();
+    for after in ["0", "1"] {
+        let mut command = program();
+        command.env("VK_ICD_FILENAMES", folder.path("icd.json")).env("LD_LIBRARY_PATH", vulkan());
+        command.env("REAL_DRIVER", vulkan().join("libvk_swiftshader.so")).env("LOST_AFTER", after);
+        command.args(["model.onnx", "-o", "out.onnx", "--ep", "webgpu"]).current_dir(folder.0.path());
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && sentences(&said) == 1, "{said}");
+        assert!(said.contains("the device was lost during a run (ONNX Runtime "), "{said}");
+        assert!(!folder.path("out.onnx").exists());
     }
 }
 

@@ -77,7 +77,7 @@ pub(super) fn load(
 impl OrtTimed {
     fn failed(&self, error: &ort::Error) -> RuntimeError {
         let (node, message) = super::failed_node(&sentence(error.message()));
-        RuntimeError::Run { engine: self.engine.clone(), node, message }
+        RuntimeError::of_run(&self.engine, node, message)
     }
 
     /// Lets the outputs stay on `memory`, or come to the host.

@@ -2,7 +2,7 @@
 
 use super::{ReferenceRun, Stop, Verdict};
 use crate::{
-    Claim, InputError, Session, Talk,
+    Claim, InputError, RuntimeError, Session, Talk,
     inputs::{Estimate, InputSpec, RunWork, Sizes, Style, edge_sizes, generate, has_mask, has_whole, sizes_to_try},
 };
 use lathe_ir::Model;
@@ -107,7 +107,7 @@ impl InputSearch<'_> {
                 Ok(inputs) => inputs,
                 // Other sizes may be small enough.
                 Err(InputError::TooLarge { .. }) if !accepted.is_empty() => return Ok(()),
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.into()),
             };
             if tried.last() != Some(&sizes.describe()) {
                 tried.push(sizes.describe());
@@ -118,9 +118,10 @@ impl InputSearch<'_> {
                     search.accepted.runs.push(ReferenceRun { inputs, outputs, sizes: sizes.label(), edge: false });
                     accepted.push(sizes);
                 }
+                Err(lost @ RuntimeError::DeviceLost { .. }) => return Err(lost.into()),
                 Err(error) => _ = first_error.get_or_insert(error.to_string()),
             }
-            Ok(())
+            Ok::<(), Stop>(())
         };
         for sizes in candidates {
             if self.accepted.runs.len() >= WANTED {
@@ -159,7 +160,7 @@ impl InputSearch<'_> {
     }
 
     /// The reference need not accept such inputs; what it accepts has to be kept.
-    fn edge(&mut self, sizes: &Sizes, spec: &InputSpec, talk: &mut dyn Talk) -> Result<(), InputError> {
+    fn edge(&mut self, sizes: &Sizes, spec: &InputSpec, talk: &mut dyn Talk) -> Result<(), Stop> {
         let label = sizes.label();
         let work = self.estimate.at(sizes);
         if self.accepted.left_out.iter().any(|(known, _)| *known == label) {
@@ -174,6 +175,7 @@ impl InputSearch<'_> {
         let inputs = generate(self.model, spec, sizes)?;
         match self.session.run(&inputs) {
             Ok(outputs) => self.accepted.runs.push(ReferenceRun { inputs, outputs, sizes: label, edge: true }),
+            Err(lost @ RuntimeError::DeviceLost { .. }) => return Err(lost.into()),
             Err(error) => self.accepted.left_out.push((label, error.to_string())),
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! `optimize passes` and `optimize explain`: the catalogue.
 
 use super::Answer;
-use crate::{Failure, terminal::print};
+use crate::{Failure, similar::did_you_mean, terminal::print};
 use clap::Args;
 use lathe_passes::{Info, Kind, PASSES, lossy::METHODS, sampler};
 use serde_json::json;
@@ -82,7 +82,9 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let Some(info) = infos().find(|i| i.name == name) else {
-        return Err(Failure::Usage(format!("there is no pass `{name}`; `optimize passes` lists them")));
+        let names = infos().map(|i| i.name).chain(sampler::methods::METHODS.iter().map(|method| method.name));
+        let meant = did_you_mean(name, names);
+        return Err(Failure::Usage(format!("there is no pass `{name}`; `optimize passes` lists them{meant}")));
     };
     print(&if args.markdown { chapter(info) } else { page(info) });
     Ok(())

@@ -10,6 +10,7 @@ pub(crate) mod inspect;
 pub(crate) mod optimize;
 pub(crate) mod sampler;
 pub(crate) mod sets;
+pub(crate) mod shell;
 pub(crate) mod stats;
 pub(crate) mod verify;
 

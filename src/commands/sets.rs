@@ -10,6 +10,7 @@ use std::path::PathBuf;
 /// Sets: a .npz, a folder of .npz or .npy files, or ONNX test_data_set_* folders.
 #[derive(Debug, Clone, Default, Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[command(next_help_heading = "Data")]
 pub(crate) struct SetArgs {
     /// Calibration set: a .npz (one array per input, samples along the first axis), a folder of .npz or .npy files, or
     /// ONNX test_data_set_* folders. Its last quarter is held out for the comparison unless --validate is given.
