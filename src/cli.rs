@@ -24,7 +24,7 @@ use std::{
     after_help = "Examples:\n  \
                   optimize model.onnx -o out.onnx\n  \
                   optimize model.onnx -o out.onnx --calib calib.npz --size 0.3 --max-drop 0.01\n  \
-                  optimize model.onnx -o out.onnx --calib calib.npz --labels label --latency 0.7\n  \
+                  optimize model.onnx -o out.onnx --calib labelled.npz --labels label --latency 0.7\n  \
                   optimize model.onnx -o out.onnx --dtype float16 --calib calib.npz\n  \
                   optimize sampler dit.onnx -o sampler.onnx --scheduler scheduler_config.json --steps 20\n\n\
                   `optimize explain PASS` describes a pass and its options.\n\

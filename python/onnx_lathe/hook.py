@@ -2,31 +2,31 @@
 
     python -m onnx_lathe.hook [OPTIONS] MODEL.onnx ...
 
-Options before the models are those of `optimize`. The hook fails where it changed a model, as formatters do, and where one
+Options before the models are those of ``optimize``. The hook fails where it changed a model, as formatters do, and where one
 cannot be optimized; a model of which nothing can be removed is left as it is, to the byte.
 """
 
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx_lathe
-from onnx_lathe import _host
 
 
 def optimized(path: Path, options: list[str]) -> bool:
     """Whether the model was replaced by a smaller one."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with TemporaryDirectory(dir=path.parent) as folder:
         out = Path(folder) / path.name
-        command = [*_host.program(), str(path), "-o", str(out), "--quiet", *options]
+        command = [sys.executable, "-m", "onnx_lathe", str(path), "-o", str(out), "--quiet", *options]
         if subprocess.run(command).returncode:
             raise SystemExit(1)
-        before, after = (onnx_lathe.inspect(model).data for model in (path, out))
+        before, after = (onnx_lathe.inspect(model).report["model"] for model in (path, out))
         if (after["nodes"], after["parameters"]) >= (before["nodes"], before["parameters"]):
             return False
-        for made in Path(folder).iterdir():
+        # The weights first: a model never stands beside those of another.
+        for made in sorted(Path(folder).iterdir(), key=lambda made: made == out):
             os.replace(made, path.with_name(made.name))
         return True
 
