@@ -54,7 +54,7 @@ PY
   ./optimize doctor | tee out/doctor.txt
   # made NAME MODEL SHAPE... -- OPTIONS: one row of the table, of what `optimize MODEL OPTIONS` makes on the provider.
   made() {
-    name=$1 model=$2 shapes=()
+    local name=$1 model=$2 shapes=()
     shift 2
     while [ "$1" != -- ]; do shapes+=("--input-shape=$1"); shift; done
     shift
@@ -64,7 +64,7 @@ PY
     fi
   }
   timed() { # name, model, result, options
-    name=$1 one=$2 other=$3
+    local name=$1 one=$2 other=$3
     shift 3
     ./optimize bench "$one" "$other" --ep "$ep" --seconds "$seconds" "$@" --json > "out/$name.json" 2>> "out/$name.said" || true
     echo "$name: done after $SECONDS s"
@@ -89,7 +89,7 @@ PY
   # The denoiser predicts noise under linear betas.
   echo '{"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": true}' > scheduler.json
   sampler() { # name, options
-    name=$1
+    local name=$1
     shift
     ./optimize sampler dit.onnx -o "$name.onnx" --overwrite --scheduler scheduler.json --steps 20 --guidance 3 \
       --io uncond:label=10 --form unrolled --ep "$ep" -q "$@" 2> "out/$name.said"

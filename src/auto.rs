@@ -5,7 +5,7 @@ mod history;
 mod search;
 
 use crate::{
-    Budget, Done, Failure, Options, Report,
+    Budget, Done, Failure, Options, Report, html,
     job::{check_output, optimize},
     report::{AutoPoint, AutoReport, Side},
     runner,
@@ -298,17 +298,26 @@ impl<'a> Search<'a> {
                 self.points[found.at].file = Some(path.display().to_string());
             }
         }
+        let measure = self.quantity.key().to_owned();
+        let tried = AutoReport { family: self.family.clone(), measure, limit, points: std::mem::take(&mut self.points) };
+        if let Some(folder) = &self.options.pareto {
+            let path = folder.join("index.html");
+            let name = self.options.job.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let page = html::front::page(&name, &tried);
+            lathe_ir::write_whole(&path, |out| out.write_all(page.as_bytes()))
+                .with_context(|| format!("cannot write `{}`", path.display()))?;
+            files.push(path);
+        }
         let mut output = with_path(&best.report, Path::new(""));
         if let Some(target) = &self.options.job.output {
             files.extend(self.copy(best, target)?);
             output.path = target.display().to_string();
         }
-        let measure = self.quantity.key().to_owned();
         let mut report = best.report.clone();
         report.output = output;
         report.warnings.extend(self.warnings);
         report.seconds = start.elapsed().as_secs_f64();
-        report.auto = Some(AutoReport { family: self.family, measure, limit, points: self.points });
+        report.auto = Some(tried);
         Ok(Done { report, files })
     }
 

@@ -90,7 +90,10 @@ fn all_that_nothing_beats_goes_to_a_folder() {
         let report: Value = serde_json::from_str(&fs::read_to_string(file.with_extension("json")).unwrap()).unwrap();
         assert_eq!(report["output"]["path"], point["file"]);
     }
-    assert_eq!(fs::read_dir(&folder).unwrap().count(), 2 * front.len());
+    // Every model with its report, and the page that shows them.
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 2 * front.len() + 1);
+    let page = fs::read_to_string(folder.join("index.html")).unwrap();
+    assert_eq!(page.matches("<circle class=\"best\"").count(), front.len());
     assert!(points.iter().all(|p| p["chosen"] == false));
 }
 

@@ -3,6 +3,7 @@
 
 mod charts;
 pub(crate) mod diff;
+pub(crate) mod front;
 mod numbers;
 mod plan;
 
@@ -48,6 +49,7 @@ pub(crate) fn page(report: &Report) -> String {
             (sizes(report))
             @if let Some(verify) = &report.verify { (outputs(verify)) }
             @if let Some(latency) = &report.latency { (timings(latency)) }
+            @if let Some(auto) = &report.auto { (front::section(auto)) }
             @if let Some(plan) = &report.plan { (plan::section(plan)) }
             @if let Some(precision) = &report.precision { (numbers::precision(precision)) }
             @if let Some(caches) = &report.kv_cache { (numbers::caches(caches)) }
