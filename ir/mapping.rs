@@ -2,7 +2,9 @@
 #![allow(unsafe_code)]
 
 use bytes::Bytes;
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use std::{
     collections::BTreeSet,
     fs::{self, File},
