@@ -299,7 +299,8 @@ impl<'a> Search<'a> {
             }
         }
         let measure = self.quantity.key().to_owned();
-        let tried = AutoReport { family: self.family.clone(), measure, limit, points: std::mem::take(&mut self.points) };
+        let tried =
+            AutoReport { family: self.family.clone(), measure, limit, points: std::mem::take(&mut self.points) };
         if let Some(folder) = &self.options.pareto {
             let path = folder.join("index.html");
             let name = self.options.job.model.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -40,7 +40,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Compile a whole diffusion sampling loop into one model: noise in, sample out.
-    #[command(after_help = "Examples:\n  optimize sampler dit.onnx -o sampler.onnx --scheduler scheduler_config.json --steps 20\n  optimize sampler FOLDER -o pipeline.onnx --steps 20 --guidance 7.5")]
+    #[command(
+        after_help = "Examples:\n  optimize sampler dit.onnx -o sampler.onnx --scheduler scheduler_config.json --steps 20\n  optimize sampler FOLDER -o pipeline.onnx --steps 20 --guidance 7.5"
+    )]
     Sampler(Box<commands::sampler::SamplerArgs>),
     /// What a model is: inputs, nodes, parameters, FLOPs, operators.
     #[command(after_help = "Examples:\n  optimize inspect model.onnx\n  optimize inspect model.onnx --ep webgpu")]
@@ -50,16 +52,22 @@ enum Command {
     /// Without a set these are random: at two sizes of every open dimension, at sizes 1 and 0, with a row of every attention
     /// mask masked throughout, and with whole numbers at the ends of their types. What A does not run on is not compared and is
     /// named with --json (left_out). Sizes follow from an estimate of the work, so that a comparison takes seconds.
-    #[command(after_help = "Examples:\n  optimize verify model.onnx out.onnx --layers\n  optimize verify model.onnx out.onnx --validate test.npz --labels label --max-drop 0.005\n  optimize verify model.onnx --ep webgpu --against cpu")]
+    #[command(
+        after_help = "Examples:\n  optimize verify model.onnx out.onnx --layers\n  optimize verify model.onnx out.onnx --validate test.npz --labels label --max-drop 0.005\n  optimize verify model.onnx --ep webgpu --against cpu"
+    )]
     Verify(Box<commands::verify::VerifyArgs>),
     /// What differs between two models: inputs and outputs, operators, nodes, weights. Nothing is run.
-    #[command(after_help = "Examples:\n  optimize diff model.onnx out.onnx\n  optimize diff model.onnx out.onnx --html differences.html --exit-code")]
+    #[command(
+        after_help = "Examples:\n  optimize diff model.onnx out.onnx\n  optimize diff model.onnx out.onnx --html differences.html --exit-code"
+    )]
     Diff(commands::diff::DiffArgs),
     /// Collect calibration statistics of tensors inside a model.
     #[command(after_help = "Examples:\n  optimize stats model.onnx --calib calib.npz -o statistics.npz")]
     Stats(Box<commands::stats::StatsArgs>),
     /// Time a model, or two in turns.
-    #[command(after_help = "Examples:\n  optimize bench model.onnx out.onnx --threads 1\n  optimize bench model.onnx --profile --input-shape x:8,3,224,224")]
+    #[command(
+        after_help = "Examples:\n  optimize bench model.onnx out.onnx --threads 1\n  optimize bench model.onnx --profile --input-shape x:8,3,224,224"
+    )]
     Bench(Box<commands::bench::BenchArgs>),
     /// Show what is kept between runs, and have less of it.
     #[command(after_help = "Examples:\n  optimize cache\n  optimize cache --limit 2GB")]
@@ -74,10 +82,14 @@ enum Command {
     #[command(after_help = "Examples:\n  optimize dump model.onnx")]
     Dump(commands::dump::DumpArgs),
     /// Show which runtime is used and what it offers; install one.
-    #[command(after_help = "Examples:\n  optimize doctor\n  optimize doctor --install\n  optimize doctor --install webgpu")]
+    #[command(
+        after_help = "Examples:\n  optimize doctor\n  optimize doctor --install\n  optimize doctor --install webgpu"
+    )]
     Doctor(commands::doctor::DoctorArgs),
     /// Print what completes these commands and options in a shell.
-    #[command(after_help = "Examples:\n  optimize completions bash > ~/.local/share/bash-completion/completions/optimize\n  optimize completions zsh > ~/.zfunc/_optimize")]
+    #[command(
+        after_help = "Examples:\n  optimize completions bash > ~/.local/share/bash-completion/completions/optimize\n  optimize completions zsh > ~/.zfunc/_optimize"
+    )]
     Completions(commands::shell::CompletionsArgs),
     /// Print or write the manual pages.
     #[command(after_help = "Examples:\n  optimize man | man -l -\n  optimize man --dir ~/.local/share/man/man1")]

@@ -89,7 +89,8 @@ impl Failure {
 
     /// The failure for programs, for standard output where the answer would have been JSON.
     pub fn to_json(&self) -> String {
-        let object = serde_json::json!({"kind": self.kind(), "message": self.to_string(), "exit_code": self.exit_code()});
+        let object =
+            serde_json::json!({"kind": self.kind(), "message": self.to_string(), "exit_code": self.exit_code()});
         format!("{}\n", serde_json::json!({ "error": object }))
     }
 

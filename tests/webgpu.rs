@@ -258,7 +258,8 @@ fn a_device_that_is_lost_is_one_sentence_and_nothing_is_written() {
     let shim = folder.path("liblost.so");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/lost_device.rs");
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let build = Command::new(rustc).args(["--edition", "2024", "--crate-type", "cdylib", "-o"]).args([&shim, &source]).status();
+    let build =
+        Command::new(rustc).args(["--edition", "2024", "--crate-type", "cdylib", "-o"]).args([&shim, &source]).status();
     assert!(build.unwrap().success());
     let driver = json!({"file_format_version": "1.0.0", "ICD": {"library_path": shim, "api_version": "1.0.5"}});
     fs::write(folder.path("icd.json"), driver.to_string()).unwrap();

@@ -46,7 +46,11 @@ pub(super) fn section(auto: &AutoReport) -> Markup {
 fn drawn(auto: &AutoReport) -> Vec<(&AutoPoint, f64, f64)> {
     let both = |point: &'_ AutoPoint| point.ratio.zip(point.drop);
     let finite = |(_, ratio, drop): &(_, f64, f64)| ratio.is_finite() && drop.is_finite();
-    auto.points.iter().filter_map(|point| both(point).map(|(ratio, drop)| (point, ratio, drop))).filter(finite).collect()
+    auto.points
+        .iter()
+        .filter_map(|point| both(point).map(|(ratio, drop)| (point, ratio, drop)))
+        .filter(finite)
+        .collect()
 }
 
 fn drawing(auto: &AutoReport) -> Markup {
@@ -60,7 +64,8 @@ fn drawing(auto: &AutoReport) -> Markup {
     let limit = auto.limit.filter(|limit| limit.is_finite());
     let shares = (fold(&|d| d.1, 1.0, f64::min), fold(&|d| d.1, 1.0, f64::max));
     let drops = (fold(&|d| d.2, 0.0, f64::min), fold(&|d| d.2, limit.unwrap_or(0.0), f64::max));
-    let place = |value: f64, (least, most): (f64, f64)| if most > least { (value - least) / (most - least) } else { 0.5 };
+    let place =
+        |value: f64, (least, most): (f64, f64)| if most > least { (value - least) / (most - least) } else { 0.5 };
     let x = |share: f64| LEFT + place(share, shares) * (SIZE.0 - LEFT - 12.0);
     let y = |drop: f64| SIZE.1 - BELOW - place(drop, drops) * (SIZE.1 - BELOW - ABOVE);
     let mut front: Vec<(f64, f64)> = drawn.iter().filter(|d| d.0.front).map(|d| (d.1, d.2)).collect();
@@ -93,7 +98,13 @@ fn drawing(auto: &AutoReport) -> Markup {
 
 /// A number of a scale.
 fn short(number: f64) -> String {
-    if number == 0.0 { "0".to_owned() } else if number.abs() >= 1e-3 { format!("{number:.3}") } else { scientific(number) }
+    if number == 0.0 {
+        "0".to_owned()
+    } else if number.abs() >= 1e-3 {
+        format!("{number:.3}")
+    } else {
+        scientific(number)
+    }
 }
 
 fn told(point: &AutoPoint, share: f64, drop: f64, measure: &str) -> String {
@@ -168,8 +179,7 @@ mod tests {
             point("rounding", Some(0.7), Some(0.02), false),
             point("pruning", None, None, false),
         ];
-        let auto =
-            AutoReport { family: String::new(), measure: "size".to_owned(), limit: Some(0.015), points };
+        let auto = AutoReport { family: String::new(), measure: "size".to_owned(), limit: Some(0.015), points };
         let html = Html::parse_document(&page("vit", &auto));
         let all = |selector: &str| html.select(&Selector::parse(selector).unwrap()).count();
         assert_eq!((all("circle.best"), all("circle.other"), all("circle.chosen")), (2, 1, 0));
