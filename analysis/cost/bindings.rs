@@ -4,7 +4,7 @@ use crate::{
     dim::{DimExpr, Symbol},
     shapes::Facts,
 };
-use lathe_ir::{Graph, Shape, ValueId};
+use lathe_ir::{Graph, NodeId, ScopeId, Shape, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Sizes for dimensions that the model leaves open.
@@ -17,12 +17,14 @@ pub struct Bindings {
     pub other: i64,
     named: BTreeMap<String, i64>,
     batches: BTreeSet<Symbol>,
+    /// Sizes that only a run decides and that have something to share out.
+    shares: BTreeMap<Symbol, i64>,
 }
 
 impl Default for Bindings {
     /// Batch 1, every other open size 128.
     fn default() -> Bindings {
-        Bindings { batch: 1, other: 128, named: BTreeMap::new(), batches: BTreeSet::new() }
+        Bindings { batch: 1, other: 128, named: BTreeMap::new(), batches: BTreeSet::new(), shares: BTreeMap::new() }
     }
 }
 
@@ -46,8 +48,34 @@ impl Bindings {
     /// Also counts as batch what stands where batches stand in the inputs of a graph, whatever its name: the first axis
     /// of images, and the first axis that all other inputs of two axes or more share. Exporters call it `s33` or
     /// `unk__214`, and need not notice that two first axes are equal: such names count as shared where they name no
-    /// other axis. A graph in which some name says batch means that dimension and no other.
-    pub fn for_inputs(mut self, graph: &Graph, facts: &Facts) -> Bindings {
+    /// other axis. A graph in which some name says batch means that dimension and no other. The parts of a Split whose
+    /// sizes are computed, as of the rows of experts, count as equal.
+    pub fn for_inputs(self, graph: &Graph, facts: &Facts) -> Bindings {
+        let mut bindings = self.with_batches(graph, facts);
+        for id in graph.sorted(ScopeId::MAIN).unwrap_or_default() {
+            bindings.share_out(graph, facts, id);
+        }
+        bindings
+    }
+
+    /// Gives the parts of a Split whose sizes are not known equal shares of what there is.
+    fn share_out(&mut self, graph: &Graph, facts: &Facts, id: NodeId) {
+        let node = graph.node(id);
+        let Some(shape) = node.input(0).filter(|_| node.is("Split")).and_then(|x| facts.shape(x)) else { return };
+        let axis = node.int("axis").unwrap_or(0);
+        let axis = if axis < 0 { axis + shape.len() as i64 } else { axis };
+        let Some(axis) = usize::try_from(axis).ok().filter(|&axis| axis < shape.len()) else { return };
+        let Some(total) = self.evaluate(&shape[axis]) else { return };
+        let share = total.div_ceil(node.outputs().len().max(1) as u64);
+        for part in node.outputs().iter().flatten() {
+            let Some(size) = facts.shape(*part).and_then(|shape| shape.get(axis)?.as_symbol()) else { continue };
+            if !matches!(size, Symbol::Named(_)) {
+                self.shares.insert(size.clone(), i64::try_from(share).unwrap_or(i64::MAX));
+            }
+        }
+    }
+
+    fn with_batches(mut self, graph: &Graph, facts: &Facts) -> Bindings {
         let required = graph.main().inputs().iter().copied().filter(|&v| graph.value(v).initializer().is_none());
         let shapes: Vec<(ValueId, &[DimExpr])> = required.filter_map(|v| Some((v, facts.shape(v)?))).collect();
         let named = |dim: &DimExpr| matches!(dim.as_symbol(), Some(Symbol::Named(name)) if is_batch(name));
@@ -76,7 +104,7 @@ impl Bindings {
     pub fn size(&self, symbol: &Symbol) -> i64 {
         let named = match symbol {
             Symbol::Named(name) => self.named.get(&**name).copied(),
-            _ => None,
+            _ => self.shares.get(symbol).copied(),
         };
         let batch = || self.batches.contains(symbol) || matches!(symbol, Symbol::Named(name) if is_batch(name));
         named.unwrap_or_else(|| if batch() { self.batch } else { self.other })

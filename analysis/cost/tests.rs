@@ -170,3 +170,17 @@ fn what_a_runtime_folds_at_load_counts_nothing() {
     assert!(all.flops > cost.flops && all.activation_peak_bytes >= 32 * 4, "{all:?}");
     assert_eq!((all.weight_bytes, all.parameters), (cost.weight_bytes, cost.parameters));
 }
+
+#[test]
+fn parts_of_computed_sizes_are_equal_shares() {
+    // Of 128 rows, as many as a run says go to each of four products.
+    let cost = cost(
+        "<ir_version: 8, opset_import: [\"\" : 17]> g (float[t,8] x, int64[4] counts) => (float[a,2] p, float[b,2] q, float[c,2] r, float[d,2] s) <
+            float[8,2] w
+        > {
+            x0, x1, x2, x3 = Split <axis = 0> (x, counts)
+            p = MatMul (x0, w)  q = MatMul (x1, w)  r = MatMul (x2, w)  s = MatMul (x3, w)
+        }",
+    );
+    assert_eq!(cost.flops, 128 * 8 * 2 * 2);
+}

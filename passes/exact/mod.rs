@@ -28,6 +28,7 @@ mod fuse_layer_norm;
 mod fuse_rms_norm;
 mod fuse_rotary;
 mod fuse_skip_norm;
+mod group_experts;
 mod hoist_constants;
 mod hoist_invariants;
 mod inline_functions;
@@ -104,6 +105,7 @@ pub const PASSES: &[&dyn Pass] = &[
     &merge_linears::MergeLinears,
     &drop_duplicate_units::DropDuplicateUnits,
     &merge_slices::MergeSlices,
+    &group_experts::GroupExperts,
     &fuse_attention::FuseAttention,
     &fuse_rotary::FuseRotary,
     &fuse_skip_norm::FuseSkipNorm,
