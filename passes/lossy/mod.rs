@@ -28,6 +28,7 @@ mod reduce_tokens;
 mod regions;
 mod select_visual_tokens;
 mod site;
+mod skip_experts;
 mod spectrum;
 mod stored;
 mod substitute;
@@ -64,4 +65,5 @@ pub const METHODS: &[&dyn Method] = &[
     &substitute::Substitute,
     &reduce_tokens::ReduceTokens,
     &select_visual_tokens::SelectVisualTokens,
+    &skip_experts::SkipExperts,
 ];

@@ -163,11 +163,19 @@ fn what_is_no_layer_of_experts_is_left_alone() {
     // Over all pairs of a feature instead of over the features of a pair.
     let mixed = gated().replace("s = Sigmoid (a)", "s = Softmax <axis = 0> (a)");
     refuses(&mixed, between);
-    let unlisted = gated().replace(
-        "g1 = Gather <axis = 0> (up, flat)",
-        "g0 = Gather <axis = 0> (up, ids) \
-        four = Constant <value = int64[3] {-1, 4, 2}> () g1 = Reshape (g0, four)",
-    );
+    let unlisted = gated()
+        .replace(
+            "g1 = Gather <axis = 0> (up, flat)",
+            "g0 = Gather <axis = 0> (up, ids)
+            four = Constant <value = int64[3] {-1, 4, 2}> ()
+            g1 = Reshape (g0, four)",
+        )
+        .replace(
+            "g2 = Gather <axis = 0> (down, flat)",
+            "g3 = Gather <axis = 0> (down, ids)
+            two = Constant <value = int64[3] {-1, 2, 2}> ()
+            g2 = Reshape (g3, two)",
+        );
     refuses(&unlisted, "the numbers of experts are no list");
     let other = gated().replace(
         "w, ids = TopK <axis = -1> (p, k)",
