@@ -29,6 +29,7 @@ mod regions;
 mod select_visual_tokens;
 mod site;
 mod skip_experts;
+mod sparse_attention;
 mod spectrum;
 mod stored;
 mod substitute;
@@ -66,4 +67,5 @@ pub const METHODS: &[&dyn Method] = &[
     &reduce_tokens::ReduceTokens,
     &select_visual_tokens::SelectVisualTokens,
     &skip_experts::SkipExperts,
+    &sparse_attention::SparseAttention,
 ];
