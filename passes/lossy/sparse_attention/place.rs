@@ -111,7 +111,7 @@ fn spelled(graph: &Graph, facts: &Facts, softmax: NodeId) -> Result<Place, &'sta
         let (Some(a), Some(b)) = (node.input(0), node.input(1)) else {
             return Err("its scores are changed by other than scales and sums");
         };
-        let number = |v: ValueId| graph.constant(v).filter(|t| t.len() == 1)?.to_f64s().ok()?.first().copied();
+        let number = |v: ValueId| graph.constant(v).filter(|t| t.len() == 1)?.to_f64s()?.first().copied();
         let inner = |v: ValueId| facts.shape(v).is_some_and(|own| own == dims) && graph.producer(v).is_some();
         scores = match node.op_type.as_str() {
             "Mul" | "Div" if number(b).is_some() => {
