@@ -175,9 +175,7 @@ fn what_a_runtime_folds_at_load_counts_nothing() {
 fn parts_of_computed_sizes_are_equal_shares() {
     // Of 128 rows, as many as a run says go to each of four products.
     let cost = cost(
-        "<ir_version: 8, opset_import: [\"\" : 17]> g (float[t,8] x, int64[4] counts) => (float[a,2] p, float[b,2] q, float[c,2] r, float[d,2] s) <
-            float[8,2] w
-        > {
+        "<ir_version: 8, opset_import: [\"\" : 17]> g (float[t,8] x, float[8,2] w, int64[4] counts) => (float[a,2] p, float[b,2] q, float[c,2] r, float[d,2] s) {
             x0, x1, x2, x3 = Split <axis = 0> (x, counts)
             p = MatMul (x0, w)  q = MatMul (x1, w)  r = MatMul (x2, w)  s = MatMul (x3, w)
         }",
