@@ -4,7 +4,7 @@ use crate::{
     Answer, Failure,
     commands::{self, optimize::args::OptimizeArgs},
     recipe, runner,
-    terminal::{print, say},
+    terminal::{has_printed, print, say},
 };
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, parser::ValueSource};
 use lathe_runtime::Listener;
@@ -116,7 +116,7 @@ pub fn run(arguments: Vec<OsString>) -> u8 {
         Ok(()) => 0,
         Err(failure) => {
             // What was compared and turned down has printed its numbers already.
-            if as_json && !matches!(failure, Failure::Refused(_)) {
+            if as_json && !has_printed() {
                 print(&failure.to_json());
             }
             say(&format!("error: {failure}"));

@@ -3,7 +3,10 @@
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
 use clap::Args;
-use std::io::Write;
+use std::{
+    io::Write,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 /// How lines begin that stand out on a terminal.
 const MARKS: [(&str, Style); 4] = [
@@ -25,9 +28,18 @@ pub(crate) struct TalkArgs {
     pub quiet: bool,
 }
 
+/// Whether data was printed.
+static PRINTED: AtomicBool = AtomicBool::new(false);
+
+/// Whether [`print`] has printed anything.
+pub(crate) fn has_printed() -> bool {
+    PRINTED.load(Ordering::Relaxed)
+}
+
 /// Data for standard output. A closed pipe ends the program quietly.
 #[allow(clippy::print_stdout)] // The one place that prints data.
 pub(crate) fn print(text: &str) {
+    PRINTED.store(true, Ordering::Relaxed);
     let choice = AutoStream::choice(&std::io::stdout());
     let text = marked(text, choice);
     let mut out = std::io::stdout().lock();
